@@ -1,0 +1,1 @@
+"""The models that DiG is compared with: DiT, Flash-DiT and DiS."""

@@ -1,0 +1,1 @@
+"""The benchmark: models by name, cases, measuring, results."""

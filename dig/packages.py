@@ -1,0 +1,43 @@
+"""Optional packages: asked for by name, never swapped silently for something else."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+DISTRIBUTIONS = {
+    "fla": "flash-linear-attention",
+    "flash_attn": "flash-attn",
+    "mamba_ssm": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
+    "triton": "triton",
+}
+"""Import name → name on PyPI of every package that the project can do without."""
+
+
+class MissingPackageError(ImportError):
+    """An implementation was asked for whose package is not installed."""
+
+
+def is_installed(module: str) -> bool:
+    """Say whether the top-level package of ``module`` can be found, without importing it."""
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+def missing_message(module: str, purpose: str) -> str:
+    """One line that says what is missing, what for, and how to install it."""
+    distribution = DISTRIBUTIONS[module.partition(".")[0]]
+    return f"{purpose} needs the package {distribution}; install it with: pip install 'dig-diffusion[gpu]' (see README.md)"
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import ``module``, or raise `MissingPackageError` naming the package and the extra.
+
+    Args:
+        module: Dotted import name, whose first part is a key of `DISTRIBUTIONS`.
+        purpose: What needs it, as the start of the message: ``"recurrence='fla'"``.
+    """
+    if not is_installed(module):
+        raise MissingPackageError(missing_message(module, purpose))
+    return importlib.import_module(module)
