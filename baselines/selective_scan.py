@@ -1,0 +1,117 @@
+"""One direction of a Mamba mixer: causal convolution, selective scan, gate, output projection (arXiv 2312.00752).
+
+Shapes: B batch, T tokens, E inner width, N state, R rank of the step size, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dig.packages import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionWeights:
+    """The parameters of one direction.
+
+    Attributes:
+        conv_weight: (E, 1, 4).
+        conv_bias: (E,).
+        x_proj: (R + 2N, E): step size, B and C from the convolved input.
+        dt_proj: (E, R).
+        dt_bias: (E,).
+        A: (E, N), negative.
+        D: (E,), the skip from input to output.
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """``h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t`` and ``y_t = C_t h_t``, token by token in plain PyTorch.
+
+    Args:
+        u: (B, E, T).
+        delta: Step sizes (B, E, T), positive.
+        A: (E, N).
+        B: (B, N, T).
+        C: (B, N, T).
+
+    Returns:
+        (B, E, T).
+    """
+    decay = torch.exp(delta.permute(2, 0, 1).unsqueeze(-1) * A)
+    inputs = torch.einsum("bet,bnt->tben", delta * u, B)
+    state = torch.zeros_like(inputs[0])
+    states = []
+    # Unbinding first matters: indexing in the loop would make autograd add a gradient of the whole tensor every step.
+    for decay_t, input_t in zip(decay.unbind(0), inputs.unbind(0), strict=True):
+        state = torch.addcmul(input_t, decay_t, state)
+        states.append(state)
+    return torch.einsum("tben,bnt->bet", torch.stack(states), C)
+
+
+def reference_direction(xz: Tensor, weights: DirectionWeights, out_proj: Tensor) -> Tensor:
+    """One direction in plain PyTorch; the scan itself in fp32, or in fp64 for fp64 weights.
+
+    Args:
+        xz: (B, 2E, T): input and gate.
+        weights: Of this direction.
+        out_proj: (D, E), shared by both directions.
+
+    Returns:
+        (B, T, D).
+    """
+    dtype = weights.A.dtype
+    x, z = xz.chunk(2, dim=1)
+    x = F.silu(F.conv1d(x, weights.conv_weight, weights.conv_bias, padding=3, groups=x.shape[1])[..., : x.shape[-1]])
+    rank, state = weights.dt_proj.shape[1], weights.A.shape[1]
+    step, B, C = F.linear(x.transpose(1, 2), weights.x_proj).split([rank, state, state], dim=-1)
+    delta = F.softplus(F.linear(step, weights.dt_proj).to(dtype) + weights.dt_bias).transpose(1, 2)
+    with torch.autocast(xz.device.type, enabled=False):
+        u = x.to(dtype)
+        y = selective_scan(u, delta, weights.A, B.transpose(1, 2).to(dtype), C.transpose(1, 2).to(dtype))
+        y = ((y + weights.D.unsqueeze(-1) * u) * F.silu(z.to(dtype))).to(xz.dtype)
+    return F.linear(y.transpose(1, 2), out_proj)
+
+
+def mamba_ssm_direction(xz: Tensor, weights: DirectionWeights, out_proj: Tensor) -> Tensor:
+    """The same on mamba-ssm's fused function, which recomputes convolution and step size in its backward pass.
+
+    It includes the output projection. That is linear, so projecting each direction and adding gives what DiS computes
+    by adding first; the separate functions would be exact too, but keep more for the backward pass than DiS deserves.
+    """
+    interface = require("mamba_ssm.ops.selective_scan_interface", "mixer='mamba-ssm'")
+    output: Tensor = interface.mamba_inner_fn(
+        xz,
+        weights.conv_weight,
+        weights.conv_bias,
+        weights.x_proj,
+        weights.dt_proj,
+        out_proj,
+        None,
+        weights.A,
+        None,
+        None,
+        weights.D,
+        delta_bias=weights.dt_bias,
+        delta_softplus=True,
+    )
+    return output
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, DirectionWeights, Tensor], Tensor]] = {
+    "reference": reference_direction,
+    "mamba-ssm": mamba_ssm_direction,
+}
