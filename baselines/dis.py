@@ -198,9 +198,7 @@ class DiS(Backbone):
         rates = [0.0, *(config.drop_path * i / (config.depth - 1) for i in range(config.depth))]
         self.in_blocks = nn.ModuleList(DiSBlock(config, drop_path=rates[i], skip=False) for i in range(half))
         self.mid_block = DiSBlock(config, drop_path=rates[half], skip=False)
-        self.out_blocks = nn.ModuleList(
-            DiSBlock(config, drop_path=rates[half + 1 + i], skip=True) for i in range(half)
-        )
+        self.out_blocks = nn.ModuleList(DiSBlock(config, drop_path=rates[half + 1 + i], skip=True) for i in range(half))
         self.drop_path = DropPath(config.drop_path)
         self.norm_f = AddNorm(D, config.mixer)
         self.final_layer = FinalLayer(D, config.patch_size, 2 * config.in_channels)

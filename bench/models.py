@@ -165,7 +165,9 @@ def check_options(family: Family, options: Mapping[str, str]) -> None:
         if name not in family.options:
             raise UnknownModelError(f"unknown option {name!r} of {family.name}: {closest(name, family.options)}")
         if value not in family.options[name]:
-            raise UnknownModelError(f"unknown {name} {value!r} of {family.name}: {closest(value, family.options[name])}")
+            raise UnknownModelError(
+                f"unknown {name} {value!r} of {family.name}: {closest(value, family.options[name])}"
+            )
 
 
 def implementation_of(family: Family, options: Mapping[str, str]) -> str:

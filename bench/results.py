@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
@@ -23,6 +24,11 @@ Mode = Literal["train", "forward"]
 Execution = Literal["eager", "graph", "compile"]
 Dtype = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
+
+
+def utc_now() -> str:
+    """The time of day, ISO 8601, UTC, as ``started_at`` has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class ResultError(ValueError):

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from dig.model import projection_splits
 
-_FUSED = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight", "attn.g_proj.weight", "attn.gk_proj.0.weight")
+_FUSED = (
+    "attn.q_proj.weight",
+    "attn.k_proj.weight",
+    "attn.v_proj.weight",
+    "attn.g_proj.weight",
+    "attn.gk_proj.0.weight",
+)
 _RENAMED = {
     "attn.gk_proj.1.weight": "attn.decay_proj.weight",
     "attn.gk_proj.1.bias": "attn.decay_proj.bias",
@@ -48,7 +54,9 @@ def from_release(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if f"{prefix}{_IN_PROJ}" not in result:
                 missing = [part for part in _FUSED if f"{prefix}{part}" not in state_dict]
                 if missing:
-                    raise KeyError(f"the checkpoint has {name} but lacks {', '.join(prefix + part for part in missing)}")
+                    raise KeyError(
+                        f"the checkpoint has {name} but lacks {', '.join(prefix + part for part in missing)}"
+                    )
                 result[f"{prefix}{_IN_PROJ}"] = torch.cat([state_dict[f"{prefix}{part}"] for part in _FUSED])
         else:
             result[prefix + (_RENAMED.get(rest, rest) if prefix else rest)] = tensor

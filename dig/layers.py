@@ -140,9 +140,7 @@ class Backbone(nn.Module):
         implementations: Which implementation of each operation this model runs, by name.
     """
 
-    def __init__(
-        self, *, input_size: tuple[int, int], in_channels: int, patch_size: int, num_classes: int
-    ) -> None:
+    def __init__(self, *, input_size: tuple[int, int], in_channels: int, patch_size: int, num_classes: int) -> None:
         super().__init__()
         if any(side < 1 or side % patch_size for side in input_size):
             raise ValueError(f"input_size must be positive multiples of the patch size {patch_size}; got {input_size}")
@@ -180,7 +178,9 @@ class Backbone(nn.Module):
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless x is (B, C, height, width) as the model was built for."""
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
-            raise ValueError(f"x must be (B, {self.in_channels}, {self.input_size[0]}, {self.input_size[1]}); got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must be (B, {self.in_channels}, {self.input_size[0]}, {self.input_size[1]}); got {tuple(x.shape)}"
+            )
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: CfgChannels = "three"

@@ -79,7 +79,12 @@ class DiGConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no DiG can have."""
-        for name, kind in (("variant", Variant), ("scan", Scan), ("convolution", Convolution), ("recurrence", Recurrence)):
+        for name, kind in (
+            ("variant", Variant),
+            ("scan", Scan),
+            ("convolution", Convolution),
+            ("recurrence", Recurrence),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if self.depth < 1:

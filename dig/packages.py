@@ -28,7 +28,9 @@ def is_installed(module: str) -> bool:
 def missing_message(module: str, purpose: str) -> str:
     """One line that says what is missing, what for, and how to install it."""
     distribution = DISTRIBUTIONS[module.partition(".")[0]]
-    return f"{purpose} needs the package {distribution}; install it with: pip install 'dig-diffusion[gpu]' (see README.md)"
+    return (
+        f"{purpose} needs the package {distribution}; install it with: pip install 'dig-diffusion[gpu]' (see README.md)"
+    )
 
 
 def require(module: str, purpose: str) -> ModuleType:

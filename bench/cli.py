@@ -1,0 +1,229 @@
+"""The commands ``python -m bench run`` and ``python -m bench list``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bench import cases as case_lists
+from bench.environment import describe_environment, gpu_present
+from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
+from bench.results import Case, ResultError, ResultsWriter, Row, read_results
+from bench.runner import Sweep, finished_cases, run_sweep
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS against resolution and model size.",
+)
+GIB = 2**30
+
+
+def _refuse(message: str) -> NoReturn:
+    """End with exit status 2 and one clear message."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        _refuse(f"{option} takes whole numbers separated by commas; got {text!r}")
+
+
+def _choose_device(device: str) -> str:
+    if device not in ("auto", "cuda", "cpu"):
+        _refuse(f"unknown device {device!r}: choose auto, cuda or cpu")
+    present = gpu_present()
+    if device == "cuda" and not present:
+        _refuse("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
+    return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def _default_models(device: str) -> list[str]:
+    return list(case_lists.PEERS) if device == "cuda" else list(FAMILIES)
+
+
+@app.command()
+def run(
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="A fixed set of cases instead of axes: paper (both figures, GPU), cpu (both in small) or auto."
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Families with options, separated by commas: DiG, DiG:fla, DiG:fla:variant=release, "
+            "Flash-DiT:sdpa-cudnn. Default: every model of the paper on its fastest published kernels (GPU), or on the "
+            "reference implementations (CPU)."
+        ),
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="Model sizes, separated by commas.")] = "S",
+    patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
+    resolutions: Annotated[
+        str, typer.Option("--resolutions", "--resolution", help="Image sides in pixels, separated by commas.")
+    ] = "1024",
+    modes: Annotated[str, typer.Option(help="train (forward, backward, AdamW), forward, or both.")] = "train,forward",
+    executions: Annotated[
+        str | None,
+        typer.Option(help="eager, graph (one CUDA graph), compile. Default: graph on a GPU, eager on a CPU."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU, fp32 on a CPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Results file (JSON lines); rows are appended.")] = Path(
+        "out/results.jsonl"
+    ),
+    resume: Annotated[bool, typer.Option(help="Skip the cases that the results file has already.")] = False,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds a case may take. fla tunes its kernels for minutes the first time.")
+    ] = 600.0,
+) -> None:
+    """Measure cases and append a row for each to the results file.
+
+    A case that runs out of memory, takes too long or fails becomes a row with its status. Ctrl-C ends the run with
+    what was measured; --resume goes on from there.
+    """
+    if batch < 1:
+        _refuse(f"--batch must be at least 1; got {batch}")
+    if time_limit <= 0:
+        _refuse(f"--time-limit must be positive; got {time_limit:g}")
+    where = _choose_device(device)
+    try:
+        if suite is not None:
+            name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
+            selected = case_lists.suite(name)
+            if name == "paper" and where == "cpu":
+                _refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
+        else:
+            selected = case_lists.sweep(
+                _words(models) if models is not None else _default_models(where),
+                sizes=_words(sizes),
+                patch=patch,
+                resolutions=_numbers(resolutions, "--resolutions"),
+                modes=cast(Any, _words(modes)),
+                executions=cast(Any, _words(executions or ("graph" if where == "cuda" else "eager"))),
+                batch=batch,
+                dtype=cast(Any, dtype or ("bf16" if where == "cuda" else "fp32")),
+                device=cast(Any, where),
+            )
+        if not selected:
+            _refuse("nothing to measure: every axis needs at least one value")
+        if models is not None:
+            _require_packages(selected)
+        _run(selected, out=out, resume=resume, time_limit=time_limit)
+    except (ValueError, ResultError) as error:
+        _refuse(str(error))
+
+
+def _require_packages(selected: list[Case]) -> None:
+    """Refuse a run that names a model whose package is missing; a suite records it as a row instead."""
+    for case in selected:
+        if message := missing_packages(parse_name(case.model)[0], dict(case.options)):
+            _refuse(message)
+
+
+def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) -> None:
+    console = Console(stderr=True)
+    with ResultsWriter(out) as writer:
+        if writer.torn_path is not None:
+            console.print(f"[yellow]{out} ended inside a row; the torn line was moved to {writer.torn_path}[/yellow]")
+        done = finished_cases(read_results(out).latest()) if resume else frozenset()
+        sweep = Sweep(cases=tuple(selected), done=done, time_limit=time_limit)
+        skipped = len(selected) - len(sweep.remaining)
+        console.print(
+            f"{len(sweep.remaining)} cases to measure into {out}" + (f", {skipped} done before" if skipped else "")
+        )
+        measured = 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with _progress(console) as progress:
+                task = progress.add_task("starting", total=len(sweep.remaining))
+                rows = run_sweep(
+                    sweep,
+                    writer,
+                    environment=describe_environment(),
+                    on_start=lambda case: progress.update(task, description=case.describe()),
+                )
+                for row in rows:
+                    measured += 1
+                    progress.advance(task)
+                    progress.console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print(f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume")
+            sys.exit(130)
+    console.print(f"done: {measured} rows in {out}")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _line(row: Row) -> str:
+    """One measured row for people."""
+    if row.median_ms is None:
+        return f"{row.case.describe()}: {row.status}: {row.message}"
+    peak = row.memory.peak if row.memory else None
+    memory = f"{peak / GIB:.2f} GiB" if peak else "memory unknown"
+    share = f", {row.ceiling_share:.0%} of the matmul ceiling" if row.ceiling_share else ""
+    return (
+        f"{row.case.describe()}: {row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s, {memory}{share}"
+    )
+
+
+@app.command("list")
+def list_command() -> None:
+    """List every model: parameters, and multiply-adds of a forward pass at 256 pixels, counted in full and as the paper does."""
+    import torch
+
+    from bench.flops import forward_macs, paper_macs
+    from bench.models import create_model
+    from dig.model import DiG
+
+    table = Table(title="256x256 images, 1000 classes, default options")
+    for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    assumed = False
+    with torch.device("meta"):
+        for family in FAMILIES.values():
+            for size in family.sizes:
+                for patch in PATCHES:
+                    name = model_name(family.name, size, patch)
+                    model = create_model(name, image_size=256)
+                    mark = " (assumed)" if size in family.assumed else ""
+                    assumed = assumed or bool(mark)
+                    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                    paper = f"{paper_macs(model) / 1e9:.3f}" if isinstance(model, DiG) else ""
+                    table.add_row(name + mark, f"{count:,}", f"{forward_macs(model) / 1e9:.3f}", paper)
+    console = Console()
+    console.print(table)
+    for family in FAMILIES.values():
+        for option, values in family.options.items():
+            console.print(f"{family.name}: {option} = {values[0]} (default)" + "".join(f" | {v}" for v in values[1:]))
+    if assumed:
+        console.print("assumed: nobody published this size; see baselines/dis.py")

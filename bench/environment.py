@@ -1,0 +1,92 @@
+"""Where a row was measured: commit, versions, device. Torch-free, so that the harness can ask before starting workers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dig.packages import DISTRIBUTIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMIT_VARIABLE = "DIG_COMMIT"
+"""Names the commit (``<hash>`` or ``<hash>-dirty``) where the code runs without its .git folder."""
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> dict[str, Any]:
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    # Only code counts: a results file being written does not make the measured code another.
+    changed = _git("status", "--porcelain", "--", "*.py", "pyproject.toml")
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # Not Linux: platform knows a name too, if a shorter one.
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> dict[str, Any]:
+    """Name, UUID and driver of GPU 0 as NVML sees it, or nothing where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # pynvml raises its own errors, which exist only where it imports.
+        return {}
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        return {
+            "gpu_name": pynvml.nvmlDeviceGetName(handle),
+            "gpu_uuid": pynvml.nvmlDeviceGetUUID(handle),
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+        }
+    except pynvml.NVMLError:
+        return {}
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def gpu_present() -> bool:
+    """Say whether NVML finds an NVIDIA GPU, without starting CUDA in this process."""
+    return bool(_gpu())
+
+
+def describe_environment() -> dict[str, Any]:
+    """What the ``environment`` field of a row holds; a key is None or absent where there is nothing to say."""
+    return {
+        **_commit(),
+        **_gpu(),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "packages": {name: version for name in sorted(DISTRIBUTIONS.values()) if (version := _version(name))},
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }

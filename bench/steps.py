@@ -1,0 +1,120 @@
+"""The step that a case times: model, inputs, and one call that does the work, eagerly, compiled or as a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.models import create_model
+from bench.results import Case
+from dig.layers import Backbone
+
+SEED = 0
+WARMUP_STEPS = 2
+
+
+def fill_zeros(model: nn.Module, std: float = 0.02) -> None:
+    """Give every parameter that is zero throughout small random values.
+
+    adaLN-Zero starts with gates of zero, so that half of a fresh model's backward pass multiplies zeros, which a GPU
+    does faster and cooler than the numbers of a model in training.
+    """
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A case made ready.
+
+    Attributes:
+        model: The model, on its device, weights in fp32.
+        run: One step, with nothing prepared: the eager form.
+    """
+
+    model: Backbone
+    run: Callable[[], Tensor]
+
+
+def build_step(case: Case) -> Step:
+    """Model, inputs and the step of a case, on its device.
+
+    The training step zeroes gradients, runs forward and backward under autocast and a fused AdamW step. The loss reads
+    every output channel, so that no gradient is zero.
+    """
+    torch.manual_seed(SEED)
+    device = torch.device(case.device)
+    with device:
+        model = create_model(case.model, image_size=case.resolution, **dict(case.options))
+    model.to(device)
+    fill_zeros(model)
+    x = torch.randn(case.batch, model.in_channels, *model.input_size, device=device)
+    noise = torch.randn_like(x)
+    t = torch.randint(0, 1000, (case.batch,), device=device)
+    y = torch.randint(0, model.num_classes, (case.batch,), device=device)
+    network: Callable[..., Tensor] = torch.compile(model) if case.execution == "compile" else model
+
+    def autocast() -> contextlib.AbstractContextManager[object]:
+        if case.dtype == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(case.device, dtype=torch.bfloat16)
+
+    if case.mode == "forward":
+        model.eval()
+
+        def forward() -> Tensor:
+            with torch.no_grad(), autocast():
+                return network(x, t, y)
+
+        return Step(model=model, run=forward)
+
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, weight_decay=0.0, fused=True, capturable=case.execution == "graph"
+    )
+
+    def train() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            output = network(x, t, y)
+        predicted, covariance = output.float().chunk(2, dim=1)
+        loss = F.mse_loss(predicted, noise) + covariance.square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()
+
+    return Step(model=model, run=train)
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """The whole step as one CUDA graph: its replay, and the tensor that each replay writes its result to.
+
+    The step must have run before, so that kernels are tuned and optimizer states exist.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+def warm_up(run: Callable[[], Tensor], device: str) -> None:
+    """Run a few steps on a side stream, as capturing afterwards asks for."""
+    if device == "cpu":
+        for _ in range(WARMUP_STEPS):
+            run()
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_STEPS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()

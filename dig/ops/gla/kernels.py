@@ -1,0 +1,337 @@
+"""Triton kernels of gated linear attention, parallel over chunks: the shared pieces and the forward pass.
+
+Shapes: B batch, T tokens, H heads, K key width, V value width, N chunks, C tokens of a chunk. KP and VP are K and V
+padded to powers of two; padded columns and the tokens after the last are read as 0, with decay 1.
+
+With ``c`` the running sum of the log decays inside a chunk, S the state before the chunk and G the chunk's total::
+
+    o_i   = (q_i e^{c_i}) S + sum_{j<=i} (q_i . k_j e^{c_i - c_j}) v_j
+    S_new = e^G S + sum_j (k_j e^{G - c_j})^T v_j
+
+Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once.
+
+**Exponents.** ``e^{c_i - c_j}`` is at most 1, but its two factors are not. Pairs (i, j) are split by the smallest
+aligned group of 16, 32, 64, ... tokens that holds both. If that group has more than 16 tokens, i lies in its second
+half and j in its first, so with both decays measured from the group's middle no exponent is positive: one array of
+factors ``exp2(-|c - c_middle|)`` serves the queries and the keys, and one product per group size all its pairs. In a
+group of 16, the exponents are at most 8 tokens' decay away from 0 on either side; a token's log decay is therefore kept
+at or above `MIN_LOG2_DECAY`, and the largest factor is e^80, which fp32 and bf16 (same exponent range) can hold with
+room for operands up to several thousand. Pairs outside the group or above the diagonal may overflow to infinity or NaN
+there: they are removed by ``tl.where``, never by a product with 0. fp16 could not hold these factors.
+"""
+# Kernels are written in Triton's language, whose values and decorators carry no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MIN_LOG2_DECAY = tl.constexpr(-10 * 1.4426950408889634)
+"""The least log2 decay of a token: e^-10, see above."""
+BLOCK = tl.constexpr(16)
+"""Tokens of the smallest group, the least that a matrix unit multiplies."""
+VANISHED = tl.constexpr(-150.0)
+"""The least log2 decay of a chunk in the scan over chunks: 2^-150 is 0 in fp32, so nothing is lost, and sums of 64
+such terms keep an absolute error below 1e-3."""
+
+
+@triton.jit
+def load_rows(ptr, stride, first, T, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """Tokens first .. first+C-1 of one head as (C, P); 0 after the last token and in the padded columns."""
+    rows = tl.arange(0, C)
+    cols = tl.arange(0, P)
+    mask = (first + rows < T)[:, None]
+    if P != WIDTH:
+        mask = mask & (cols < WIDTH)[None, :]
+    start = ptr + first.to(tl.int64) * stride
+    return tl.load(start + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, value, stride, first, T, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """The counterpart of `load_rows`; casts to the pointer's type."""
+    rows = tl.arange(0, C)
+    cols = tl.arange(0, P)
+    mask = (first + rows < T)[:, None]
+    if P != WIDTH:
+        mask = mask & (cols < WIDTH)[None, :]
+    start = ptr + first.to(tl.int64) * stride
+    tl.store(start + rows[:, None] * stride + cols[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def state_tile(K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr):
+    """Offsets (KP, VP) of a state, and which of them exist."""
+    rows = tl.arange(0, KP)[:, None]
+    cols = tl.arange(0, VP)[None, :]
+    return rows * V + cols, (rows < K) & (cols < V)
+
+
+@triton.jit
+def load_log2_decay(
+    ptr,
+    stride,
+    first,
+    T,
+    inverse_normalizer,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    LOGITS: tl.constexpr,
+):
+    """Log2 decays (C, P) in fp32, from log decays or, with LOGITS, from gate logits; clamped, 0 where masked."""
+    x = load_rows(ptr, stride, first, T, WIDTH, C, P).to(tl.float32) * LOG2E
+    if LOGITS:
+        # log2(sigmoid) without overflow on either side.
+        x = (tl.minimum(x, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(x)))) * inverse_normalizer
+        exists = (first + tl.arange(0, C) < T)[:, None] & (tl.arange(0, P) < WIDTH)[None, :]
+        x = tl.where(exists, x, 0.0)
+    return tl.maximum(x, MIN_LOG2_DECAY)
+
+
+@triton.jit
+def from_middle(c, GROUP: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """Running sums c (C, P) measured from the last token of the first half of each group of GROUP tokens."""
+    grouped = tl.reshape(c, (C // GROUP, GROUP, P))
+    position = tl.arange(0, GROUP)[None, :, None]
+    middle = tl.sum(tl.where(position == GROUP // 2 - 1, grouped, 0.0), axis=1)
+    return tl.reshape(grouped - middle[:, None, :], (C, P))
+
+
+@triton.jit
+def same_block(C: tl.constexpr):
+    """Which pairs (i, j) lie in one group of 16, (C, C)."""
+    return (tl.arange(0, C) // BLOCK)[:, None] == (tl.arange(0, C) // BLOCK)[None, :]
+
+
+@triton.jit
+def across_halves(GROUP: tl.constexpr, C: tl.constexpr):
+    """Which pairs (i, j) have i in the second half and j in the first half of one group, (C, C)."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return (i // GROUP == j // GROUP) & (i % GROUP >= GROUP // 2) & (j % GROUP < GROUP // 2)
+
+
+@triton.jit
+def chunk_scores(
+    q, k, c, C: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Causal scores (C, C) of fp32 queries and keys (C, P): ``q_i . k_j e^{c_i - c_j}`` for j <= i, else 0."""
+    x = from_middle(c, BLOCK, C, P)
+    scores = product(
+        (q * tl.exp2(x)).to(DOT), tl.trans((k * tl.exp2(-x)).to(DOT)), DOT, PRECISION)
+    causal = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
+    scores = tl.where(causal & same_block(C), scores, 0.0)
+    for level in tl.static_range(LEVELS):
+        factor = tl.exp2(-tl.abs(from_middle(c, 32 << level, C, P)))
+        pairs = product(
+            (q * factor).to(DOT), tl.trans((k * factor).to(DOT)), DOT, PRECISION)
+        scores = tl.where(across_halves(32 << level, C), pairs, scores)
+    return scores
+
+
+@triton.jit
+def chunk_output(
+    q,
+    k,
+    v,
+    c,
+    state,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Outputs (C, VP) in fp32 of one chunk: fp32 q and k, v and the state before the chunk as loaded."""
+    inside = product(
+        chunk_scores(q, k, c, C, P, LEVELS, DOT, PRECISION).to(DOT), v, DOT, PRECISION)
+    return product((q * tl.exp2(c)).to(DOT), state, inside, DOT, PRECISION)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def local_state_kernel(
+    q,
+    k,
+    v,
+    decay,
+    do,
+    states,
+    totals,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    d_b,
+    d_t,
+    d_h,
+    o_b,
+    o_t,
+    o_h,
+    T,
+    N,
+    scale,
+    inverse_normalizer,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    VP: tl.constexpr,
+    C: tl.constexpr,
+    LOGITS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What each chunk alone adds to the state, and with GRADIENT what it alone adds to the state's gradient.
+
+    Grid (H, N, B). Writes ``states[0, b, h, n] = (k e^{G-c})^T v``, with GRADIENT also ``states[1, b, h, n] =
+    (q e^c)^T do``, and ``totals[b, h, n] = G`` in log2. q and do are read only with GRADIENT.
+    """
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(0)
+    first = n * C
+    DOT: tl.constexpr = v.dtype.element_ty
+    d = load_log2_decay(decay + b * d_b + h * d_h, d_t, first, T, inverse_normalizer, K, C, KP, LOGITS)
+    c = tl.cumsum(d, axis=0)
+    total = tl.sum(d, axis=0)
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
+    # The total and the running sum are rounded apart, so their difference can be a little above 0.
+    keys = (b_k * tl.exp2(tl.minimum(total[None, :] - c, 0.0))).to(DOT)
+    state = product(tl.trans(keys), b_v, DOT, PRECISION)
+
+    index = (b * H + h) * N + n
+    offsets, exists = state_tile(K, V, KP, VP)
+    tl.store(states + index * (K * V) + offsets, state.to(states.dtype.element_ty), mask=exists)
+    rows = tl.arange(0, KP)
+    tl.store(totals + index * K + rows, total, mask=rows < K)
+    if GRADIENT:
+        b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
+        b_do = load_rows(do + b * o_b + h * o_h, o_t, first, T, V, C, VP)
+        queries = (b_q * tl.exp2(c)).to(DOT)
+        gradient = product(tl.trans(queries), b_do, DOT, PRECISION)
+        index += tl.num_programs(2).to(tl.int64) * H * N
+        tl.store(states + index * (K * V) + offsets, gradient.to(states.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["N", "direction"])
+def scan_kernel(
+    states,
+    totals,
+    N,
+    direction,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    COLS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Turn what chunks add into what has been added before each of them, in place: states (D, B, H, N, K, V).
+
+    Grid (K * ceil(V / COLS), B * H, D); BLOCKS = ceil(N / STEPS). Direction 0 goes forward: ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``;
+    direction 1 is its mirror image, which is what the gradient of the state needs. The first of the D entries has the
+    direction given, the next the other.
+
+    One row of the state has one decay per chunk, so STEPS chunks of a row are one triangular product: its loads do not
+    wait for the state carried from block to block, which stays in fp32 and is added afterwards.
+    """
+    tiles = tl.cdiv(V, COLS)
+    row = tl.program_id(0) // tiles
+    cols = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)
+    bh, entry = tl.program_id(1), tl.program_id(2)
+    backward = direction + entry
+    DOT: tl.constexpr = states.dtype.element_ty
+    x_ptr = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * (K * V) + row * V
+    g_ptr = totals + bh.to(tl.int64) * N * K + row
+    i = tl.arange(0, STEPS)
+    later = i[:, None] > i[None, :]
+    carry = tl.zeros([COLS], tl.float32)
+    for block in range(BLOCKS):
+        step = block * STEPS + i
+        chunk = tl.where(backward == 0, step, N - 1 - step)
+        previous = tl.where(backward == 0, chunk - 1, chunk + 1)
+        mask = (step < N)[:, None] & (cols < V)[None, :]
+        pointers = x_ptr + chunk.to(tl.int64)[:, None] * (K * V) + cols[None, :]
+        x = tl.load(pointers, mask=mask, other=0.0)
+        g = tl.maximum(tl.load(g_ptr + chunk * K, mask=step < N, other=0.0), VANISHED)
+        g_previous = tl.maximum(tl.load(g_ptr + previous * K, mask=(step < N) & (i > 0), other=0.0), VANISHED)
+        through = tl.cumsum(g, axis=0)
+        until = tl.cumsum(g_previous, axis=0)
+        weights = tl.where(later, tl.exp2(tl.minimum(until[:, None] - through[None, :], 0.0)), 0.0)
+        before = product(weights.to(DOT), x, DOT, PRECISION)
+        before += tl.exp2(until)[:, None] * carry[None, :]
+        total = tl.sum(g, axis=0)
+        rest = tl.exp2(tl.minimum(total - through, 0.0))
+        carry = tl.exp2(total) * carry + tl.sum(rest[:, None] * x.to(tl.float32), axis=0)
+        tl.store(pointers, before.to(DOT), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def output_kernel(
+    q,
+    k,
+    v,
+    decay,
+    gate,
+    weight,
+    states,
+    out,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    d_b,
+    d_t,
+    d_h,
+    g_b,
+    g_t,
+    g_h,
+    T,
+    N,
+    scale,
+    inverse_normalizer,
+    eps,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    VP: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BLOCK_OP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Outputs of every chunk from the states before it. Grid (H, N, B); out (B, T, H, V) contiguous.
+
+    With BLOCK_OP, `decay` holds gate logits and the output is ``RMSNorm(o) * weight * swish(gate)``; gate and weight
+    are read only then.
+    """
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(0)
+    first = n * C
+    DOT: tl.constexpr = v.dtype.element_ty
+    d = load_log2_decay(decay + b * d_b + h * d_h, d_t, first, T, inverse_normalizer, K, C, KP, BLOCK_OP)
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
+    offsets, exists = state_tile(K, V, KP, VP)
+    state = tl.load(states + ((b * H + h) * N + n) * (K * V) + offsets, mask=exists, other=0.0)
+    o = chunk_output(b_q, b_k, b_v, tl.cumsum(d, axis=0), state, C, KP, LEVELS, DOT, PRECISION)
+    if BLOCK_OP:
+        cols = tl.arange(0, VP)
+        b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
+        b_g = load_rows(gate + b * g_b + h * g_h, g_t, first, T, V, C, VP).to(tl.float32)
+        o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
+        o *= b_w[None, :] * b_g * tl.sigmoid(b_g)
+    store_rows(out + (b * T * H + h) * V, o, H * V, first, T, V, C, VP)

@@ -1,0 +1,436 @@
+"""Gated linear attention on Triton: two differentiable operations over one set of kernels.
+
+`tiled_gla` is the recurrence alone; `gla_block` takes in the gate's activation before it and the normalized, gated
+output after it. Both are registered with torch.library, so ``torch.compile(fullgraph=True)`` and CUDA graphs take them.
+
+Shapes: B batch, T tokens, H heads, K key width, V value width, N chunks.
+
+What is kept for the backward pass is the inputs alone; states and outputs are computed again. States between chunks are
+stored in the inputs' dtype: they are operands of a product in that dtype anyway, and in bf16 that halves their traffic.
+The scan over chunks carries its state in fp32, so the rounding does not add up along the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
+from dig.ops.gla.kernels_backward import gradient_kernel, output_backward_kernel
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_WIDTH = {"K": 128, "V": 256}
+"""Widest heads: a program holds whole rows of K and V in registers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tile choices of one head shape.
+
+    Attributes:
+        chunk: Tokens of a chunk, 16 times a power of two.
+        local_warps: Warps of a program that computes what a chunk adds to the state.
+        scan_warps: Warps of a program that scans one row of the state over the chunks.
+        scan_columns: Columns of that row.
+        output_warps: Warps of a program that computes a chunk's outputs (or runs their backward pass).
+        gradient_warps: Warps of a program that computes a chunk's gradients.
+    """
+
+    chunk: int = 64
+    local_warps: int = 4
+    scan_warps: int = 4
+    scan_columns: int = 32
+    output_warps: int = 4
+    gradient_warps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.chunk < 16 or self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
+
+
+TileKey = tuple[int, int, torch.dtype, int]
+"""K, V, dtype, and the major compute capability (0 on the CPU)."""
+
+DEFAULT_TILES = Tiles()
+WIDE_TILES = Tiles(output_warps=8, gradient_warps=8)
+TILES: dict[TileKey, Tiles] = {
+    (36, 72, torch.bfloat16, 9): WIDE_TILES,
+}
+"""Entries found with ``python -m bench.ops.gla --sweep``; shapes without one take `DEFAULT_TILES`, wide ones
+`WIDE_TILES`. A table, not autotuning: the first call costs no search, and a run repeats exactly."""
+
+
+def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
+    """The key of `TILES` for heads of these widths."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return K, V, dtype, major
+
+
+def tiles_for(q: Tensor, v: Tensor) -> Tiles:
+    """The tile choices for queries (B, T, H, K) and values (B, T, H, V)."""
+    K, V = q.shape[-1], v.shape[-1]
+    default = DEFAULT_TILES if K <= 32 and V <= 64 else WIDE_TILES
+    return TILES.get(tile_key(K, V, v.dtype, v.device), default)
+
+
+# --- what the caller gave -------------------------------------------------------------------------------------------
+
+
+def _check(name: str, tensor: Tensor, *, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))}; got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on q's device {like.device}; got {tensor.device}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension; its strides are {tensor.stride()}")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(f"{name} must be (B, T, H, width), none of them 0; got {tuple(tensor.shape)}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be {' or '.join(map(str, DTYPES))}; got {q.dtype}")
+    if not q.is_cuda and isinstance(output_kernel, triton.runtime.JITFunction):
+        raise ValueError(
+            f"q must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {q.device}"
+        )
+    for name, letter, tensor in (("q", "K", q), ("v", "V", v)):
+        if tensor.shape[-1] > MAX_WIDTH[letter]:
+            raise ValueError(f"{name} must have heads of at most {MAX_WIDTH[letter]}; got {tensor.shape[-1]}")
+    _check("q", q, shape=tuple(q.shape), dtypes=DTYPES, like=q)
+    _check("k", k, shape=tuple(q.shape), dtypes=(q.dtype,), like=q)
+    _check("v", v, shape=(*q.shape[:3], v.shape[-1]), dtypes=(q.dtype,), like=q)
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Everything about a call that several launches share."""
+
+    tiles: Tiles
+    B: int
+    T: int
+    H: int
+    N: int
+    scale: float
+    inverse_normalizer: float
+    widths: dict[str, Any]
+    """Constants of every kernel that works on a chunk."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        # Heads vary fastest: programs that run together read neighbouring parts of the same tokens.
+        return self.H, self.N, self.B
+
+    @property
+    def levels(self) -> int:
+        return self.tiles.chunk.bit_length() - 5
+
+
+def _plan(q: Tensor, v: Tensor, scale: float, normalizer: float) -> _Plan:
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    tiles = tiles_for(q, v)
+    widths = {
+        "K": K,
+        "V": V,
+        "KP": max(16, triton.next_power_of_2(K)),
+        "VP": max(16, triton.next_power_of_2(V)),
+        "C": tiles.chunk,
+        "PRECISION": _precision(v.dtype),
+    }
+    N = triton.cdiv(T, tiles.chunk)
+    return _Plan(tiles=tiles, B=B, T=T, H=H, N=N, scale=scale, inverse_normalizer=1.0 / normalizer, widths=widths)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    # Three tf32 products keep fp32's 24 bits of the operands and still run on the matrix units.
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    """A gradient as autograd hands it over, copied only if its last dimension isn't contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _states(
+    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, do: Tensor | None = None, logits: bool
+) -> tuple[Tensor, Tensor]:
+    """States before each chunk (1, B, H, N, K, V) and the chunks' log2 decays (B, H, N, K).
+
+    With do, states is (2, ...), and its second part the gradients of the states after each chunk.
+    """
+    entries = 1 if do is None else 2
+    K, V = q.shape[-1], v.shape[-1]
+    states = torch.empty(entries, plan.B, plan.H, plan.N, K, V, dtype=v.dtype, device=v.device)
+    totals = torch.empty(plan.B, plan.H, plan.N, K, dtype=torch.float32, device=v.device)
+    do_or_v = v if do is None else do
+    local_state_kernel[plan.grid](
+        q, k, v, decay, do_or_v, states, totals, *_strides(q, k, v, decay, do_or_v),
+        plan.T, plan.N, plan.scale, plan.inverse_normalizer,
+        **plan.widths, LOGITS=logits, GRADIENT=do is not None, num_warps=plan.tiles.local_warps,
+    )  # fmt: skip
+    _scan(plan, states, totals, direction=0)
+    return states, totals
+
+
+def _scan(plan: _Plan, states: Tensor, totals: Tensor, *, direction: int) -> None:
+    K, V = states.shape[-2:]
+    columns = min(plan.tiles.scan_columns, plan.widths["VP"])
+    steps = min(64, max(16, triton.next_power_of_2(plan.N)))
+    scan_kernel[(K * triton.cdiv(V, columns), plan.B * plan.H, states.shape[0])](
+        states, totals, plan.N, direction,
+        K=K, V=V, COLS=columns, STEPS=steps, BLOCKS=triton.cdiv(plan.N, steps),
+        PRECISION=plan.widths["PRECISION"], num_warps=plan.tiles.scan_warps,
+    )  # fmt: skip
+
+
+def _gradients(
+    plan: _Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    do: Tensor,
+    states: Tensor,
+    state_gradients: Tensor,
+    *,
+    logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, ddecay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, decay))
+    gradient_kernel[plan.grid](
+        q, k, v, decay, do, states, state_gradients, dq, dk, dv, ddecay, *_strides(q, k, v, decay, do),
+        dq.stride(1), dk.stride(1), dv.stride(1), ddecay.stride(1),
+        plan.T, plan.N, plan.scale, plan.inverse_normalizer,
+        **plan.widths, LEVELS=plan.levels, LOGITS=logits, num_warps=plan.tiles.gradient_warps,
+    )  # fmt: skip
+    return dq, dk, dv, ddecay
+
+
+# --- A: the recurrence ----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dig::gla", mutates_args=())
+def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    plan = _plan(q, v, 1.0, 1.0)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    with torch.cuda.device_of(q):
+        states, _ = _states(plan, q, k, v, log_decay, logits=False)
+        output_kernel[plan.grid](
+            q, k, v, log_decay, v, v, states, out, *_strides(q, k, v, log_decay, v),
+            plan.T, plan.N, 1.0, 1.0, 0.0,
+            **plan.widths, LEVELS=plan.levels, BLOCK_OP=False, num_warps=plan.tiles.output_warps,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("dig::gla_backward", mutates_args=())
+def _gla_backward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan = _plan(q, v, 1.0, 1.0)
+    do = _last_contiguous(do)
+    with torch.cuda.device_of(q):
+        states, _ = _states(plan, q, k, v, log_decay, do=do, logits=False)
+        return _gradients(plan, q, k, v, log_decay, do, states[0], states[1], logits=False)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_gla.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    return _empty(v)
+
+
+@_gla_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(k), _empty(v), _empty(log_decay)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.numbers = [x for x in inputs if not isinstance(x, Tensor)]
+
+
+def _gla_autograd(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
+    return _gla_backward(*ctx.saved_tensors, do)
+
+
+_gla.register_autograd(_gla_autograd, setup_context=_save_inputs)
+
+
+def tiled_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """The gated linear recurrence of `dig.ops.gla.gated_linear_attention`, on Triton.
+
+    Args:
+        q: Queries (B, T, H, K), already scaled, fp32 or bf16. Any strides but the last, which must be 1: slices of a
+            fused projection are read where they are. The same holds for the others.
+        k: Keys (B, T, H, K), q's dtype.
+        v: Values (B, T, H, V), q's dtype.
+        log_decay: Natural logarithm of the gates, (B, T, H, K), fp32 or q's dtype, each at most 0. Below -10 it counts
+            as -10, and its gradient is 0: a gate is never less than e^-10 = 4.5e-5.
+
+    Returns:
+        (B, T, H, V), contiguous, in v's dtype.
+
+    Raises:
+        ValueError: A shape, dtype, device or stride that the kernels do not take; the message names the argument.
+    """
+    _check_qkv(q, k, v)
+    _check("log_decay", log_decay, shape=tuple(q.shape), dtypes=(torch.float32, q.dtype), like=q)
+    return _gla(q, k, v, log_decay)
+
+
+# --- B: gate activation, recurrence, norm and output gate ------------------------------------------------------------
+
+
+@torch.library.custom_op("dig::gla_block", mutates_args=())
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    g: Tensor,
+    norm_weight: Tensor,
+    scale: float,
+    gate_normalizer: float,
+    eps: float,
+) -> Tensor:
+    plan = _plan(q, v, scale, gate_normalizer)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    with torch.cuda.device_of(q):
+        states, _ = _states(plan, q, k, v, gate_logits, logits=True)
+        output_kernel[plan.grid](
+            q, k, v, gate_logits, g, norm_weight, states, out, *_strides(q, k, v, gate_logits, g),
+            plan.T, plan.N, plan.scale, plan.inverse_normalizer, eps,
+            **plan.widths, LEVELS=plan.levels, BLOCK_OP=True, num_warps=plan.tiles.output_warps,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("dig::gla_block_backward", mutates_args=())
+def _block_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    g: Tensor,
+    norm_weight: Tensor,
+    dy: Tensor,
+    scale: float,
+    gate_normalizer: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    plan = _plan(q, v, scale, gate_normalizer)
+    dy = _last_contiguous(dy)
+    do, dg = _empty(v), _empty(g)
+    dweight = torch.empty(plan.B, plan.N, plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
+    with torch.cuda.device_of(q):
+        states, totals = _states(plan, q, k, v, gate_logits, logits=True)
+        state_gradients = _empty(states)
+        output_backward_kernel[plan.grid](
+            q, k, v, gate_logits, g, norm_weight, dy, states, state_gradients, do, dg, dweight,
+            *_strides(q, k, v, gate_logits, g, dy), dg.stride(1),
+            plan.T, plan.N, plan.scale, plan.inverse_normalizer, eps,
+            **plan.widths, LEVELS=plan.levels, num_warps=plan.tiles.output_warps,
+        )  # fmt: skip
+        _scan(plan, state_gradients, totals, direction=1)
+        gradients = _gradients(plan, q, k, v, gate_logits, do, states, state_gradients, logits=True)
+    return *gradients, dg, dweight.sum((0, 1, 2)).to(norm_weight.dtype)
+
+
+@_block.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    g: Tensor,
+    norm_weight: Tensor,
+    scale: float,
+    gate_normalizer: float,
+    eps: float,
+) -> Tensor:
+    return _empty(v)
+
+
+@_block_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    g: Tensor,
+    norm_weight: Tensor,
+    dy: Tensor,
+    scale: float,
+    gate_normalizer: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(k), _empty(v), _empty(gate_logits), _empty(g), _empty(norm_weight)
+
+
+def _block_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_block_backward(*ctx.saved_tensors, dy, *ctx.numbers), None, None, None
+
+
+_block.register_autograd(_block_autograd, setup_context=_save_inputs)
+
+
+def gla_block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    g: Tensor,
+    norm_weight: Tensor,
+    *,
+    scale: float,
+    gate_normalizer: float = 16.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``RMSNorm(GLA(scale * q, k, v, logsigmoid(gate_logits) / gate_normalizer)) * norm_weight * swish(g)``.
+
+    The readable form is `dig.ops.gla.block_reference.block_reference`.
+
+    Args:
+        q: Queries (B, T, H, K), fp32 or bf16, not yet scaled. As to strides, see `tiled_gla`.
+        k: Keys (B, T, H, K), q's dtype.
+        v: Values (B, T, H, V), q's dtype.
+        gate_logits: (B, T, H, K), fp32 or q's dtype, any value. A log decay below -10 counts as -10 with gradient 0,
+            which with the normalizer 16 takes a logit below -160.
+        g: Logits of the output gate, (B, T, H, V), q's dtype.
+        norm_weight: (V,), fp32 or q's dtype, shared by the heads.
+        scale: What q is multiplied with.
+        gate_normalizer: What the log decays are divided by; more than 0.
+        eps: Added to the mean square of a head's output.
+
+    Returns:
+        (B, T, H, V), contiguous, in v's dtype.
+
+    Raises:
+        ValueError: An argument that the kernels do not take; the message names it.
+    """
+    _check_qkv(q, k, v)
+    either = (torch.float32, q.dtype)
+    _check("gate_logits", gate_logits, shape=tuple(q.shape), dtypes=either, like=q)
+    _check("g", g, shape=tuple(v.shape), dtypes=(q.dtype,), like=q)
+    _check("norm_weight", norm_weight, shape=(v.shape[-1],), dtypes=either, like=q)
+    if gate_normalizer <= 0:
+        raise ValueError(f"gate_normalizer must be more than 0; got {gate_normalizer}")
+    return _block(q, k, v, gate_logits, g, norm_weight, scale, gate_normalizer, eps)
