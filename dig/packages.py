@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 
 DISTRIBUTIONS = {
@@ -42,4 +43,23 @@ def require(module: str, purpose: str) -> ModuleType:
     """
     if not is_installed(module):
         raise MissingPackageError(missing_message(module, purpose))
+    if module.startswith("fla."):
+        _import_fla_without_models()
     return importlib.import_module(module)
+
+
+def _import_fla_without_models() -> None:
+    """Import flash-linear-attention's kernels without its language models.
+
+    ``import fla`` brings in all of them, and transformers with them, which takes some 14 s; it does without where they
+    cannot be imported. None in ``sys.modules`` is Python's way to say so, and is taken back at once.
+    """
+    if "fla" in sys.modules:
+        return
+    heavy = ("fla.layers", "fla.models")
+    sys.modules.update(dict.fromkeys(heavy))  # type: ignore[arg-type]
+    try:
+        importlib.import_module("fla")
+    finally:
+        for name in heavy:
+            sys.modules.pop(name, None)

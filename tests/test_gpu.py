@@ -17,62 +17,54 @@ from tests.helpers import example, randomize, relative_error
 
 pytestmark = pytest.mark.gpu
 
-BF16_FORWARD = 1e-2
-BF16_GRADIENT = 3e-2
-"""Per parameter, through 12 to 25 blocks of bf16 products on either side."""
-
-
-def _twins(name: str, image_size: int, first: dict[str, str], second: dict[str, str]) -> tuple[nn.Module, nn.Module]:
-    """The same weights under two implementations, on the GPU."""
-    one = randomize(create_model(name, image_size=image_size, **first)).cuda().eval()
-    other = create_model(name, image_size=image_size, **second).cuda().eval()
-    other.load_state_dict(one.state_dict())
-    return one, other
+BF16 = 1e-2
+"""Relative error of one operation on bf16 inputs."""
 
 
 def _outputs_and_gradients(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's output and the gradient of every parameter, laid end to end."""
+    model.zero_grad()
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
         output = model(*inputs)
     output.float().square().mean().backward()
-    found = {"output": output}
-    # A parameter's own gradient may be tiny beside bf16's noise in the sum that it is; those are left to the whole.
-    found["gradients"] = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
-    return found
+    gradients = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+    return {"output": output, "gradients": gradients}
 
 
-def _assert_twins(name: str, first: dict[str, str], second: dict[str, str], *, dtype: torch.dtype) -> None:
-    one, other = _twins(name, 128, first, second)
-    inputs = example(one)
-    expected = _outputs_and_gradients(one, inputs, dtype)
+def _assert_twins(name: str, twin: str, implementation: dict[str, str], *, dtype: torch.dtype) -> None:
+    """Compare a reference model with its twin, the same weights on other kernels, both against the reference in fp32.
+
+    In bf16 a deep model's own rounding is far above a kernel's, so the twin may be no further from the truth than the
+    reference itself is in bf16, by half.
+    """
+    reference = randomize(create_model(name, image_size=128)).cuda().eval()
+    other = create_model(twin, image_size=128, **implementation).cuda().eval()
+    other.load_state_dict(reference.state_dict())
+    inputs = example(reference)
+    truth = _outputs_and_gradients(reference, inputs, torch.float32)
     actual = _outputs_and_gradients(other, inputs, dtype)
-    exact = dtype == torch.float32
-    errors = {key: relative_error(actual[key], expected[key]) for key in expected}
-    print(name, second, dtype, errors)
-    assert errors["output"] < (2e-3 if exact else BF16_FORWARD)
-    assert errors["gradients"] < (5e-3 if exact else BF16_GRADIENT)
+    errors = {key: relative_error(actual[key], truth[key]) for key in truth}
+    if dtype == torch.float32:
+        bounds = {"output": 2e-3, "gradients": 5e-3}
+    else:
+        rounded = _outputs_and_gradients(reference, inputs, dtype)
+        bounds = {key: 1.5 * relative_error(rounded[key], truth[key]) for key in truth}
+    print(twin, implementation, dtype, errors, "allowed", bounds)
+    assert all(errors[key] < bounds[key] for key in truth)
 
 
 @pytest.mark.parametrize("attention", ["sdpa-cudnn", "sdpa-flash", "flash-attn"])
 def test_flash_dit_equals_dit(attention: str) -> None:
-    one = randomize(create_model("DiT-S/2", image_size=128)).cuda().eval()
-    other = create_model("Flash-DiT-S/2", image_size=128, attention=attention).cuda().eval()
-    other.load_state_dict(one.state_dict())
-    inputs = example(one)
-    expected = _outputs_and_gradients(one, inputs, torch.bfloat16)
-    actual = _outputs_and_gradients(other, inputs, torch.bfloat16)
-    errors = {key: relative_error(actual[key], expected[key]) for key in expected}
-    print(attention, errors)
-    assert errors["output"] < BF16_FORWARD
-    assert errors["gradients"] < BF16_GRADIENT
+    _assert_twins("DiT-S/2", "Flash-DiT-S/2", {"attention": attention}, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dis_on_mamba_ssm_equals_reference(dtype: torch.dtype) -> None:
-    _assert_twins("DiS-S/2", {"mixer": "reference"}, {"mixer": "mamba-ssm"}, dtype=dtype)
+    _assert_twins("DiS-S/2", "DiS-S/2", {"mixer": "mamba-ssm"}, dtype=dtype)
 
 
 def test_dig_on_fla_equals_reference() -> None:
-    _assert_twins("DiG-S/2", {"recurrence": "reference"}, {"recurrence": "fla"}, dtype=torch.bfloat16)
+    _assert_twins("DiG-S/2", "DiG-S/2", {"recurrence": "fla"}, dtype=torch.bfloat16)
 
 
 def test_fla_recurrence_equals_step_by_step() -> None:
@@ -82,7 +74,7 @@ def test_fla_recurrence_equals_step_by_step() -> None:
     actual = gated_linear_attention(q, k, v, log_decay, implementation="fla")
     wide = (x.double() for x in (q, k, v, log_decay))
     expected = gated_linear_attention(*wide, implementation="recurrent")
-    assert relative_error(actual, expected) < BF16_FORWARD
+    assert relative_error(actual, expected) < BF16
 
 
 def test_flash_kernels_refuse_instead_of_falling_back() -> None:

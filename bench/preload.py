@@ -1,0 +1,14 @@
+"""Imported once by the server that worker processes fork from: what is slow to import and leaves CUDA alone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+
+# With this, asking whether there is a GPU does not start CUDA, whose state would not survive the fork.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+for name in ("torch._dynamo", "triton", "bench.worker"):
+    with contextlib.suppress(ImportError):  # A worker that needs the missing one says so in its row.
+        importlib.import_module(name)
