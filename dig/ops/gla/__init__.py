@@ -14,12 +14,23 @@ from torch import Tensor
 
 from dig.ops.gla.peer import fla_gla
 from dig.ops.gla.reference import chunked_gla, recurrent_gla
+from dig.packages import require
 
 __all__ = ["IMPLEMENTATIONS", "chunked_gla", "gated_linear_attention", "recurrent_gla"]
+
+
+def _triton_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """`dig.ops.gla.tiled.tiled_gla`, imported at the first call: this package does without Triton until then."""
+    require("triton", "implementation 'triton'")
+    from dig.ops.gla.tiled import tiled_gla
+
+    return tiled_gla(q, k, v, log_decay)
+
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "recurrent": recurrent_gla,
     "reference": chunked_gla,
+    "triton": _triton_gla,
     "fla": fla_gla,
 }
 
@@ -33,7 +44,8 @@ def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *
         v: Values (B, T, H, V).
         log_decay: Natural logarithm of the gates, (B, T, H, K), each at most 0.
         implementation: ``recurrent`` (step by step: the truth that tests compare with), ``reference`` (chunked PyTorch,
-            any device) or ``fla`` (flash-linear-attention's ``chunk_gla``, NVIDIA GPUs).
+            any device), ``triton`` (this project's kernels, see `dig.ops.gla.tiled.tiled_gla`; NVIDIA GPUs) or
+            ``fla`` (flash-linear-attention's ``chunk_gla``, NVIDIA GPUs).
 
     Returns:
         (B, T, H, V) in v's dtype. The state is kept in fp32, or in fp64 for fp64 inputs.

@@ -8,7 +8,9 @@ With ``c`` the running sum of the log decays inside a chunk, S the state before 
     o_i   = (q_i e^{c_i}) S + sum_{j<=i} (q_i . k_j e^{c_i - c_j}) v_j
     S_new = e^G S + sum_j (k_j e^{G - c_j})^T v_j
 
-Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once.
+Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once. At these
+widths a program is bound by the instructions it issues rather than by its products, so the first launch stores c (fp32)
+for the others: reading it back takes a tenth of the instructions of computing it again.
 
 **Exponents.** ``e^{c_i - c_j}`` is at most 1, but its two factors are not. Pairs (i, j) are split by the smallest
 aligned group of 16, 32, 64, ... tokens that holds both. If that group has more than 16 tokens, i lies in its second
@@ -70,34 +72,63 @@ def state_tile(K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.conste
 
 
 @triton.jit
-def load_log2_decay(
-    ptr,
-    stride,
-    first,
-    T,
-    inverse_normalizer,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    LOGITS: tl.constexpr,
-):
-    """Log2 decays (C, P) in fp32, from log decays or, with LOGITS, from gate logits; clamped, 0 where masked."""
-    x = load_rows(ptr, stride, first, T, WIDTH, C, P).to(tl.float32) * LOG2E
-    if LOGITS:
-        # log2(sigmoid) without overflow on either side.
-        x = (tl.minimum(x, 0.0) - tl.log2(1.0 + tl.exp2(-tl.abs(x)))) * inverse_normalizer
-        exists = (first + tl.arange(0, C) < T)[:, None] & (tl.arange(0, P) < WIDTH)[None, :]
-        x = tl.where(exists, x, 0.0)
-    return tl.maximum(x, MIN_LOG2_DECAY)
+def reciprocal(x, PRECISION: tl.constexpr):
+    """1 / x for x >= 1 to one unit in the last place; a full division takes five times the instructions."""
+    if PRECISION == "interpreter":
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def from_middle(c, GROUP: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """Running sums c (C, P) measured from the last token of the first half of each group of GROUP tokens."""
-    grouped = tl.reshape(c, (C // GROUP, GROUP, P))
-    position = tl.arange(0, GROUP)[None, :, None]
-    middle = tl.sum(tl.where(position == GROUP // 2 - 1, grouped, 0.0), axis=1)
-    return tl.reshape(grouped - middle[:, None, :], (C, P))
+def log2(x, PRECISION: tl.constexpr):
+    """log2(x) for x in [1, 2] to 2^-22 absolute, in one instruction instead of twenty."""
+    if PRECISION == "interpreter":
+        return tl.log2(x)
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid(x, PRECISION: tl.constexpr):
+    """1 / (1 + e^-x), any shape, fp32."""
+    return reciprocal(1.0 + tl.exp2(-LOG2E * x), PRECISION)
+
+
+@triton.jit
+def log2_decay(x, inverse_normalizer, LOGITS: tl.constexpr, PRECISION: tl.constexpr):
+    """Log2 decays, not yet clamped, of log decays or, with LOGITS, of gate logits; x in fp32."""
+    x *= LOG2E
+    if LOGITS:
+        # log2(sigmoid) without overflow on either side.
+        x = (tl.minimum(x, 0.0) - log2(1.0 + tl.exp2(-tl.abs(x)), PRECISION)) * inverse_normalizer
+    return x
+
+
+@triton.jit
+def load_sums(sums, chunk, GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """Running sums (C, P) of a chunk's log2 decays or, with GROUP, the sum in the middle of each token's group.
+
+    The middle is the last token of the first half of each group of GROUP tokens. Reading those rows again is cheaper
+    than moving them between threads.
+    """
+    rows = tl.arange(0, C)
+    if GROUP > 0:
+        rows = rows // GROUP * GROUP + (GROUP // 2 - 1)
+    cols = tl.arange(0, P)
+    pointers = sums + chunk * (C * K) + rows[:, None] * K + cols[None, :]
+    if P == K:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(cols < K)[None, :], other=0.0)
+
+
+@triton.jit
+def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """``a @ b`` of operands rounded to DOT, summed in fp32."""
+    a = a.to(DOT)
+    b = b.to(DOT)
+    if PRECISION == "interpreter":
+        # Triton's interpreter keeps bf16 as bit patterns and multiplies those. In fp32 the products are exact.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
 
 
 @triton.jit
@@ -115,40 +146,31 @@ def across_halves(GROUP: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def chunk_scores(
-    q, k, c, C: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Causal scores (C, C) of fp32 queries and keys (C, P): ``q_i . k_j e^{c_i - c_j}`` for j <= i, else 0."""
-    x = from_middle(c, BLOCK, C, P)
-    scores = product(
-        (q * tl.exp2(x)).to(DOT), tl.trans((k * tl.exp2(-x)).to(DOT)), DOT, PRECISION)
-    causal = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
-    scores = tl.where(causal & same_block(C), scores, 0.0)
-    for level in tl.static_range(LEVELS):
-        factor = tl.exp2(-tl.abs(from_middle(c, 32 << level, C, P)))
-        pairs = product(
-            (q * factor).to(DOT), tl.trans((k * factor).to(DOT)), DOT, PRECISION)
-        scores = tl.where(across_halves(32 << level, C), pairs, scores)
-    return scores
-
-
-@triton.jit
 def chunk_output(
     q,
     k,
     v,
-    c,
+    sums,
+    chunk,
     state,
+    K: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
     LEVELS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Outputs (C, VP) in fp32 of one chunk: fp32 q and k, v and the state before the chunk as loaded."""
-    inside = product(
-        chunk_scores(q, k, c, C, P, LEVELS, DOT, PRECISION).to(DOT), v, DOT, PRECISION)
-    return product((q * tl.exp2(c)).to(DOT), state, inside, DOT, PRECISION)
+    """Outputs (C, VP) in fp32 of one chunk: fp32 q and k (C, P), v and the state before the chunk as loaded."""
+    c = load_sums(sums, chunk, 0, K, C, P)
+    x = c - load_sums(sums, chunk, BLOCK, K, C, P)
+    scores = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
+    causal = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
+    scores = tl.where(causal & same_block(C), scores, 0.0)
+    for level in tl.static_range(LEVELS):
+        factor = tl.exp2(-tl.abs(c - load_sums(sums, chunk, 32 << level, K, C, P)))
+        pairs = product(q * factor, tl.trans(k * factor), DOT, PRECISION)
+        scores = tl.where(across_halves(32 << level, C), pairs, scores)
+    return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -158,8 +180,9 @@ def local_state_kernel(
     v,
     decay,
     do,
+    sums,
     states,
-    totals,
+    own,
     q_b,
     q_t,
     q_h,
@@ -190,44 +213,52 @@ def local_state_kernel(
 ):
     """What each chunk alone adds to the state, and with GRADIENT what it alone adds to the state's gradient.
 
-    Grid (H, N, B). Writes ``states[0, b, h, n] = (k e^{G-c})^T v``, with GRADIENT also ``states[1, b, h, n] =
-    (q e^c)^T do``, and ``totals[b, h, n] = G`` in log2. q and do are read only with GRADIENT.
+    Grid (H, N, B). Writes ``sums`` (B, H, N * C, K), the running sums c of the log2 decays inside a chunk, and
+    ``states[0, b, h, n] = (k e^{G-c})^T v``; with GRADIENT also ``states[1, b, h, n] = (q e^c)^T do`` and
+    ``own[b, t, h] = do_t . v_t``. q and do are read only then.
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    d = load_log2_decay(decay + b * d_b + h * d_h, d_t, first, T, inverse_normalizer, K, C, KP, LOGITS)
+    d = load_rows(decay + b * d_b + h * d_h, d_t, first, T, K, C, KP).to(tl.float32)
+    d = tl.maximum(log2_decay(d, inverse_normalizer, LOGITS, PRECISION), MIN_LOG2_DECAY)
+    rows = tl.arange(0, C)
+    cols = tl.arange(0, KP)
+    if LOGITS:
+        # A logit of 0 where nothing was loaded isn't a decay of 1.
+        d = tl.where((first + rows < T)[:, None] & (cols < K)[None, :], d, 0.0)
     c = tl.cumsum(d, axis=0)
-    total = tl.sum(d, axis=0)
+    # Rows after the last token too: those are read as the middle of a group.
+    tl.store(sums + index * (C * K) + rows[:, None] * K + cols[None, :], c, mask=(cols < K)[None, :])
     b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
-    # The total and the running sum are rounded apart, so their difference can be a little above 0.
-    keys = (b_k * tl.exp2(tl.minimum(total[None, :] - c, 0.0))).to(DOT)
+    keys = b_k * tl.exp2(tl.sum(d, axis=0)[None, :] - c)
     state = product(tl.trans(keys), b_v, DOT, PRECISION)
 
-    index = (b * H + h) * N + n
     offsets, exists = state_tile(K, V, KP, VP)
-    tl.store(states + index * (K * V) + offsets, state.to(states.dtype.element_ty), mask=exists)
-    rows = tl.arange(0, KP)
-    tl.store(totals + index * K + rows, total, mask=rows < K)
+    offsets += index * (K * V)
+    tl.store(states + offsets, state.to(states.dtype.element_ty), mask=exists)
     if GRADIENT:
         b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
         b_do = load_rows(do + b * o_b + h * o_h, o_t, first, T, V, C, VP)
-        queries = (b_q * tl.exp2(c)).to(DOT)
-        gradient = product(tl.trans(queries), b_do, DOT, PRECISION)
-        index += tl.num_programs(2).to(tl.int64) * H * N
-        tl.store(states + index * (K * V) + offsets, gradient.to(states.dtype.element_ty), mask=exists)
+        gradient = product(tl.trans(b_q * tl.exp2(c)), b_do, DOT, PRECISION)
+        offsets += tl.num_programs(2).to(tl.int64) * H * N * (K * V)
+        tl.store(states + offsets, gradient.to(states.dtype.element_ty), mask=exists)
+        b_own = tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), axis=1)
+        tl.store(own + (b * T + first + rows) * H + h, b_own, mask=first + rows < T)
 
 
 @triton.jit(do_not_specialize=["N", "direction"])
 def scan_kernel(
     states,
-    totals,
+    sums,
     N,
     direction,
     K: tl.constexpr,
     V: tl.constexpr,
+    C: tl.constexpr,
     COLS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -235,9 +266,9 @@ def scan_kernel(
 ):
     """Turn what chunks add into what has been added before each of them, in place: states (D, B, H, N, K, V).
 
-    Grid (K * ceil(V / COLS), B * H, D); BLOCKS = ceil(N / STEPS). Direction 0 goes forward: ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``;
-    direction 1 is its mirror image, which is what the gradient of the state needs. The first of the D entries has the
-    direction given, the next the other.
+    Grid (K * ceil(V / COLS), B * H, D); BLOCKS = ceil(N / STEPS). With G the last of a chunk's sums, direction 0 goes
+    forward: ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``; direction 1 is its mirror image, which is what the
+    gradient of the state needs. The first of the D entries has the direction given, the next the other.
 
     One row of the state has one decay per chunk, so STEPS chunks of a row are one triangular product: its loads do not
     wait for the state carried from block to block, which stays in fp32 and is added afterwards.
@@ -249,26 +280,25 @@ def scan_kernel(
     backward = direction + entry
     DOT: tl.constexpr = states.dtype.element_ty
     x_ptr = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * (K * V) + row * V
-    g_ptr = totals + bh.to(tl.int64) * N * K + row
+    g_ptr = sums + bh.to(tl.int64) * N * (C * K) + (C - 1) * K + row
     i = tl.arange(0, STEPS)
     later = i[:, None] > i[None, :]
     carry = tl.zeros([COLS], tl.float32)
     for block in range(BLOCKS):
         step = block * STEPS + i
-        chunk = tl.where(backward == 0, step, N - 1 - step)
+        chunk = tl.where(backward == 0, step, N - 1 - step).to(tl.int64)
         previous = tl.where(backward == 0, chunk - 1, chunk + 1)
         mask = (step < N)[:, None] & (cols < V)[None, :]
-        pointers = x_ptr + chunk.to(tl.int64)[:, None] * (K * V) + cols[None, :]
+        pointers = x_ptr + chunk[:, None] * (K * V) + cols[None, :]
         x = tl.load(pointers, mask=mask, other=0.0)
-        g = tl.maximum(tl.load(g_ptr + chunk * K, mask=step < N, other=0.0), VANISHED)
-        g_previous = tl.maximum(tl.load(g_ptr + previous * K, mask=(step < N) & (i > 0), other=0.0), VANISHED)
+        g = tl.maximum(tl.load(g_ptr + chunk * (C * K), mask=step < N, other=0.0), VANISHED)
+        g_previous = tl.load(g_ptr + previous * (C * K), mask=(step < N) & (i > 0), other=0.0)
         through = tl.cumsum(g, axis=0)
-        until = tl.cumsum(g_previous, axis=0)
-        weights = tl.where(later, tl.exp2(tl.minimum(until[:, None] - through[None, :], 0.0)), 0.0)
-        before = product(weights.to(DOT), x, DOT, PRECISION)
-        before += tl.exp2(until)[:, None] * carry[None, :]
+        until = tl.cumsum(tl.maximum(g_previous, VANISHED), axis=0)
+        weights = tl.where(later, tl.exp2(until[:, None] - through[None, :]), 0.0)
+        before = product(weights, x, DOT, PRECISION) + tl.exp2(until)[:, None] * carry[None, :]
         total = tl.sum(g, axis=0)
-        rest = tl.exp2(tl.minimum(total - through, 0.0))
+        rest = tl.exp2(total - through)
         carry = tl.exp2(total) * carry + tl.sum(rest[:, None] * x.to(tl.float32), axis=0)
         tl.store(pointers, before.to(DOT), mask=mask)
 
@@ -278,9 +308,9 @@ def output_kernel(
     q,
     k,
     v,
-    decay,
     gate,
     weight,
+    sums,
     states,
     out,
     q_b,
@@ -292,16 +322,12 @@ def output_kernel(
     v_b,
     v_t,
     v_h,
-    d_b,
-    d_t,
-    d_h,
     g_b,
     g_t,
     g_h,
     T,
     N,
     scale,
-    inverse_normalizer,
     eps,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -309,29 +335,28 @@ def output_kernel(
     VP: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
-    BLOCK_OP: tl.constexpr,
+    NORM_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Outputs of every chunk from the states before it. Grid (H, N, B); out (B, T, H, V) contiguous.
+    """Outputs o of every chunk from the states before it. Grid (H, N, B); out (B, T, H, V) contiguous.
 
-    With BLOCK_OP, `decay` holds gate logits and the output is ``RMSNorm(o) * weight * swish(gate)``; gate and weight
-    are read only then.
+    With NORM_GATE the output is ``RMSNorm(o) * weight * swish(gate)``; gate and weight are read only then.
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    d = load_log2_decay(decay + b * d_b + h * d_h, d_t, first, T, inverse_normalizer, K, C, KP, BLOCK_OP)
     b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
     b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
     offsets, exists = state_tile(K, V, KP, VP)
-    state = tl.load(states + ((b * H + h) * N + n) * (K * V) + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, tl.cumsum(d, axis=0), state, C, KP, LEVELS, DOT, PRECISION)
-    if BLOCK_OP:
+    state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0)
+    o = chunk_output(b_q, b_k, b_v, sums, index, state, K, C, KP, LEVELS, DOT, PRECISION)
+    if NORM_GATE:
         cols = tl.arange(0, VP)
         b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
         b_g = load_rows(gate + b * g_b + h * g_h, g_t, first, T, V, C, VP).to(tl.float32)
         o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
-        o *= b_w[None, :] * b_g * tl.sigmoid(b_g)
+        o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
     store_rows(out + (b * T * H + h) * V, o, H * V, first, T, V, C, VP)

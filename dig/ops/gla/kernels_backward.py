@@ -21,14 +21,15 @@ import triton.language as tl
 
 from dig.ops.gla.kernels import (
     BLOCK,
-    LOG2E,
     MIN_LOG2_DECAY,
     across_halves,
     chunk_output,
-    from_middle,
-    load_log2_decay,
     load_rows,
+    load_sums,
+    log2_decay,
+    product,
     same_block,
+    sigmoid,
     state_tile,
     store_rows,
 )
@@ -39,12 +40,13 @@ def output_backward_kernel(
     q,
     k,
     v,
-    decay,
     gate,
     weight,
     dy,
+    sums,
     states,
     state_gradients,
+    own,
     do,
     dgate,
     dweight,
@@ -57,9 +59,6 @@ def output_backward_kernel(
     v_b,
     v_t,
     v_h,
-    d_b,
-    d_t,
-    d_h,
     g_b,
     g_t,
     g_h,
@@ -70,7 +69,6 @@ def output_backward_kernel(
     T,
     N,
     scale,
-    inverse_normalizer,
     eps,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -83,41 +81,45 @@ def output_backward_kernel(
     """Backward of ``y = RMSNorm(o) * weight * swish(gate)``, with o recomputed. Grid (H, N, B).
 
     Writes do (B, T, H, V) contiguous, dgate with token stride dgate_t, the chunk's part of the weight's gradient
-    dweight (B, N, H, V), and ``state_gradients[b, h, n] = (q e^c)^T do``.
+    dweight (B, N, H, V), ``own[b, t, h] = do_t . v_t`` and ``state_gradients[b, h, n] = (q e^c)^T do``.
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    d = load_log2_decay(decay + b * d_b + h * d_h, d_t, first, T, inverse_normalizer, K, C, KP, True)
-    c = tl.cumsum(d, axis=0)
     b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
     b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
     offsets, exists = state_tile(K, V, KP, VP)
-    offsets += ((b * H + h) * N + n) * (K * V)
+    offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, c, state, C, KP, LEVELS, DOT, PRECISION)
+    o = chunk_output(b_q, b_k, b_v, sums, index, state, K, C, KP, LEVELS, DOT, PRECISION)
 
+    rows = tl.arange(0, C)
     cols = tl.arange(0, VP)
     b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
     b_g = load_rows(gate + b * g_b + h * g_h, g_t, first, T, V, C, VP).to(tl.float32)
     b_dy = load_rows(dy + b * y_b + h * y_h, y_t, first, T, V, C, VP).to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
     normed = o * inverse_rms
-    sigmoid = tl.sigmoid(b_g)
-    swish = b_g * sigmoid
+    gate_sigmoid = sigmoid(b_g, PRECISION)
+    swish = b_g * gate_sigmoid
     through_gate = b_dy * normed
-    b_dgate = through_gate * b_w[None, :] * (sigmoid + swish * (1.0 - sigmoid))
+    b_dgate = through_gate * b_w[None, :] * (gate_sigmoid + swish * (1.0 - gate_sigmoid))
     store_rows(dgate + b * T * dgate_t + h * V, b_dgate, dgate_t, first, T, V, C, VP)
     # One row per chunk and head, summed afterwards in a fixed order: atomics would make runs differ.
     tl.store(dweight + ((b * N + n) * H + h) * V + cols, tl.sum(through_gate * swish, axis=0), mask=cols < V)
     dnormed = b_dy * b_w[None, :] * swish
     b_do = inverse_rms * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / V)[:, None])
     store_rows(do + (b * T * H + h) * V, b_do, H * V, first, T, V, C, VP)
+    # From do before it is rounded: the norm makes do orthogonal to o, and where o is little else than this token's own
+    # v (the first tokens), the rounding would be all that is left of the product.
+    b_own = tl.sum(b_do * b_v.to(tl.float32), axis=1)
+    tl.store(own + (b * T + first + rows) * H + h, b_own, mask=first + rows < T)
 
-    queries = tl.trans((b_q * tl.exp2(c)).to(DOT))
-    gradient = product(queries, b_do.to(DOT), DOT, PRECISION)
+    queries = b_q * tl.exp2(load_sums(sums, index, 0, K, C, KP))
+    gradient = product(tl.trans(queries), b_do, DOT, PRECISION)
     tl.store(state_gradients + offsets, gradient.to(state_gradients.dtype.element_ty), mask=exists)
 
 
@@ -125,6 +127,7 @@ def output_backward_kernel(
 def pair_gradients(
     dq,
     dk,
+    dc,
     queries,
     keys,
     q_factor,
@@ -133,11 +136,15 @@ def pair_gradients(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the gradients of one group size's scores ``queries @ keys^T`` to dq and dk (C, KP); dscores is masked."""
-    dscores = dscores.to(DOT)
-    dq += product(dscores, keys, DOT, PRECISION) * q_factor
-    dk += product(tl.trans(dscores), queries, DOT, PRECISION) * k_factor
-    return dq, dk
+    """Add the gradients of one group size's scores ``queries @ keys^T``; dscores is masked, all others (C, KP).
+
+    dc collects ``q dq - k dk``. A pair (i, j) adds to row i what it takes from row j, and most of that cancels in the
+    sums over rows that follow, so both are taken from the same rounded operands, not from q and dq themselves.
+    """
+    of_queries = product(dscores, keys, DOT, PRECISION)
+    of_keys = product(tl.trans(dscores), queries, DOT, PRECISION)
+    dc += queries.to(tl.float32) * of_queries - keys.to(tl.float32) * of_keys
+    return dq + of_queries * q_factor, dk + of_keys * k_factor, dc
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -147,8 +154,10 @@ def gradient_kernel(
     v,
     decay,
     do,
+    sums,
     states,
     state_gradients,
+    own,
     dq,
     dk,
     dv,
@@ -193,62 +202,63 @@ def gradient_kernel(
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    decay += b * d_b + h * d_h
-    d = load_log2_decay(decay, d_t, first, T, inverse_normalizer, K, C, KP, LOGITS)
-    c = tl.cumsum(d, axis=0)
-    total = tl.sum(d, axis=0)
+    rows = tl.arange(0, C)
+    i = rows[:, None]
+    j = rows[None, :]
+    cols = tl.arange(0, KP)
+    c = load_sums(sums, index, 0, K, C, KP)
+    total = tl.load(sums + index * (C * K) + (C - 1) * K + cols, mask=cols < K, other=0.0)
     offsets, exists = state_tile(K, V, KP, VP)
-    offsets += ((b * H + h) * N + n) * (K * V)
+    offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
     dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
     b_do = load_rows(do + b * o_b + h * o_h, o_t, first, T, V, C, VP)
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
 
     # Through the states.
-    until_end = tl.exp2(tl.minimum(total[None, :] - c, 0.0))
-    b_dv = product((b_k * until_end).to(DOT), dstate, DOT, PRECISION)
+    until_end = tl.exp2(total[None, :] - c)
     b_dk = product(b_v, tl.trans(dstate), DOT, PRECISION) * until_end
     b_dq = product(b_do, tl.trans(state), DOT, PRECISION) * tl.exp2(c)
     through_total = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1) * tl.exp2(total)
     through_total += tl.sum(b_k * b_dk, axis=0)
+    b_dc = b_q * b_dq - b_k * b_dk
 
     # Through the scores, group size by group size.
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
-    dscores = product(b_do, tl.trans(b_v), DOT, PRECISION)
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    x = from_middle(c, BLOCK, C, KP)
+    dscores = product(b_do, tl.trans(b_v), DOT, PRECISION).to(DOT)
+    x = c - load_sums(sums, index, BLOCK, K, C, KP)
     q_factor = tl.exp2(x)
     k_factor = tl.exp2(-x)
     queries = (b_q * q_factor).to(DOT)
     keys = (b_k * k_factor).to(DOT)
     scores = product(queries, tl.trans(keys), DOT, PRECISION)
-    scores = tl.where((i >= j) & same_block(C), scores, 0.0)
+    scores = tl.where((i >= j) & same_block(C), scores, 0.0).to(DOT)
     masked = tl.where((i > j) & same_block(C), dscores, 0.0)
-    b_dq, b_dk = pair_gradients(b_dq, b_dk, queries, keys, q_factor, k_factor, masked, DOT, PRECISION)
+    b_dq, b_dk, b_dc = pair_gradients(b_dq, b_dk, b_dc, queries, keys, q_factor, k_factor, masked, DOT, PRECISION)
     for level in tl.static_range(LEVELS):
-        factor = tl.exp2(-tl.abs(from_middle(c, 32 << level, C, KP)))
+        factor = tl.exp2(-tl.abs(c - load_sums(sums, index, 32 << level, K, C, KP)))
         queries = (b_q * factor).to(DOT)
         keys = (b_k * factor).to(DOT)
         pairs = across_halves(32 << level, C)
-        scores = tl.where(
-            pairs, product(queries, tl.trans(keys), DOT, PRECISION), scores
-        )
+        scores = tl.where(pairs, product(queries, tl.trans(keys), DOT, PRECISION).to(DOT), scores)
         masked = tl.where(pairs, dscores, 0.0)
-        b_dq, b_dk = pair_gradients(b_dq, b_dk, queries, keys, factor, factor, masked, DOT, PRECISION)
-    b_dv = product(tl.trans(scores.to(DOT)), b_do, b_dv, DOT, PRECISION)
-    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, first, T, V, C, VP)
+        b_dq, b_dk, b_dc = pair_gradients(b_dq, b_dk, b_dc, queries, keys, factor, factor, masked, DOT, PRECISION)
 
-    b_dd = tl.cumsum(b_q * b_dq - b_k * b_dk, axis=0, reverse=True) + through_total[None, :]
-    own = tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), axis=1)[:, None]
-    store_rows(dq + b * T * dq_t + h * K, (b_dq + own * b_k) * scale, dq_t, first, T, K, C, KP)
-    store_rows(dk + b * T * dk_t + h * K, b_dk + own * b_q, dk_t, first, T, K, C, KP)
+    b_dd = tl.cumsum(b_dc, axis=0, reverse=True) + through_total[None, :]
+    b_own = tl.load(own + (b * T + first + rows) * H + h, mask=first + rows < T, other=0.0)[:, None]
+    store_rows(dq + b * T * dq_t + h * K, (b_dq + b_own * b_k) * scale, dq_t, first, T, K, C, KP)
+    store_rows(dk + b * T * dk_t + h * K, b_dk + b_own * b_q, dk_t, first, T, K, C, KP)
+    logits = load_rows(decay + b * d_b + h * d_h, d_t, first, T, K, C, KP).to(tl.float32)
     # Nothing flows through a decay that the clamp has replaced.
-    b_dd = tl.where(d > MIN_LOG2_DECAY, b_dd, 0.0)
+    clamped = log2_decay(logits, inverse_normalizer, LOGITS, PRECISION) < MIN_LOG2_DECAY
     if LOGITS:
-        logits = load_rows(decay, d_t, first, T, K, C, KP).to(tl.float32)
         # d logsigmoid(x) / dx = sigmoid(-x)
-        b_dd *= inverse_normalizer / (1.0 + tl.exp2(logits * LOG2E))
-    store_rows(ddecay + b * T * ddecay_t + h * K, b_dd, ddecay_t, first, T, K, C, KP)
+        b_dd *= inverse_normalizer * sigmoid(-logits, PRECISION)
+    store_rows(ddecay + b * T * ddecay_t + h * K, tl.where(clamped, 0.0, b_dd), ddecay_t, first, T, K, C, KP)
+
+    # Last, so that its accumulator does not take registers before.
+    b_dv = product(b_k * until_end, dstate, DOT, PRECISION) + product(tl.trans(scores), b_do, DOT, PRECISION)
+    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, first, T, V, C, VP)

@@ -12,6 +12,7 @@ The scan over chunks carries its state in fp32, so the rounding does not add up 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,26 +54,29 @@ class Tiles:
 
 
 TileKey = tuple[int, int, torch.dtype, int]
-"""K, V, dtype, and the major compute capability (0 on the CPU)."""
+"""K, V, dtype, and the major compute capability."""
 
 DEFAULT_TILES = Tiles()
 WIDE_TILES = Tiles(output_warps=8, gradient_warps=8)
+INTERPRETER_TILES = Tiles(scan_columns=256)
+"""Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 TILES: dict[TileKey, Tiles] = {
     (36, 72, torch.bfloat16, 9): WIDE_TILES,
 }
-"""Entries found with ``python -m bench.ops.gla --sweep``; shapes without one take `DEFAULT_TILES`, wide ones
-`WIDE_TILES`. A table, not autotuning: the first call costs no search, and a run repeats exactly."""
+"""On NVIDIA GPUs, found with ``python -m bench.ops.gla --sweep``; shapes without an entry take `DEFAULT_TILES`, wider
+ones `WIDE_TILES`. A table, not autotuning: the first call costs no search, and a run repeats exactly."""
 
 
 def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
     """The key of `TILES` for heads of these widths."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    return K, V, dtype, major
+    return K, V, dtype, torch.cuda.get_device_capability(device)[0]
 
 
 def tiles_for(q: Tensor, v: Tensor) -> Tiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V)."""
     K, V = q.shape[-1], v.shape[-1]
+    if v.device.type == "cpu":
+        return INTERPRETER_TILES
     default = DEFAULT_TILES if K <= 32 and V <= 64 else WIDE_TILES
     return TILES.get(tile_key(K, V, v.dtype, v.device), default)
 
@@ -123,8 +127,8 @@ class _Plan:
     N: int
     scale: float
     inverse_normalizer: float
-    widths: dict[str, Any]
-    """Constants of every kernel that works on a chunk."""
+    constants: dict[str, Any]
+    """Those of every kernel that works on a chunk."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -132,7 +136,12 @@ class _Plan:
         return self.H, self.N, self.B
 
     @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.B, self.H, self.N, self.constants["K"], self.constants["V"]
+
+    @property
     def levels(self) -> int:
+        """Group sizes above 16 in a chunk."""
         return self.tiles.chunk.bit_length() - 5
 
 
@@ -140,7 +149,7 @@ def _plan(q: Tensor, v: Tensor, scale: float, normalizer: float) -> _Plan:
     B, T, H, K = q.shape
     V = v.shape[-1]
     tiles = tiles_for(q, v)
-    widths = {
+    constants = {
         "K": K,
         "V": V,
         "KP": max(16, triton.next_power_of_2(K)),
@@ -149,10 +158,12 @@ def _plan(q: Tensor, v: Tensor, scale: float, normalizer: float) -> _Plan:
         "PRECISION": _precision(v.dtype),
     }
     N = triton.cdiv(T, tiles.chunk)
-    return _Plan(tiles=tiles, B=B, T=T, H=H, N=N, scale=scale, inverse_normalizer=1.0 / normalizer, widths=widths)
+    return _Plan(tiles=tiles, B=B, T=T, H=H, N=N, scale=scale, inverse_normalizer=1.0 / normalizer, constants=constants)
 
 
 def _precision(dtype: torch.dtype) -> str:
+    if not isinstance(output_kernel, triton.runtime.JITFunction):
+        return "interpreter"
     # Three tf32 products keep fp32's 24 bits of the operands and still run on the matrix units.
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
@@ -161,40 +172,49 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Contiguous, whatever the strides of x."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _last_contiguous(tensor: Tensor) -> Tensor:
     """A gradient as autograd hands it over, copied only if its last dimension isn't contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _states(
+def _local_states(
     plan: _Plan, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, do: Tensor | None = None, logits: bool
-) -> tuple[Tensor, Tensor]:
-    """States before each chunk (1, B, H, N, K, V) and the chunks' log2 decays (B, H, N, K).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each chunk adds to the state (1, B, H, N, K, V), the sums of the decays, and do . v of each token.
 
-    With do, states is (2, ...), and its second part the gradients of the states after each chunk.
+    With do, the first is (2, ...), and its second part what each chunk adds to the state's gradient; without, the last
+    is left unwritten.
     """
-    entries = 1 if do is None else 2
-    K, V = q.shape[-1], v.shape[-1]
-    states = torch.empty(entries, plan.B, plan.H, plan.N, K, V, dtype=v.dtype, device=v.device)
-    totals = torch.empty(plan.B, plan.H, plan.N, K, dtype=torch.float32, device=v.device)
+    states = torch.empty(1 if do is None else 2, *plan.state_shape, dtype=v.dtype, device=v.device)
+    C, K = plan.tiles.chunk, q.shape[-1]
+    sums = torch.empty(plan.B, plan.H, plan.N * C, K, dtype=torch.float32, device=v.device)
+    own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
     do_or_v = v if do is None else do
     local_state_kernel[plan.grid](
-        q, k, v, decay, do_or_v, states, totals, *_strides(q, k, v, decay, do_or_v),
+        q, k, v, decay, do_or_v, sums, states, own, *_strides(q, k, v, decay, do_or_v),
         plan.T, plan.N, plan.scale, plan.inverse_normalizer,
-        **plan.widths, LOGITS=logits, GRADIENT=do is not None, num_warps=plan.tiles.local_warps,
+        **plan.constants, LOGITS=logits, GRADIENT=do is not None, num_warps=plan.tiles.local_warps,
     )  # fmt: skip
-    _scan(plan, states, totals, direction=0)
-    return states, totals
+    return states, sums, own
 
 
-def _scan(plan: _Plan, states: Tensor, totals: Tensor, *, direction: int) -> None:
+def _scan(plan: _Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     K, V = states.shape[-2:]
-    columns = min(plan.tiles.scan_columns, plan.widths["VP"])
+    columns = min(plan.tiles.scan_columns, plan.constants["VP"])
     steps = min(64, max(16, triton.next_power_of_2(plan.N)))
     scan_kernel[(K * triton.cdiv(V, columns), plan.B * plan.H, states.shape[0])](
-        states, totals, plan.N, direction,
-        K=K, V=V, COLS=columns, STEPS=steps, BLOCKS=triton.cdiv(plan.N, steps),
-        PRECISION=plan.widths["PRECISION"], num_warps=plan.tiles.scan_warps,
+        states, sums, plan.N, direction,
+        K=K, V=V, C=plan.tiles.chunk, COLS=columns, STEPS=steps, BLOCKS=triton.cdiv(plan.N, steps),
+        PRECISION=plan.constants["PRECISION"], num_warps=plan.tiles.scan_warps,
     )  # fmt: skip
 
 
@@ -205,17 +225,19 @@ def _gradients(
     v: Tensor,
     decay: Tensor,
     do: Tensor,
+    sums: Tensor,
     states: Tensor,
     state_gradients: Tensor,
+    own: Tensor,
     *,
     logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, ddecay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, decay))
+    dq, dk, dv, ddecay = _empty(q), _empty(k), _empty(v), _empty(decay)
     gradient_kernel[plan.grid](
-        q, k, v, decay, do, states, state_gradients, dq, dk, dv, ddecay, *_strides(q, k, v, decay, do),
+        q, k, v, decay, do, sums, states, state_gradients, own, dq, dk, dv, ddecay, *_strides(q, k, v, decay, do),
         dq.stride(1), dk.stride(1), dv.stride(1), ddecay.stride(1),
         plan.T, plan.N, plan.scale, plan.inverse_normalizer,
-        **plan.widths, LEVELS=plan.levels, LOGITS=logits, num_warps=plan.tiles.gradient_warps,
+        **plan.constants, LEVELS=plan.levels, LOGITS=logits, num_warps=plan.tiles.gradient_warps,
     )  # fmt: skip
     return dq, dk, dv, ddecay
 
@@ -227,12 +249,12 @@ def _gradients(
 def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = _plan(q, v, 1.0, 1.0)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with torch.cuda.device_of(q):
-        states, _ = _states(plan, q, k, v, log_decay, logits=False)
+    with _on(q.device):
+        states, sums, _ = _local_states(plan, q, k, v, log_decay, logits=False)
+        _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
-            q, k, v, log_decay, v, v, states, out, *_strides(q, k, v, log_decay, v),
-            plan.T, plan.N, 1.0, 1.0, 0.0,
-            **plan.widths, LEVELS=plan.levels, BLOCK_OP=False, num_warps=plan.tiles.output_warps,
+            q, k, v, v, v, sums, states, out, *_strides(q, k, v, v), plan.T, plan.N, plan.scale, 0.0,
+            **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
         )  # fmt: skip
     return out
 
@@ -243,13 +265,10 @@ def _gla_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = _plan(q, v, 1.0, 1.0)
     do = _last_contiguous(do)
-    with torch.cuda.device_of(q):
-        states, _ = _states(plan, q, k, v, log_decay, do=do, logits=False)
-        return _gradients(plan, q, k, v, log_decay, do, states[0], states[1], logits=False)
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with _on(q.device):
+        states, sums, own = _local_states(plan, q, k, v, log_decay, do=do, logits=False)
+        _scan(plan, states, sums, direction=0)
+        return _gradients(plan, q, k, v, log_decay, do, sums, states[0], states[1], own, logits=False)
 
 
 @_gla.register_fake
@@ -268,7 +287,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gla_autograd(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
-    return _gla_backward(*ctx.saved_tensors, do)
+    gradients: tuple[Tensor, ...] = _gla_backward(*ctx.saved_tensors, do)
+    return gradients
 
 
 _gla.register_autograd(_gla_autograd, setup_context=_save_inputs)
@@ -293,7 +313,8 @@ def tiled_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """
     _check_qkv(q, k, v)
     _check("log_decay", log_decay, shape=tuple(q.shape), dtypes=(torch.float32, q.dtype), like=q)
-    return _gla(q, k, v, log_decay)
+    output: Tensor = _gla(q, k, v, log_decay)
+    return output
 
 
 # --- B: gate activation, recurrence, norm and output gate ------------------------------------------------------------
@@ -313,12 +334,12 @@ def _block(
 ) -> Tensor:
     plan = _plan(q, v, scale, gate_normalizer)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with torch.cuda.device_of(q):
-        states, _ = _states(plan, q, k, v, gate_logits, logits=True)
+    with _on(q.device):
+        states, sums, _ = _local_states(plan, q, k, v, gate_logits, logits=True)
+        _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
-            q, k, v, gate_logits, g, norm_weight, states, out, *_strides(q, k, v, gate_logits, g),
-            plan.T, plan.N, plan.scale, plan.inverse_normalizer, eps,
-            **plan.widths, LEVELS=plan.levels, BLOCK_OP=True, num_warps=plan.tiles.output_warps,
+            q, k, v, g, norm_weight, sums, states, out, *_strides(q, k, v, g), plan.T, plan.N, plan.scale, eps,
+            **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
         )  # fmt: skip
     return out
 
@@ -340,17 +361,17 @@ def _block_backward(
     dy = _last_contiguous(dy)
     do, dg = _empty(v), _empty(g)
     dweight = torch.empty(plan.B, plan.N, plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
-    with torch.cuda.device_of(q):
-        states, totals = _states(plan, q, k, v, gate_logits, logits=True)
+    with _on(q.device):
+        states, sums, own = _local_states(plan, q, k, v, gate_logits, logits=True)
+        _scan(plan, states, sums, direction=0)
         state_gradients = _empty(states)
         output_backward_kernel[plan.grid](
-            q, k, v, gate_logits, g, norm_weight, dy, states, state_gradients, do, dg, dweight,
-            *_strides(q, k, v, gate_logits, g, dy), dg.stride(1),
-            plan.T, plan.N, plan.scale, plan.inverse_normalizer, eps,
-            **plan.widths, LEVELS=plan.levels, num_warps=plan.tiles.output_warps,
+            q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight,
+            *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, plan.scale, eps,
+            **plan.constants, LEVELS=plan.levels, num_warps=plan.tiles.output_warps,
         )  # fmt: skip
-        _scan(plan, state_gradients, totals, direction=1)
-        gradients = _gradients(plan, q, k, v, gate_logits, do, states, state_gradients, logits=True)
+        _scan(plan, state_gradients, sums, direction=1)
+        gradients = _gradients(plan, q, k, v, gate_logits, do, sums, states, state_gradients, own, logits=True)
     return *gradients, dg, dweight.sum((0, 1, 2)).to(norm_weight.dtype)
 
 
@@ -433,4 +454,5 @@ def gla_block(
     _check("norm_weight", norm_weight, shape=(v.shape[-1],), dtypes=either, like=q)
     if gate_normalizer <= 0:
         raise ValueError(f"gate_normalizer must be more than 0; got {gate_normalizer}")
-    return _block(q, k, v, gate_logits, g, norm_weight, scale, gate_normalizer, eps)
+    output: Tensor = _block(q, k, v, gate_logits, g, norm_weight, scale, gate_normalizer, eps)
+    return output
