@@ -32,8 +32,6 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 MIN_LOG2_DECAY = tl.constexpr(-10 * 1.4426950408889634)
 """The least log2 decay of a token: e^-10, see above."""
-BLOCK = tl.constexpr(16)
-"""Tokens of the smallest group, the least that a matrix unit multiplies."""
 VANISHED = tl.constexpr(-150.0)
 """The least log2 decay of a chunk in the scan over chunks: 2^-150 is 0 in fp32, so nothing is lost, and sums of 64
 such terms keep an absolute error below 1e-3."""
@@ -104,20 +102,31 @@ def log2_decay(x, inverse_normalizer, LOGITS: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def load_sums(sums, chunk, GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """Running sums (C, P) of a chunk's log2 decays or, with GROUP, the sum in the middle of each token's group.
+def load_sums(sums, chunk, rows, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """Running sums (C, P) of a chunk's log2 decays at the rows (C,) given, which may repeat.
 
-    The middle is the last token of the first half of each group of GROUP tokens. Reading those rows again is cheaper
-    than moving them between threads.
+    Reading a row again for every token of its group is cheaper than moving it between threads.
     """
-    rows = tl.arange(0, C)
-    if GROUP > 0:
-        rows = rows // GROUP * GROUP + (GROUP // 2 - 1)
     cols = tl.arange(0, P)
     pointers = sums + chunk * (C * K) + rows[:, None] * K + cols[None, :]
     if P == K:
         return tl.load(pointers)
     return tl.load(pointers, mask=(cols < K)[None, :], other=0.0)
+
+
+@triton.jit
+def middle(rows, level):
+    """The last row of the first half of each row's group of ``16 << level``."""
+    half = 3 + level
+    return (((rows >> half) | 1) << half) - 1
+
+
+@triton.jit
+def of_level(i, j, level):
+    """Which pairs of rows j <= i belong to a level: a group's halves for ``16 << level``, and all of it for level 0."""
+    half = 3 + level
+    different = (i >> half) ^ (j >> half)
+    return (different == 1) | ((different == 0) & (level == 0))
 
 
 @triton.jit
@@ -129,20 +138,6 @@ def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
         # Triton's interpreter keeps bf16 as bit patterns and multiplies those. In fp32 the products are exact.
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
-
-
-@triton.jit
-def same_block(C: tl.constexpr):
-    """Which pairs (i, j) lie in one group of 16, (C, C)."""
-    return (tl.arange(0, C) // BLOCK)[:, None] == (tl.arange(0, C) // BLOCK)[None, :]
-
-
-@triton.jit
-def across_halves(GROUP: tl.constexpr, C: tl.constexpr):
-    """Which pairs (i, j) have i in the second half and j in the first half of one group, (C, C)."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    return (i // GROUP == j // GROUP) & (i % GROUP >= GROUP // 2) & (j % GROUP < GROUP // 2)
 
 
 @triton.jit
@@ -161,15 +156,19 @@ def chunk_output(
     PRECISION: tl.constexpr,
 ):
     """Outputs (C, VP) in fp32 of one chunk: fp32 q and k (C, P), v and the state before the chunk as loaded."""
-    c = load_sums(sums, chunk, 0, K, C, P)
-    x = c - load_sums(sums, chunk, BLOCK, K, C, P)
-    scores = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
-    causal = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
-    scores = tl.where(causal & same_block(C), scores, 0.0)
+    rows = tl.arange(0, C)
+    i = rows[:, None]
+    j = rows[None, :]
+    c = load_sums(sums, chunk, rows, K, C, P)
+    scores = tl.zeros([C, C], tl.float32)
     for level in tl.static_range(LEVELS):
-        factor = tl.exp2(-tl.abs(c - load_sums(sums, chunk, 32 << level, K, C, P)))
-        pairs = product(q * factor, tl.trans(k * factor), DOT, PRECISION)
-        scores = tl.where(across_halves(32 << level, C), pairs, scores)
+        x = c - load_sums(sums, chunk, middle(rows, level), K, C, P)
+        if level == 0:
+            pairs = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
+        else:
+            factor = tl.exp2(-tl.abs(x))
+            pairs = product(q * factor, tl.trans(k * factor), DOT, PRECISION)
+        scores = tl.where(of_level(i, j, level) & (i >= j), pairs, scores)
     return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
 
 

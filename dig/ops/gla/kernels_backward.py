@@ -9,7 +9,10 @@ With D the gradient of the state after a chunk and ``A_ij = q_i . k_j e^{c_i - c
     dlog_decay_t = sum_{i>=t} (q_i dq_i - k_i dk_i) + sum_v S_new D
 
 The last line: c_i enters only as a factor of q_i and, inverted, of k_i, and G only as a factor of everything that S_new
-adds up. ``sum_v S_new D`` is ``e^G sum_v S D`` plus the first part of dk times k, summed over the chunk: all local.
+adds up. Here it is computed from the chunk's other end, where S is all there is and everything is local::
+
+    dlog_decay_t = e^G sum_v S D + sum_i q_i (e^{c_i} S do_i) - sum_{i<t} (q_i dq_i - k_i dk_i)
+
 The pairs i = j cancel in it; they are left out of the products and added to dq and dk in fp32 afterwards.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -20,15 +23,14 @@ import triton
 import triton.language as tl
 
 from dig.ops.gla.kernels import (
-    BLOCK,
     MIN_LOG2_DECAY,
-    across_halves,
     chunk_output,
     load_rows,
     load_sums,
     log2_decay,
+    middle,
+    of_level,
     product,
-    same_block,
     sigmoid,
     state_tile,
     store_rows,
@@ -118,7 +120,7 @@ def output_backward_kernel(
     b_own = tl.sum(b_do * b_v.to(tl.float32), axis=1)
     tl.store(own + (b * T + first + rows) * H + h, b_own, mask=first + rows < T)
 
-    queries = b_q * tl.exp2(load_sums(sums, index, 0, K, C, KP))
+    queries = b_q * tl.exp2(load_sums(sums, index, rows, K, C, KP))
     gradient = product(tl.trans(queries), b_do, DOT, PRECISION)
     tl.store(state_gradients + offsets, gradient.to(state_gradients.dtype.element_ty), mask=exists)
 
@@ -208,49 +210,55 @@ def gradient_kernel(
     i = rows[:, None]
     j = rows[None, :]
     cols = tl.arange(0, KP)
-    c = load_sums(sums, index, 0, K, C, KP)
-    total = tl.load(sums + index * (C * K) + (C - 1) * K + cols, mask=cols < K, other=0.0)
-    offsets, exists = state_tile(K, V, KP, VP)
-    offsets += index * (K * V)
-    state = tl.load(states + offsets, mask=exists, other=0.0)
-    dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
+    c = load_sums(sums, index, rows, K, C, KP)
     b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
     b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
     b_do = load_rows(do + b * o_b + h * o_h, o_t, first, T, V, C, VP)
 
-    # Through the states.
-    until_end = tl.exp2(total[None, :] - c)
-    b_dk = product(b_v, tl.trans(dstate), DOT, PRECISION) * until_end
-    b_dq = product(b_do, tl.trans(state), DOT, PRECISION) * tl.exp2(c)
-    through_total = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1) * tl.exp2(total)
-    through_total += tl.sum(b_k * b_dk, axis=0)
-    b_dc = b_q * b_dq - b_k * b_dk
-
     # Through the scores, group size by group size.
     dscores = product(b_do, tl.trans(b_v), DOT, PRECISION).to(DOT)
-    x = c - load_sums(sums, index, BLOCK, K, C, KP)
-    q_factor = tl.exp2(x)
-    k_factor = tl.exp2(-x)
-    queries = (b_q * q_factor).to(DOT)
-    keys = (b_k * k_factor).to(DOT)
-    scores = product(queries, tl.trans(keys), DOT, PRECISION)
-    scores = tl.where((i >= j) & same_block(C), scores, 0.0).to(DOT)
-    masked = tl.where((i > j) & same_block(C), dscores, 0.0)
-    b_dq, b_dk, b_dc = pair_gradients(b_dq, b_dk, b_dc, queries, keys, q_factor, k_factor, masked, DOT, PRECISION)
-    for level in tl.static_range(LEVELS):
-        factor = tl.exp2(-tl.abs(c - load_sums(sums, index, 32 << level, K, C, KP)))
-        queries = (b_q * factor).to(DOT)
-        keys = (b_k * factor).to(DOT)
-        pairs = across_halves(32 << level, C)
-        scores = tl.where(pairs, product(queries, tl.trans(keys), DOT, PRECISION).to(DOT), scores)
-        masked = tl.where(pairs, dscores, 0.0)
-        b_dq, b_dk, b_dc = pair_gradients(b_dq, b_dk, b_dc, queries, keys, factor, factor, masked, DOT, PRECISION)
+    scores = tl.zeros([C, C], DOT)
+    b_dq = tl.zeros([C, KP], tl.float32)
+    b_dk = tl.zeros([C, KP], tl.float32)
+    b_dc = tl.zeros([C, KP], tl.float32)
+    # A loop that stays one: unrolled, its code outgrows the instruction cache and its addresses the registers.
+    for level in tl.range(0, LEVELS, num_stages=1):
+        x = c - load_sums(sums, index, middle(rows, level), K, C, KP)
+        outside = -tl.abs(x)
+        q_factor = tl.exp2(tl.where(level == 0, x, outside))
+        k_factor = tl.exp2(tl.where(level == 0, -x, outside))
+        queries = (b_q * q_factor).to(DOT)
+        keys = (b_k * k_factor).to(DOT)
+        pairs = of_level(i, j, level)
+        scores = tl.where(pairs & (i >= j), product(queries, tl.trans(keys), DOT, PRECISION).to(DOT), scores)
+        ds = tl.where(pairs & (i > j), dscores, 0.0)
+        b_dq, b_dk, b_dc = pair_gradients(b_dq, b_dk, b_dc, queries, keys, q_factor, k_factor, ds, DOT, PRECISION)
 
-    b_dd = tl.cumsum(b_dc, axis=0, reverse=True) + through_total[None, :]
+    b_dv = product(tl.trans(scores), b_do, DOT, PRECISION)
+
+    # Through the states; after the scores, which need the most registers.
+    offsets, exists = state_tile(K, V, KP, VP)
+    offsets += index * (K * V)
+    state = tl.load(states + offsets, mask=exists, other=0.0)
+    dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
+    total = tl.load(sums + index * (C * K) + (C - 1) * K + cols, mask=cols < K, other=0.0)
+    until_end = tl.exp2(total[None, :] - c)
+    b_dv += product(b_k * until_end, dstate, DOT, PRECISION)
+    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, first, T, V, C, VP)
+    dk_state = product(b_v, tl.trans(dstate), DOT, PRECISION) * until_end
+    dq_state = product(b_do, tl.trans(state), DOT, PRECISION) * tl.exp2(c)
+    through_queries = b_q * dq_state
+    b_dc += through_queries - b_k * dk_state
+    at_start = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1) * tl.exp2(total)
+    at_start += tl.sum(through_queries, axis=0)
+    b_dd = at_start[None, :] - (tl.cumsum(b_dc, axis=0) - b_dc)
+
     b_own = tl.load(own + (b * T + first + rows) * H + h, mask=first + rows < T, other=0.0)[:, None]
-    store_rows(dq + b * T * dq_t + h * K, (b_dq + b_own * b_k) * scale, dq_t, first, T, K, C, KP)
-    store_rows(dk + b * T * dk_t + h * K, b_dk + b_own * b_q, dk_t, first, T, K, C, KP)
+    b_dq = (b_dq + dq_state + b_own * b_k) * scale
+    b_dk += dk_state + b_own * b_q
+    store_rows(dq + b * T * dq_t + h * K, b_dq, dq_t, first, T, K, C, KP)
+    store_rows(dk + b * T * dk_t + h * K, b_dk, dk_t, first, T, K, C, KP)
     logits = load_rows(decay + b * d_b + h * d_h, d_t, first, T, K, C, KP).to(tl.float32)
     # Nothing flows through a decay that the clamp has replaced.
     clamped = log2_decay(logits, inverse_normalizer, LOGITS, PRECISION) < MIN_LOG2_DECAY
@@ -258,7 +266,3 @@ def gradient_kernel(
         # d logsigmoid(x) / dx = sigmoid(-x)
         b_dd *= inverse_normalizer * sigmoid(-logits, PRECISION)
     store_rows(ddecay + b * T * ddecay_t + h * K, tl.where(clamped, 0.0, b_dd), ddecay_t, first, T, K, C, KP)
-
-    # Last, so that its accumulator does not take registers before.
-    b_dv = product(b_k * until_end, dstate, DOT, PRECISION) + product(tl.trans(scores), b_do, DOT, PRECISION)
-    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, first, T, V, C, VP)

@@ -24,8 +24,8 @@ from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
 from dig.ops.gla.kernels_backward import gradient_kernel, output_backward_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
-MAX_WIDTH = {"K": 128, "V": 256}
-"""Widest heads: a program holds whole rows of K and V in registers."""
+MAX_WIDTH = {"K": 64, "V": 128}
+"""Widest heads: a program holds whole rows of K and V, and wider ones in fp32 do not fit into shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class Tiles:
         local_warps: Warps of a program that computes what a chunk adds to the state.
         scan_warps: Warps of a program that scans one row of the state over the chunks.
         scan_columns: Columns of that row.
-        output_warps: Warps of a program that computes a chunk's outputs (or runs their backward pass).
+        output_warps: Warps of a program that computes a chunk's outputs.
+        output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
     """
 
@@ -46,7 +47,8 @@ class Tiles:
     scan_warps: int = 4
     scan_columns: int = 32
     output_warps: int = 4
-    gradient_warps: int = 4
+    output_backward_warps: int = 8
+    gradient_warps: int = 8
 
     def __post_init__(self) -> None:
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
@@ -57,10 +59,11 @@ TileKey = tuple[int, int, torch.dtype, int]
 """K, V, dtype, and the major compute capability."""
 
 DEFAULT_TILES = Tiles()
-WIDE_TILES = Tiles(output_warps=8, gradient_warps=8)
+WIDE_TILES = Tiles(output_warps=8)
 INTERPRETER_TILES = Tiles(scan_columns=256)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 TILES: dict[TileKey, Tiles] = {
+    (32, 64, torch.bfloat16, 9): DEFAULT_TILES,
     (36, 72, torch.bfloat16, 9): WIDE_TILES,
 }
 """On NVIDIA GPUs, found with ``python -m bench.ops.gla --sweep``; shapes without an entry take `DEFAULT_TILES`, wider
@@ -141,8 +144,8 @@ class _Plan:
 
     @property
     def levels(self) -> int:
-        """Group sizes above 16 in a chunk."""
-        return self.tiles.chunk.bit_length() - 5
+        """Group sizes in a chunk: 16, 32, ... up to the chunk."""
+        return self.tiles.chunk.bit_length() - 4
 
 
 def _plan(q: Tensor, v: Tensor, scale: float, normalizer: float) -> _Plan:
@@ -368,7 +371,7 @@ def _block_backward(
         output_backward_kernel[plan.grid](
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight,
             *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, plan.scale, eps,
-            **plan.constants, LEVELS=plan.levels, num_warps=plan.tiles.output_warps,
+            **plan.constants, LEVELS=plan.levels, num_warps=plan.tiles.output_backward_warps,
         )  # fmt: skip
         _scan(plan, state_gradients, sums, direction=1)
         gradients = _gradients(plan, q, k, v, gate_logits, do, sums, states, state_gradients, own, logits=True)

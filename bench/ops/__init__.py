@@ -1,0 +1,1 @@
+"""Micro-benchmarks of single operations, and the search for their tile choices."""
