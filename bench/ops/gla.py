@@ -18,7 +18,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     """Time each kernel of the block's forward and backward pass under every tile choice; print the best of each.
 
     A kernel's time depends on the chunk length and its own warps alone, so all warps are varied together, and the best
-    is put together kernel by kernel for each chunk length.
+    is put together kernel by kernel for each chunk length. Registers are those of the two backward kernels.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -241,26 +241,28 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     }
     for chunk in options.chunks:
         best: dict[str, tuple[float, dict[str, int]]] = {}
-        pairs = list(itertools.product(options.warps, options.scan_columns))
-        for warps, columns in pairs:
+        for warps, columns, registers in itertools.product(options.warps, options.scan_columns, options.registers):
+            scan = {"scan_warps": warps, "scan_columns": columns}
             choice = dict.fromkeys(fields.values(), warps)
-            tiles = Tiles(chunk=chunk, scan_warps=warps, scan_columns=columns, **choice)
+            tiles = Tiles(chunk=chunk, backward_registers=registers or None, **scan, **choice)
             try:
                 with use_tiles(tiles):
                     kernels = kernel_times(step)
             except OutOfResources as error:
-                print(f"chunk {chunk} warps {warps}: {error}", flush=True)
+                print(f"{tiles}: {error}", flush=True)
                 continue
             for name, (microseconds, launches) in kernels.items():
                 if name not in (*fields, "scan_kernel"):
                     continue
-                print(f"chunk {chunk:4} warps {warps:2} scan columns {columns:4} {name:24} {microseconds:7.1f} µs")
-                taken = {fields[name]: warps} if name in fields else {"scan_warps": warps, "scan_columns": columns}
+                setting = f"warps {warps:2} scan columns {columns:4} registers {registers:4}"
+                print(f"chunk {chunk:4} {setting} {name:24} {microseconds:7.1f} µs", flush=True)
+                taken = scan if name not in fields else {fields[name]: warps, "registers": registers}
                 if microseconds * launches < best.get(name, (float("inf"), {}))[0]:
                     best[name] = (microseconds * launches, taken)
         if best:
-            tiles = replace(Tiles(chunk=chunk), **{k: v for _, taken in best.values() for k, v in taken.items()})
-            print(f"best: {sum(time for time, _ in best.values()):.1f} µs with {tiles}", flush=True)
+            print(f"chunk {chunk}, best: {sum(time for time, _ in best.values()):.1f} µs with", flush=True)
+            for name, (microseconds, taken) in best.items():
+                print(f"    {name:24} {microseconds:7.1f} µs  {taken}", flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -284,6 +286,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--scan-columns", type=int, nargs="+", default=[32])
+    parser.add_argument("--registers", type=int, nargs="+", default=[0, 128], help="0 leaves them to the compiler")
     options = parser.parse_args(arguments)
     for name in ("tokens", "heads", "batch", "key_width", "value_width", "samples", "chunks", "warps", "scan_columns"):
         values = getattr(options, name)

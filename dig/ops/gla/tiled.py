@@ -13,7 +13,7 @@ The scan over chunks carries its state in fp32, so the rounding does not add up 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Tiles:
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
+        backward_registers: Most registers of a thread in the last two kernels, which otherwise take so many that one
+            program fills a multiprocessor; None leaves it to the compiler.
     """
 
     chunk: int = 64
@@ -49,8 +51,13 @@ class Tiles:
     output_warps: int = 4
     output_backward_warps: int = 8
     gradient_warps: int = 8
+    backward_registers: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ValueError(f"{field.name} must be at least 1; got {value}")
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 
@@ -241,6 +248,7 @@ def _gradients(
         dq.stride(1), dk.stride(1), dv.stride(1), ddecay.stride(1),
         plan.T, plan.N, plan.scale, plan.inverse_normalizer,
         **plan.constants, LEVELS=plan.levels, LOGITS=logits, num_warps=plan.tiles.gradient_warps,
+        maxnreg=plan.tiles.backward_registers,
     )  # fmt: skip
     return dq, dk, dv, ddecay
 
@@ -372,6 +380,7 @@ def _block_backward(
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight,
             *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, plan.scale, eps,
             **plan.constants, LEVELS=plan.levels, num_warps=plan.tiles.output_backward_warps,
+            maxnreg=plan.tiles.backward_registers,
         )  # fmt: skip
         _scan(plan, state_gradients, sums, direction=1)
         gradients = _gradients(plan, q, k, v, gate_logits, do, sums, states, state_gradients, own, logits=True)
