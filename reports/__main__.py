@@ -1,0 +1,89 @@
+"""``python -m reports RESULTS.jsonl --out DIR``: draw the figures and write the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.results import ResultError
+from reports.figures import Drawing, model_size, speed_memory
+from reports.series import SIZES, read_sweep
+from reports.tables import tables
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS.jsonl",
+            help="Results files of the benchmark. If a case was measured twice on a machine, the last row counts.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder to write into; made where it does not exist.")
+    ],
+    title: Annotated[
+        str | None, typer.Option("--title", metavar="TEXT", help="Title of figures and tables, instead of their own.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help=f"Model size of speed_memory: {', '.join(SIZES)}.")
+    ] = "S",
+) -> None:
+    """Draw benchmark results: two figures and one page of tables.
+
+    Needs no GPU and measures nothing: it reads results files, and writes into DIR
+
+    speed_memory.png, .svg: speed and memory against resolution, a line per model;
+
+    model_size.png, .svg: speed against model size, a panel per resolution;
+
+    tables.md: every number, with the hardware and versions it was measured on.
+
+    A figure shows one machine, dtype, batch and execution; the rest is printed.
+
+    Exit status 2: a file cannot be read or written, or there are no rows.
+    """
+    try:
+        sweep = read_sweep(results)
+        out.mkdir(parents=True, exist_ok=True)
+        for warning in sweep.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        _write(
+            out,
+            "speed_memory",
+            speed_memory(sweep, size=size, title=title),
+            f"no timed row of size {size} and patch 2",
+        )
+        _write(out, "model_size", model_size(sweep, title=title), "no resolution at which two sizes were timed")
+        path = out / "tables.md"
+        path.write_text(tables(sweep, title=title), encoding="utf-8")
+        typer.echo(f"wrote {path}")
+    except ResultError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"error: cannot write {error.filename or out}: {error.strerror}; choose another --out", err=True)
+        raise typer.Exit(2) from None
+
+
+def _write(folder: Path, name: str, drawing: Drawing | None, reason: str) -> None:
+    if drawing is None:
+        stale = [path.name for path in sorted(folder.glob(f"{name}.*")) if path.suffix in (".png", ".svg")]
+        older = (
+            f"; {' and '.join(stale)} there {'is' if len(stale) == 1 else 'are'} from an earlier run" if stale else ""
+        )
+        typer.echo(f"did not write {name}: {reason}{older}")
+        return
+    for path in drawing.save(folder, name):
+        typer.echo(f"wrote {path}")
+    for note in drawing.notes:
+        typer.echo(f"  {note}")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m reports")

@@ -1,0 +1,383 @@
+"""How a panel is drawn: lines with markers, spreads, and lanes for what failed. Knows nothing of result rows.
+
+Lines must be told apart without colour: every family has its hue, its dash pattern and its marker, and every series of
+a family its own shade and marker.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+
+WIDTH_INCHES = 9.0
+PANEL_INCHES = 3.3
+INK = "#222222"
+SOFT_INK = "#555555"
+LANE = 0.075  # height of a lane of failures, as a share of the panel
+LANE_COLOR = "#F4F4F4"
+
+RC: Mapping[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": "#888888",
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": SOFT_INK,
+    "ytick.color": SOFT_INK,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "dig-diffusion",  # else matplotlib draws random ids, and no two SVGs of one figure are equal
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a series looks."""
+
+    color: str
+    marker: str
+    dashes: Any
+    width: float
+    hollow: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A measured point; ``low`` and ``high`` are the ends of its bar."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    assumed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A case without a number; ``word`` says why."""
+
+    x: float
+    word: str
+    assumed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One series in one panel, points and failures by ascending x; points may be missing, where all failed."""
+
+    label: str
+    style: Style
+    points: tuple[Point, ...]
+    failures: tuple[Failure, ...] = ()
+
+
+# Hues of Okabe and Ito's palette, which colour-blind readers can tell apart, each in three shades. Crosses are missing
+# among the markers: a cross is a failure.
+_SHADES = {
+    "DiG": ("#D55E00", "#B8860B", "#F0A04B"),
+    "Flash-DiT": ("#0072B2", "#56B4E9", "#1F3F77"),
+    "DiT": ("#222222", "#777777", "#AAAAAA"),
+    "DiS": ("#009E73", "#00624A", "#5CCFAE"),
+    "": ("#CC79A7", "#8E3B6B", "#E8B4D0"),
+}
+_MARKERS = {
+    "DiG": "oDp",
+    "Flash-DiT": "shd",
+    "DiT": "^<>",
+    "DiS": "v8*",
+    "": "PHp",
+}
+_DASHES = {
+    "DiG": ("-", (0, (7, 1.5)), (0, (4, 1))),
+    "Flash-DiT": ((0, (4, 1.6)), (0, (2, 1.2)), (0, (3, 1, 1, 1))),
+    "DiT": ((0, (1, 1.2)), (0, (1, 2)), (0, (1, 3))),
+    "DiS": ((0, (6, 1.5, 1, 1.5)), (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (3, 3))),
+    "": ((0, (8, 2, 2, 2)), (0, (8, 2, 1, 2)), (0, (2, 4))),
+}
+
+
+def style(family: str, variant: int) -> Style:
+    """The look of the ``variant``-th series of a family, counted from 0."""
+    known = family if family in _SHADES else ""
+    index = variant % 3
+    return Style(
+        color=_SHADES[known][index],
+        marker=_MARKERS[known][index],
+        dashes=_DASHES[known][index],
+        width=2.2 if family == "DiG" and variant == 0 else 1.5,
+        hollow=variant % 2 == 1,
+    )
+
+
+def draw_panel(
+    axes: Any,
+    lines: Sequence[Line],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    x_ticks: Mapping[float, str],
+    failures_at: Literal["top", "bottom"],
+) -> None:
+    """Draw lines on a logarithmic y axis, and a lane per failing line along the edge that failing leads to.
+
+    At least one line must have points: they set the axis.
+    """
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=7)
+    axes.set_xlabel(x_label, labelpad=5)
+    axes.set_ylabel(y_label, labelpad=5)
+    axes.grid(True, color="#E3E3E3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_yscale("log")
+    _set_x(axes, x_ticks)
+    lanes = _set_y(axes, lines, failures_at)
+    for line in lines:
+        _draw_line(axes, line)
+    for line, y in lanes:
+        _draw_failures(axes, line, y)
+
+
+def _draw_line(axes: Any, line: Line) -> None:
+    look = line.style
+    if not line.points:
+        return
+    xs = [p.x for p in line.points]
+    # A line stops where a case failed: drawn through, it would claim a number that nobody measured.
+    gaps = [(f.x, math.nan) for f in line.failures if xs[0] < f.x < xs[-1]]
+    path = sorted([(p.x, p.y) for p in line.points] + gaps)
+    axes.plot(
+        [x for x, _ in path],
+        [y for _, y in path],
+        gid=f"line:{line.label}",
+        label=line.label,
+        zorder=3,
+        **_plot_style(look),
+    )
+    axes.vlines(
+        xs,
+        [p.low for p in line.points],
+        [p.high for p in line.points],
+        color=look.color,
+        linewidth=look.width + 1.5,
+        alpha=0.4,
+        zorder=2,
+        gid=f"spread:{line.label}",
+    )
+    guesses = [p for p in line.points if p.assumed]
+    if guesses:
+        # A ring around the point, and the word at the last of them only: eight in a row would hide the line.
+        axes.plot(
+            [p.x for p in guesses],
+            [p.y for p in guesses],
+            gid=f"assumed:{line.label}",
+            linestyle="none",
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            markeredgecolor=look.color,
+            markeredgewidth=0.8,
+            zorder=3,
+        )
+        axes.annotate(
+            "assumed*",
+            (guesses[-1].x, guesses[-1].y),
+            xytext=(0, -8),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7.5,
+            color=look.color,
+        )
+
+
+def _plot_style(look: Style) -> dict[str, Any]:
+    return {
+        "color": look.color,
+        "linestyle": look.dashes,
+        "linewidth": look.width,
+        "marker": look.marker,
+        "markersize": 7.5 if look.marker in "^v<>*" else 6,  # a triangle fills half of its square
+        "markerfacecolor": "white" if look.hollow else look.color,
+        "markeredgecolor": look.color if look.hollow else "white",
+        "markeredgewidth": 1.2 if look.hollow else 0.7,
+    }
+
+
+def _draw_failures(axes: Any, line: Line, y: float) -> None:
+    """Crosses in the line's lane, named, and tied to the line by a thin dotted connector."""
+    look = line.style
+    before = [p for p in line.points if p.x < line.failures[0].x]
+    if before:
+        axes.plot(
+            [before[-1].x, line.failures[0].x],
+            [before[-1].y, y],
+            color=look.color,
+            linewidth=0.9,
+            linestyle=(0, (1, 2)),
+            zorder=2,
+            gid=f"connector:{line.label}",
+        )
+    axes.plot(
+        [f.x for f in line.failures],
+        [y] * len(line.failures),
+        gid=f"failed:{line.label}",
+        color=look.color,
+        linestyle="none",
+        marker="x",
+        markersize=7,
+        markeredgewidth=2,
+        zorder=4,
+    )
+    for x, align, text in _place_names(axes, line):
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=({"left": 8, "right": -8, "center": 0}[align], 0),
+            textcoords="offset points",
+            ha=align,
+            va="center",
+            fontsize=7.5,
+            color=look.color,
+            zorder=5,
+            bbox={"facecolor": LANE_COLOR, "edgecolor": "none", "pad": 0.8},
+        )
+
+
+def _place_names(axes: Any, line: Line) -> Iterator[tuple[float, str, str]]:
+    """Where the name of each run of equal failures goes: before the run, after it, or across where neither has room."""
+    runs = [
+        (text, [f.x for f in run])
+        for text, run in groupby(line.failures, key=lambda f: f"{line.label}: {f.word}{'*' if f.assumed else ''}")
+    ]
+    taken, right = axes.get_xlim()
+    units_per_inch = (right - taken) / (axes.get_position().width * WIDTH_INCHES)
+    for i, (text, xs) in enumerate(runs):
+        room = units_per_inch * (0.2 + 0.065 * len(text))
+        following = runs[i + 1][1][0] if i + 1 < len(runs) else right
+        if xs[0] - taken >= room:
+            yield xs[0], "right", text
+            taken = xs[-1]
+        elif following - xs[-1] >= room:
+            yield xs[-1], "left", text
+            taken = xs[-1] + room
+        elif len(xs) > 1:
+            yield (xs[0] + xs[-1]) / 2, "center", text
+            taken = xs[-1]
+        else:
+            # The lane is the line's own, and its connector says whose it is: the reason alone will do.
+            yield xs[0], "right", text.rpartition(": ")[2]
+            taken = xs[0]
+
+
+def _set_x(axes: Any, ticks: Mapping[float, str]) -> None:
+    xs = sorted(ticks)
+    span = (xs[-1] - xs[0]) or 1.0
+    axes.set_xlim(xs[0] - 0.08 * span, xs[-1] + 0.08 * span)
+    labels: list[str] = []
+    last = -math.inf
+    for x in xs:
+        # Four-digit labels closer than this touch.
+        room = x - last >= 0.085 * span
+        labels.append(ticks[x] if room else "")
+        last = x if room else last
+    axes.xaxis.set_major_locator(FixedLocator(xs))
+    axes.xaxis.set_major_formatter(FixedFormatter(labels))
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+
+
+def _set_y(axes: Any, lines: Sequence[Line], failures_at: Literal["top", "bottom"]) -> list[tuple[Line, float]]:
+    """Set limits and ticks so that the lanes stay clear of the data; returns the failing lines with their lane's y."""
+    values = [v for line in lines for p in line.points for v in (p.low, p.high)]
+    low, high = math.log10(min(values)), math.log10(max(values))
+    pad = 0.07 * max(high - low, 0.3)
+    failing = [line for line in lines if line.failures]
+    clear_low, clear_high = low - pad, high + pad
+    total = (clear_high - clear_low) / (1 - min(LANE * len(failing), 0.6))
+    lane = (total - (clear_high - clear_low)) / max(len(failing), 1)
+    if failures_at == "bottom":
+        axes.set_ylim(10 ** (clear_high - total), 10**clear_high)
+        centres = [clear_low - (i + 0.5) * lane for i in range(len(failing))]
+        strip = (10 ** (clear_high - total), 10**clear_low)
+    else:
+        axes.set_ylim(10**clear_low, 10 ** (clear_low + total))
+        centres = [clear_high + (i + 0.5) * lane for i in range(len(failing))]
+        strip = (10**clear_high, 10 ** (clear_low + total))
+    if failing:
+        axes.axhspan(*strip, color=LANE_COLOR, linewidth=0, zorder=0)
+    ticks = log_ticks(10**clear_low, 10**clear_high)
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(FixedFormatter([f"{t:g}" for t in ticks]))
+    axes.yaxis.set_minor_locator(FixedLocator([]))
+    return [(line, 10**centre) for line, centre in zip(failing, centres, strict=True)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round values between two positive bounds: powers of ten; over less, 1-2-5 steps; over little, even steps."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 2, 5)):
+        ticks = [float(f"{d}e{e}") for e in exponents for d in digits]
+        ticks = [t for t in ticks if low <= t <= high]
+        if len(ticks) >= 4:
+            return ticks
+    return [float(t) for t in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
+
+
+def assemble(panels: int, *, title: str, caption: str, styles: Mapping[str, Style]) -> tuple[Figure, list[Any]]:
+    """A figure of panels side by side, with a title, a legend above the panels and a caption below them."""
+    columns = _legend_columns(list(styles))
+    legend_rows = math.ceil(len(styles) / columns)
+    caption_lines = [part for text in caption.split("\n") for part in textwrap.wrap(text, 155)]
+    top = 0.42 + 0.2 * legend_rows + 0.36
+    bottom = 0.62 + 0.165 * len(caption_lines)
+    height = top + PANEL_INCHES + bottom
+    figure = Figure(figsize=(WIDTH_INCHES, height))
+    left, right, gap = 0.72, 0.1, 0.8
+    panel = (WIDTH_INCHES - left - right - gap * (panels - 1)) / panels
+    axes = [
+        figure.add_axes(
+            (
+                (left + i * (panel + gap)) / WIDTH_INCHES,
+                bottom / height,
+                panel / WIDTH_INCHES,
+                PANEL_INCHES / height,
+            )
+        )
+        for i in range(panels)
+    ]
+    figure.text(0.1 / WIDTH_INCHES, 1 - 0.12 / height, title, fontsize=12, fontweight="bold", va="top")
+    handles = [Line2D([], [], label=label, **_plot_style(look)) for label, look in styles.items()]
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.36 / height),
+        ncols=columns,
+        frameon=False,
+        handlelength=3.4,
+        columnspacing=1.6,
+        labelspacing=0.35,
+    )
+    figure.text(
+        0.1 / WIDTH_INCHES,
+        0.1 / height,
+        "\n".join(caption_lines),
+        fontsize=7.5,
+        color=SOFT_INK,
+        va="bottom",
+        linespacing=1.4,
+    )
+    return figure, axes
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    # An entry is its handle and spacing, 0.75 inches, and about 0.075 inches a letter.
+    widest = 0.75 + 0.075 * max(map(len, labels))
+    return max(1, min(len(labels), int(WIDTH_INCHES / widest)))

@@ -1,0 +1,245 @@
+"""Which rows belong together: series (the lines and columns) and settings (what one figure or table may not mix).
+
+Figures and tables take names, order and grouping from here, so that a series is called the same wherever it is shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from bench.results import Case, Device, Dtype, Execution, Mode, ResultError, Row, read_results
+
+SIZES = ("S", "B", "L", "XL")
+FAMILIES = ("DiG", "Flash-DiT", "DiT", "DiS")
+ATTENTION_FAMILIES = ("Flash-DiT", "DiT")
+# A figure shows the first of these that was measured: a graph leaves out the launches, which say little of a model.
+EXECUTIONS: tuple[Execution, ...] = ("graph", "eager", "compile")
+MODES: tuple[Mode, ...] = ("train", "forward")
+
+EXECUTION_NAMES: Mapping[str, str] = {"graph": "CUDA graph", "eager": "eager", "compile": "torch.compile"}
+MODE_NAMES: Mapping[str, str] = {"train": "training step", "forward": "forward pass"}
+STATUS_NAMES: Mapping[str, str] = {
+    "oom": "OOM",
+    "timeout": "timeout",
+    "unsupported": "unsupported",
+    "error": "error",
+}
+CPU_WARNING = "CPU (reference implementations), not a GPU result"
+ASSUMED_NOTE = "* DiS-XL is assumed (1152 wide, 48 deep): the published DiS has no XL."
+
+
+def _rank(value: str, order: tuple[str, ...]) -> tuple[int, str]:
+    return (order.index(value) if value in order else len(order), value)
+
+
+def size_rank(size: str) -> tuple[int, str]:
+    """Sort key of a size: S, B, L, XL, then any other by name."""
+    return _rank(size, SIZES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a figure, one column of a table: a model family with its options."""
+
+    family: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, row: Row) -> Series:
+        """The series that a row belongs to."""
+        return cls(family=row.case.family, options=row.case.options)
+
+    @property
+    def rank(self) -> tuple[tuple[int, str], int, tuple[tuple[str, str], ...]]:
+        """Sort key: DiG first, then the attention models, then DiS; fewer options first."""
+        return (_rank(self.family, FAMILIES), len(self.options), self.options)
+
+
+def series_labels(series: Iterable[Series]) -> dict[Series, str]:
+    """Names for a set of series: ``DiG (fla)``; ``DiG (recurrence=fla)`` where the values alone would not tell."""
+    ordered = sorted(set(series), key=lambda s: s.rank)
+    short = {s: _label(s, [value for _, value in s.options]) for s in ordered}
+    uses = Counter(short.values())
+    return {
+        s: _label(s, [f"{k}={v}" for k, v in s.options]) if uses[short[s]] > 1 or not _telling(s) else short[s]
+        for s in ordered
+    }
+
+
+def _label(series: Series, words: list[str]) -> str:
+    return f"{series.family} ({', '.join(words)})" if words else series.family
+
+
+def _telling(series: Series) -> bool:
+    """Whether the options' values are words that stand for themselves: not ``true``, not ``16``, none twice."""
+    values = [value for _, value in series.options]
+    return len(set(values)) == len(values) and all(
+        v[:1].isalpha() and v.lower() not in ("true", "false") for v in values
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What has to be equal for two numbers to be compared.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        machine: Name of the GPU, or of the processor where the device is the CPU.
+        dtype: ``bf16`` or ``fp32``.
+        batch: Images a step.
+        mode: ``train`` or ``forward``.
+        execution: ``graph``, ``eager`` or ``compile``.
+    """
+
+    device: Device
+    machine: str
+    dtype: Dtype
+    batch: int
+    mode: Mode
+    execution: Execution
+
+    @classmethod
+    def of(cls, row: Row) -> Setting:
+        """The setting that a row was measured in."""
+        case = row.case
+        return cls(
+            device=case.device,
+            machine=machine(row),
+            dtype=case.dtype,
+            batch=case.batch,
+            mode=case.mode,
+            execution=case.execution,
+        )
+
+    @property
+    def where(self) -> str:
+        """The machine for people; of a CPU it says that it is none."""
+        return self.machine if self.device == "cuda" else f"{CPU_WARNING}: {self.machine}"
+
+    def describe(self) -> str:
+        """Everything but the machine: ``training step, CUDA graph, bf16, batch 1``."""
+        return f"{MODE_NAMES[self.mode]}, {EXECUTION_NAMES[self.execution]}, {self.dtype}, batch {self.batch}"
+
+
+def machine(row: Row) -> str:
+    """Name of the GPU, or of the processor where the case ran on the CPU."""
+    if row.case.device == "cuda":
+        return str(row.environment.get("gpu_name") or "unnamed GPU")
+    return str(row.environment.get("cpu") or "unnamed processor")
+
+
+Ordered = TypeVar("Ordered", int, str)
+
+
+def span(values: Iterable[Ordered]) -> str:
+    """``20`` where all are equal, ``20 to 100`` where they are not."""
+    ordered = sorted(set(values))
+    return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
+
+
+def is_assumed(case: Case) -> bool:
+    """Whether the model's dimensions are this project's guess: DiS has no published XL."""
+    return case.family == "DiS" and case.size == "XL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The rows to report, the latest of every case and machine.
+
+    Attributes:
+        rows: The rows.
+        warnings: What a reader of the files should know: a torn last line.
+        labels: The name of every series, in the order to show them.
+    """
+
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+    labels: Mapping[Series, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", series_labels(Series.of(row) for row in self.rows))
+
+
+def read_sweep(paths: list[Path]) -> Sweep:
+    """Read results files. Of a case measured twice on one machine, the row read last counts.
+
+    `bench.results.read_many` merges by case alone; here two GPUs' rows of one case must both stay, to be told apart.
+
+    Raises:
+        ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.
+    """
+    merged: dict[tuple[Case, str], Row] = {}
+    warnings = []
+    for path in paths:
+        results = read_results(path)
+        for row in results.rows:
+            try:
+                _ = row.case.patch
+            except ValueError:
+                raise ResultError(
+                    f"{path}: {row.case.model!r} is no model name; expected family, size and patch, such as DiG-S/2"
+                ) from None
+            merged[row.case, machine(row)] = row
+        if results.torn:
+            warnings.append(
+                f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
+            )
+    if not merged:
+        raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
+    return Sweep(rows=tuple(merged.values()), warnings=tuple(warnings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The rows that one figure shows, all of one setting, and the settings that it leaves out."""
+
+    setting: Setting
+    rows: tuple[Row, ...]
+    left_out: Mapping[Setting, int]
+
+
+def select(rows: Iterable[Row], *, modes: tuple[Mode, ...]) -> Selection | None:
+    """Choose the one setting to draw; None where no row has times.
+
+    The machine with the most rows; the first of ``modes`` it has; the first of `EXECUTIONS` it has; then the dtype and
+    batch with the most rows. Rows with times count before rows without. The same machine's
+    other mode doesn't count as left out: that a figure of training steps has no forward passes needs no saying.
+
+    Args:
+        rows: Candidates, of any setting.
+        modes: Both modes, the preferred one first.
+    """
+    candidates = tuple(rows)
+    if not any(row.status == "ok" for row in candidates):
+        return None
+    kept = _most(candidates, lambda s: (s.device, s.machine))
+    mode = next(m for m in modes if any(row.status == "ok" and row.case.mode == m for row in kept))
+    kept = tuple(row for row in kept if row.case.mode == mode)
+    execution = next(e for e in EXECUTIONS if any(row.status == "ok" and row.case.execution == e for row in kept))
+    kept = _most(tuple(row for row in kept if row.case.execution == execution), lambda s: s)
+    setting = Setting.of(kept[0])
+    others = Counter(
+        other
+        for other in map(Setting.of, candidates)
+        if other != setting
+        and (other.mode == mode or (other.device, other.machine) != (setting.device, setting.machine))
+    )
+    return Selection(setting=setting, rows=kept, left_out=dict(others))
+
+
+def _most(rows: tuple[Row, ...], key: Callable[[Setting], Hashable]) -> tuple[Row, ...]:
+    """The rows of the most numerous group; of equal ones the GPU's, then the first in alphabetical order."""
+    groups: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(Setting.of(row)), []).append(row)
+
+    def weight(group: tuple[Row, ...]) -> tuple[int, int, bool, str]:
+        with_times = sum(row.status == "ok" for row in group)
+        setting = Setting.of(group[0])
+        return (-with_times, -len(group), setting.device != "cuda", repr(setting))
+
+    return min((tuple(group) for group in groups.values()), key=weight)

@@ -1,0 +1,206 @@
+"""The tables, as GitHub Markdown: every row of the results, grouped so that a table holds one setting only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import pandas as pd
+
+from bench.results import Row
+from reports.series import (
+    ASSUMED_NOTE,
+    ATTENTION_FAMILIES,
+    EXECUTIONS,
+    MODES,
+    STATUS_NAMES,
+    Series,
+    Setting,
+    Sweep,
+    is_assumed,
+    size_rank,
+    span,
+)
+
+GIB = 2**30
+MISSING = "\N{EN DASH}"
+_PREAMBLE = (
+    "Times are medians of the timed steps, in milliseconds. GiB is the peak of the GPU memory that torch allocated, or "
+    "of the whole process on a CPU. The speed of the fastest DiG is given in multiples of the fastest attention model. "
+    f"Numbers have three significant digits. {MISSING}: not measured."
+)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent: ``0.0123``, ``1.80``, ``32.1``, ``12300``."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.2e}")
+    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def tables(sweep: Sweep, *, title: str | None = None) -> str:
+    """The whole of ``tables.md``."""
+    parts = [f"# {_plain(title or 'Results')}", _PREAMBLE]
+    machines: dict[tuple[bool, str], list[Row]] = {}
+    for row in sweep.rows:
+        machines.setdefault((row.case.device != "cuda", Setting.of(row).where), []).append(row)
+    # GPUs first; among them the one with the most rows.
+    for (_, where), rows in sorted(machines.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):
+        parts += [f"## {_plain(where)}", environment(rows), *_implementations(sweep, rows), *_sections(sweep, rows)]
+    if any(is_assumed(row.case) for row in sweep.rows):
+        parts.append(ASSUMED_NOTE.replace("*", r"\*", 1))
+    return "\n\n".join(parts) + "\n"
+
+
+def environment(rows: Sequence[Row]) -> str:
+    """One line: hardware, versions, commit and dates of the rows; of different values, all of them."""
+    found = [row.environment for row in rows]
+    parts = []
+    for key in ("gpu_name", "cpu", "driver", "cuda", "torch", "triton", "python"):
+        values = _distinct(e.get(key) for e in found)
+        name = "" if key in ("gpu_name", "cpu") else f"{key} "
+        if values:
+            parts.append(name + ", ".join(values))
+    packages = sorted({name for e in found for name in e.get("packages") or {}} - {"torch", "triton"})
+    for package in packages:
+        parts.append(f"{package} " + ", ".join(_distinct((e.get("packages") or {}).get(package) for e in found)))
+    commits = _distinct(
+        f"{str(e['commit'])[:12]}{' with uncommitted changes' if e.get('dirty') else ''}"
+        for e in found
+        if e.get("commit")
+    )
+    if commits:
+        parts.append("commit " + ", ".join(commits))
+    parts.append(span([row.started_at[:10] for row in rows]))
+    return _plain(" · ".join(parts))
+
+
+def _distinct(values: Iterable[object]) -> list[str]:
+    return list(dict.fromkeys(str(v) for v in values if v))
+
+
+def _implementations(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """A list of what ran under every series' name."""
+    ran: dict[str, dict[str, list[str]]] = {}
+    for series, label in sweep.labels.items():
+        for row in rows:
+            if Series.of(row) == series:
+                for operation, implementation in row.implementations.items():
+                    names = ran.setdefault(label, {}).setdefault(operation, [])
+                    if implementation not in names:
+                        names.append(implementation)
+    lines = [
+        f"- {label}: " + ", ".join(f"{operation} `{'`, `'.join(names)}`" for operation, names in used.items())
+        for label, used in ran.items()
+    ]
+    return ["What ran:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _sections(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """The tables of one machine: by resolution, then forward passes by size."""
+    groups: dict[tuple[Setting, str, int], list[Row]] = {}
+    by_setting: dict[Setting, list[Row]] = {}
+    for row in rows:
+        setting = Setting.of(row)
+        groups.setdefault((setting, row.case.size, row.case.patch), []).append(row)
+        if setting.mode == "forward":
+            by_setting.setdefault(setting, []).append(row)
+    parts = []
+    for setting, size, patch in sorted(groups, key=lambda k: (_setting_rank(k[0]), size_rank(k[1]), k[2])):
+        described = setting.describe()
+        parts.append(f"### {size}/{patch}: {described}\n\n" + _by_resolution(sweep, groups[setting, size, patch]))
+    for setting in sorted(by_setting, key=_setting_rank):
+        parts.append(f"### All sizes: {setting.describe()}\n\n" + _by_size(sweep, by_setting[setting]))
+    return parts
+
+
+def _setting_rank(setting: Setting) -> tuple[int, int, str, int]:
+    return (MODES.index(setting.mode), EXECUTIONS.index(setting.execution), setting.dtype, setting.batch)
+
+
+def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
+    def cell(row: Row) -> str:
+        peak = row.memory.peak if row.memory is not None else None
+        return f"{number(row.median_ms or 0)} · {number(peak / GIB) if peak else MISSING}"
+
+    frame = _frame(sweep, rows, cell)
+    table = _pivot(sweep, frame, ["resolution"])
+    ratios = _ratios(frame)
+    if not ratios.empty:
+        table["speed of the fastest DiG"] = ratios
+    return f"Cells: ms · GiB.\n\n{_markdown(table.fillna(MISSING))}"
+
+
+def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
+    def cell(row: Row) -> str:
+        share = row.ceiling_share
+        percent = MISSING if share is None else f"{number(100 * share)}%"
+        return f"{number(row.median_ms or 0)} · {number(row.fps or 0)} · {percent}"
+
+    ceilings = sorted(row.matmul_ceiling / 1e12 for row in rows if row.matmul_ceiling)
+    head = "Cells: ms · FPS · share of the measured matmul ceiling"
+    if ceilings:
+        low, high = number(ceilings[0]), number(ceilings[-1])
+        head += f" ({low if low == high else f'{low} to {high}'} TFLOP/s)"
+    table = _pivot(sweep, _frame(sweep, rows, cell), ["model", "resolution"])
+    return f"{head}.\n\n{_markdown(table.fillna(MISSING))}"
+
+
+def _frame(sweep: Sweep, rows: Iterable[Row], cell: Callable[[Row], str]) -> pd.DataFrame:
+    """One record a row; ``cell`` gives the text of a row with times, a failed one shows its status."""
+    ordered = sorted(rows, key=lambda row: (size_rank(row.case.size), row.case.patch, row.case.resolution))
+    frame = pd.DataFrame(
+        {
+            "model": f"{row.case.size}/{row.case.patch}",
+            "resolution": row.case.resolution,
+            "family": row.case.family,
+            "series": sweep.labels[Series.of(row)],
+            "ms": row.median_ms,
+            "cell": (cell(row) if row.status == "ok" else STATUS_NAMES[row.status])
+            + (r"\*" if is_assumed(row.case) else ""),
+        }
+        for row in ordered
+    )
+    # Ordered by size, where the alphabet would say B, L, S, XL.
+    frame["model"] = pd.Categorical(frame["model"], categories=frame["model"].unique(), ordered=True)
+    return frame
+
+
+def _pivot(sweep: Sweep, frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Series as columns, in the sweep's order."""
+    table = frame.pivot(index=keys, columns="series", values="cell")
+    return table[[label for label in sweep.labels.values() if label in table.columns]]
+
+
+def _ratios(frame: pd.DataFrame) -> pd.Series[str]:
+    """By resolution, how many times as fast the fastest DiG is as the fastest attention model, and which that is."""
+    timed = frame.dropna(subset=["ms"]).sort_values("ms", kind="stable")
+    ours = timed[timed["family"] == "DiG"].groupby("resolution").first()
+    theirs = timed[timed["family"].isin(ATTENTION_FAMILIES)].groupby("resolution").first()
+    both = ours.merge(theirs, left_index=True, right_index=True, suffixes=("_ours", "_theirs"))
+    return pd.Series(
+        [
+            f"{number(theirs / ours)}\N{MULTIPLICATION SIGN} {name}"
+            for ours, theirs, name in zip(both["ms_ours"], both["ms_theirs"], both["series_theirs"], strict=True)
+        ],
+        index=both.index,
+        dtype=object,
+    )
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A GitHub table, the index as its first columns."""
+    flat = table.reset_index()
+    keys = len(flat.columns) - len(table.columns)
+    lines = [
+        "| " + " | ".join(_plain(str(column)) for column in flat.columns) + " |",
+        "|" + " --- |" * keys + " ---: |" * len(table.columns),
+        *("| " + " | ".join(_plain(str(value)) for value in values) + " |" for values in flat.to_numpy().tolist()),
+    ]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text that cannot end a table cell or a line."""
+    return " ".join(text.split()).replace("|", r"\|")
