@@ -82,7 +82,7 @@ class BidirectionalMamba(nn.Module):
             setattr(self, f"x_proj{suffix}", nn.Linear(E, rank + 2 * STATE, bias=False))
             setattr(self, f"dt_proj{suffix}", nn.Linear(rank, E))
             a_log = torch.arange(1, STATE + 1, dtype=torch.float32).log().repeat(E, 1)
-            setattr(self, "A_log" if not suffix else "A_b_log", nn.Parameter(a_log))
+            setattr(self, "A_b_log" if suffix else "A_log", nn.Parameter(a_log))
             setattr(self, f"D{suffix}", nn.Parameter(torch.ones(E)))
 
     def reset_parameters(self, depth: int) -> None:
@@ -101,7 +101,7 @@ class BidirectionalMamba(nn.Module):
         """The forward direction's parameters (suffix ""), or the backward one's ("_b")."""
         conv = getattr(self, f"conv1d{suffix}")
         dt_proj = getattr(self, f"dt_proj{suffix}")
-        a_log = self.A_log if not suffix else self.A_b_log
+        a_log: Tensor = getattr(self, "A_b_log" if suffix else "A_log")
         return DirectionWeights(
             conv_weight=conv.weight,
             conv_bias=conv.bias,

@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
         if self.attention == "materialized":
             return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
         backend = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}[self.attention]
-        # With one backend allowed, PyTorch raises where that one cannot run, instead of falling back to plain attention.
+        # With one backend allowed, PyTorch raises where that one cannot run, instead of falling back.
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 

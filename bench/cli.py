@@ -140,7 +140,7 @@ def _require_packages(selected: list[Case]) -> None:
 
 
 def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) -> None:
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
         if writer.torn_path is not None:
             console.print(f"[yellow]{out} ended inside a row; the torn line was moved to {writer.torn_path}[/yellow]")
@@ -198,7 +198,7 @@ def _line(row: Row) -> str:
 
 @app.command("list")
 def list_command() -> None:
-    """List every model: parameters, and multiply-adds of a forward pass at 256 pixels, counted in full and as the paper does."""
+    """List every model: parameters, and multiply-adds of a forward pass, counted in full and as the paper does."""
     import torch
 
     from bench.flops import forward_macs, paper_macs

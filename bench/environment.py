@@ -1,4 +1,4 @@
-"""Where a row was measured: commit, versions, device. Torch-free, so that the harness can ask before starting workers."""
+"""Where a row was measured: commit, versions, device. No torch here, so that the harness can ask at once."""
 
 from __future__ import annotations
 

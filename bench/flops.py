@@ -70,8 +70,8 @@ def forward_macs(model: Backbone) -> int:
 def paper_macs(model: DiG) -> int:
     """The count behind the "Gflops" of the DiG paper's Tab. 1.
 
-    It leaves out `down_proj` and the recurrence, and adds 5 operations an element of each LayerNorm; by it DiG takes 77%
-    of DiT's, counted in full it takes 92 to 102%.
+    It leaves out `down_proj` and the recurrence, and adds 5 operations an element of each LayerNorm. By it DiG takes
+    77% of DiT's; counted in full it takes 92 to 102%.
     """
     config, T = model.config, model.grid[0] * model.grid[1]
     D, F = config.width, config.ffn_width

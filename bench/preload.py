@@ -8,6 +8,8 @@ import os
 
 # With this, asking whether there is a GPU does not start CUDA, whose state would not survive the fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# A training step of plain attention at 1792 pixels fits on an 80 GB card only if the allocator does not fragment it.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 for name in ("torch._dynamo", "triton", "bench.worker"):
     with contextlib.suppress(ImportError):  # A worker that needs the missing one says so in its row.

@@ -127,13 +127,13 @@ class Row:
 
     Attributes:
         case: What was measured.
-        status: ``ok``, or why there are no times: ``oom``, ``timeout``, ``unsupported`` (a package or a shape), ``error``.
+        status: ``ok``, or why there are no times: ``oom``, ``timeout``, ``unsupported`` (a missing package), ``error``.
         message: What happened, where status is not ``ok``.
         samples_ms: Every timed step, in milliseconds, in order.
         memory: The ledger, or None where the case did not come that far.
         parameters: Trainable parameters.
         flops: Floating-point operations of one step in full (two a multiply-add), by `bench.flops`.
-        matmul_ceiling: FLOP/s of a large matrix product in this dtype on this device in this sweep, or None.
+        matmul_ceiling: FLOP/s of a large matrix product in this dtype, on this device, in this run; or None.
         implementations: Which implementation of each operation ran.
         stop_reason: Why sampling ended.
         seconds: Wall time by phase: ``start`` (imports, model, inputs), ``warmup``, ``measure``.

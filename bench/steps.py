@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def build_step(case: Case) -> Step:
     torch.manual_seed(SEED)
     device = torch.device(case.device)
     with device:
-        model = create_model(case.model, image_size=case.resolution, **dict(case.options))
+        options: dict[str, Any] = dict(case.options)
+        model = create_model(case.model, image_size=case.resolution, **options)
     model.to(device)
     fill_zeros(model)
     x = torch.randn(case.batch, model.in_channels, *model.input_size, device=device)
@@ -85,7 +87,7 @@ def build_step(case: Case) -> Step:
             output = network(x, t, y)
         predicted, covariance = output.float().chunk(2, dim=1)
         loss = F.mse_loss(predicted, noise) + covariance.square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.detach()
 

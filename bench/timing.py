@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
 from bench.jobs import Budget
-
 
 BLOCK_S = 0.1
 """Seconds of steps enqueued before the host waits."""
@@ -26,7 +26,7 @@ def _cuda_block(run: Callable[[], object], steps: int) -> list[float]:
         run()
         event.record()
     events[-1].synchronize()
-    return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
 
 
 def _cpu_block(run: Callable[[], object], steps: int) -> list[float]:

@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +41,7 @@ def _versions(case: Case) -> dict[str, Any]:
     versions: dict[str, Any] = {"torch": torch.__version__, "float32_matmul": torch.get_float32_matmul_precision()}
     if case.device == "cuda":
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        versions["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     else:
         versions |= {"threads": torch.get_num_threads()}
     return versions
@@ -95,7 +97,7 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
 
     samples, stop_reason = sample(run, device=case.device, budget=job.budget)
     clock.append(time.perf_counter())
-    start, warmup, measure = (after - before for before, after in zip(clock, clock[1:], strict=False))
+    start, warmup, measure = (after - before for before, after in pairwise(clock))
     return Row(
         case=case,
         status="ok",

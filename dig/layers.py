@@ -61,7 +61,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) timesteps to (B, D)."""
         embedding = timestep_embedding(t, self.frequencies)
-        output: Tensor = self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        output: Tensor = self.mlp(embedding.to(dtype=next(self.mlp.parameters()).dtype))
         return output
 
 
@@ -123,7 +123,7 @@ class FinalLayer(nn.Module):
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """(B, T, P·P·C) tokens in raster order to (B, C, rows·P, columns·P)."""
-    B, T, _ = x.shape
+    B = x.shape[0]
     rows, columns = grid
     x = x.reshape(B, rows, columns, patch_size, patch_size, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * patch_size, columns * patch_size)
@@ -178,9 +178,8 @@ class Backbone(nn.Module):
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless x is (B, C, height, width) as the model was built for."""
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
-            raise ValueError(
-                f"x must be (B, {self.in_channels}, {self.input_size[0]}, {self.input_size[1]}); got {tuple(x.shape)}"
-            )
+            expected = ", ".join(map(str, ("B", self.in_channels, *self.input_size)))
+            raise ValueError(f"x must be ({expected}); got {tuple(x.shape)}")
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: CfgChannels = "three"
@@ -216,7 +215,7 @@ def initialize_adaln_zero(model: nn.Module) -> None:
     """DiT's initialisation of what the backbones share: embeddings normal(0.02), adaLN and output layers zero.
 
     Args:
-        model: Has ``x_embedder``, ``t_embedder``, ``y_embedder``, ``blocks`` (with ``adaLN_modulation``), ``final_layer``.
+        model: Has ``x_embedder``, ``t_embedder``, ``y_embedder``, ``blocks`` and ``final_layer``, as DiT and DiG do.
     """
     parts = {name: getattr(model, name) for name in ("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")}
     parts["x_embedder"].reset_parameters()

@@ -191,6 +191,22 @@ class SwiGLU(nn.Module):
         return output
 
 
+class DepthwiseConv(nn.Conv2d):
+    """SREM's 3×3 depth-wise convolution (§3.3): starts as the identity, or as PyTorch starts any convolution."""
+
+    def __init__(self, width: int, convolution: Convolution) -> None:
+        self.convolution = convolution
+        super().__init__(width, width, 3, padding=1, groups=width)
+
+    def reset_parameters(self) -> None:
+        """Initialise as configured; called by `nn.Conv2d` itself."""
+        super().reset_parameters()
+        if self.convolution == "identity-init":
+            nn.init.dirac_(self.weight, groups=self.groups)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+
 class DiGBlock(nn.Module):
     """One block (Alg. 1): GLA and FFN, each with adaptive norm and gated residual, then SREM."""
 
@@ -204,7 +220,7 @@ class DiGBlock(nn.Module):
         self.attn = GatedLinearAttention(config)
         self.mlp = SwiGLU(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.dw_conv = None if config.convolution == "none" else nn.Conv2d(D, D, 3, padding=1, groups=D)
+        self.dw_conv = None if config.convolution == "none" else DepthwiseConv(D, config.convolution)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int], source: ScanOrder, target: ScanOrder) -> Tensor:
         """Run the block on tokens in ``source`` order and hand them on in ``target`` order.
@@ -256,14 +272,12 @@ class DiG(Backbone):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The authors' initialisation: adaLN and output layers zero, GLA small, the convolution as configured."""
+        """The authors' initialisation: adaLN and output layers zero, GLA small."""
         initialize_linears(self)
         initialize_adaln_zero(self)
-        for block in self.blocks:
-            block.attn.reset_parameters()
-            if block.dw_conv is not None and self.config.convolution == "identity-init":
-                nn.init.dirac_(block.dw_conv.weight, groups=self.config.width)
-                nn.init.zeros_(block.dw_conv.bias)
+        for module in self.modules():
+            if isinstance(module, GatedLinearAttention):
+                module.reset_parameters()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict noise and covariance: see `Backbone.forward`."""

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the packages' kernels compute what the references compute, and the harness measures them."""
+"""What only a GPU can show: the packages' kernels compute what the references do, and the harness measures them."""
 
 from __future__ import annotations
 

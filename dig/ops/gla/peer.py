@@ -17,6 +17,6 @@ def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     if not q.is_cuda:
         raise ValueError(f"implementation 'fla' needs tensors on a CUDA device; q is on {q.device}")
     gla = require("fla.ops.gla", "implementation 'fla'")
-    # fla's kernels take contiguous inputs of one dtype; slices of a fused projection are copied here, as it does itself.
+    # fla makes contiguous copies of what is not: slices of a fused projection cost one each.
     output, _ = gla.chunk_gla(q, k, v, log_decay, scale=1.0)
-    return output  # type: ignore[no-any-return]
+    return output

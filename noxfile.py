@@ -1,0 +1,103 @@
+"""Everything that is run on this project, by name: ``nox -l`` lists it, ``nox -s NAME -- OPTIONS`` runs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+CPU_TORCH = "torch==2.13.0"
+"""What CPU sessions test with, so that they all test the same."""
+TRITON = "triton==3.6.0"
+GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
+HAS_GPU = shutil.which("nvidia-smi") is not None
+
+
+def install(session: nox.Session, *groups: str, gpu: bool = False) -> None:
+    """Install the project, editable, with dependency groups; first torch, so that nothing else chooses one."""
+    if gpu:
+        session.install("torch>=2.11", "wheel", "packaging", "ninja", "setuptools>=77")
+    else:
+        session.install(CPU_TORCH)
+    session.install("-e", ".", *(requirement for group in groups for requirement in GROUPS[group]))
+
+
+def install_peers(session: nox.Session) -> None:
+    """Install the gpu extra, package by package: one that does not build costs its model, not the run."""
+    peers = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["gpu"]
+    # causal-conv1d before mamba-ssm, which uses it; all of them compile against the torch that is installed.
+    for requirement in sorted(peers):
+        try:
+            session.install("--no-build-isolation", requirement)
+        except nox.command.CommandFailed:
+            session.warn(f"{requirement} could not be installed: its models will be reported as unsupported")
+
+
+def may_install(session: nox.Session) -> bool:
+    """Say whether the session has an environment of its own; with --no-venv it uses what is there."""
+    return not isinstance(session.virtualenv, nox.virtualenv.PassthroughEnv)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format of every file."""
+    session.install(*GROUPS["lint"])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    install(session, "types")
+    session.install("nox")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests that need no GPU: models, references, kernels in Triton's interpreter, harness, reports."""
+    if may_install(session):
+        install(session, "test")
+    cores = str(max(1, min(4, os.cpu_count() or 1)))
+    session.run("pytest", "-n", cores, "--dist", "worksteal", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def tests_gpu(session: nox.Session) -> None:
+    """Run the tests that need a GPU: kernels and peers against the references, the harness on the device."""
+    if may_install(session):
+        install(session, "test", gpu=True)
+        install_peers(session)
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure this machine and draw the paper's plots: both figures, or what the options of bench run choose."""
+    if may_install(session):
+        install(session, gpu=HAS_GPU)
+        if HAS_GPU:
+            install_peers(session)
+    if "--out" in session.posargs:
+        session.error("nox -s bench writes into out/; for another place call python -m bench run and python -m reports")
+    results = Path("out/results.jsonl")
+    chosen = session.posargs or ["--suite", "auto", "--resume"]
+    session.run("python", "-m", "bench", "run", "--out", str(results), *chosen)
+    session.run("python", "-m", "reports", str(results), "--out", str(results.parent / "report"))
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """Draw figures and tables from stored rows, by default the published ones; needs no torch."""
+    if may_install(session):
+        session.install("pandas>=2.2", "matplotlib>=3.9", "rich>=13.9", "typer>=0.15")
+    options = session.posargs or ["results/h100.jsonl", "--out", "results/h100"]
+    session.run("python", "-m", "reports", *options)

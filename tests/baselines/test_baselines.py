@@ -1,0 +1,79 @@
+"""What the baselines compute: attention by its kernels, the selective scan against its recurrence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from baselines.dis import DiS, DiSConfig
+from baselines.selective_scan import selective_scan
+from bench.models import create_model
+from dig.layers import sincos_position_embedding
+from tests.helpers import example, randomize, relative_error
+
+
+def test_flash_dit_equals_dit_with_the_same_weights() -> None:
+    dit = randomize(create_model("DiT-S/4", image_size=64)).eval()
+    flash = create_model("Flash-DiT-S/4", image_size=64, attention="sdpa-flash").eval()
+    flash.load_state_dict(dit.state_dict())
+    inputs = example(dit)
+    assert relative_error(flash(*inputs), dit(*inputs)) < 1e-5
+
+
+def test_a_forced_kernel_that_cannot_run_raises() -> None:
+    model = create_model("Flash-DiT-S/4", image_size=64, attention="sdpa-cudnn")
+    with pytest.raises(RuntimeError, match=r"No (available kernel|viable backend)"):
+        model(*example(model))
+
+
+def test_selective_scan_is_its_recurrence() -> None:
+    B, E, N, T = 2, 3, 4, 9
+    u, delta = torch.randn(B, E, T).double(), torch.rand(B, E, T).double()
+    A, b, c = -torch.rand(E, N).double(), torch.randn(B, N, T).double(), torch.randn(B, N, T).double()
+    expected = torch.zeros(B, E, T).double()
+    for i in range(B):
+        for e in range(E):
+            h = torch.zeros(N).double()
+            for t in range(T):
+                h = torch.exp(delta[i, e, t] * A[e]) * h + delta[i, e, t] * b[i, :, t] * u[i, e, t]
+                expected[i, e, t] = h @ c[i, :, t]
+    assert relative_error(selective_scan(u, delta, A, b, c), expected) < 1e-12
+
+
+def test_dis_sees_both_directions() -> None:
+    """A change in the last token must reach the first, and the other way round."""
+    model = randomize(DiS(DiSConfig(input_size=(8, 8), depth=2, width=32, num_classes=3))).eval()
+    x, t, y = example(model, 1)
+    base = model(x, t, y)
+    for row in (0, 7):
+        changed = x.clone()
+        changed[:, :, row, row] += 1
+        assert (model(changed, t, y) - base)[:, :, 7 - row, 7 - row].abs().max() > 1e-7
+
+
+def test_dis_blocks_and_skips() -> None:
+    model = DiS(DiSConfig(input_size=(8, 8), depth=5, width=32, num_classes=3))
+    assert (len(model.in_blocks), len(model.out_blocks)) == (2, 2)
+    assert all(block.skip_linear is not None for block in model.out_blocks)
+    rates = [block.drop_path.probability for block in (*model.in_blocks, model.mid_block, *model.out_blocks)]
+    assert rates == pytest.approx([0, 0, 0.025, 0.05, 0.075])
+
+
+def test_position_embedding_tells_rows_from_columns() -> None:
+    embedding = sincos_position_embedding(16, (3, 5)).reshape(3, 5, 16)
+    assert torch.equal(embedding[0, 2, :8], embedding[2, 2, :8])  # first half: the column
+    assert torch.equal(embedding[1, 0, 8:], embedding[1, 4, 8:])  # second half: the row
+    omega = 10_000.0 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(
+        embedding[2, 3], torch.cat([f(p * omega) for p in (3, 2) for f in (torch.sin, torch.cos)])
+    )
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos_position_embedding(18, (2, 2))
+
+
+def test_materialized_attention_is_softmax_attention() -> None:
+    model = create_model("DiT-S/4", image_size=64)
+    attention = model.blocks[0].attn
+    q, k, v = torch.randn(3, 2, 6, 10, 64).unbind(0)
+    torch.testing.assert_close(attention._head_major(q, k, v), F.scaled_dot_product_attention(q, k, v))

@@ -1,0 +1,72 @@
+"""Sweeps and suites: which cases they hold, and what they refuse."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from bench.cases import PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
+from bench.models import FAMILIES
+
+
+def test_a_choice_names_family_implementation_and_options() -> None:
+    choice = ModelChoice.parse("DiG:fla:variant=release")
+    assert choice.family.name == "DiG"
+    assert dict(choice.options) == {"recurrence": "fla", "variant": "release"}
+    assert dict(ModelChoice.parse("Flash-DiT").options) == {"attention": "sdpa-flash"}
+
+
+def test_sweep_keeps_the_models_of_one_comparison_together() -> None:
+    cases = sweep(["DiG", "DiT"], resolutions=(256, 512), modes=("train", "forward"), executions=("eager",))
+    assert [(c.resolution, c.mode, c.family) for c in cases[:3]] == [
+        (256, "train", "DiG"),
+        (256, "train", "DiT"),
+        (256, "forward", "DiG"),
+    ]
+    assert len(cases) == 8
+
+
+def test_paper_suite_is_both_figures_and_the_eager_probes() -> None:
+    cases = paper_suite()
+    assert len(set(cases)) == len(cases) == 130
+    graph_s = Counter((c.resolution, c.mode) for c in cases if c.execution == "graph" and c.size == "S")
+    assert graph_s == {(r, m): 5 for r in PAPER_RESOLUTIONS for m in ("train", "forward")}
+    assert Counter(c.size for c in cases if c.size != "S") == {"B": 10, "L": 10, "XL": 10}
+    assert {c.resolution for c in cases if c.execution == "eager"} == {1024, 1792}
+    assert {(c.device, c.dtype, c.batch) for c in cases} == {("cuda", "bf16", 1)}
+
+
+def test_cpu_suite_runs_every_family_on_its_reference() -> None:
+    cases = cpu_suite()
+    assert {c.family for c in cases} == set(FAMILIES)
+    assert {(c.device, c.execution) for c in cases} == {("cpu", "eager")}
+    assert len({c.resolution for c in cases if c.mode == "train"}) >= 3
+    assert len({c.size for c in cases if c.mode == "forward"}) >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"models": ["Dig"]}, "did you mean DiG"),
+        ({"models": ["DiG:flash"]}, "did you mean fla"),
+        ({"models": ["DiG:scam=causal"]}, "did you mean scan"),
+        ({"models": ["DiS"], "sizes": ["xl"]}, "did you mean XL"),
+        ({"resolutions": [250]}, "the closest that is: 256"),
+        ({"resolutions": [256], "patch": 3}, "multiple of 24|choose one of 2, 4, 8"),
+        ({"batch": 0}, "batch must be a whole number of at least 1"),
+        ({"modes": ["training"]}, "did you mean train"),
+        ({"executions": ["graphs"]}, "did you mean graph"),
+        ({"dtype": "fp16"}, "dtype must be one of bf16, fp32"),
+        ({"device": "cpu", "executions": ["graph"]}, "use --executions eager"),
+        ({"device": "cpu", "executions": ["eager"], "models": ["DiG:fla"]}, "DiG runs on a CPU with reference only"),
+    ],
+)
+def test_bad_axes_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(**{"models": ["DiG"], "resolutions": [256], **arguments})
+
+
+def test_unknown_suite() -> None:
+    with pytest.raises(ValueError, match="did you mean paper"):
+        suite("papers")

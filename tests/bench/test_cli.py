@@ -1,0 +1,94 @@
+"""The command line: bad input ends with status 2 and one message, before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import cli
+from bench.results import read_results
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "gpu_present", lambda: False)
+    monkeypatch.setattr(cli, "run_sweep", lambda *args, **kwargs: pytest.fail("measured although the input is bad"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "Dig"], "unknown model 'Dig': did you mean DiG?"),
+        (["--models", "DiG:flash"], "did you mean fla?"),
+        (["--sizes", "XXL"], "did you mean XL?"),
+        (["--patch", "3"], "resolution 1024 is not a multiple of 24"),
+        (["--resolution", "100"], "resolution 100 is not a multiple of 16"),
+        (["--resolution", "big"], "--resolutions takes whole numbers"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--time-limit", "0"], "--time-limit must be positive"),
+        (["--modes", "tain"], "did you mean train?"),
+        (["--executions", "graph"], "needs a GPU"),
+        (["--device", "cuda"], "no NVIDIA GPU was found"),
+        (["--device", "tpu"], "choose auto, cuda or cpu"),
+        (["--dtype", "fp8"], "dtype must be one of"),
+        (["--suite", "papers"], "did you mean paper?"),
+        (["--suite", "paper"], "needs an NVIDIA GPU"),
+        (["--models", ""], "nothing to measure"),
+        (["--models", "DiG:fla"], "DiG runs on a CPU with reference only"),
+    ],
+)
+def test_bad_input(options: list[str], message: str, tmp_path: Path) -> None:
+    result = runner.invoke(cli.app, ["run", *options, "--out", str(tmp_path / "results.jsonl")])
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "gpu_present", lambda: True)
+    result = runner.invoke(cli.app, ["run", "--models", "DiS:mamba-ssm", "--out", str(tmp_path / "results.jsonl")])
+    assert result.exit_code == 2
+    assert "pip install 'dig-diffusion[gpu]'" in result.output
+
+
+def test_unwritable_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = runner.invoke(cli.app, ["run", "--resolution", "64", "--out", str(tmp_path / "file" / "results.jsonl")])
+    assert result.exit_code == 2
+    assert "cannot write" in result.output
+
+
+def test_torn_line_is_reported_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "run_sweep", lambda *args, **kwargs: iter(()))
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"schema":1,"case"')
+    result = runner.invoke(cli.app, ["run", "--resolution", "64", "--out", str(path), "--resume"])
+    assert result.exit_code == 0, result.output
+    assert "ended inside a row" in result.output
+    assert path.read_text() == ""
+    assert (tmp_path / "results.jsonl.torn").read_text() == '{"schema":1,"case"\n'
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import bench.cli, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_real_run_and_the_list(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "bench"]
+    options = ["--models", "DiT", "--patch", "8", "--resolution", "64", "--modes", "forward", "--device", "cpu"]
+    done = subprocess.run([*command, "run", *options, "--out", str(path)], capture_output=True, text=True, check=True)
+    assert "img/s" in done.stderr
+    (row,) = read_results(path).rows
+    assert row.status == "ok"
+    listed = subprocess.run([*command, "list"], capture_output=True, text=True, check=True, env={"COLUMNS": "200"})
+    assert "32,983,328" not in listed.stdout  # the default variant is the paper's
+    assert "DiS-XL/2 (assumed)" in listed.stdout
+    assert "1.403" in listed.stdout

@@ -1,0 +1,222 @@
+"""The harness with real processes: results, memory that runs out, limits, kills, and going on afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.jobs import Budget
+from bench.results import Case, ResultsWriter, Row, read_results
+from bench.runner import Sweep, WorkerError, finished_cases, run_job, run_sweep
+
+QUICK = Budget(settle_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
+
+
+def small(model: str = "DiT-S/8", **changes: object) -> Case:
+    return Case(**{"model": model, "resolution": 64, "mode": "forward", "dtype": "fp32", "device": "cpu", **changes})
+
+
+def measure(
+    cases: list[Case], path: Path, *, time_limit: float = 120, done: frozenset[Case] = frozenset()
+) -> list[Row]:
+    sweep = Sweep(cases=tuple(cases), done=done, time_limit=time_limit, budget=QUICK)
+    with ResultsWriter(path) as writer:
+        return list(run_sweep(sweep, writer, environment={"commit": "abc"}, on_start=lambda case: None))
+
+
+def children(process_id: int) -> set[int]:
+    """Process ids of all descendants (Linux)."""
+    found, queue = set(), [process_id]
+    while queue:
+        parent = queue.pop()
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            fresh = {int(word) for word in task.read_text().split()} - found
+            found |= fresh
+            queue += fresh
+    return found
+
+
+def alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_case_becomes_a_whole_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    (row,) = measure([small("DiG-S/8", mode="train")], path)
+    assert read_results(path).rows == (row,)
+    assert row.status == "ok"
+    assert len(row.samples_ms) == 2
+    assert row.parameters == 33_269_504
+    assert row.implementations["recurrence"] == "reference"
+    assert row.memory.parameters == 4 * (row.parameters)
+    assert row.memory.process_peak > row.memory.parameters
+    assert row.flops > 0
+    assert row.matmul_ceiling > 1e9
+    assert row.environment["commit"] == "abc"
+    assert row.environment["torch"]
+    assert set(row.seconds) == {"start", "warmup", "measure"}
+
+
+def test_out_of_memory_is_a_row_and_the_next_case_runs(tmp_path: Path) -> None:
+    # More than any machine has: the allocator refuses at once.
+    rows = measure([small(batch=10**9), small()], tmp_path / "results.jsonl")
+    assert [row.status for row in rows] == ["oom", "ok"]
+    assert "memory" in rows[0].message
+
+
+def test_time_limit_kills_the_process_and_the_next_case_runs(tmp_path: Path) -> None:
+    before = children(os.getpid())
+    slow = small("DiS-S/2", resolution=1024, batch=4, mode="train")
+    start = time.monotonic()
+    (row,) = measure([slow], tmp_path / "a.jsonl", time_limit=3)
+    assert row.status == "timeout"
+    assert "after 3 s" in row.message
+    assert time.monotonic() - start < 60
+    assert [pid for pid in children(os.getpid()) - before if alive(pid) and b"DiS" in _command(pid)] == []
+    assert measure([small()], tmp_path / "b.jsonl")[0].status == "ok"
+
+
+def _command(process_id: int) -> bytes:
+    try:
+        return Path(f"/proc/{process_id}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_an_error_is_a_row_with_its_message(tmp_path: Path) -> None:
+    # Attention by cuDNN has no kernel on a CPU; cases built past the checks of the command line get this far.
+    (row,) = measure([small("Flash-DiT-S/8", options=(("attention", "sdpa-cudnn"),))], tmp_path / "results.jsonl")
+    assert row.status == "error"
+    assert "RuntimeError" in row.message
+
+
+def test_a_missing_package_is_an_unsupported_row(tmp_path: Path) -> None:
+    (row,) = measure([small("DiG-S/8", options=(("recurrence", "fla"),))], tmp_path / "results.jsonl")
+    assert row.status == "unsupported"
+    assert "flash-linear-attention" in row.message
+
+
+def test_a_worker_that_is_killed_says_by_what(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "bench", "run", "--models", "DiS", "--resolution", "128", "--modes", "train"]
+    harness = subprocess.Popen([*command, "--out", str(path)], stderr=subprocess.PIPE, text=True)
+    worker = _wait_for_worker(harness.pid)
+    os.kill(worker, signal.SIGKILL)
+    harness.communicate(timeout=120)
+    (row,) = read_results(path).rows
+    assert row.status == "error"
+    assert "SIGKILL" in row.message
+
+
+def _wait_for_worker(harness: int, timeout: float = 60) -> int:
+    """The process of a case: it leads a process group of its own, which no other descendant does."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for pid in children(harness):
+            try:
+                if os.getpgid(pid) == pid and os.getsid(pid) == pid and _busy(pid):
+                    return pid
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+    raise TimeoutError("no worker process appeared")
+
+
+def _busy(process_id: int, seconds: float = 1.5) -> bool:
+    """Say whether it has computed long enough to be past the matmul ceiling's short process."""
+    try:
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > seconds
+
+
+def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "run",
+        "--models",
+        "DiT,DiS",
+        "--resolution",
+        "64,128",
+        "--modes",
+        "train",
+    ]
+    command += ["--out", str(path), "--resume"]
+    harness = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 2):
+        time.sleep(0.05)
+    descendants = children(harness.pid)
+    harness.kill()
+    harness.wait()
+    kept = read_results(path).rows
+    assert len(kept) >= 2
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(alive(pid) for pid in descendants):
+        time.sleep(0.1)
+    assert [pid for pid in descendants if alive(pid)] == []
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    rows = read_results(path).rows
+    assert rows[: len(kept)] == kept
+    assert f"{len(kept)} done before" in done.stderr
+    assert len({row.case for row in rows}) == len(rows) == 4
+    assert {row.status for row in rows} == {"ok"}
+
+
+def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "run",
+        "--models",
+        "DiT,DiS",
+        "--resolution",
+        "64,128",
+        "--modes",
+        "train",
+    ]
+    harness = subprocess.Popen([*command, "--out", str(path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not path.exists() or not path.read_bytes().count(b"\n")):
+        time.sleep(0.05)
+    descendants = children(harness.pid)
+    harness.send_signal(signal.SIGINT)
+    _, stderr = harness.communicate(timeout=60)
+    assert harness.returncode == 130
+    assert "go on with --resume" in stderr
+    assert "Traceback" not in stderr
+    assert len(read_results(path).rows) >= 1
+    assert read_results(path).torn == b""
+    time.sleep(1)
+    assert [pid for pid in descendants if alive(pid)] == []
+
+
+def test_resume_repeats_what_failed_for_the_moment() -> None:
+    cases = [small(resolution=64 * i) for i in (1, 2, 3, 4, 5)]
+    statuses = ["ok", "oom", "unsupported", "timeout", "error"]
+    rows = {
+        case: Row(case=case, status=status, started_at="", samples_ms=(1.0,) if status == "ok" else ())
+        for case, status in zip(cases, statuses, strict=True)
+    }
+    assert finished_cases(rows) == frozenset(cases[:3])
+
+
+def test_a_job_that_cannot_start_is_an_error() -> None:
+    with pytest.raises(WorkerError, match="the process ended with status 1"):
+        run_job("not a job", time_limit=60)  # type: ignore[arg-type]

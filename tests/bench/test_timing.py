@@ -1,0 +1,72 @@
+"""Sampling stops for the reason it gives, and the step does what it says."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from bench.jobs import Budget
+from bench.results import Case
+from bench.steps import build_step, fill_zeros
+from bench.timing import sample
+
+
+def test_stops_on_time() -> None:
+    budget = Budget(settle_s=0.0, min_samples=2, target_s=0.05, max_samples=1000)
+    samples, reason = sample(lambda: time.sleep(0.01), device="cpu", budget=budget)
+    assert reason == "time"
+    assert 2 <= len(samples) <= 15
+    assert min(samples) >= 10
+
+
+def test_stops_on_samples() -> None:
+    budget = Budget(settle_s=0.0, min_samples=2, target_s=100, max_samples=7)
+    samples, reason = sample(lambda: time.sleep(0.001), device="cpu", budget=budget)
+    assert (len(samples), reason) == (7, "samples")
+
+
+def test_a_slow_step_still_gets_its_fewest_samples() -> None:
+    budget = Budget(settle_s=0.0, min_samples=3, target_s=0.0, max_samples=10)
+    samples, _ = sample(lambda: time.sleep(0.02), device="cpu", budget=budget)
+    assert len(samples) >= 3
+
+
+@pytest.mark.parametrize("change", [{"min_samples": 0}, {"min_samples": 9, "max_samples": 3}, {"target_s": -1}])
+def test_a_budget_that_times_nothing_is_refused(change: dict) -> None:
+    with pytest.raises(ValueError, match=r"samples|negative"):
+        Budget(**change)
+
+
+@pytest.mark.parametrize("family", ["DiG", "DiT", "Flash-DiT", "DiS"])
+def test_training_step_trains_every_parameter(family: str) -> None:
+    case = Case(model=f"{family}-S/4", resolution=64, mode="train", dtype="fp32", device="cpu")
+    step = build_step(case)
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    loss = step.run()
+    assert loss.isfinite()
+    still = [n for n, p in step.model.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
+    assert still == []
+
+
+def test_forward_step_keeps_no_graph_and_is_finite() -> None:
+    step = build_step(Case(model="DiG-S/8", resolution=64, mode="forward", dtype="bf16", device="cpu"))
+    output = step.run()
+    assert not output.requires_grad
+    assert output.isfinite().all()
+    assert not step.model.training
+
+
+def test_same_inputs_and_weights_every_time() -> None:
+    case = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
+    assert torch.equal(build_step(case).run(), build_step(case).run())
+
+
+def test_fill_zeros_leaves_the_rest_alone() -> None:
+    model = torch.nn.Linear(3, 3)
+    torch.nn.init.zeros_(model.bias)
+    weight = model.weight.detach().clone()
+    fill_zeros(model)
+    assert model.bias.abs().max() > 0
+    assert torch.equal(model.weight, weight)
