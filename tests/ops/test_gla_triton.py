@@ -25,6 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = ((32, 64), (36, 72))
 
 
+# Pairs of tokens that a kernel masks afterwards may overflow first; NumPy, under the interpreter, says so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
@@ -259,12 +263,11 @@ def test_bad_block_arguments_are_named() -> None:
         Tiles(chunk=48)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiles_into_one_graph(dtype: torch.dtype) -> None:
-    inputs = block_inputs(130, dtype=dtype)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiles_into_one_graph(backend: str) -> None:
+    inputs = block_inputs(20, dtype=torch.bfloat16)
     gradient = torch.randn_like(inputs[2])
-    compiled = torch.compile(block, fullgraph=True)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
     for a, b in zip(run(compiled, inputs, gradient), run(block, inputs, gradient), strict=True):
         assert torch.equal(a, b)
 

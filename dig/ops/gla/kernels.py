@@ -8,9 +8,12 @@ With ``c`` the running sum of the log decays inside a chunk, S the state before 
     o_i   = (q_i e^{c_i}) S + sum_{j<=i} (q_i . k_j e^{c_i - c_j}) v_j
     S_new = e^G S + sum_j (k_j e^{G - c_j})^T v_j
 
-Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once. At these
-widths a program is bound by the instructions it issues rather than by its products, so the first launch stores c (fp32)
-for the others: reading it back takes a tenth of the instructions of computing it again.
+Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once. The
+products are small at these widths and the instructions around them many, so the first launch stores c (fp32) for the
+others: reading it back takes far fewer than computing it again.
+
+Arguments named q_b, q_t, q_h, ... are strides of batch, token and head. Head strides are constants of the compilation,
+so that the compiler can tell how far heads of 36 or 72 are aligned.
 
 **Exponents.** ``e^{c_i - c_j}`` is at most 1, but its two factors are not. Pairs (i, j) are split by the smallest
 aligned group of 16, 32, 64, ... tokens that holds both. If that group has more than 16 tokens, i lies in its second
@@ -102,16 +105,12 @@ def log2_decay(x, inverse_normalizer, LOGITS: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
-def load_sums(sums, chunk, rows, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+def load_sums(sums, chunk, rows, C: tl.constexpr, P: tl.constexpr):
     """Running sums (C, P) of a chunk's log2 decays at the rows (C,) given, which may repeat.
 
     Reading a row again for every token of its group is cheaper than moving it between threads.
     """
-    cols = tl.arange(0, P)
-    pointers = sums + chunk * (C * K) + rows[:, None] * K + cols[None, :]
-    if P == K:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(cols < K)[None, :], other=0.0)
+    return tl.load(sums + chunk * (C * P) + rows[:, None] * P + tl.arange(0, P)[None, :])
 
 
 @triton.jit
@@ -141,6 +140,26 @@ def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def split(x):
+    """Three bf16 tensors whose sum is x, in fp32, to its last bit or two."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    mid = rest.to(tl.bfloat16)
+    return high, mid, (rest - mid.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def sum_rows(which, high, mid, low, PRECISION: tl.constexpr):
+    """Sums (C, P) over the rows that ``which`` (C, C) picks for each row, of a tensor taken apart by `split`.
+
+    As products with 0 and 1 on the matrix units; a scan from thread to thread takes twice the instructions.
+    """
+    which = tl.where(which, 1.0, 0.0)
+    total = product(which, low, tl.bfloat16, PRECISION) + product(which, mid, tl.bfloat16, PRECISION)
+    return total + product(which, high, tl.bfloat16, PRECISION)
+
+
+@triton.jit
 def chunk_output(
     q,
     k,
@@ -148,7 +167,6 @@ def chunk_output(
     sums,
     chunk,
     state,
-    K: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -159,10 +177,10 @@ def chunk_output(
     rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
-    c = load_sums(sums, chunk, rows, K, C, P)
+    c = load_sums(sums, chunk, rows, C, P)
     scores = tl.zeros([C, C], tl.float32)
     for level in tl.static_range(LEVELS):
-        x = c - load_sums(sums, chunk, middle(rows, level), K, C, P)
+        x = c - load_sums(sums, chunk, middle(rows, level), C, P)
         if level == 0:
             pairs = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
         else:
@@ -184,19 +202,19 @@ def local_state_kernel(
     own,
     q_b,
     q_t,
-    q_h,
+    q_h: tl.constexpr,
     k_b,
     k_t,
-    k_h,
+    k_h: tl.constexpr,
     v_b,
     v_t,
-    v_h,
+    v_h: tl.constexpr,
     d_b,
     d_t,
-    d_h,
+    d_h: tl.constexpr,
     o_b,
     o_t,
-    o_h,
+    o_h: tl.constexpr,
     T,
     N,
     scale,
@@ -212,7 +230,7 @@ def local_state_kernel(
 ):
     """What each chunk alone adds to the state, and with GRADIENT what it alone adds to the state's gradient.
 
-    Grid (H, N, B). Writes ``sums`` (B, H, N * C, K), the running sums c of the log2 decays inside a chunk, and
+    Grid (H, N, B). Writes ``sums`` (B, H, N * C, KP), the running sums c of the log2 decays inside a chunk, and
     ``states[0, b, h, n] = (k e^{G-c})^T v``; with GRADIENT also ``states[1, b, h, n] = (q e^c)^T do`` and
     ``own[b, t, h] = do_t . v_t``. q and do are read only then.
     """
@@ -228,12 +246,14 @@ def local_state_kernel(
     if LOGITS:
         # A logit of 0 where nothing was loaded isn't a decay of 1.
         d = tl.where((first + rows < T)[:, None] & (cols < K)[None, :], d, 0.0)
-    c = tl.cumsum(d, axis=0)
+    high, mid, low = split(d)
+    c = sum_rows(rows[:, None] >= rows[None, :], high, mid, low, PRECISION)
+    after = sum_rows(rows[:, None] < rows[None, :], high, mid, low, PRECISION)
     # Rows after the last token too: those are read as the middle of a group.
-    tl.store(sums + index * (C * K) + rows[:, None] * K + cols[None, :], c, mask=(cols < K)[None, :])
+    tl.store(sums + index * (C * KP) + rows[:, None] * KP + cols[None, :], c)
     b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
-    keys = b_k * tl.exp2(tl.sum(d, axis=0)[None, :] - c)
+    keys = b_k * tl.exp2(after)
     state = product(tl.trans(keys), b_v, DOT, PRECISION)
 
     offsets, exists = state_tile(K, V, KP, VP)
@@ -257,6 +277,7 @@ def scan_kernel(
     direction,
     K: tl.constexpr,
     V: tl.constexpr,
+    KP: tl.constexpr,
     C: tl.constexpr,
     COLS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -279,7 +300,7 @@ def scan_kernel(
     backward = direction + entry
     DOT: tl.constexpr = states.dtype.element_ty
     x_ptr = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * (K * V) + row * V
-    g_ptr = sums + bh.to(tl.int64) * N * (C * K) + (C - 1) * K + row
+    g_ptr = sums + bh.to(tl.int64) * N * (C * KP) + (C - 1) * KP + row
     i = tl.arange(0, STEPS)
     later = i[:, None] > i[None, :]
     carry = tl.zeros([COLS], tl.float32)
@@ -290,8 +311,8 @@ def scan_kernel(
         mask = (step < N)[:, None] & (cols < V)[None, :]
         pointers = x_ptr + chunk[:, None] * (K * V) + cols[None, :]
         x = tl.load(pointers, mask=mask, other=0.0)
-        g = tl.maximum(tl.load(g_ptr + chunk * (C * K), mask=step < N, other=0.0), VANISHED)
-        g_previous = tl.load(g_ptr + previous * (C * K), mask=(step < N) & (i > 0), other=0.0)
+        g = tl.maximum(tl.load(g_ptr + chunk * (C * KP), mask=step < N, other=0.0), VANISHED)
+        g_previous = tl.load(g_ptr + previous * (C * KP), mask=(step < N) & (i > 0), other=0.0)
         through = tl.cumsum(g, axis=0)
         until = tl.cumsum(tl.maximum(g_previous, VANISHED), axis=0)
         weights = tl.where(later, tl.exp2(until[:, None] - through[None, :]), 0.0)
@@ -314,16 +335,16 @@ def output_kernel(
     out,
     q_b,
     q_t,
-    q_h,
+    q_h: tl.constexpr,
     k_b,
     k_t,
-    k_h,
+    k_h: tl.constexpr,
     v_b,
     v_t,
-    v_h,
+    v_h: tl.constexpr,
     g_b,
     g_t,
-    g_h,
+    g_h: tl.constexpr,
     T,
     N,
     scale,
@@ -351,7 +372,7 @@ def output_kernel(
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
     offsets, exists = state_tile(K, V, KP, VP)
     state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, sums, index, state, K, C, KP, LEVELS, DOT, PRECISION)
+    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
     if NORM_GATE:
         cols = tl.arange(0, VP)
         b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)

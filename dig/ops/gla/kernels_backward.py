@@ -54,19 +54,19 @@ def output_backward_kernel(
     dweight,
     q_b,
     q_t,
-    q_h,
+    q_h: tl.constexpr,
     k_b,
     k_t,
-    k_h,
+    k_h: tl.constexpr,
     v_b,
     v_t,
-    v_h,
+    v_h: tl.constexpr,
     g_b,
     g_t,
-    g_h,
+    g_h: tl.constexpr,
     y_b,
     y_t,
-    y_h,
+    y_h: tl.constexpr,
     dgate_t,
     T,
     N,
@@ -96,7 +96,7 @@ def output_backward_kernel(
     offsets, exists = state_tile(K, V, KP, VP)
     offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, sums, index, state, K, C, KP, LEVELS, DOT, PRECISION)
+    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
 
     rows = tl.arange(0, C)
     cols = tl.arange(0, VP)
@@ -120,7 +120,7 @@ def output_backward_kernel(
     b_own = tl.sum(b_do * b_v.to(tl.float32), axis=1)
     tl.store(own + (b * T + first + rows) * H + h, b_own, mask=first + rows < T)
 
-    queries = b_q * tl.exp2(load_sums(sums, index, rows, K, C, KP))
+    queries = b_q * tl.exp2(load_sums(sums, index, rows, C, KP))
     gradient = product(tl.trans(queries), b_do, DOT, PRECISION)
     tl.store(state_gradients + offsets, gradient.to(state_gradients.dtype.element_ty), mask=exists)
 
@@ -166,19 +166,19 @@ def gradient_kernel(
     ddecay,
     q_b,
     q_t,
-    q_h,
+    q_h: tl.constexpr,
     k_b,
     k_t,
-    k_h,
+    k_h: tl.constexpr,
     v_b,
     v_t,
-    v_h,
+    v_h: tl.constexpr,
     d_b,
     d_t,
-    d_h,
+    d_h: tl.constexpr,
     o_b,
     o_t,
-    o_h,
+    o_h: tl.constexpr,
     dq_t,
     dk_t,
     dv_t,
@@ -209,8 +209,7 @@ def gradient_kernel(
     rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
-    cols = tl.arange(0, KP)
-    c = load_sums(sums, index, rows, K, C, KP)
+    c = load_sums(sums, index, rows, C, KP)
     b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
     b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
@@ -224,7 +223,7 @@ def gradient_kernel(
     b_dc = tl.zeros([C, KP], tl.float32)
     # A loop that stays one: unrolled, its code outgrows the instruction cache and its addresses the registers.
     for level in tl.range(0, LEVELS, num_stages=1):
-        x = c - load_sums(sums, index, middle(rows, level), K, C, KP)
+        x = c - load_sums(sums, index, middle(rows, level), C, KP)
         outside = -tl.abs(x)
         q_factor = tl.exp2(tl.where(level == 0, x, outside))
         k_factor = tl.exp2(tl.where(level == 0, -x, outside))
@@ -242,7 +241,7 @@ def gradient_kernel(
     offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
     dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
-    total = tl.load(sums + index * (C * K) + (C - 1) * K + cols, mask=cols < K, other=0.0)
+    total = tl.load(sums + index * (C * KP) + (C - 1) * KP + tl.arange(0, KP))
     until_end = tl.exp2(total[None, :] - c)
     b_dv += product(b_k * until_end, dstate, DOT, PRECISION)
     store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, first, T, V, C, VP)

@@ -73,8 +73,11 @@ TILES: dict[TileKey, Tiles] = {
     (32, 64, torch.bfloat16, 9): DEFAULT_TILES,
     (36, 72, torch.bfloat16, 9): WIDE_TILES,
 }
-"""On NVIDIA GPUs, found with ``python -m bench.ops.gla --sweep``; shapes without an entry take `DEFAULT_TILES`, wider
-ones `WIDE_TILES`. A table, not autotuning: the first call costs no search, and a run repeats exactly."""
+"""On NVIDIA GPUs; shapes without an entry take `DEFAULT_TILES`, wider ones `WIDE_TILES`.
+
+A table, not autotuning: the first call costs no search, and a run repeats exactly. These entries come from the
+compiler's counts of registers, spills and instructions for sm_90; ``python -m bench.ops.gla --sweep`` times
+alternatives."""
 
 
 def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
@@ -89,9 +92,6 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
         return INTERPRETER_TILES
     default = DEFAULT_TILES if K <= 32 and V <= 64 else WIDE_TILES
     return TILES.get(tile_key(K, V, v.dtype, v.device), default)
-
-
-# --- what the caller gave -------------------------------------------------------------------------------------------
 
 
 def _check(name: str, tensor: Tensor, *, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
@@ -121,9 +121,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check("q", q, shape=tuple(q.shape), dtypes=DTYPES, like=q)
     _check("k", k, shape=tuple(q.shape), dtypes=(q.dtype,), like=q)
     _check("v", v, shape=(*q.shape[:3], v.shape[-1]), dtypes=(q.dtype,), like=q)
-
-
-# --- launches -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +202,8 @@ def _local_states(
     is left unwritten.
     """
     states = torch.empty(1 if do is None else 2, *plan.state_shape, dtype=v.dtype, device=v.device)
-    C, K = plan.tiles.chunk, q.shape[-1]
-    sums = torch.empty(plan.B, plan.H, plan.N * C, K, dtype=torch.float32, device=v.device)
+    rows, columns = plan.N * plan.tiles.chunk, plan.constants["KP"]
+    sums = torch.empty(plan.B, plan.H, rows, columns, dtype=torch.float32, device=v.device)
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
     do_or_v = v if do is None else do
     local_state_kernel[plan.grid](
@@ -223,8 +220,8 @@ def _scan(plan: _Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     steps = min(64, max(16, triton.next_power_of_2(plan.N)))
     scan_kernel[(K * triton.cdiv(V, columns), plan.B * plan.H, states.shape[0])](
         states, sums, plan.N, direction,
-        K=K, V=V, C=plan.tiles.chunk, COLS=columns, STEPS=steps, BLOCKS=triton.cdiv(plan.N, steps),
-        PRECISION=plan.constants["PRECISION"], num_warps=plan.tiles.scan_warps,
+        K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk, PRECISION=plan.constants["PRECISION"],
+        COLS=columns, STEPS=steps, BLOCKS=triton.cdiv(plan.N, steps), num_warps=plan.tiles.scan_warps,
     )  # fmt: skip
 
 
@@ -251,9 +248,6 @@ def _gradients(
         maxnreg=plan.tiles.backward_registers,
     )  # fmt: skip
     return dq, dk, dv, ddecay
-
-
-# --- A: the recurrence ----------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("dig::gla", mutates_args=())
@@ -326,9 +320,6 @@ def tiled_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     _check("log_decay", log_decay, shape=tuple(q.shape), dtypes=(torch.float32, q.dtype), like=q)
     output: Tensor = _gla(q, k, v, log_decay)
     return output
-
-
-# --- B: gate activation, recurrence, norm and output gate ------------------------------------------------------------
 
 
 @torch.library.custom_op("dig::gla_block", mutates_args=())
