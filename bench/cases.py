@@ -128,7 +128,7 @@ def cpu_suite() -> list[Case]:
     figure1 = sweep(models, resolutions=(64, 128, 192, 256), executions=("eager",), dtype="fp32", device="cpu")
     figure2 = sweep(
         models,
-        sizes=("S", "B", "L"),
+        sizes=("S", "B"),
         resolutions=(128,),
         modes=("forward",),
         executions=("eager",),
