@@ -151,7 +151,9 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) ->
             f"{len(sweep.remaining)} cases to measure into {out}" + (f", {skipped} done before" if skipped else "")
         )
         measured = 0
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # SIGINT too: a shell that starts the harness in the background has it ignored.
+        for interrupt in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(interrupt, signal.default_int_handler)
         try:
             with _progress(console) as progress:
                 task = progress.add_task("starting", total=len(sweep.remaining))

@@ -190,10 +190,10 @@ def _draw_line(axes: Any, line: Line) -> None:
         axes.annotate(
             "assumed*",
             (guesses[-1].x, guesses[-1].y),
-            xytext=(0, -8),
+            xytext=(0, 8),  # above: the slower series are below
             textcoords="offset points",
             ha="center",
-            va="top",
+            va="bottom",
             fontsize=7.5,
             color=look.color,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from bench.cases import sweep
 from bench.models import create_model
 from bench.results import ResultsWriter, read_results
 from bench.runner import Sweep, run_sweep
+from dig.model import DiG, DiGConfig
 from dig.ops.gla import gated_linear_attention
 from tests.helpers import example, randomize, relative_error
 
@@ -31,50 +33,58 @@ def _outputs_and_gradients(model: nn.Module, inputs: tuple[Tensor, ...], dtype: 
     return {"output": output, "gradients": gradients}
 
 
-def _assert_twins(name: str, twin: str, implementation: dict[str, str], *, dtype: torch.dtype) -> None:
-    """Compare a reference model with its twin, the same weights on other kernels, both against the reference in fp32.
+def _assert_twins(reference: nn.Module, twin: nn.Module, *, dtype: torch.dtype) -> None:
+    """Compare a reference model with its twin on other kernels, given its weights, both against the reference in fp32.
 
     In bf16 a deep model's own rounding is far above a kernel's, so the twin may be no further from the truth than the
     reference itself is in bf16, by half.
     """
-    reference = randomize(create_model(name, image_size=128)).cuda().eval()
-    other = create_model(twin, image_size=128, **implementation).cuda().eval()
-    other.load_state_dict(reference.state_dict())
+    randomize(reference).cuda().eval()
+    twin.load_state_dict(reference.state_dict())
+    twin.cuda().eval()
     inputs = example(reference)
     truth = _outputs_and_gradients(reference, inputs, torch.float32)
-    actual = _outputs_and_gradients(other, inputs, dtype)
+    actual = _outputs_and_gradients(twin, inputs, dtype)
     errors = {key: relative_error(actual[key], truth[key]) for key in truth}
     if dtype == torch.float32:
         bounds = {"output": 2e-3, "gradients": 5e-3}
     else:
         rounded = _outputs_and_gradients(reference, inputs, dtype)
         bounds = {key: 1.5 * relative_error(rounded[key], truth[key]) for key in truth}
-    print(twin, implementation, dtype, errors, "allowed", bounds)
+    print(twin.implementations, dtype, errors, "allowed", bounds)
     assert all(errors[key] < bounds[key] for key in truth)
 
 
 @pytest.mark.parametrize("attention", ["sdpa-cudnn", "sdpa-flash", "flash-attn"])
 def test_flash_dit_equals_dit(attention: str) -> None:
-    _assert_twins("DiT-S/2", "Flash-DiT-S/2", {"attention": attention}, dtype=torch.bfloat16)
+    twin = create_model("Flash-DiT-S/2", image_size=128, attention=attention)
+    _assert_twins(create_model("DiT-S/2", image_size=128), twin, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dis_on_mamba_ssm_equals_reference(dtype: torch.dtype) -> None:
-    _assert_twins("DiS-S/2", "DiS-S/2", {"mixer": "mamba-ssm"}, dtype=dtype)
+    twin = create_model("DiS-S/2", image_size=128, mixer="mamba-ssm")
+    _assert_twins(create_model("DiS-S/2", image_size=128), twin, dtype=dtype)
 
 
 def test_dig_on_fla_equals_reference() -> None:
-    _assert_twins("DiG-S/2", "DiG-S/2", {"recurrence": "fla"}, dtype=torch.bfloat16)
+    """One block: fla rounds scores and states to bf16 where the reference keeps fp32, and depth amplifies that."""
+    config = DiGConfig(input_size=(16, 16), depth=1, width=384, heads=6)
+    _assert_twins(DiG(config), DiG(replace(config, recurrence="fla")), dtype=torch.bfloat16)
 
 
-def test_fla_recurrence_equals_step_by_step() -> None:
+def test_fla_recurrence_and_gradients_equal_step_by_step() -> None:
     q, k = torch.randn(2, 2, 200, 6, 32, device="cuda").bfloat16().unbind(0)
-    v = torch.randn(2, 200, 6, 64, device="cuda").bfloat16()
+    v, weight = torch.randn(2, 2, 200, 6, 64, device="cuda").bfloat16().unbind(0)
     log_decay = nn.functional.logsigmoid(torch.randn(2, 200, 6, 32, device="cuda")) / 16
-    actual = gated_linear_attention(q, k, v, log_decay, implementation="fla")
-    wide = (x.double() for x in (q, k, v, log_decay))
-    expected = gated_linear_attention(*wide, implementation="recurrent")
-    assert relative_error(actual, expected) < BF16
+    found = []
+    for implementation, dtype in (("recurrent", torch.float64), ("fla", None)):
+        arguments = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v, log_decay)]
+        output = gated_linear_attention(*arguments, implementation=implementation)
+        found.append([output, *torch.autograd.grad((output * weight.to(output.dtype)).sum(), arguments)])
+    errors = [relative_error(actual, expected) for actual, expected in zip(found[1], found[0], strict=True)]
+    print("output, dq, dk, dv, dlog_decay:", errors)
+    assert max(errors) < BF16
 
 
 def test_flash_kernels_refuse_instead_of_falling_back() -> None:

@@ -44,8 +44,8 @@ def test_training_step_trains_every_parameter(family: str) -> None:
     case = Case(model=f"{family}-S/4", resolution=64, mode="train", dtype="fp32", device="cpu")
     step = build_step(case)
     before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
-    loss = step.run()
-    assert loss.isfinite()
+    for _ in range(4):  # Stochastic depth drops a whole branch of DiS now and then, rarely four times.
+        assert step.run().isfinite()
     still = [n for n, p in step.model.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
     assert still == []
 
