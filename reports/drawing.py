@@ -174,7 +174,7 @@ def _draw_line(axes: Any, line: Line) -> None:
     )
     guesses = [p for p in line.points if p.assumed]
     if guesses:
-        # A ring around the point, and the word at the last of them only: eight in a row would hide the line.
+        # A ring around the point, and the asterisk at the last of them only: eight in a row would hide the line.
         axes.plot(
             [p.x for p in guesses],
             [p.y for p in guesses],
@@ -188,13 +188,13 @@ def _draw_line(axes: Any, line: Line) -> None:
             zorder=3,
         )
         axes.annotate(
-            "assumed*",
+            "*",  # what it means is in the caption; a word would meet a neighbour's line
             (guesses[-1].x, guesses[-1].y),
-            xytext=(0, 8),  # above: the slower series are below
+            xytext=(8, -2),
             textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=7.5,
+            ha="left",
+            va="center",
+            fontsize=13,
             color=look.color,
         )
 
