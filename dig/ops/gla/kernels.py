@@ -15,6 +15,9 @@ others: reading it back takes far fewer than computing it again.
 Arguments named q_b, q_t, q_h, ... are strides of batch, token and head. Head strides are constants of the compilation,
 so that the compiler can tell how far heads of 36 or 72 are aligned.
 
+**Order.** Tokens stay where they are in memory; ORDER says in which order the recurrence walks them (`scan_tokens`).
+Within a call, chunks, sums, states and do . v count scan positions, and everything else counts tokens in memory.
+
 **Exponents.** ``e^{c_i - c_j}`` is at most 1, but its two factors are not. Pairs (i, j) are split by the smallest
 aligned group of 16, 32, 64, ... tokens that holds both. If that group has more than 16 tokens, i lies in its second
 half and j in its first, so with both decays measured from the group's middle no exponent is positive: one array of
@@ -41,27 +44,40 @@ such terms keep an absolute error below 1e-3."""
 
 
 @triton.jit
-def load_rows(ptr, stride, first, T, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """Tokens first .. first+C-1 of one head as (C, P); 0 after the last token and in the padded columns."""
-    rows = tl.arange(0, C)
-    cols = tl.arange(0, P)
-    mask = (first + rows < T)[:, None]
-    if P != WIDTH:
-        mask = mask & (cols < WIDTH)[None, :]
-    start = ptr + first.to(tl.int64) * stride
-    return tl.load(start + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+def scan_tokens(first, T, grid_rows, grid_columns, C: tl.constexpr, ORDER: tl.constexpr):
+    """Where the tokens at scan positions first .. first+C-1 lie in memory, (C,), and which of them there are.
+
+    ORDER is 0 for the order in memory, plus 1 for reversed, plus 2 for column by column (`dig.scan.ScanOrder`): the
+    scan walks the image while its tokens stay where they are. Grid sizes are read only in the latter case.
+    """
+    position = first + tl.arange(0, C)
+    present = position < T
+    if ORDER % 2 == 1:
+        position = T - 1 - position
+    if ORDER >= 2:
+        # Positions outside, before the first token too, are masked wherever these are used.
+        position = (position % grid_rows) * grid_columns + position // grid_rows
+    return position.to(tl.int64), present
 
 
 @triton.jit
-def store_rows(ptr, value, stride, first, T, WIDTH: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """The counterpart of `load_rows`; casts to the pointer's type."""
-    rows = tl.arange(0, C)
+def load_rows(ptr, stride, tokens, present, WIDTH: tl.constexpr, P: tl.constexpr):
+    """One head's rows at ``tokens`` (C,) as (C, P); 0 where there is no token, and in the padded columns."""
     cols = tl.arange(0, P)
-    mask = (first + rows < T)[:, None]
+    mask = present[:, None]
     if P != WIDTH:
         mask = mask & (cols < WIDTH)[None, :]
-    start = ptr + first.to(tl.int64) * stride
-    tl.store(start + rows[:, None] * stride + cols[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+    return tl.load(ptr + tokens[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, value, stride, tokens, present, WIDTH: tl.constexpr, P: tl.constexpr):
+    """The counterpart of `load_rows`; casts to the pointer's type."""
+    cols = tl.arange(0, P)
+    mask = present[:, None]
+    if P != WIDTH:
+        mask = mask & (cols < WIDTH)[None, :]
+    tl.store(ptr + tokens[:, None] * stride + cols[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -190,7 +206,7 @@ def chunk_output(
     return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
 def local_state_kernel(
     q,
     k,
@@ -217,6 +233,8 @@ def local_state_kernel(
     o_h: tl.constexpr,
     T,
     N,
+    grid_rows,
+    grid_columns,
     scale,
     inverse_normalizer,
     K: tl.constexpr,
@@ -224,6 +242,7 @@ def local_state_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
+    ORDER: tl.constexpr,
     LOGITS: tl.constexpr,
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -237,22 +256,23 @@ def local_state_kernel(
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    d = load_rows(decay + b * d_b + h * d_h, d_t, first, T, K, C, KP).to(tl.float32)
+    d = load_rows(decay + b * d_b + h * d_h, d_t, tokens, present, K, KP).to(tl.float32)
     d = tl.maximum(log2_decay(d, inverse_normalizer, LOGITS, PRECISION), MIN_LOG2_DECAY)
     rows = tl.arange(0, C)
     cols = tl.arange(0, KP)
     if LOGITS:
         # A logit of 0 where nothing was loaded isn't a decay of 1.
-        d = tl.where((first + rows < T)[:, None] & (cols < K)[None, :], d, 0.0)
+        d = tl.where(present[:, None] & (cols < K)[None, :], d, 0.0)
     high, mid, low = split(d)
     c = sum_rows(rows[:, None] >= rows[None, :], high, mid, low, PRECISION)
     after = sum_rows(rows[:, None] < rows[None, :], high, mid, low, PRECISION)
     # Rows after the last token too: those are read as the middle of a group.
     tl.store(sums + index * (C * KP) + rows[:, None] * KP + cols[None, :], c)
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     keys = b_k * tl.exp2(after)
     state = product(tl.trans(keys), b_v, DOT, PRECISION)
 
@@ -260,13 +280,13 @@ def local_state_kernel(
     offsets += index * (K * V)
     tl.store(states + offsets, state.to(states.dtype.element_ty), mask=exists)
     if GRADIENT:
-        b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
-        b_do = load_rows(do + b * o_b + h * o_h, o_t, first, T, V, C, VP)
+        b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+        b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
         gradient = product(tl.trans(b_q * tl.exp2(c)), b_do, DOT, PRECISION)
         offsets += tl.num_programs(2).to(tl.int64) * H * N * (K * V)
         tl.store(states + offsets, gradient.to(states.dtype.element_ty), mask=exists)
         b_own = tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), axis=1)
-        tl.store(own + (b * T + first + rows) * H + h, b_own, mask=first + rows < T)
+        tl.store(own + (b * T + first + rows) * H + h, b_own, mask=present)
 
 
 @triton.jit(do_not_specialize=["N", "direction"])
@@ -323,7 +343,7 @@ def scan_kernel(
         tl.store(pointers, before.to(DOT), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
 def output_kernel(
     q,
     k,
@@ -347,6 +367,8 @@ def output_kernel(
     g_h: tl.constexpr,
     T,
     N,
+    grid_rows,
+    grid_columns,
     scale,
     eps,
     K: tl.constexpr,
@@ -354,6 +376,7 @@ def output_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
+    ORDER: tl.constexpr,
     LEVELS: tl.constexpr,
     NORM_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -365,18 +388,19 @@ def output_kernel(
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     offsets, exists = state_tile(K, V, KP, VP)
     state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0)
     o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
     if NORM_GATE:
         cols = tl.arange(0, VP)
         b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
-        b_g = load_rows(gate + b * g_b + h * g_h, g_t, first, T, V, C, VP).to(tl.float32)
+        b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
         o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
         o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
-    store_rows(out + (b * T * H + h) * V, o, H * V, first, T, V, C, VP)
+    store_rows(out + (b * T * H + h) * V, o, H * V, tokens, present, V, VP)

@@ -31,13 +31,14 @@ from dig.ops.gla.kernels import (
     middle,
     of_level,
     product,
+    scan_tokens,
     sigmoid,
     state_tile,
     store_rows,
 )
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
 def output_backward_kernel(
     q,
     k,
@@ -70,6 +71,8 @@ def output_backward_kernel(
     dgate_t,
     T,
     N,
+    grid_rows,
+    grid_columns,
     scale,
     eps,
     K: tl.constexpr,
@@ -77,6 +80,7 @@ def output_backward_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
+    ORDER: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -88,11 +92,12 @@ def output_backward_kernel(
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     offsets, exists = state_tile(K, V, KP, VP)
     offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
@@ -101,24 +106,24 @@ def output_backward_kernel(
     rows = tl.arange(0, C)
     cols = tl.arange(0, VP)
     b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
-    b_g = load_rows(gate + b * g_b + h * g_h, g_t, first, T, V, C, VP).to(tl.float32)
-    b_dy = load_rows(dy + b * y_b + h * y_h, y_t, first, T, V, C, VP).to(tl.float32)
+    b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
+    b_dy = load_rows(dy + b * y_b + h * y_h, y_t, tokens, present, V, VP).to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
     normed = o * inverse_rms
     gate_sigmoid = sigmoid(b_g, PRECISION)
     swish = b_g * gate_sigmoid
     through_gate = b_dy * normed
     b_dgate = through_gate * b_w[None, :] * (gate_sigmoid + swish * (1.0 - gate_sigmoid))
-    store_rows(dgate + b * T * dgate_t + h * V, b_dgate, dgate_t, first, T, V, C, VP)
+    store_rows(dgate + b * T * dgate_t + h * V, b_dgate, dgate_t, tokens, present, V, VP)
     # One row per chunk and head, summed afterwards in a fixed order: atomics would make runs differ.
     tl.store(dweight + ((b * N + n) * H + h) * V + cols, tl.sum(through_gate * swish, axis=0), mask=cols < V)
     dnormed = b_dy * b_w[None, :] * swish
     b_do = inverse_rms * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / V)[:, None])
-    store_rows(do + (b * T * H + h) * V, b_do, H * V, first, T, V, C, VP)
+    store_rows(do + (b * T * H + h) * V, b_do, H * V, tokens, present, V, VP)
     # From do before it is rounded: the norm makes do orthogonal to o, and where o is little else than this token's own
     # v (the first tokens), the rounding would be all that is left of the product.
     b_own = tl.sum(b_do * b_v.to(tl.float32), axis=1)
-    tl.store(own + (b * T + first + rows) * H + h, b_own, mask=first + rows < T)
+    tl.store(own + (b * T + first + rows) * H + h, b_own, mask=present)
 
     queries = b_q * tl.exp2(load_sums(sums, index, rows, C, KP))
     gradient = product(tl.trans(queries), b_do, DOT, PRECISION)
@@ -149,7 +154,7 @@ def pair_gradients(
     return dq + of_queries * q_factor, dk + of_keys * k_factor, dc
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
 def gradient_kernel(
     q,
     k,
@@ -185,6 +190,8 @@ def gradient_kernel(
     ddecay_t,
     T,
     N,
+    grid_rows,
+    grid_columns,
     scale,
     inverse_normalizer,
     K: tl.constexpr,
@@ -192,6 +199,7 @@ def gradient_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
+    ORDER: tl.constexpr,
     LEVELS: tl.constexpr,
     LOGITS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -204,16 +212,17 @@ def gradient_kernel(
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
     rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
     c = load_sums(sums, index, rows, C, KP)
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, first, T, K, C, KP).to(tl.float32) * scale
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, first, T, K, C, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, first, T, V, C, VP)
-    b_do = load_rows(do + b * o_b + h * o_h, o_t, first, T, V, C, VP)
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
+    b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
 
     # Through the scores, group size by group size.
     dscores = product(b_do, tl.trans(b_v), DOT, PRECISION).to(DOT)
@@ -244,7 +253,7 @@ def gradient_kernel(
     total = tl.load(sums + index * (C * KP) + (C - 1) * KP + tl.arange(0, KP))
     until_end = tl.exp2(total[None, :] - c)
     b_dv += product(b_k * until_end, dstate, DOT, PRECISION)
-    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, first, T, V, C, VP)
+    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, tokens, present, V, VP)
     dk_state = product(b_v, tl.trans(dstate), DOT, PRECISION) * until_end
     dq_state = product(b_do, tl.trans(state), DOT, PRECISION) * tl.exp2(c)
     through_queries = b_q * dq_state
@@ -253,15 +262,15 @@ def gradient_kernel(
     at_start += tl.sum(through_queries, axis=0)
     b_dd = at_start[None, :] - (tl.cumsum(b_dc, axis=0) - b_dc)
 
-    b_own = tl.load(own + (b * T + first + rows) * H + h, mask=first + rows < T, other=0.0)[:, None]
+    b_own = tl.load(own + (b * T + first + rows) * H + h, mask=present, other=0.0)[:, None]
     b_dq = (b_dq + dq_state + b_own * b_k) * scale
     b_dk += dk_state + b_own * b_q
-    store_rows(dq + b * T * dq_t + h * K, b_dq, dq_t, first, T, K, C, KP)
-    store_rows(dk + b * T * dk_t + h * K, b_dk, dk_t, first, T, K, C, KP)
-    logits = load_rows(decay + b * d_b + h * d_h, d_t, first, T, K, C, KP).to(tl.float32)
+    store_rows(dq + b * T * dq_t + h * K, b_dq, dq_t, tokens, present, K, KP)
+    store_rows(dk + b * T * dk_t + h * K, b_dk, dk_t, tokens, present, K, KP)
+    logits = load_rows(decay + b * d_b + h * d_h, d_t, tokens, present, K, KP).to(tl.float32)
     # Nothing flows through a decay that the clamp has replaced.
     clamped = log2_decay(logits, inverse_normalizer, LOGITS, PRECISION) < MIN_LOG2_DECAY
     if LOGITS:
         # d logsigmoid(x) / dx = sigmoid(-x)
         b_dd *= inverse_normalizer * sigmoid(-logits, PRECISION)
-    store_rows(ddecay + b * T * ddecay_t + h * K, tl.where(clamped, 0.0, b_dd), ddecay_t, first, T, K, C, KP)
+    store_rows(ddecay + b * T * ddecay_t + h * K, tl.where(clamped, 0.0, b_dd), ddecay_t, tokens, present, K, KP)

@@ -105,7 +105,8 @@ def _check(name: str, tensor: Tensor, *, shape: tuple[int, ...], dtypes: tuple[t
         raise ValueError(f"{name} must be contiguous in its last dimension; its strides are {tensor.stride()}")
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError, naming the argument, unless the kernels take these queries, keys and values."""
     for name, tensor in (("q", q), ("v", v)):
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} must be (B, T, H, width), none of them 0; got {tuple(tensor.shape)}")
@@ -124,7 +125,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """Everything about a call that several launches share."""
 
     tiles: Tiles
@@ -134,16 +135,20 @@ class _Plan:
     N: int
     scale: float
     inverse_normalizer: float
+    walk: tuple[int, int]
+    """(rows, columns) of the image, for orders that go column by column."""
     constants: dict[str, Any]
     """Those of every kernel that works on a chunk."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
+        """Programs: one a chunk and head."""
         # Heads vary fastest: programs that run together read neighbouring parts of the same tokens.
         return self.H, self.N, self.B
 
     @property
     def state_shape(self) -> tuple[int, ...]:
+        """(B, H, N, K, V)."""
         return self.B, self.H, self.N, self.constants["K"], self.constants["V"]
 
     @property
@@ -152,7 +157,10 @@ class _Plan:
         return self.tiles.chunk.bit_length() - 4
 
 
-def _plan(q: Tensor, v: Tensor, scale: float, normalizer: float) -> _Plan:
+def plan_of(
+    q: Tensor, v: Tensor, scale: float, normalizer: float, grid: tuple[int, int] = (0, 0), order: int = 0
+) -> Plan:
+    """The launch plan for queries (B, T, H, K) and values (B, T, H, V); order as `scan_tokens` takes it."""
     B, T, H, K = q.shape
     V = v.shape[-1]
     tiles = tiles_for(q, v)
@@ -162,10 +170,21 @@ def _plan(q: Tensor, v: Tensor, scale: float, normalizer: float) -> _Plan:
         "KP": max(16, triton.next_power_of_2(K)),
         "VP": max(16, triton.next_power_of_2(V)),
         "C": tiles.chunk,
+        "ORDER": order,
         "PRECISION": _precision(v.dtype),
     }
     N = triton.cdiv(T, tiles.chunk)
-    return _Plan(tiles=tiles, B=B, T=T, H=H, N=N, scale=scale, inverse_normalizer=1.0 / normalizer, constants=constants)
+    return Plan(
+        tiles=tiles,
+        B=B,
+        T=T,
+        H=H,
+        N=N,
+        scale=scale,
+        inverse_normalizer=1.0 / normalizer,
+        walk=grid,
+        constants=constants,
+    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -194,7 +213,7 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _local_states(
-    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, do: Tensor | None = None, logits: bool
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, do: Tensor | None = None, logits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each chunk adds to the state (1, B, H, N, K, V), the sums of the decays, and do . v of each token.
 
@@ -208,13 +227,13 @@ def _local_states(
     do_or_v = v if do is None else do
     local_state_kernel[plan.grid](
         q, k, v, decay, do_or_v, sums, states, own, *_strides(q, k, v, decay, do_or_v),
-        plan.T, plan.N, plan.scale, plan.inverse_normalizer,
+        plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, LOGITS=logits, GRADIENT=do is not None, num_warps=plan.tiles.local_warps,
     )  # fmt: skip
     return states, sums, own
 
 
-def _scan(plan: _Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
+def _scan(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     K, V = states.shape[-2:]
     columns = min(plan.tiles.scan_columns, plan.constants["VP"])
     steps = min(64, max(16, triton.next_power_of_2(plan.N)))
@@ -226,39 +245,96 @@ def _scan(plan: _Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
 
 
 def _gradients(
-    plan: _Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     do: Tensor,
     sums: Tensor,
     states: Tensor,
     state_gradients: Tensor,
     own: Tensor,
+    outputs: tuple[Tensor, ...],
     *,
     logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, ddecay = _empty(q), _empty(k), _empty(v), _empty(decay)
+) -> None:
+    """Write the gradients of ``inputs`` (q, k, v, decay) into ``outputs``, whose heads lie packed in each token."""
     gradient_kernel[plan.grid](
-        q, k, v, decay, do, sums, states, state_gradients, own, dq, dk, dv, ddecay, *_strides(q, k, v, decay, do),
-        dq.stride(1), dk.stride(1), dv.stride(1), ddecay.stride(1),
-        plan.T, plan.N, plan.scale, plan.inverse_normalizer,
+        *inputs, do, sums, states, state_gradients, own, *outputs, *_strides(*inputs, do),
+        *(output.stride(1) for output in outputs),
+        plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, LEVELS=plan.levels, LOGITS=logits, num_warps=plan.tiles.gradient_warps,
         maxnreg=plan.tiles.backward_registers,
     )  # fmt: skip
-    return dq, dk, dv, ddecay
+
+
+def run_block(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, g: Tensor, norm_weight: Tensor, eps: float
+) -> Tensor:
+    """The launches of `gla_block`."""
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    with _on(q.device):
+        states, sums, _ = _local_states(plan, q, k, v, gate_logits, logits=True)
+        _scan(plan, states, sums, direction=0)
+        output_kernel[plan.grid](
+            q, k, v, g, norm_weight, sums, states, out, *_strides(q, k, v, g),
+            plan.T, plan.N, *plan.walk, plan.scale, eps,
+            **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
+        )  # fmt: skip
+    return out
+
+
+def run_block_backward(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    g: Tensor,
+    norm_weight: Tensor,
+    dy: Tensor,
+    eps: float,
+    outputs: tuple[Tensor, ...],
+    dg: Tensor,
+) -> Tensor:
+    """The launches of `gla_block`'s backward pass.
+
+    Args:
+        plan: Of the forward pass.
+        inputs: q, k, v, gate_logits.
+        g: Logits of the output gate.
+        norm_weight: (V,).
+        dy: Gradient of the output.
+        eps: As in the forward pass.
+        outputs: Take the gradients of ``inputs``; contiguous over batch and tokens, heads packed.
+        dg: Takes g's gradient; likewise.
+
+    Returns:
+        The gradient of norm_weight.
+    """
+    q, k, v, gate_logits = inputs
+    dy = _last_contiguous(dy)
+    do = _empty(v)
+    dweight = torch.empty(plan.B, plan.N, plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
+    with _on(q.device):
+        states, sums, own = _local_states(plan, q, k, v, gate_logits, logits=True)
+        _scan(plan, states, sums, direction=0)
+        state_gradients = _empty(states)
+        output_backward_kernel[plan.grid](
+            q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight,
+            *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
+            **plan.constants, LEVELS=plan.levels, num_warps=plan.tiles.output_backward_warps,
+            maxnreg=plan.tiles.backward_registers,
+        )  # fmt: skip
+        _scan(plan, state_gradients, sums, direction=1)
+        _gradients(plan, inputs, do, sums, states, state_gradients, own, outputs, logits=True)
+    return dweight.sum((0, 1, 2)).to(norm_weight.dtype)
 
 
 @torch.library.custom_op("dig::gla", mutates_args=())
 def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    plan = _plan(q, v, 1.0, 1.0)
+    plan = plan_of(q, v, 1.0, 1.0)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with _on(q.device):
         states, sums, _ = _local_states(plan, q, k, v, log_decay, logits=False)
         _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
-            q, k, v, v, v, sums, states, out, *_strides(q, k, v, v), plan.T, plan.N, plan.scale, 0.0,
+            q, k, v, v, v, sums, states, out, *_strides(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
             **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
         )  # fmt: skip
     return out
@@ -268,12 +344,14 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 def _gla_backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan(q, v, 1.0, 1.0)
+    plan = plan_of(q, v, 1.0, 1.0)
     do = _last_contiguous(do)
+    outputs = _empty(q), _empty(k), _empty(v), _empty(log_decay)
     with _on(q.device):
         states, sums, own = _local_states(plan, q, k, v, log_decay, do=do, logits=False)
         _scan(plan, states, sums, direction=0)
-        return _gradients(plan, q, k, v, log_decay, do, sums, states[0], states[1], own, logits=False)
+        _gradients(plan, (q, k, v, log_decay), do, sums, states[0], states[1], own, outputs, logits=False)
+    return outputs
 
 
 @_gla.register_fake
@@ -316,7 +394,7 @@ def tiled_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     Raises:
         ValueError: A shape, dtype, device or stride that the kernels do not take; the message names the argument.
     """
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     _check("log_decay", log_decay, shape=tuple(q.shape), dtypes=(torch.float32, q.dtype), like=q)
     output: Tensor = _gla(q, k, v, log_decay)
     return output
@@ -334,16 +412,7 @@ def _block(
     gate_normalizer: float,
     eps: float,
 ) -> Tensor:
-    plan = _plan(q, v, scale, gate_normalizer)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with _on(q.device):
-        states, sums, _ = _local_states(plan, q, k, v, gate_logits, logits=True)
-        _scan(plan, states, sums, direction=0)
-        output_kernel[plan.grid](
-            q, k, v, g, norm_weight, sums, states, out, *_strides(q, k, v, g), plan.T, plan.N, plan.scale, eps,
-            **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
-        )  # fmt: skip
-    return out
+    return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate_logits, g, norm_weight, eps)
 
 
 @torch.library.custom_op("dig::gla_block_backward", mutates_args=())
@@ -359,23 +428,11 @@ def _block_backward(
     gate_normalizer: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan(q, v, scale, gate_normalizer)
-    dy = _last_contiguous(dy)
-    do, dg = _empty(v), _empty(g)
-    dweight = torch.empty(plan.B, plan.N, plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
-    with _on(q.device):
-        states, sums, own = _local_states(plan, q, k, v, gate_logits, logits=True)
-        _scan(plan, states, sums, direction=0)
-        state_gradients = _empty(states)
-        output_backward_kernel[plan.grid](
-            q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight,
-            *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, plan.scale, eps,
-            **plan.constants, LEVELS=plan.levels, num_warps=plan.tiles.output_backward_warps,
-            maxnreg=plan.tiles.backward_registers,
-        )  # fmt: skip
-        _scan(plan, state_gradients, sums, direction=1)
-        gradients = _gradients(plan, q, k, v, gate_logits, do, sums, states, state_gradients, own, logits=True)
-    return *gradients, dg, dweight.sum((0, 1, 2)).to(norm_weight.dtype)
+    inputs = q, k, v, gate_logits
+    outputs = _empty(q), _empty(k), _empty(v), _empty(gate_logits)
+    dg = _empty(g)
+    dweight = run_block_backward(plan_of(q, v, scale, gate_normalizer), inputs, g, norm_weight, dy, eps, outputs, dg)
+    return *outputs, dg, dweight
 
 
 @_block.register_fake
@@ -450,7 +507,7 @@ def gla_block(
     Raises:
         ValueError: An argument that the kernels do not take; the message names it.
     """
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     either = (torch.float32, q.dtype)
     _check("gate_logits", gate_logits, shape=tuple(q.shape), dtypes=either, like=q)
     _check("g", g, shape=tuple(v.shape), dtypes=(q.dtype,), like=q)
