@@ -1,0 +1,401 @@
+"""Adaptive norm on Triton: two differentiable operations over one forward and one backward kernel.
+
+Both are registered with torch.library, so ``torch.compile(fullgraph=True)`` and CUDA graphs take them. They are bound
+by memory traffic: with x, the branch and h in bf16, bytes for each of the B T D elements are
+
+    norm_modulate           4 forward (reads x; writes h)                 6 backward (reads x, dh; writes dx)
+    residual_norm_modulate  8 forward (x, branch; x_new, h)              12 backward (x_new, branch, both gradients;
+                                                                            dx, dbranch)
+
+What is kept for the backward pass is one or two fp32 numbers a token beside inputs and outputs that exist anyway.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from dig.ops.adaln.kernels import backward_kernel, finish_kernel, forward_kernel
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_WIDTH = 2048
+"""Widest rows: a program holds whole rows, and wider ones spill out of the registers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tile choices of one width.
+
+    Attributes:
+        rows: Rows of a program of the forward kernel.
+        part: Widest part that it cuts a row into, a power of two. A warp reads 256 columns of bf16 or 128 of fp32 in
+            one go, 16 bytes a thread; with parts of that width and as many warps as rows, sums along a row stay within
+            a warp.
+        warps: Its warps.
+        backward_rows: Rows that a program of the backward kernel holds at once, of the many that it walks over.
+        backward_part: Widest part there. The sums over tokens take registers for every column that a thread has, so
+            that wide rows are spread over several warps.
+        backward_warps: Its warps.
+        programs: About how many programs the backward kernel runs on. Each leaves a row of partial sums, which is to
+            be little beside the rows that it reads, and a multiprocessor is to hold its share of them at once.
+    """
+
+    rows: int = 4
+    part: int
+    warps: int = 4
+    backward_rows: int
+    backward_part: int
+    backward_warps: int = 4
+    programs: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 1:
+                raise ValueError(f"{field.name} must be at least 1; got {value}")
+            if field.name != "programs" and value & (value - 1):
+                raise ValueError(f"{field.name} must be a power of two; got {value}")
+
+
+NARROW_BF16 = Tiles(part=256, backward_rows=4, backward_part=256, programs=3 * 132)
+NARROW_FP32 = Tiles(part=128, backward_rows=4, backward_part=128, programs=3 * 132)
+MEDIUM_BF16 = Tiles(part=256, backward_rows=2, backward_part=512, programs=3 * 132)
+MEDIUM_FP32 = Tiles(part=128, backward_rows=2, backward_part=256, programs=3 * 132)
+WIDE_BF16 = Tiles(part=256, backward_rows=1, backward_part=1024, programs=4 * 132)
+WIDE_FP32 = Tiles(part=128, backward_rows=1, backward_part=1024, programs=4 * 132)
+INTERPRETER_TILES = Tiles(rows=16, part=256, backward_rows=16, backward_part=1024, programs=6)
+"""Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
+TILES: dict[tuple[int, torch.dtype], Tiles] = {
+    (384, torch.bfloat16): NARROW_BF16,
+    (384, torch.float32): NARROW_FP32,
+    (768, torch.bfloat16): MEDIUM_BF16,
+    (768, torch.float32): MEDIUM_FP32,
+    (1024, torch.bfloat16): WIDE_BF16,
+    (1024, torch.float32): WIDE_FP32,
+    (1152, torch.bfloat16): WIDE_BF16,
+    (1152, torch.float32): WIDE_FP32,
+}
+"""D and x's dtype → tile choices on NVIDIA GPUs; other widths take those of the next wider entry, or the widest.
+
+A table, not autotuning: the first call costs no search, and a run repeats exactly. The entries come from the compiler's
+counts of registers, spills and barriers for sm_90, whose 132 multiprocessors ``programs`` is a multiple of."""
+
+
+def tiles_for(x: Tensor) -> Tiles:
+    """The tile choices for x (B, T, D)."""
+    if x.device.type == "cpu":
+        return INTERPRETER_TILES
+    D = x.shape[-1]
+    widths = [width for width, dtype in TILES if dtype == x.dtype]
+    return TILES[min((width for width in widths if width >= D), default=max(widths)), x.dtype]
+
+
+def parts_of(D: int, widest: int) -> tuple[tuple[int, int], ...]:
+    """Cut D columns into parts (first column, width), each width a power of two and at most ``widest``."""
+    parts = []
+    first = 0
+    while first < D:
+        width = min(widest, 1 << ((D - first).bit_length() - 1))
+        parts.append((first, width))
+        first += width
+    return tuple(parts)
+
+
+def _check(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension; its strides are {tensor.stride()}")
+
+
+def _check_arguments(
+    x: Tensor, branch: Tensor | None, per_batch: dict[str, Tensor], weight: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Raise ValueError on what the kernels do not take; shapes have been checked already."""
+    if not x.is_cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
+        raise ValueError(
+            f"x must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {x.device}"
+        )
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x must have a width of at most {MAX_WIDTH}; got {x.shape[-1]}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(map(str, DTYPES))}; got {dtype}")
+    _check("x", x, x)
+    if branch is not None:
+        _check("branch", branch, x)
+    if weight is not None:
+        _check("weight", weight, x)
+    _check("scale", per_batch["scale"], x)
+    for name, tensor in per_batch.items():
+        _check(name, tensor, x, (per_batch["scale"].dtype,))
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, whatever the strides of x."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _empty_stats(x: Tensor, norm: str) -> Tensor:
+    return torch.empty(2 if norm == "layer" else 1, *x.shape[:2], dtype=torch.float32, device=x.device)
+
+
+def _empty_weight(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Room for the weight's gradient, of no elements where there is no weight."""
+    return torch.empty(0, dtype=x.dtype, device=x.device) if weight is None else _empty(weight)
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    """A gradient as autograd hands it over, copied only if its last dimension isn't contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_new (x itself without a branch), h, and the statistics of each token."""
+    B, T, D = x.shape
+    tiles = tiles_for(x)
+    h, stats = _empty(x, dtype), _empty_stats(x, norm)
+    x_new = x if branch is None else _empty(x)
+    # A pointer that a kernel does not touch can be anything.
+    b_branch = x if branch is None else branch
+    b_gate = scale if gate is None else gate
+    with _on(x.device):
+        forward_kernel[(triton.cdiv(T, tiles.rows), B)](
+            x, b_branch, b_gate, shift, scale, scale if weight is None else weight, x_new, h, stats,
+            *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
+            D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
+            num_warps=tiles.warps,
+        )  # fmt: skip
+    return x_new, h, stats
+
+
+def _backward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dx_new: Tensor | None,
+    dh: Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, branch, gate, shift, scale and weight; x is what was normed.
+
+    Those of branch and gate are others' without a branch, and that of the weight is empty without a weight.
+    """
+    B, T, D = x.shape
+    tiles = tiles_for(x)
+    residual = branch is not None
+    programs = max(1, min(triton.cdiv(T, tiles.backward_rows), tiles.programs // B))
+    partials = torch.empty(B, programs, 3 if residual else 2, D, dtype=torch.float32, device=x.device)
+    dx, dshift, dscale, dweight = _empty(x), _empty(scale), _empty(scale), _empty_weight(x, weight)
+    dbranch = dx if branch is None else _empty(branch)
+    dgate = dscale if gate is None else _empty(gate)
+    dh = _last_contiguous(dh)
+    dx_new = dh if dx_new is None else _last_contiguous(dx_new)
+    b_branch = x if branch is None else branch
+    b_gate = scale if gate is None else gate
+    b_weight = scale if weight is None else weight
+    columns = 32
+    with _on(x.device):
+        backward_kernel[(programs, B)](
+            x, b_branch, b_gate, scale, b_weight, stats, dx_new, dh, dx, dbranch, partials,
+            *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), scale.stride(0),
+            *dx_new.stride()[:2], *dh.stride()[:2], T,
+            D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, RESIDUAL=residual,
+            num_warps=tiles.backward_warps,
+        )  # fmt: skip
+        finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
+            partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
+            D=D, COLS=columns, ROWS=64, NORM=norm, RESIDUAL=residual, num_warps=4,
+        )  # fmt: skip
+    return dx, dbranch, dgate, dshift, dscale, dweight
+
+
+@torch.library.custom_op("dig::norm_modulate", mutates_args=())
+def _norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    _, h, stats = _forward(x, None, None, shift, scale, weight, norm, eps, dtype)
+    return h, stats
+
+
+@torch.library.custom_op("dig::norm_modulate_backward", mutates_args=())
+def _norm_modulate_backward(
+    x: Tensor, scale: Tensor, weight: Tensor | None, stats: Tensor, dh: Tensor, norm: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, _, _, dshift, dscale, dweight = _backward(x, None, None, scale, weight, stats, None, dh, norm)
+    return dx, dshift, dscale, dweight
+
+
+@_norm_modulate.register_fake
+def _(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _empty(x, dtype), _empty_stats(x, norm)
+
+
+@_norm_modulate_backward.register_fake
+def _(
+    x: Tensor, scale: Tensor, weight: Tensor | None, stats: Tensor, dh: Tensor, norm: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(x), _empty(scale), _empty(scale), _empty_weight(x, weight)
+
+
+def _save_norm_modulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, scale, weight, ctx.norm, _, _ = inputs
+    ctx.save_for_backward(x, scale, weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_modulate_autograd(ctx: Any, dh: Tensor | None, dstats: None) -> tuple[Tensor | None, ...]:
+    if dh is None:
+        return (None,) * 7
+    x, scale, weight, stats = ctx.saved_tensors
+    dx, dshift, dscale, dweight = _norm_modulate_backward(x, scale, weight, stats, dh, ctx.norm)
+    return dx, dshift, dscale, None if weight is None else dweight, None, None, None
+
+
+_norm_modulate.register_autograd(_norm_modulate_autograd, setup_context=_save_norm_modulate)
+
+
+@torch.library.custom_op("dig::residual_norm_modulate", mutates_args=())
+def _residual(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, branch, gate, shift, scale, weight, norm, eps, dtype)
+
+
+@torch.library.custom_op("dig::residual_norm_modulate_backward", mutates_args=())
+def _residual_backward(
+    x_new: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dx_new: Tensor,
+    dh: Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward(x_new, branch, gate, scale, weight, stats, dx_new, dh, norm)
+
+
+@_residual.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x), _empty(x, dtype), _empty_stats(x, norm)
+
+
+@_residual_backward.register_fake
+def _(
+    x_new: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dx_new: Tensor,
+    dh: Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty(x_new), _empty(branch), _empty(gate), _empty(scale), _empty(scale), _empty_weight(x_new, weight)
+
+
+def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, branch, gate, _, scale, weight, ctx.norm, _, ctx.dtype = inputs
+    x_new, _, stats = output
+    ctx.save_for_backward(x_new, branch, gate, scale, weight, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _residual_autograd(ctx: Any, dx_new: Tensor | None, dh: Tensor | None, dstats: None) -> tuple[Tensor | None, ...]:
+    if dx_new is None and dh is None:
+        return (None,) * 9
+    x_new, branch, gate, scale, weight, stats = ctx.saved_tensors
+    # An output that nothing depends on, as h is of a block whose second half is unused.
+    dx_new = torch.zeros_like(x_new) if dx_new is None else dx_new
+    dh = torch.zeros_like(x_new, dtype=ctx.dtype) if dh is None else dh
+    *gradients, dweight = _residual_backward(x_new, branch, gate, scale, weight, stats, dx_new, dh, ctx.norm)
+    return *gradients, None if weight is None else dweight, None, None, None
+
+
+_residual.register_autograd(_residual_autograd, setup_context=_save_residual)
+
+
+def fused_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """`dig.ops.adaln.norm_modulate` on Triton, its shapes checked already.
+
+    fp32 and bf16, each tensor its own, but shift's that of scale.
+
+    Raises:
+        ValueError: A width, dtype, device or stride that the kernels do not take; the message names the argument.
+    """
+    _check_arguments(x, None, {"shift": shift, "scale": scale}, weight, dtype)
+    h: Tensor = _norm_modulate(x, shift, scale, weight, norm, eps, dtype)[0]
+    return h
+
+
+def fused_residual_norm_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`dig.ops.adaln.residual_norm_modulate` on Triton, its shapes checked already.
+
+    fp32 and bf16, each tensor its own, but gate's and shift's that of scale.
+
+    Raises:
+        ValueError: A width, dtype, device or stride that the kernels do not take; the message names the argument.
+    """
+    _check_arguments(x, branch, {"gate": gate, "shift": shift, "scale": scale}, weight, dtype)
+    x_new, h, _ = _residual(x, branch, gate, shift, scale, weight, norm, eps, dtype)
+    return x_new, h
