@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.adaln.kernels import backward_kernel, finish_kernel, forward_kernel
+from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 2048
@@ -85,7 +85,8 @@ TILES: dict[tuple[int, torch.dtype], Tiles] = {
 """D and x's dtype → tile choices on NVIDIA GPUs; other widths take those of the next wider entry, or the widest.
 
 A table, not autotuning: the first call costs no search, and a run repeats exactly. The entries come from the compiler's
-counts of registers, spills and barriers for sm_90, whose 132 multiprocessors ``programs`` is a multiple of."""
+counts of registers, spills and barriers for sm_90, whose 132 multiprocessors ``programs`` is a multiple of;
+``python -m bench.ops.rowwise --sweep`` times alternatives."""
 
 
 def tiles_for(x: Tensor) -> Tiles:
@@ -121,10 +122,8 @@ def _check_arguments(
     x: Tensor, branch: Tensor | None, per_batch: dict[str, Tensor], weight: Tensor | None, dtype: torch.dtype
 ) -> None:
     """Raise ValueError on what the kernels do not take; shapes have been checked already."""
-    if not x.is_cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
-        raise ValueError(
-            f"x must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {x.device}"
-        )
+    if not x.is_cuda and isinstance(norm_modulate_kernel, triton.runtime.JITFunction):
+        raise ValueError(f"x must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); got {x.device}")
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"x must have a width of at most {MAX_WIDTH}; got {x.shape[-1]}")
     if dtype not in DTYPES:
@@ -182,7 +181,7 @@ def _forward(
     b_branch = x if branch is None else branch
     b_gate = scale if gate is None else gate
     with _on(x.device):
-        forward_kernel[(triton.cdiv(T, tiles.rows), B)](
+        norm_modulate_kernel[(triton.cdiv(T, tiles.rows), B)](
             x, b_branch, b_gate, shift, scale, scale if weight is None else weight, x_new, h, stats,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
             D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
@@ -221,14 +220,14 @@ def _backward(
     b_weight = scale if weight is None else weight
     columns = 32
     with _on(x.device):
-        backward_kernel[(programs, B)](
+        norm_modulate_backward_kernel[(programs, B)](
             x, b_branch, b_gate, scale, b_weight, stats, dx_new, dh, dx, dbranch, partials,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), scale.stride(0),
             *dx_new.stride()[:2], *dh.stride()[:2], T,
             D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, RESIDUAL=residual,
             num_warps=tiles.backward_warps,
         )  # fmt: skip
-        finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
+        norm_modulate_finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
             partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
             D=D, COLS=columns, ROWS=64, NORM=norm, RESIDUAL=residual, num_warps=4,
         )  # fmt: skip

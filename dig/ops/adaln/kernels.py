@@ -18,8 +18,8 @@ A row is therefore cut into parts, each a power of two wide (1152 = 1024 + 128, 
 of tiles: every lane works, and no column needs a mask. PARTS lists (first column, width) of each.
 
 **Sums over tokens.** A program walks over several tiles of rows and adds up, in registers and for each row of a tile
-by itself; rows are added to each other once, at its end. It leaves one row of partial sums, and `finish_kernel` adds
-those in a fixed order: no atomics, so a run repeats bit by bit.
+by itself; rows are added to each other once, at its end. It leaves one row of partial sums, and a last, small kernel
+adds those in a fixed order: no atomics, so a run repeats bit by bit.
 
 Arguments named x_b, x_t, ... are strides of batch and token; whatever the kernels write is contiguous.
 """
@@ -78,7 +78,7 @@ def zeros(R: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
+def norm_modulate_kernel(
     x,
     branch,
     gate,
@@ -152,7 +152,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(
+def norm_modulate_backward_kernel(
     x,
     branch,
     gate,
@@ -277,7 +277,7 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["P"])
-def finish_kernel(
+def norm_modulate_finish_kernel(
     partials,
     scale,
     weight,

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.swiglu.kernels import backward_kernel, forward_kernel
+from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -73,7 +73,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
     with _on(gate_up.device):
-        forward_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
+        swiglu_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
             rows, hidden, rows.stride(0), len(rows), F=F, ROWS=R, COLS=C, num_warps=tiles.warps
         )
     return hidden
@@ -90,7 +90,7 @@ def _swiglu_backward(gate_up: Tensor, dhidden: Tensor) -> Tensor:
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
     with _on(gate_up.device):
-        backward_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
+        swiglu_backward_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
             rows, gradient, dgate_up, rows.stride(0), gradient.stride(0), len(rows),
             F=F, ROWS=R, COLS=C, num_warps=tiles.warps,
         )  # fmt: skip
@@ -130,7 +130,7 @@ def fused_swiglu(gate_up: Tensor) -> Tensor:
     Raises:
         ValueError: A dtype, device or stride that the kernels do not take; the message names the argument.
     """
-    if not gate_up.is_cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
+    if not gate_up.is_cuda and isinstance(swiglu_kernel, triton.runtime.JITFunction):
         raise ValueError(
             f"gate_up must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {gate_up.device}"
         )

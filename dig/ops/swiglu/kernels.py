@@ -26,7 +26,7 @@ def tile(M, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def forward_kernel(gate_up, hidden, stride, M, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def swiglu_kernel(gate_up, hidden, stride, M, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Hidden (M, F), contiguous, from gate_up (M, 2F)."""
     rows, cols, mask = tile(M, F, ROWS, COLS)
     pointers = gate_up + rows * stride + cols
@@ -38,7 +38,7 @@ def forward_kernel(gate_up, hidden, stride, M, F: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit(do_not_specialize=["M"])
-def backward_kernel(
+def swiglu_backward_kernel(
     gate_up, dhidden, dgate_up, stride, dhidden_stride, M, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     """The gradient dgate_up (M, 2F), contiguous, from gate_up (M, 2F) and dhidden (M, F)."""
