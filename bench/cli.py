@@ -1,4 +1,4 @@
-"""The commands ``python -m bench run`` and ``python -m bench list``."""
+"""The commands of ``python -m bench``: run, kernels and list."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ def _choose_device(device: str) -> str:
     if device == "cuda" and not present:
         _refuse("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
     return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def _default_execution(device: str) -> str:
+    return "graph" if device == "cuda" else "eager"
+
+
+def _default_dtype(device: str) -> str:
+    return "bf16" if device == "cuda" else "fp32"
 
 
 def _default_models(device: str) -> list[str]:
@@ -118,9 +126,9 @@ def run(
                 patch=patch,
                 resolutions=_numbers(resolutions, "--resolutions"),
                 modes=cast(Any, _words(modes)),
-                executions=cast(Any, _words(executions or ("graph" if where == "cuda" else "eager"))),
+                executions=cast(Any, _words(executions or _default_execution(where))),
                 batch=batch,
-                dtype=cast(Any, dtype or ("bf16" if where == "cuda" else "fp32")),
+                dtype=cast(Any, dtype or _default_dtype(where)),
                 device=cast(Any, where),
             )
         if not selected:
@@ -196,6 +204,52 @@ def _line(row: Row) -> str:
     return (
         f"{row.case.describe()}: {row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s, {memory}{share}"
     )
+
+
+@app.command()
+def kernels(
+    model: Annotated[str, typer.Option(help="Family with options, as for run: DiG:triton, Flash-DiT:sdpa-cudnn.")],
+    size: Annotated[str, typer.Option(help="Model size.")] = "S",
+    patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
+    resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 1024,
+    mode: Annotated[str, typer.Option(help="train or forward.")] = "train",
+    execution: Annotated[str | None, typer.Option(help="eager, graph or compile; default as for run.")] = None,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    top: Annotated[int, typer.Option(help="Rows to print.")] = 25,
+) -> None:
+    """Print where a step's device time goes, kernel by kernel (operator by operator on a CPU)."""
+    where = _choose_device(device)
+    try:
+        (case,) = case_lists.sweep(
+            [model],
+            sizes=[size],
+            patch=patch,
+            resolutions=[resolution],
+            modes=cast(Any, [mode]),
+            executions=cast(Any, [execution or _default_execution(where)]),
+            batch=batch,
+            dtype=cast(Any, dtype or _default_dtype(where)),
+            device=cast(Any, where),
+        )
+        _require_packages([case])
+    except ValueError as error:
+        _refuse(str(error))
+    from bench.kernels import kernels_of_case
+
+    found = kernels_of_case(case)
+    total = sum(kernel.us for kernel in found)
+    table = Table(title=f"{case.describe()}: {total / 1000:.3f} ms")
+    for heading, justify in (("kernel", "left"), ("calls", "right"), ("us a step", "right"), ("share", "right")):
+        table.add_column(heading, justify=cast(Any, justify), no_wrap=heading != "kernel")
+    for kernel in found[:top]:
+        table.add_row(kernel.name, f"{kernel.calls:g}", f"{kernel.us:,.1f}", f"{kernel.us / total:.1%}")
+    rest = found[top:]
+    if rest:
+        us = sum(kernel.us for kernel in rest)
+        table.add_row(f"{len(rest)} others", f"{sum(k.calls for k in rest):g}", f"{us:,.1f}", f"{us / total:.1%}")
+    Console().print(table)
 
 
 @app.command("list")

@@ -79,14 +79,14 @@ FAMILIES: dict[str, Family] = {
             name="DiG",
             sizes=("S", "B", "L", "XL"),
             options={
-                "recurrence": ("reference", "fla"),
+                "recurrence": ("reference", "fla", "triton"),
                 "variant": ("paper", "release"),
                 "scan": ("crisscross", "bidirectional", "causal"),
                 "convolution": ("identity-init", "default-init", "none"),
             },
             implementation="recurrence",
-            packages={"fla": ("fla",)},
-            gpu_only=frozenset({"fla"}),
+            packages={"fla": ("fla",), "triton": ("triton",)},
+            gpu_only=frozenset({"fla", "triton"}),
             build=_build_dig,
         ),
         Family(

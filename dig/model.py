@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, H heads, K and V key and value width of a he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from dig.scan import RASTER, Scan, ScanOrder, reorder, scan_orders
 
 Variant = Literal["paper", "release"]
 Convolution = Literal["none", "default-init", "identity-init"]
-Recurrence = Literal["reference", "fla"]
+Recurrence = Literal["reference", "fla", "triton"]
 
 EPS = 1e-6
 GATE_RANK = 16
@@ -60,7 +60,8 @@ class DiGConfig:
         scan: Orders of the blocks; every one but ``crisscross`` is an ablation of Tab. 2.
         convolution: SREM's 3×3 convolution: none, PyTorch's default initialisation, or the identity (Tab. 2).
         recurrence: Which implementation runs the linear attention. ``fla`` also takes fla's fused norm·gate and
-            SwiGLU, which is what the published model runs on.
+            SwiGLU, which is what the published model runs on. ``triton`` is this project's kernels, for everything
+            between the matrix products (`dig.raster`).
         label_dropout: Share of the labels replaced by the null label in training.
     """
 
@@ -213,6 +214,7 @@ class DiGBlock(nn.Module):
     def __init__(self, config: DiGConfig) -> None:
         super().__init__()
         D = config.width
+        self.variant = config.variant
         self.norm1, self.norm2 = (
             RMSNorm(D) if config.variant == "paper" else nn.LayerNorm(D, elementwise_affine=False, eps=EPS)
             for _ in range(2)
@@ -253,6 +255,8 @@ class DiG(Backbone):
         )
         if config.recurrence == "fla":
             require("fla.ops.gla", "recurrence='fla'")
+        if config.recurrence == "triton":
+            require("triton", "recurrence='triton'")
         self.config = config
         D = config.width
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
@@ -262,12 +266,13 @@ class DiG(Backbone):
         self.blocks = nn.ModuleList(DiGBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(D, config.patch_size, 2 * config.in_channels)
         self.orders = scan_orders(config.depth, config.scan)
+        in_raster_order = "triton" if config.recurrence == "triton" else "reference"
         self.implementations = {
             "recurrence": config.recurrence,
             "norm_gate": config.recurrence,
             "swiglu": config.recurrence,
-            "srem": "reference",
-            "adaln": "reference",
+            "srem": in_raster_order,
+            "adaln": in_raster_order,
         }
         self.reset_parameters()
 
@@ -284,6 +289,11 @@ class DiG(Backbone):
         self.check_input(x)
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
+        if self.config.recurrence == "triton":
+            from dig.raster import run_blocks, run_final_layer
+
+            x = run_blocks(cast(list[DiGBlock], list(self.blocks)), x, c, self.grid, self.orders)
+            return unpatchify(run_final_layer(self.final_layer, x, c), self.grid, self.patch_size)
         # The last block hands its tokens over in raster order, whatever the depth and the shape of the grid.
         for block, source, target in zip(self.blocks, self.orders, [*self.orders[1:], RASTER], strict=True):
             x = block(x, c, self.grid, source, target)

@@ -92,3 +92,23 @@ def test_a_real_run_and_the_list(tmp_path: Path) -> None:
     assert "32,983,328" not in listed.stdout  # the default variant is the paper's
     assert "DiS-XL/2 (assumed)" in listed.stdout
     assert "1.403" in listed.stdout
+
+
+def test_kernels_of_a_step() -> None:
+    options = ["--model", "DiG", "--patch", "8", "--resolution", "64", "--mode", "forward", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "kernels", *options], capture_output=True, text=True, check=True
+    )
+    assert "DiG-S/8" in done.stdout
+    assert "aten::addmm" in done.stdout
+    assert "share" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--model", "Dig"], "did you mean DiG?"), (["--model", "DiG", "--resolution", "100"], "not a multiple of 16")],
+)
+def test_kernels_refuses_bad_input(options: list[str], message: str) -> None:
+    result = runner.invoke(cli.app, ["kernels", *options])
+    assert result.exit_code == 2
+    assert message in result.output

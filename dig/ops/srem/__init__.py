@@ -55,8 +55,11 @@ def _triton_srem(
     order: ScanOrder,
 ) -> Tensor:
     """`dig.ops.srem.fused.fused_srem`, imported at the first call: this package does without Triton until then."""
-    require("triton", "implementation 'triton'")
-    from dig.ops.srem.fused import fused_srem
+    try:
+        from dig.ops.srem.fused import fused_srem  # A plain import: torch.compile can trace that, but no search.
+    except ModuleNotFoundError:
+        require("triton", "implementation 'triton'")
+        raise
 
     return fused_srem(x, branch, gate, weight, bias, grid=grid, order=order)
 

@@ -38,7 +38,8 @@ class Tiles:
         programs: With fewer programs than this, rows are halved, down to 1: shorter patches then hide more latency than
             the rows that they share with their neighbours cost. The default is two for each of an H100's 132
             multiprocessors and a few more.
-        warps: Warps of a program. A thread holds channels · groups / (32 · warps) channels.
+        warps: Warps of a program. A thread holds channels · groups / (32 · warps) channels, which must be 2 or more:
+            bf16 is computed in pairs.
         registers: Most registers of a thread; None leaves it to the compiler.
     """
 
@@ -59,6 +60,8 @@ class Tiles:
             value = getattr(self, name)
             if value & (value - 1):
                 raise ValueError(f"{name} must be a power of two; got {value}")
+        if 64 * self.warps > self.channels * self.groups:
+            raise ValueError(f"warps must be at most channels · groups / 64; got {self.warps}")
 
 
 Pass = Literal["forward", "backward"]

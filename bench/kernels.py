@@ -1,0 +1,78 @@
+"""Where a step's device time goes, kernel by kernel: what a change of a kernel is judged by.
+
+The kernels of a few steps are read from torch's profiler (CUPTI on a GPU); a step is what `bench.steps` builds for the
+case, and in graph execution the replay of its graph, so that the times are those of the benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.results import Case
+from bench.steps import build_step, capture, warm_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTime:
+    """One kernel's part of a step.
+
+    Attributes:
+        name: As compiled, cut at its arguments.
+        calls: Launches a step.
+        us: Microseconds a step, all launches together.
+    """
+
+    name: str
+    calls: float
+    us: float
+
+
+def _short(name: str) -> str:
+    """A kernel's name without return type, namespace noise and arguments."""
+    name = name.removeprefix("void ").partition("(")[0]
+    return name if len(name) <= 100 else name[:60] + " … " + name[-37:]
+
+
+def profile_kernels(run: Callable[[], object], *, steps: int, device: str) -> list[KernelTime]:
+    """Profile ``steps`` calls of a warmed-up step.
+
+    Args:
+        run: One step.
+        steps: How many to average over.
+        device: ``cuda``: kernels by device time; ``cpu``: operators by their own time.
+
+    Returns:
+        By falling time.
+    """
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        for _ in range(steps):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    events: dict[str, list[float]] = {}
+    for event in profiler.key_averages():
+        average: Any = event
+        us = average.self_device_time_total if device == "cuda" else average.self_cpu_time_total
+        if us > 0:
+            total = events.setdefault(_short(average.key), [0.0, 0.0])
+            total[0] += average.count / steps
+            total[1] += us / steps
+    found = [KernelTime(name=name, calls=calls, us=us) for name, (calls, us) in events.items()]
+    return sorted(found, key=lambda kernel: kernel.us, reverse=True)
+
+
+def kernels_of_case(case: Case, *, steps: int = 5) -> list[KernelTime]:
+    """Build a case in this process and profile its step."""
+    step = build_step(case)
+    warm_up(step.run, case.device)
+    run: Any = step.run
+    if case.execution == "graph":
+        run, _ = capture(step.run)
+        run()
+    return profile_kernels(run, steps=steps, device=case.device)
