@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dig.ops.srem import fused, srem
-from dig.ops.srem.fused import Tiles, fused_srem
+from dig.ops.srem.fused import Tiles
 from dig.scan import RASTER, ScanOrder, reorder
 from tests.helpers import relative_error
 
@@ -108,9 +108,9 @@ def test_convolution_alone(order: ScanOrder, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "tiles",
     [
-        Tiles(channels=16, groups=2, width=1, rows=3, programs=1, warps=1),
-        Tiles(channels=32, groups=1, width=4, rows=2, programs=1, warps=1),
-        Tiles(channels=16, groups=2, width=2, rows=8, programs=20, warps=1),
+        Tiles(channels=16, groups=4, width=1, rows=3, programs=1, warps=1),
+        Tiles(channels=64, groups=1, width=4, rows=2, programs=1, warps=1),
+        Tiles(channels=32, groups=2, width=2, rows=8, programs=20, warps=1),
         *([Tiles(width=2), Tiles(rows=1), Tiles(channels=128, groups=8, warps=8)] if GPU else []),
     ],
     ids=str,
@@ -178,8 +178,8 @@ def test_compiles_into_one_graph(backend: str) -> None:
     options = {"grid": (5, 4), "order": ORDERS[3]}
 
     def twice(*leaves: Tensor | None) -> Tensor:
-        x = fused_srem(*leaves, **options)
-        return fused_srem(x, None, None, *leaves[3:], **options)
+        x = srem(*leaves, implementation="triton", **options)
+        return srem(x, None, None, *leaves[3:], implementation="triton", **options)
 
     def gradients(function) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -239,3 +239,5 @@ def test_bad_tiles_are_named() -> None:
         Tiles(channels=48)
     with pytest.raises(ValueError, match=r"^rows must be at least 1"):
         Tiles(rows=0)
+    with pytest.raises(ValueError, match=r"^warps must be at most"):
+        Tiles(channels=32, groups=4)

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.srem import check_shapes
-from dig.ops.srem.kernels import TOKEN_SUMS, backward_kernel, forward_kernel, sum_kernel
+from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
 from dig.scan import ScanOrder
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -137,7 +137,7 @@ def _plan(
         "X_T": x.stride(1),
         "BRANCH_T": D if branch is None else branch.stride(1),
         "GATED": branch is not None,
-        "PACKED": bf16 and isinstance(forward_kernel, triton.runtime.JITFunction),
+        "PACKED": bf16 and isinstance(srem_forward_kernel, triton.runtime.JITFunction),
         "W": tiles.width,
         "G": tiles.groups,
         "BD": tiles.channels,
@@ -193,7 +193,7 @@ def _srem(
     plan = _plan("forward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed))
     y = _empty(x)
     with _on(x.device):
-        forward_kernel[plan.launch](
+        srem_forward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, bias, y,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
             **plan.constants, **plan.options,
@@ -223,12 +223,12 @@ def _srem_backward(
     slots = int(TOKEN_SUMS.value) + gated
     sums = torch.empty(plan.B, plan.patches, slots, plan.D, dtype=torch.float32, device=x.device)
     with _on(x.device):
-        backward_kernel[plan.launch](
+        srem_backward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
             **plan.constants, **plan.options,
         )  # fmt: skip
-        sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](
+        srem_sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](
             sums, dweight, dbias, dgate, plan.patches, plan.B * plan.patches, *plan.taps,
             D=plan.D, GATED=gated, STEPS=SUM_STEPS, BD=SUM_CHANNELS, num_warps=4,
         )  # fmt: skip
@@ -313,7 +313,7 @@ def fused_srem(
         ValueError: A shape, dtype, device or stride that the kernels do not take; the message names the argument.
     """
     check_shapes(x, branch, gate, weight, bias, grid)
-    if not x.is_cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
+    if not x.is_cuda and isinstance(srem_forward_kernel, triton.runtime.JITFunction):
         raise ValueError(
             f"x must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {x.device}"
         )

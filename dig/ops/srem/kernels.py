@@ -112,7 +112,7 @@ def gated_sum(x, branch, gate, GATED: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def forward_kernel(
+def srem_forward_kernel(
     x, branch, gate, weight, bias, y, x_b, branch_b, gate_b, rows, columns, patch_rows, tap_start, tap_row, tap_column,
     D: tl.constexpr, X_T: tl.constexpr, BRANCH_T: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     W: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
@@ -174,7 +174,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def backward_kernel(
+def srem_backward_kernel(
     x, branch, gate, weight, dy, dx, dbranch, sums, x_b, branch_b, gate_b, rows, columns, patch_rows,
     tap_start, tap_row, tap_column,
     D: tl.constexpr, X_T: tl.constexpr, BRANCH_T: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
@@ -263,11 +263,11 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["patches", "partials", "tap_start", "tap_row", "tap_column"])
-def sum_kernel(
+def srem_sum_kernel(
     sums, dweight, dbias, dgate, patches, partials, tap_start, tap_row, tap_column,
     D: tl.constexpr, GATED: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Add up what `backward_kernel` left of each patch, always in the same order.
+    """Add up what `srem_backward_kernel` left of each patch, always in the same order.
 
     A program takes a strip of channels of one tap, of the bias, or of the gate of one batch entry, whose ``patches``
     are a part of all ``partials``.
