@@ -1,0 +1,223 @@
+"""Time SREM's convolution alone: the fused kernels beside PyTorch's convolution, in the same run.
+
+    python -m bench.ops.srem                                 # DiG-S/2 at 512, 1024, 1792 and 2048, bf16
+    python -m bench.ops.srem --width 1152 --sides 128 --kernels --json srem.jsonl
+    python -m bench.ops.srem --sides 112 --sweep             # what `dig.ops.srem.fused.TILES` is made from
+
+Implementations: ``triton`` and ``reference`` as in `dig.ops.srem.srem`, tokens in raster order; ``moved`` is the gated
+residual, the convolution and the reordering for the next block as in a model whose tokens move, at a transition that
+both transposes and flips. How times are taken, and what cold and hot mean, says `bench.ops.gla`. Rates are those of the
+bytes that must move: x and branch read and y written; backwards x, branch and dy read, dx and dbranch written. A copy's
+rate on the same card stands beside them. Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.ops.gla import DTYPES, MODES, capture, copy_rate, kernel_times, make_step, replay_times
+from dig.ops.srem import srem
+from dig.scan import ScanOrder, reorder
+
+ORDER = ScanOrder(transposed=False, reversed=True)
+NEXT_ORDER = ScanOrder(transposed=True, reversed=False)
+IMPLEMENTATIONS = ("triton", "reference", "moved")
+KERNELS = {"forward": "srem_forward_kernel", "backward": "srem_backward_kernel"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One case: a grid of rows and columns, B batch, D width, dtype a key of `DTYPES`."""
+
+    B: int
+    rows: int
+    columns: int
+    D: int
+    dtype: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.rows, self.columns
+
+    def least_bytes(self, mode: str) -> int:
+        """Bytes that must move: each token read or written once."""
+        tensors = 3 if mode == "forward" else 8
+        return tensors * self.B * self.rows * self.columns * self.D * DTYPES[self.dtype].itemsize
+
+
+def make_inputs(shape: Shape) -> tuple[list[Tensor], Tensor]:
+    """x, branch, gate, weight and bias for one step, and the output's gradient; gate is a slice, as in the model."""
+    B, T, D = shape.B, shape.rows * shape.columns, shape.D
+    x, branch, gradient = (torch.randn(B, T, D, device="cuda", dtype=DTYPES[shape.dtype]) for _ in range(3))
+    gate = torch.randn(B, 6 * D, device="cuda", dtype=DTYPES[shape.dtype]).chunk(6, dim=1)[5].detach()
+    weight, bias = torch.randn(D, 1, 3, 3, device="cuda"), torch.randn(D, device="cuda")
+    return [leaf.requires_grad_() for leaf in (x, branch, gate, weight, bias)], gradient
+
+
+def operation(implementation: str, grid: tuple[int, int]) -> Callable[..., Tensor]:
+    """One of `IMPLEMENTATIONS` as a function of x, branch, gate, weight and bias."""
+
+    def moved(x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = x + gate.unsqueeze(1) * branch
+        image = x.transpose(1, 2).unflatten(2, ORDER.grid(grid))
+        image = F.conv2d(image, weight.to(x.dtype), bias.to(x.dtype), padding=1, groups=x.shape[2])
+        return reorder(image.flatten(2).transpose(1, 2), grid, ORDER, NEXT_ORDER)
+
+    if implementation == "moved":
+        return moved
+    return lambda *inputs: srem(*inputs, grid=grid, order=ORDER, implementation=implementation)
+
+
+def measure(shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each mode and implementation."""
+    rate = copy_rate()
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    for implementation, mode in itertools.product(options.implementations, MODES):
+        row = asdict(shape) | {"implementation": implementation, "mode": mode}
+        try:
+            function = operation(implementation, shape.grid)
+            count = max(2, min(64, -(-4 * cache // shape.least_bytes("forward"))))
+            steps = [make_step(function, mode, *make_inputs(shape)) for _ in range(count)]
+            samples = {
+                name: replay_times(capture(chosen), len(chosen), options.samples)
+                for name, chosen in (("cold", steps), ("hot", steps[:1] * len(steps)))
+            }
+            row["kernels"] = kernel_times(steps[0]) if options.kernels else {}
+        except (ImportError, torch.OutOfMemoryError) as error:
+            yield row | {"status": type(error).__name__, "message": str(error)}
+            continue
+        row |= {f"{name}_us": statistics.median(times) for name, times in samples.items()}
+        row |= {"bytes": shape.least_bytes(mode), "copy_gb_per_s": rate / 1e3, "device": torch.cuda.get_device_name()}
+        yield row | {"status": "ok", "samples_us": samples}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """A line, and one more for each kernel where they were asked for."""
+    start = f"{row['rows']:>4} x {row['columns']:<4} D={row['D']:<5} {row['mode']:<17} {row['implementation']:<10}"
+    if row["status"] != "ok":
+        print(f"{start} {row['status']}: {row['message']}", flush=True)
+        return
+    achieved = row["bytes"] / row["cold_us"] / 1e3
+    print(
+        f"{start} cold {row['cold_us']:8.1f} µs   hot {row['hot_us']:8.1f} µs   cold {achieved:6.0f} GB/s, "
+        f"{achieved / row['copy_gb_per_s']:4.0%} of a copy's {row['copy_gb_per_s']:.0f}",
+        flush=True,
+    )
+    for name, (microseconds, launches) in sorted(row["kernels"].items(), key=lambda item: -item[1][0] * item[1][1]):
+        print(f"    {microseconds:8.1f} µs x {launches:g}  {name[:100]}", flush=True)
+
+
+@contextmanager
+def use_tiles(tiles: Any) -> Iterator[None]:
+    """Let every call take these tile choices."""
+    from dig.ops.srem import fused
+
+    saved = fused.tiles_for
+    fused.tiles_for = lambda which, x: tiles
+    try:
+        yield
+    finally:
+        fused.tiles_for = saved
+
+
+def sweep(shape: Shape, options: argparse.Namespace) -> None:
+    """Time the kernel of each pass under every tile choice, and print them from the fastest to the slowest.
+
+    Inputs are hot: small grids then show what the instructions cost, and large ones do not fit into the L2 cache.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    from dig.ops.srem.fused import Tiles
+
+    step = make_step(operation("triton", shape.grid), MODES[1], *make_inputs(shape))
+    times: dict[str, list[tuple[float, Tiles]]] = {name: [] for name in KERNELS}
+    for channels, groups, width, rows, warps, registers in itertools.product(
+        options.channels, options.groups, options.widths, options.rows, options.warps, options.registers
+    ):
+        if channels * groups not in (64 * warps, 128 * warps):
+            continue  # two or four channels a thread
+        tiles = Tiles(
+            channels=channels,
+            groups=groups,
+            width=width,
+            rows=rows,
+            warps=warps,
+            registers=registers or None,
+            programs=1,
+        )
+        try:
+            with use_tiles(tiles):
+                kernels = kernel_times(step)
+        except OutOfResources as error:
+            print(f"{tiles}: {error}", flush=True)
+            continue
+        for name, kernel in KERNELS.items():
+            times[name].append((kernels[kernel][0], tiles))
+    for name, found in times.items():
+        for microseconds, tiles in sorted(found, key=lambda item: item[0])[: options.best]:
+            print(f"{shape.rows:>4} x {shape.columns:<4} {name:<8} {microseconds:8.1f} µs  {tiles}", flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options, checked."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ops.srem", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 112, 128], help="rows, and columns, of a grid")
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--samples", type=int, default=50, help="replays a median is taken of")
+    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel, by torch.profiler")
+    parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
+    parser.add_argument("--sweep", action="store_true", help="time tile choices instead of implementations")
+    parser.add_argument("--channels", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--registers", type=int, nargs="+", default=[0, 128], help="0 leaves them to the compiler")
+    parser.add_argument("--best", type=int, default=10, help="tile choices printed of each pass")
+    options = parser.parse_args(arguments)
+    for name in ("sides", "width", "batch", "samples", "channels", "groups", "widths", "rows", "warps", "best"):
+        values = getattr(options, name)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.ops.srem needs an NVIDIA GPU; none is visible to torch")
+    torch.manual_seed(0)
+    for side in options.sides:
+        shape = Shape(B=options.batch, rows=side, columns=side, D=options.width, dtype=options.dtype)
+        if options.sweep:
+            sweep(shape, options)
+            continue
+        for row in measure(shape, options):
+            print_row(row)
+            if options.json:
+                with options.json.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
