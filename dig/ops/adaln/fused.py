@@ -14,7 +14,6 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +22,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
+from dig.ops.launch import empty, last_contiguous, on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 2048
@@ -138,27 +138,13 @@ def _check_arguments(
         _check(name, tensor, x, (per_batch["scale"].dtype,))
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous, whatever the strides of x."""
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-
-
 def _empty_stats(x: Tensor, norm: str) -> Tensor:
     return torch.empty(2 if norm == "layer" else 1, *x.shape[:2], dtype=torch.float32, device=x.device)
 
 
 def _empty_weight(x: Tensor, weight: Tensor | None) -> Tensor:
     """Room for the weight's gradient, of no elements where there is no weight."""
-    return torch.empty(0, dtype=x.dtype, device=x.device) if weight is None else _empty(weight)
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    """A gradient as autograd hands it over, copied only if its last dimension isn't contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return torch.empty(0, dtype=x.dtype, device=x.device) if weight is None else empty(weight)
 
 
 def _forward(
@@ -175,12 +161,12 @@ def _forward(
     """x_new (x itself without a branch), h, and the statistics of each token."""
     B, T, D = x.shape
     tiles = tiles_for(x)
-    h, stats = _empty(x, dtype), _empty_stats(x, norm)
-    x_new = x if branch is None else _empty(x)
+    h, stats = empty(x, dtype), _empty_stats(x, norm)
+    x_new = x if branch is None else empty(x)
     # A pointer that a kernel does not touch can be anything.
     b_branch = x if branch is None else branch
     b_gate = scale if gate is None else gate
-    with _on(x.device):
+    with on_device(x.device):
         norm_modulate_kernel[(triton.cdiv(T, tiles.rows), B)](
             x, b_branch, b_gate, shift, scale, scale if weight is None else weight, x_new, h, stats,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
@@ -210,16 +196,16 @@ def _backward(
     residual = branch is not None
     programs = max(1, min(triton.cdiv(T, tiles.backward_rows), tiles.programs // B))
     partials = torch.empty(B, programs, 3 if residual else 2, D, dtype=torch.float32, device=x.device)
-    dx, dshift, dscale, dweight = _empty(x), _empty(scale), _empty(scale), _empty_weight(x, weight)
-    dbranch = dx if branch is None else _empty(branch)
-    dgate = dscale if gate is None else _empty(gate)
-    dh = _last_contiguous(dh)
-    dx_new = dh if dx_new is None else _last_contiguous(dx_new)
+    dx, dshift, dscale, dweight = empty(x), empty(scale), empty(scale), _empty_weight(x, weight)
+    dbranch = dx if branch is None else empty(branch)
+    dgate = dscale if gate is None else empty(gate)
+    dh = last_contiguous(dh)
+    dx_new = dh if dx_new is None else last_contiguous(dx_new)
     b_branch = x if branch is None else branch
     b_gate = scale if gate is None else gate
     b_weight = scale if weight is None else weight
     columns = 32
-    with _on(x.device):
+    with on_device(x.device):
         norm_modulate_backward_kernel[(programs, B)](
             x, b_branch, b_gate, scale, b_weight, stats, dx_new, dh, dx, dbranch, partials,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), scale.stride(0),
@@ -254,14 +240,14 @@ def _norm_modulate_backward(
 def _(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return _empty(x, dtype), _empty_stats(x, norm)
+    return empty(x, dtype), _empty_stats(x, norm)
 
 
 @_norm_modulate_backward.register_fake
 def _(
     x: Tensor, scale: Tensor, weight: Tensor | None, stats: Tensor, dh: Tensor, norm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(x), _empty(scale), _empty(scale), _empty_weight(x, weight)
+    return empty(x), empty(scale), empty(scale), _empty_weight(x, weight)
 
 
 def _save_norm_modulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -323,7 +309,7 @@ def _(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x), _empty(x, dtype), _empty_stats(x, norm)
+    return empty(x), empty(x, dtype), _empty_stats(x, norm)
 
 
 @_residual_backward.register_fake
@@ -338,7 +324,7 @@ def _(
     dh: Tensor,
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty(x_new), _empty(branch), _empty(gate), _empty(scale), _empty(scale), _empty_weight(x_new, weight)
+    return empty(x_new), empty(branch), empty(gate), empty(scale), empty(scale), _empty_weight(x_new, weight)
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

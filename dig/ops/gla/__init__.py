@@ -21,8 +21,11 @@ __all__ = ["IMPLEMENTATIONS", "chunked_gla", "gated_linear_attention", "recurren
 
 def _triton_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """`dig.ops.gla.tiled.tiled_gla`, imported at the first call: this package does without Triton until then."""
-    require("triton", "implementation 'triton'")
-    from dig.ops.gla.tiled import tiled_gla
+    try:
+        from dig.ops.gla.tiled import tiled_gla  # A plain import: torch.compile can trace that, but no search.
+    except ModuleNotFoundError:
+        require("triton", "implementation 'triton'")
+        raise
 
     return tiled_gla(q, k, v, log_decay)
 

@@ -12,7 +12,6 @@ The scan over chunks carries its state in fp32, so the rounding does not add up 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
 from dig.ops.gla.kernels_backward import gradient_kernel, output_backward_kernel
+from dig.ops.launch import empty, last_contiguous, on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = {"K": 64, "V": 128}
@@ -198,20 +198,6 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _empty(x: Tensor) -> Tensor:
-    """Contiguous, whatever the strides of x."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    """A gradient as autograd hands it over, copied only if its last dimension isn't contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _local_states(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, do: Tensor | None = None, logits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,7 +257,7 @@ def run_block(
 ) -> Tensor:
     """The launches of `gla_block`."""
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with _on(q.device):
+    with on_device(q.device):
         states, sums, _ = _local_states(plan, q, k, v, gate_logits, logits=True)
         _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
@@ -308,13 +294,13 @@ def run_block_backward(
         The gradient of norm_weight.
     """
     q, k, v, gate_logits = inputs
-    dy = _last_contiguous(dy)
-    do = _empty(v)
+    dy = last_contiguous(dy)
+    do = empty(v)
     dweight = torch.empty(plan.B, plan.N, plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
-    with _on(q.device):
+    with on_device(q.device):
         states, sums, own = _local_states(plan, q, k, v, gate_logits, logits=True)
         _scan(plan, states, sums, direction=0)
-        state_gradients = _empty(states)
+        state_gradients = empty(states)
         output_backward_kernel[plan.grid](
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight,
             *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
@@ -330,7 +316,7 @@ def run_block_backward(
 def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = plan_of(q, v, 1.0, 1.0)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with _on(q.device):
+    with on_device(q.device):
         states, sums, _ = _local_states(plan, q, k, v, log_decay, logits=False)
         _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
@@ -345,9 +331,9 @@ def _gla_backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = plan_of(q, v, 1.0, 1.0)
-    do = _last_contiguous(do)
-    outputs = _empty(q), _empty(k), _empty(v), _empty(log_decay)
-    with _on(q.device):
+    do = last_contiguous(do)
+    outputs = empty(q), empty(k), empty(v), empty(log_decay)
+    with on_device(q.device):
         states, sums, own = _local_states(plan, q, k, v, log_decay, do=do, logits=False)
         _scan(plan, states, sums, direction=0)
         _gradients(plan, (q, k, v, log_decay), do, sums, states[0], states[1], own, outputs, logits=False)
@@ -356,12 +342,12 @@ def _gla_backward(
 
 @_gla.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    return _empty(v)
+    return empty(v)
 
 
 @_gla_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(q), _empty(k), _empty(v), _empty(log_decay)
+    return empty(q), empty(k), empty(v), empty(log_decay)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -429,8 +415,8 @@ def _block_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = q, k, v, gate_logits
-    outputs = _empty(q), _empty(k), _empty(v), _empty(gate_logits)
-    dg = _empty(g)
+    outputs = empty(q), empty(k), empty(v), empty(gate_logits)
+    dg = empty(g)
     dweight = run_block_backward(plan_of(q, v, scale, gate_normalizer), inputs, g, norm_weight, dy, eps, outputs, dg)
     return *outputs, dg, dweight
 
@@ -447,7 +433,7 @@ def _(
     gate_normalizer: float,
     eps: float,
 ) -> Tensor:
-    return _empty(v)
+    return empty(v)
 
 
 @_block_backward.register_fake
@@ -463,7 +449,7 @@ def _(
     gate_normalizer: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty(q), _empty(k), _empty(v), _empty(gate_logits), _empty(g), _empty(norm_weight)
+    return empty(q), empty(k), empty(v), empty(gate_logits), empty(g), empty(norm_weight)
 
 
 def _block_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,6 @@ Shapes: M rows, F inner width.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.launch import on_device
 from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -61,10 +61,6 @@ def _shape(tiles: Tiles, F: int) -> tuple[int, int]:
     return max(1, tiles.elements // columns), columns
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 @torch.library.custom_op("dig::swiglu", mutates_args=())
 def _swiglu(gate_up: Tensor) -> Tensor:
     F = gate_up.shape[-1] // 2
@@ -72,7 +68,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     hidden = _empty_hidden(gate_up)
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
-    with _on(gate_up.device):
+    with on_device(gate_up.device):
         swiglu_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
             rows, hidden, rows.stride(0), len(rows), F=F, ROWS=R, COLS=C, num_warps=tiles.warps
         )
@@ -89,7 +85,7 @@ def _swiglu_backward(gate_up: Tensor, dhidden: Tensor) -> Tensor:
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
-    with _on(gate_up.device):
+    with on_device(gate_up.device):
         swiglu_backward_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
             rows, gradient, dgate_up, rows.stride(0), gradient.stride(0), len(rows),
             F=F, ROWS=R, COLS=C, num_warps=tiles.warps,
