@@ -20,7 +20,7 @@ from torch import Tensor
 from dig.ops.adaln import norm_modulate, residual_norm_modulate
 from dig.ops.gla.mixer import gla_mixer
 from dig.ops.srem import srem
-from dig.ops.swiglu import swiglu
+from dig.ops.swiglu import swiglu_linear
 
 if TYPE_CHECKING:
     from dig.layers import FinalLayer
@@ -72,7 +72,8 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
             order=order,
         )
         x, h = residual_norm_modulate(x, mixer.o_proj(y), gate1, shift2, scale2, **_norm(block, 2), **fused)
-        y = block.mlp.down_proj(swiglu(block.mlp.gate_proj(h), implementation="triton"))
+        down = block.mlp.down_proj.weight.to(dtype)
+        y = swiglu_linear(block.mlp.gate_proj(h), down, implementation="triton")
         if block.dw_conv is None:
             x = x + gate2.unsqueeze(1) * y
         else:

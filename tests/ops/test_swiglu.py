@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dig.ops.swiglu import fused, swiglu
+from dig.ops.swiglu import fused, swiglu, swiglu_linear
 from dig.ops.swiglu.fused import TILES, Tiles
 from tests.helpers import relative_error
 
@@ -162,3 +162,28 @@ def test_unknown_implementation_and_bad_tiles_are_refused() -> None:
         swiglu(random(4, 64), implementation="apex")
     with pytest.raises(ValueError, match=r"^columns must be a power of two; got 384"):
         Tiles(elements=1024, columns=384)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "F", "D"), [(1, 48, 16), (65, 48, 24), (9, 1024, 32)])
+def test_with_its_linear_layer(T: int, F: int, D: int, dtype: torch.dtype) -> None:
+    """Output and both gradients; hidden, which is not kept, is computed again for the weight's."""
+    leaves = [random(2, T, 2 * F, dtype=dtype).requires_grad_(), (random(D, F) / F**0.5).to(dtype).requires_grad_()]
+    wide = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    gradient = random(2, T, D, dtype=dtype)
+    actual = swiglu_linear(*leaves, implementation="triton")
+    expected = swiglu_linear(*wide, implementation="reference")
+    found = [actual, *torch.autograd.grad(actual, leaves, gradient)]
+    truth = [expected, *torch.autograd.grad(expected, wide, gradient.double().cpu())]
+    assert [x.dtype for x in found] == [dtype] * 3
+    errors = [relative_error(a, e) for a, e in zip(found, truth, strict=True)]
+    assert max(errors) < TOLERANCE[dtype], errors
+
+
+def test_linear_layer_is_registered_and_checked() -> None:
+    gate_up, weight = random(2, 3, 32).requires_grad_(), random(8, 16).requires_grad_()
+    torch.library.opcheck(torch.ops.dig.swiglu_linear.default, (gate_up, weight))
+    with pytest.raises(ValueError, match=re.escape("weight must be (D, 16); got (8, 15)")):
+        swiglu_linear(gate_up, weight[:, :15], implementation="triton")
+    with pytest.raises(ValueError, match=re.escape("weight must be torch.float32 on")):
+        swiglu_linear(gate_up, weight.bfloat16(), implementation="triton")

@@ -11,7 +11,6 @@ these up. No atomics: two runs agree in every bit.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.launch import empty, on_device
 from dig.ops.srem import check_shapes
 from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
 from dig.scan import ScanOrder
@@ -160,15 +160,6 @@ def _taps(order: ScanOrder) -> tuple[int, int, int]:
     return (8, -row, -column) if order.reversed else (0, row, column)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _empty(x: Tensor) -> Tensor:
-    """Contiguous, whatever the strides of x."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def _none(x: Tensor) -> Tensor:
     """An operator's place for a gradient that there isn't."""
     return torch.empty(0, dtype=x.dtype, device=x.device)
@@ -191,8 +182,8 @@ def _srem(
     reversed: bool,
 ) -> Tensor:
     plan = _plan("forward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed))
-    y = _empty(x)
-    with _on(x.device):
+    y = empty(x)
+    with on_device(x.device):
         srem_forward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, bias, y,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
@@ -216,13 +207,13 @@ def _srem_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan("backward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed))
     dy = dy.contiguous()
-    dx, dweight, dbias = _empty(x), _empty(weight), _empty(bias)
-    dbranch = _none(x) if branch is None else _empty(branch)
-    dgate = _none(x) if gate is None else _empty(gate)
+    dx, dweight, dbias = empty(x), empty(weight), empty(bias)
+    dbranch = _none(x) if branch is None else empty(branch)
+    dgate = _none(x) if gate is None else empty(gate)
     gated = gate is not None
     slots = int(TOKEN_SUMS.value) + gated
     sums = torch.empty(plan.B, plan.patches, slots, plan.D, dtype=torch.float32, device=x.device)
-    with _on(x.device):
+    with on_device(x.device):
         srem_backward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
@@ -247,7 +238,7 @@ def _(
     transposed: bool,
     reversed: bool,
 ) -> Tensor:
-    return _empty(x)
+    return empty(x)
 
 
 @_srem_backward.register_fake
@@ -263,9 +254,9 @@ def _(
     transposed: bool,
     reversed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dbranch = _none(x) if branch is None else _empty(branch)
-    dgate = _none(x) if gate is None else _empty(gate)
-    return _empty(x), dbranch, dgate, _empty(weight), _empty(bias)
+    dbranch = _none(x) if branch is None else empty(branch)
+    dgate = _none(x) if gate is None else empty(gate)
+    return empty(x), dbranch, dgate, empty(weight), empty(bias)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -39,9 +39,22 @@ def swiglu_kernel(gate_up, hidden, stride, M, F: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit(do_not_specialize=["M"])
 def swiglu_backward_kernel(
-    gate_up, dhidden, dgate_up, stride, dhidden_stride, M, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    gate_up,
+    dhidden,
+    dgate_up,
+    hidden,
+    stride,
+    dhidden_stride,
+    M,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):
-    """The gradient dgate_up (M, 2F), contiguous, from gate_up (M, 2F) and dhidden (M, F)."""
+    """The gradient dgate_up (M, 2F), contiguous, from gate_up (M, 2F) and dhidden (M, F).
+
+    With HIDDEN, also the forward pass's hidden (M, F) again, contiguous; it is written only then.
+    """
     rows, cols, mask = tile(M, F, ROWS, COLS)
     pointers = gate_up + rows * stride + cols
     gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -54,3 +67,5 @@ def swiglu_backward_kernel(
     pointers = dgate_up + rows * (2 * F) + cols
     tl.store(pointers, dgate.to(dgate_up.dtype.element_ty), mask=mask)
     tl.store(pointers + F, dup.to(dgate_up.dtype.element_ty), mask=mask)
+    if HIDDEN:
+        tl.store(hidden + rows * F + cols, (silu * up).to(hidden.dtype.element_ty), mask=mask)
