@@ -4,30 +4,38 @@
     python -m bench.ops.gla --tokens 1024 4096 16384 --kernels --json gla.jsonl
     python -m bench.ops.gla --sweep               # what `dig.ops.gla.tiled.TILES` is made from
 
-A step is captured several times in one CUDA graph, so that launches don't count, and a sample is one replay divided by
-that number. "cold" steps take turns among input sets that together exceed the L2 cache several times, as in a model,
-whose layers touch other memory in between; "hot" steps share one set. Shapes: B batch, T tokens, H heads, K key width,
-V value width.
+How times are taken, and what cold and hot mean: `bench.ops.common`. Shapes: B batch, T tokens, H heads, K key width, V
+value width.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-MODES = ("forward", "forward+backward")
+from bench.ops.common import (
+    DTYPES,
+    MODES,
+    Step,
+    copy_rate,
+    kernel_times,
+    make_step,
+    measure,
+    parse,
+    parser_for,
+    report,
+    require_gpu,
+    set_count,
+    use_tiles,
+)
+
 NORMALIZER = 16.0
 
 
@@ -94,131 +102,11 @@ def operations(implementation: str, shape: Shape) -> dict[str, Callable[..., Ten
     return {"recurrence": fla_gla, "block": fla_block}
 
 
-def make_step(
-    function: Callable[..., Tensor], mode: str, inputs: list[Tensor], gradient: Tensor
-) -> Callable[[], object]:
-    """One forward pass, or one with its backward pass, on these inputs."""
-    if mode == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(*inputs)
-
-        return forward
-    return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
-
-
-def capture(steps: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """All steps in one graph, after enough runs outside it to have compiled everything."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for step in steps:
-                step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
-    return graph
-
-
-def replay_times(graph: torch.cuda.CUDAGraph, steps: int, samples: int) -> list[float]:
-    """Microseconds a step, one number a replay."""
-    times = []
-    for index in range(samples + 5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if index >= 5:
-            times.append(start.elapsed_time(end) * 1e3 / steps)
-    return times
-
-
-def kernel_times(step: Callable[[], object], repeats: int = 20) -> dict[str, tuple[float, float]]:
-    """Name of each kernel → (mean microseconds of a launch, launches a step), from torch.profiler."""
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(repeats):
-            step()
-        torch.cuda.synchronize()
-    return {
-        event.key: (event.self_device_time_total / event.count, event.count / repeats)
-        for event in profile.key_averages()
-        if str(event.device_type).endswith("CUDA") and event.self_device_time_total > 0
-    }
-
-
-def copy_rate() -> float:
-    """Bytes a microsecond, read plus written, of a large copy on this card."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    graph = capture([lambda: target.copy_(source)])
-    return 2 * source.nbytes / statistics.median(replay_times(graph, 1, 20))
-
-
-def set_count(shape: Shape, operation: str) -> int:
-    """Input sets that together take four times the L2 cache, within reason."""
-    size = shape.least_bytes(operation, "forward")
-    return max(2, min(64, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // size)))
-
-
-def measure(shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each operation, mode and implementation."""
-    rate = copy_rate()
-    for implementation, operation, mode in itertools.product(options.implementations, options.operations, MODES):
-        row = asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode}
-        try:
-            function = operations(implementation, shape)[operation]
-            sets = [make_inputs(shape, operation) for _ in range(set_count(shape, operation))]
-            steps = [make_step(function, mode, *one) for one in sets]
-            samples = {
-                name: replay_times(capture(chosen), len(chosen), options.samples)
-                for name, chosen in (("cold", steps), ("hot", steps[:1] * len(steps)))
-            }
-            row["kernels"] = kernel_times(steps[0]) if options.kernels else {}
-        except (ImportError, torch.OutOfMemoryError) as error:
-            yield row | {"status": type(error).__name__, "message": str(error)}
-            continue
-        row["floor_us"] = shape.least_bytes(operation, mode) / rate
-        row["device"] = torch.cuda.get_device_name()
-        row |= {f"{name}_us": statistics.median(times) for name, times in samples.items()}
-        yield row | {"status": "ok", "samples_us": samples}
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """A line, and one more for each kernel where they were asked for."""
-    start = f"T={row['T']:<6} {row['operation']:<10} {row['mode']:<17} {row['implementation']:<7}"
-    if row["status"] != "ok":
-        print(f"{start} {row['status']}: {row['message']}", flush=True)
-        return
-    share = row["floor_us"] / row["cold_us"]
-    print(
-        f"{start} cold {row['cold_us']:8.1f} µs   hot {row['hot_us']:8.1f} µs   "
-        f"memory floor {row['floor_us']:7.1f} µs ({share:4.0%})",
-        flush=True,
-    )
-    for name, (microseconds, launches) in sorted(row["kernels"].items(), key=lambda item: -item[1][0] * item[1][1]):
-        print(f"    {microseconds:8.1f} µs x {launches:g}  {name[:100]}", flush=True)
-
-
-@contextmanager
-def use_tiles(tiles: Any) -> Iterator[None]:
-    """Let every call take these tile choices."""
-    from dig.ops.gla import tiled
-
-    saved = tiled.tiles_for
-    tiled.tiles_for = lambda q, v: tiles
-    try:
-        yield
-    finally:
-        tiled.tiles_for = saved
+def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> list[Step]:
+    """Cold steps, each on inputs of its own."""
+    function = operations(implementation, shape)[operation]
+    sets = [make_inputs(shape, operation) for _ in range(set_count(shape.least_bytes(operation, "forward")))]
+    return [make_step(function, mode, leaves, [gradient]) for leaves, gradient in sets]
 
 
 def sweep(shape: Shape, options: argparse.Namespace) -> None:
@@ -229,10 +117,10 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     """
     from triton.runtime.errors import OutOfResources
 
-    from dig.ops.gla.tiled import Tiles, gla_block
+    from dig.ops.gla import tiled
 
     inputs, gradient = make_inputs(shape, "block")
-    step = make_step(lambda *x: gla_block(*x, scale=shape.K**-0.5), MODES[1], inputs, gradient)
+    step = make_step(lambda *x: tiled.gla_block(*x, scale=shape.K**-0.5), MODES[1], inputs, [gradient])
     fields = {
         "local_state_kernel": "local_warps",
         "output_kernel": "output_warps",
@@ -244,9 +132,9 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
         for warps, columns, registers in itertools.product(options.warps, options.scan_columns, options.registers):
             scan = {"scan_warps": warps, "scan_columns": columns}
             choice = dict.fromkeys(fields.values(), warps)
-            tiles = Tiles(chunk=chunk, backward_registers=registers or None, **scan, **choice)
+            tiles = tiled.Tiles(chunk=chunk, backward_registers=registers or None, **scan, **choice)
             try:
-                with use_tiles(tiles):
+                with use_tiles(tiled, tiles):
                     kernels = kernel_times(step)
             except OutOfResources as error:
                 print(f"{tiles}: {error}", flush=True)
@@ -265,42 +153,26 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
                 print(f"    {name:24} {microseconds:7.1f} µs  {taken}", flush=True)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options, checked."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ops.gla", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for("bench.ops.gla", __doc__, ("triton", "fla"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[12544])
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--key-width", type=int, default=32)
     parser.add_argument("--value-width", type=int, default=64)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--implementations", nargs="+", choices=("triton", "fla"), default=["triton", "fla"])
     parser.add_argument("--operations", nargs="+", choices=("recurrence", "block"), default=["recurrence", "block"])
-    parser.add_argument("--samples", type=int, default=50, help="replays a median is taken of")
-    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel, by torch.profiler")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
-    parser.add_argument("--sweep", action="store_true", help="time tile choices instead of implementations")
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--scan-columns", type=int, nargs="+", default=[32])
     parser.add_argument("--registers", type=int, nargs="+", default=[0, 128], help="0 leaves them to the compiler")
-    options = parser.parse_args(arguments)
-    for name in ("tokens", "heads", "batch", "key_width", "value_width", "samples", "chunks", "warps", "scan_columns"):
-        values = getattr(options, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return options
+    return parse(parser, arguments, or_zero=("registers",))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
-    options = parse(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.ops.gla needs an NVIDIA GPU; none is visible to torch")
-    torch.manual_seed(0)
+    options = options_of(arguments)
+    require_gpu("bench.ops.gla")
+    rate = copy_rate()
     for T in options.tokens:
         shape = Shape(
             B=options.batch, T=T, H=options.heads, K=options.key_width, V=options.value_width, dtype=options.dtype
@@ -308,11 +180,15 @@ def main(arguments: list[str] | None = None) -> None:
         if options.sweep:
             sweep(shape, options)
             continue
-        for row in measure(shape, options):
-            print_row(row)
-            if options.json:
-                with options.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        for implementation, operation, mode in itertools.product(options.implementations, options.operations, MODES):
+            row = measure(
+                asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode},
+                partial(make_steps, shape, operation, implementation, mode),
+                size=shape.least_bytes(operation, mode),
+                rate=rate,
+                options=options,
+            )
+            report(row, f"T={T:<6} {operation:<10} {mode:<17} {implementation:<7}", options.json)
 
 
 if __name__ == "__main__":

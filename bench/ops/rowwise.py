@@ -4,28 +4,37 @@
     python -m bench.ops.rowwise --stream fp32 --norm layer --kernels --json rowwise.jsonl
     python -m bench.ops.rowwise --sweep             # alternatives to `dig.ops.adaln.fused.TILES`
 
-Steps are timed as in `bench.ops.gla`: in CUDA graphs, "cold" ones over input sets that together exceed the L2 cache
-several times, "hot" ones over one set, which a small case keeps in the cache. GB/s count the bytes that must move, each
-input read once and each output written once. Shapes: B batch, T tokens, D width, F inner width.
+How times are taken, and what cold and hot mean: `bench.ops.common`. GB/s count the bytes that must move, each input read
+once and each output written once. Shapes: B batch, T tokens, D width, F inner width.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.ops.gla import DTYPES, MODES, capture, copy_rate, kernel_times, replay_times
+from bench.ops.common import (
+    DTYPES,
+    MODES,
+    Step,
+    copy_rate,
+    kernel_times,
+    make_step,
+    measure,
+    parse,
+    parser_for,
+    report,
+    require_gpu,
+    set_count,
+    use_tiles,
+)
 from dig.ops.adaln import NORMS, norm_modulate, residual_norm_modulate
 from dig.ops.swiglu import swiglu
 
@@ -90,82 +99,11 @@ def function_of(operation: str, implementation: str, shape: Shape) -> Callable[.
     return torch.compile(function, fullgraph=True, dynamic=False) if implementation == "compiled" else function
 
 
-def make_step(function: Callable[..., Any], mode: str, inputs: Inputs) -> Callable[[], object]:
-    """One forward pass, or one with its backward pass, on these inputs."""
-    arguments, gradients = inputs
-    leaves = [x for x in arguments if x is not None]
-    if mode == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(*arguments)
-
-        return forward
-
-    def both() -> object:
-        outputs = function(*arguments)
-        return torch.autograd.grad([outputs] if isinstance(outputs, Tensor) else outputs, leaves, gradients)
-
-    return both
-
-
-def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> list[Callable[[], object]]:
-    """Steps on as many input sets as together take four times the L2 cache, within reason."""
-    cache = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-    sets = max(2, min(32, -(-cache // shape.least_bytes(operation, "forward"))))
+def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> list[Step]:
+    """Cold steps, each on inputs of its own."""
     function = function_of(operation, implementation, shape)
-    return [make_step(function, mode, make_inputs(shape, operation)) for _ in range(sets)]
-
-
-def measure(shape: Shape, options: argparse.Namespace, rate: float) -> Iterator[dict[str, Any]]:
-    """One row for each operation, mode and implementation; rate is a copy's, in bytes a microsecond."""
-    torch.compiler.reset()
-    for operation, mode, implementation in itertools.product(options.operations, MODES, options.implementations):
-        row = asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode}
-        try:
-            steps = make_steps(shape, operation, implementation, mode)
-            samples = {
-                name: replay_times(capture(chosen), len(chosen), options.samples)
-                for name, chosen in (("cold", steps), ("hot", steps[:1] * len(steps)))
-            }
-            row["kernels"] = kernel_times(steps[0]) if options.kernels else {}
-        except (ImportError, torch.OutOfMemoryError) as error:
-            yield row | {"status": type(error).__name__, "message": str(error)}
-            continue
-        row |= {f"{name}_us": statistics.median(times) for name, times in samples.items()}
-        size = shape.least_bytes(operation, mode)
-        row |= {"bytes": size, "gb_per_s": size / row["cold_us"] / 1e3, "copy_gb_per_s": rate / 1e3}
-        row["device"] = torch.cuda.get_device_name()
-        yield row | {"status": "ok", "samples_us": samples}
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """A line, and one more for each kernel where they were asked for."""
-    start = f"D={row['D']:<5} T={row['T']:<6} {row['operation']:<23} {row['mode']:<17} {row['implementation']:<10}"
-    if row["status"] != "ok":
-        print(f"{start} {row['status']}: {row['message']}", flush=True)
-        return
-    share = row["gb_per_s"] / row["copy_gb_per_s"]
-    print(
-        f"{start} cold {row['cold_us']:7.1f} µs   hot {row['hot_us']:7.1f} µs   "
-        f"{row['gb_per_s']:6.0f} GB/s ({share:4.0%} of a copy's)",
-        flush=True,
-    )
-    for name, (microseconds, launches) in sorted(row["kernels"].items(), key=lambda item: -item[1][0] * item[1][1]):
-        print(f"    {microseconds:8.1f} µs x {launches:g}  {name[:100]}", flush=True)
-
-
-@contextmanager
-def use_tiles(tiles: Any) -> Iterator[None]:
-    """Let every call of adaptive norm take these tile choices."""
-    from dig.ops.adaln import fused
-
-    saved = fused.tiles_for
-    fused.tiles_for = lambda x: tiles
-    try:
-        yield
-    finally:
-        fused.tiles_for = saved
+    sets = set_count(shape.least_bytes(operation, "forward"), most=32)
+    return [make_step(function, mode, *make_inputs(shape, operation)) for _ in range(sets)]
 
 
 def sweep(shape: Shape, options: argparse.Namespace) -> None:
@@ -173,7 +111,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
 
     The forward and the backward kernel have choices of their own, so both are varied together.
     """
-    from dig.ops.adaln.fused import Tiles
+    from dig.ops.adaln import fused
 
     steps = make_steps(shape, "residual_norm_modulate", "triton", MODES[1])
     best: dict[str, tuple[float, dict[str, int]]] = {}
@@ -181,7 +119,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     for rows, part, warps, programs in choices:
         forward = {"rows": rows, "part": part, "warps": warps}
         backward = {f"backward_{name}": value for name, value in forward.items()} | {"programs": programs}
-        with use_tiles(Tiles(**forward, **backward)):
+        with use_tiles(fused, fused.Tiles(**forward, **backward)):
             kernels = kernel_times(lambda: [step() for step in steps], repeats=5)
         for name, taken in (("norm_modulate_kernel", forward), ("norm_modulate_backward_kernel", backward)):
             microseconds = kernels[name][0]
@@ -195,53 +133,41 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
         print(f"best: D={shape.D} T={shape.T} {microseconds:7.1f} µs {name} {taken}", flush=True)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options, checked."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ops.rowwise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for("bench.ops.rowwise", __doc__, IMPLEMENTATIONS)
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 1152])
     parser.add_argument("--tokens", type=int, nargs="+", default=[12544, 16384])
-    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--norm", choices=NORMS, default="rms")
     parser.add_argument("--stream", choices=DTYPES, default="bf16", help="dtype of x, the residual stream")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of everything else")
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
-    parser.add_argument("--samples", type=int, default=50, help="replays a median is taken of")
-    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel, by torch.profiler")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
-    parser.add_argument("--sweep", action="store_true", help="time tile choices instead of implementations")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--parts", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--programs", type=int, nargs="+", default=[264, 396, 528, 792])
-    options = parser.parse_args(arguments)
-    for name in ("widths", "tokens", "batch", "samples", "rows", "parts", "warps", "programs"):
-        values = getattr(options, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
-            parser.error(f"--{name} must be at least 1")
-    return options
+    return parse(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
-    options = parse(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.ops.rowwise needs an NVIDIA GPU; none is visible to torch")
-    torch.manual_seed(0)
+    options = options_of(arguments)
+    require_gpu("bench.ops.rowwise")
     rate = copy_rate()
     for D, T in itertools.product(options.widths, options.tokens):
         shape = Shape(B=options.batch, T=T, D=D, norm=options.norm, stream=options.stream, dtype=options.dtype)
         if options.sweep:
             sweep(shape, options)
             continue
-        for row in measure(shape, options, rate):
-            print_row(row)
-            if options.json:
-                with options.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        torch.compiler.reset()
+        for operation, mode, implementation in itertools.product(options.operations, MODES, options.implementations):
+            row = measure(
+                asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode},
+                partial(make_steps, shape, operation, implementation, mode),
+                size=shape.least_bytes(operation, mode),
+                rate=rate,
+                options=options,
+            )
+            report(row, f"D={D:<5} T={T:<6} {operation:<23} {mode:<17} {implementation:<10}", options.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Implementations: ``triton`` and ``reference`` as in `dig.ops.srem.srem`, tokens in raster order; ``moved`` is the gated
 residual, the convolution and the reordering for the next block as in a model whose tokens move, at a transition that
-both transposes and flips. How times are taken, and what cold and hot mean, says `bench.ops.gla`. Rates are those of the
+both transposes and flips. How times are taken, and what cold and hot mean: `bench.ops.common`. Rates are those of the
 bytes that must move: x and branch read and y written; backwards x, branch and dy read, dx and dbranch written. A copy's
 rate on the same card stands beside them. Shapes: B batch, T tokens, D width.
 """
@@ -15,19 +15,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.ops.gla import DTYPES, MODES, capture, copy_rate, kernel_times, make_step, replay_times
+from bench.ops.common import (
+    DTYPES,
+    MODES,
+    Step,
+    copy_rate,
+    kernel_times,
+    make_step,
+    measure,
+    parse,
+    parser_for,
+    report,
+    require_gpu,
+    set_count,
+    use_tiles,
+)
 from dig.ops.srem import srem
 from dig.scan import ScanOrder, reorder
 
@@ -81,56 +91,11 @@ def operation(implementation: str, grid: tuple[int, int]) -> Callable[..., Tenso
     return lambda *inputs: srem(*inputs, grid=grid, order=ORDER, implementation=implementation)
 
 
-def measure(shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each mode and implementation."""
-    rate = copy_rate()
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    for implementation, mode in itertools.product(options.implementations, MODES):
-        row = asdict(shape) | {"implementation": implementation, "mode": mode}
-        try:
-            function = operation(implementation, shape.grid)
-            count = max(2, min(64, -(-4 * cache // shape.least_bytes("forward"))))
-            steps = [make_step(function, mode, *make_inputs(shape)) for _ in range(count)]
-            samples = {
-                name: replay_times(capture(chosen), len(chosen), options.samples)
-                for name, chosen in (("cold", steps), ("hot", steps[:1] * len(steps)))
-            }
-            row["kernels"] = kernel_times(steps[0]) if options.kernels else {}
-        except (ImportError, torch.OutOfMemoryError) as error:
-            yield row | {"status": type(error).__name__, "message": str(error)}
-            continue
-        row |= {f"{name}_us": statistics.median(times) for name, times in samples.items()}
-        row |= {"bytes": shape.least_bytes(mode), "copy_gb_per_s": rate / 1e3, "device": torch.cuda.get_device_name()}
-        yield row | {"status": "ok", "samples_us": samples}
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """A line, and one more for each kernel where they were asked for."""
-    start = f"{row['rows']:>4} x {row['columns']:<4} D={row['D']:<5} {row['mode']:<17} {row['implementation']:<10}"
-    if row["status"] != "ok":
-        print(f"{start} {row['status']}: {row['message']}", flush=True)
-        return
-    achieved = row["bytes"] / row["cold_us"] / 1e3
-    print(
-        f"{start} cold {row['cold_us']:8.1f} µs   hot {row['hot_us']:8.1f} µs   cold {achieved:6.0f} GB/s, "
-        f"{achieved / row['copy_gb_per_s']:4.0%} of a copy's {row['copy_gb_per_s']:.0f}",
-        flush=True,
-    )
-    for name, (microseconds, launches) in sorted(row["kernels"].items(), key=lambda item: -item[1][0] * item[1][1]):
-        print(f"    {microseconds:8.1f} µs x {launches:g}  {name[:100]}", flush=True)
-
-
-@contextmanager
-def use_tiles(tiles: Any) -> Iterator[None]:
-    """Let every call take these tile choices."""
-    from dig.ops.srem import fused
-
-    saved = fused.tiles_for
-    fused.tiles_for = lambda which, x: tiles
-    try:
-        yield
-    finally:
-        fused.tiles_for = saved
+def make_steps(shape: Shape, implementation: str, mode: str) -> list[Step]:
+    """Cold steps, each on inputs of its own."""
+    function = operation(implementation, shape.grid)
+    sets = [make_inputs(shape) for _ in range(set_count(shape.least_bytes("forward")))]
+    return [make_step(function, mode, leaves, [gradient]) for leaves, gradient in sets]
 
 
 def sweep(shape: Shape, options: argparse.Namespace) -> None:
@@ -140,16 +105,17 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     """
     from triton.runtime.errors import OutOfResources
 
-    from dig.ops.srem.fused import Tiles
+    from dig.ops.srem import fused
 
-    step = make_step(operation("triton", shape.grid), MODES[1], *make_inputs(shape))
-    times: dict[str, list[tuple[float, Tiles]]] = {name: [] for name in KERNELS}
+    leaves, gradient = make_inputs(shape)
+    step = make_step(operation("triton", shape.grid), MODES[1], leaves, [gradient])
+    times: dict[str, list[tuple[float, fused.Tiles]]] = {name: [] for name in KERNELS}
     for channels, groups, width, rows, warps, registers in itertools.product(
         options.channels, options.groups, options.widths, options.rows, options.warps, options.registers
     ):
         if channels * groups not in (64 * warps, 128 * warps):
             continue  # two or four channels a thread
-        tiles = Tiles(
+        tiles = fused.Tiles(
             channels=channels,
             groups=groups,
             width=width,
@@ -159,7 +125,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
             programs=1,
         )
         try:
-            with use_tiles(tiles):
+            with use_tiles(fused, tiles):
                 kernels = kernel_times(step)
         except OutOfResources as error:
             print(f"{tiles}: {error}", flush=True)
@@ -171,21 +137,11 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
             print(f"{shape.rows:>4} x {shape.columns:<4} {name:<8} {microseconds:8.1f} µs  {tiles}", flush=True)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options, checked."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ops.srem", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for("bench.ops.srem", __doc__, IMPLEMENTATIONS)
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 112, 128], help="rows, and columns, of a grid")
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--samples", type=int, default=50, help="replays a median is taken of")
-    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel, by torch.profiler")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
-    parser.add_argument("--sweep", action="store_true", help="time tile choices instead of implementations")
     parser.add_argument("--channels", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 4])
@@ -193,30 +149,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--registers", type=int, nargs="+", default=[0, 128], help="0 leaves them to the compiler")
     parser.add_argument("--best", type=int, default=10, help="tile choices printed of each pass")
-    options = parser.parse_args(arguments)
-    for name in ("sides", "width", "batch", "samples", "channels", "groups", "widths", "rows", "warps", "best"):
-        values = getattr(options, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
-            parser.error(f"--{name} must be at least 1")
-    return options
+    return parse(parser, arguments, or_zero=("registers",))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
-    options = parse(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.ops.srem needs an NVIDIA GPU; none is visible to torch")
-    torch.manual_seed(0)
+    options = options_of(arguments)
+    require_gpu("bench.ops.srem")
+    rate = copy_rate()
     for side in options.sides:
         shape = Shape(B=options.batch, rows=side, columns=side, D=options.width, dtype=options.dtype)
         if options.sweep:
             sweep(shape, options)
             continue
-        for row in measure(shape, options):
-            print_row(row)
-            if options.json:
-                with options.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        for implementation, mode in itertools.product(options.implementations, MODES):
+            row = measure(
+                asdict(shape) | {"implementation": implementation, "operation": "srem", "mode": mode},
+                partial(make_steps, shape, implementation, mode),
+                size=shape.least_bytes(mode),
+                rate=rate,
+                options=options,
+            )
+            report(row, f"{side:>4} x {side:<4} D={shape.D:<5} {mode:<17} {implementation:<10}", options.json)
 
 
 if __name__ == "__main__":

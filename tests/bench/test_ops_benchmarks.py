@@ -1,0 +1,71 @@
+"""The benchmarks of single operations: options, steps and rows; their times need a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.ops import common
+
+PROGRAMS = ["bench.ops.gla", "bench.ops.srem", "bench.ops.rowwise"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_options_are_checked(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(program)
+    for wrong, message in (
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--warps", "4", "-1"], "--warps must be at least 1"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--implementations", "magic"], "invalid choice: 'magic'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            module.options_of(wrong)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert module.options_of([]).samples == 50
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_it_says_so(program: str) -> None:
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
+        importlib.import_module(program).main([])
+
+
+def test_steps_run_forward_and_backward() -> None:
+    x = torch.randn(3, requires_grad=True)
+    forward = common.make_step(lambda a, none: 2 * a, common.MODES[0], [x, None], [torch.ones(3)])()
+    assert torch.equal(forward, 2 * x)
+    assert not forward.requires_grad
+    (gradient,) = common.make_step(lambda a, none: 2 * a, common.MODES[1], [x, None], [torch.ones(3)])()
+    assert torch.equal(gradient, torch.full((3,), 2.0))
+
+
+def test_tiles_are_put_back_even_after_an_error() -> None:
+    module = SimpleNamespace(tiles_for=lambda x: "own")
+
+    def fail() -> None:
+        with common.use_tiles(module, "chosen"):  # type: ignore[arg-type]
+            raise RuntimeError(module.tiles_for(1))
+
+    with pytest.raises(RuntimeError, match="chosen"):
+        fail()
+    assert module.tiles_for(1) == "own"
+
+
+def test_what_cannot_run_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> list[common.Step]:
+        raise ImportError("needs fla")
+
+    options = SimpleNamespace(samples=5, kernels=False)
+    row = common.measure({"operation": "gla"}, missing, size=1, rate=1.0, options=options)  # type: ignore[arg-type]
+    path = tmp_path / "rows.jsonl"
+    common.report(row, "gla", path)
+    assert json.loads(path.read_text()) == {"operation": "gla", "status": "ImportError", "message": "needs fla"}
+    assert capsys.readouterr().out == "gla ImportError: needs fla\n"
