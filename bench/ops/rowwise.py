@@ -4,8 +4,8 @@
     python -m bench.ops.rowwise --stream fp32 --norm layer --kernels --json rowwise.jsonl
     python -m bench.ops.rowwise --sweep             # alternatives to `dig.ops.adaln.fused.TILES`
 
-How times are taken, and what cold and hot mean: `bench.ops.common`. GB/s count the bytes that must move, each input read
-once and each output written once. Shapes: B batch, T tokens, D width, F inner width.
+How times are taken, and what cold and hot mean: `bench.ops.common`. GB/s count the bytes that must move, each input
+read once and each output written once. Shapes: B batch, T tokens, D width, F inner width.
 """
 
 from __future__ import annotations
