@@ -95,6 +95,17 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_ops(session: nox.Session) -> None:
+    """Time every operation alone on a GPU against its reference and its peer, beside the card's copy rate."""
+    if may_install(session):
+        install(session, "test", gpu=True)
+        install_peers(session)
+    options = session.posargs or ["--benchmark-json", "out/ops.json", "--benchmark-columns", "median,iqr,rounds"]
+    Path("out").mkdir(exist_ok=True)
+    session.run("python", "-m", "pytest", "bench/ops/suite.py", "--benchmark-only", *options)
+
+
+@nox.session
 def report(session: nox.Session) -> None:
     """Draw figures and tables from stored rows, by default the published ones; needs no torch."""
     if may_install(session):
