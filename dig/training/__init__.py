@@ -1,0 +1,1 @@
+"""Data, trainer and checkpoints."""

@@ -1,0 +1,26 @@
+"""Data for training: images, idx files and latents, and the order that they are seen in."""
+
+from dig.training.data.base import DataError, DataSet, Samples
+from dig.training.data.folder import ImageFolder
+from dig.training.data.idx import IdxImages
+from dig.training.data.latents import LATENT_SCALE, Encoding, LatentShards
+from dig.training.data.loader import Batch, Loader, read_batch
+from dig.training.data.opening import open_dataset
+from dig.training.data.order import DataOrder, Selection
+
+__all__ = [
+    "LATENT_SCALE",
+    "Batch",
+    "DataError",
+    "DataOrder",
+    "DataSet",
+    "Encoding",
+    "IdxImages",
+    "ImageFolder",
+    "LatentShards",
+    "Loader",
+    "Samples",
+    "Selection",
+    "open_dataset",
+    "read_batch",
+]

@@ -1,0 +1,165 @@
+"""A folder of class folders, ImageNet's layout: ``root/n01440764/n01440764_10026.JPEG``."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
+
+from dig.training.data.base import DataError, DataSet, Samples, mirror_where, pixels_to_unit
+from dig.training.data.crop import read_pixels
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
+
+MAX_UNREADABLE_RUN = 100
+"""So many unreadable files one after the other end the run: that is a lost disk, not a damaged image."""
+
+# These speak of this machine at this moment, not of the file: standing in for it would make the run unrepeatable.
+_PASSING_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
+
+
+class ImageFolder(DataSet):
+    """Images by class folder. Labels number the folders in the order of their names, as code points.
+
+    An image that cannot be decoded is stood in for by the next readable one of the listing (after the last comes the
+    first), label included. That depends on the files alone, so a resumed run sees the same; each is reported once.
+
+    Raises:
+        DataError: The folder has another layout, or a class has no image.
+    """
+
+    in_memory = False
+
+    def __init__(self, root: str | Path, *, image_size: int = 256, channels: int = 3, mirror: bool = True) -> None:
+        if image_size < 1 or channels not in (1, 3):
+            raise ValueError(f"image_size must be positive and channels 1 or 3; got {image_size} and {channels}")
+        self.root = Path(root)
+        self.name = f"images in {self.root}"
+        self.sample_shape = (channels, image_size, image_size)
+        self.mirror = mirror
+        self.class_names, names, labels = _list_images(self.root)
+        # Arrays, not lists: worker processes share their memory, where counting references would copy every string.
+        self._names = np.array([os.fsencode(name) for name in names])
+        self._labels = np.array(labels, dtype=np.int64)
+        self._unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def file_name(self, index: int) -> str:
+        """``class/file`` of a sample."""
+        return os.fsdecode(bytes(self._names[index]))
+
+    def label(self, index: int) -> int:
+        """Label of a sample, without reading its image."""
+        return int(self._labels[index])
+
+    def listing_sha256(self) -> str:
+        """Checksum of the file names in order: another listing, another meaning of the indices."""
+        return hashlib.sha256(b"\0".join(self._names.tolist())).hexdigest()
+
+    def read(self, index: int) -> NDArray[np.uint8] | None:
+        """The image at ``index``, (C, H, W); None, with the reason kept, where it cannot be decoded."""
+        if index in self._unreadable:
+            return None
+        channels, side, _ = self.sample_shape
+        try:
+            return read_pixels(os.path.join(os.fsencode(self.root), bytes(self._names[index])), side, channels)
+        except MemoryError:
+            raise
+        # Pillow's decoders raise nearly anything on damaged bytes: OSError, SyntaxError, ValueError, struct.error.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _PASSING_ERRORS:
+                raise
+            self._unreadable[index] = _reason(error)
+            return None
+
+    def reason(self, index: int) -> str:
+        """Why the image at ``index`` could not be decoded."""
+        return self._unreadable[index]
+
+    def fetch(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Samples:
+        """Decode and crop images; see `DataSet.fetch`."""
+        pixels, labels, unreadable = [], [], {}
+        for index in map(int, indices):
+            chosen = index
+            while (image := self.read(chosen)) is None:
+                unreadable[self.file_name(chosen)] = self.reason(chosen)
+                chosen = (chosen + 1) % len(self)
+                if (chosen - index) % len(self) in (0, MAX_UNREADABLE_RUN):
+                    raise DataError(
+                        f"{min(len(self), MAX_UNREADABLE_RUN)} images one after the other cannot be read, from "
+                        f"{self.root / self.file_name(index)} on ({self.reason(index)}); check the disk and the files"
+                    )
+            pixels.append(torch.from_numpy(image))
+            labels.append(self.label(chosen))
+        x = mirror_where(pixels_to_unit(torch.stack(pixels)), mirrored)
+        return Samples(x=x, y=torch.tensor(labels, dtype=torch.int64), unreadable=unreadable)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without its path: that differs between machines, and stands beside it anyway."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or damaged at its start"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name ends like an image's; hidden files are none."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _list_images(root: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """Class names, then ``class/file`` and label of every image, sorted by class, then by file."""
+    folders, files = _scan(root)
+    images = [name for name in files if is_image_name(name)]
+    if not folders:
+        found = f"images ({_some(images, 3)}) but no class folders" if images else "no class folders"
+        raise DataError(f"{root} holds {found}; each class needs a folder of its own, as in {root}/cat/1.jpg")
+    if images:
+        raise DataError(
+            f"{root} holds images beside its class folders ({_some(images)}); move them into the folder of their class"
+        )
+    names: list[str] = []
+    labels: list[int] = []
+    empty, nested = [], []
+    for label, folder in enumerate(folders):
+        inner, files = _scan(root / folder)
+        images = [name for name in files if is_image_name(name)]
+        if inner:
+            nested.append(f"{folder}/{inner[0]}")
+        elif not images:
+            empty.append(folder)
+        names += [f"{folder}/{name}" for name in images]
+        labels += [label] * len(images)
+    if nested:
+        hint = "" if names else f"; did you mean {root / folders[0]}?"
+        raise DataError(
+            f"the class folders of {root} hold folders ({_some(nested)}), but only images may be there{hint}"
+        )
+    if empty:
+        raise DataError(f"classes without images in {root}: {_some(empty)}; add images, or remove the folders")
+    return tuple(folders), names, labels
+
+
+def _scan(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted names of the folders and of the files in a folder; hidden ones are left out."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from None
+    folders = sorted(name for name, is_folder in found if is_folder)
+    return folders, sorted(name for name, is_folder in found if not is_folder)

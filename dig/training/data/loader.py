@@ -1,0 +1,172 @@
+"""Batches of a data set, in the order of the steps, read ahead by worker processes where that pays."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dig.training.data.base import DataError, DataSet
+from dig.training.data.order import DataOrder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step sees on one rank.
+
+    Attributes:
+        step: Which step, 0 being the first.
+        x: (B, C, H, W) float32, pixels in [-1, 1] or scaled latents.
+        y: (B,) int64 labels.
+        unreadable: File name → reason, of the files among them that another stands in for.
+    """
+
+    step: int
+    x: Tensor
+    y: Tensor
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from where a copy to the GPU can run beside its work."""
+        return replace(self, x=self.x.pin_memory(), y=self.y.pin_memory())
+
+
+def read_batch(dataset: DataSet, order: DataOrder, step: int) -> Batch:
+    """The batch of a step: a pure function of its arguments and of the files."""
+    selection = order.select(step)
+    mirrored = selection.mirrored & np.bool_(dataset.mirror)
+    samples = dataset.fetch(selection.indices, mirrored)
+    return Batch(step=step, x=samples.x, y=samples.y, unreadable=dict(samples.unreadable))
+
+
+class _Steps(Dataset[Any]):
+    """Steps as items, so that a worker reads a whole batch and how many workers there are changes nothing."""
+
+    def __init__(self, dataset: DataSet, order: DataOrder) -> None:
+        self.dataset = dataset
+        self.order = order
+
+    def __getitem__(self, step: int) -> Batch | DataError:
+        # As a value: an exception from a worker would arrive with its message buried in a traceback.
+        try:
+            return read_batch(self.dataset, self.order, step)
+        except DataError as error:
+            return error
+
+
+class _StepsFrom(Sampler[int]):
+    """``first``, ``first + 1`` and so on without end."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first)
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main one alone answers, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def default_workers(dataset: DataSet) -> int:
+    """No worker for data in RAM; else one for each processor that this process may use, 8 at most."""
+    return 0 if dataset.in_memory else min(8, len(os.sched_getaffinity(0)))
+
+
+class Loader:
+    """An endless iterator over `Batch`, from any step on.
+
+    Its whole state is `step`: a loader made with ``first_step=step`` goes on with the same batches, bit for bit,
+    whatever the number of workers. The global random generators are neither read nor moved on.
+
+    Args:
+        dataset: What to read.
+        order: Which samples each step takes; its length must be the data set's.
+        first_step: The first step to deliver.
+        workers: Processes that read ahead, 0 to read in this one. Default: see `default_workers`.
+        prefetch: Batches that each worker reads ahead.
+        pin_memory: Whether batches come in page-locked memory. Default: where CUDA is there.
+
+    Attributes:
+        step: The step that is delivered next.
+        unreadable: File name → reason, of every file so far that another stands in for. Each is logged once.
+    """
+
+    def __init__(
+        self,
+        dataset: DataSet,
+        order: DataOrder,
+        *,
+        first_step: int = 0,
+        workers: int | None = None,
+        prefetch: int = 2,
+        pin_memory: bool | None = None,
+    ) -> None:
+        if order.length != len(dataset):
+            raise ValueError(f"the order is for {order.length} samples, but {dataset.name} holds {len(dataset)}")
+        if first_step < 0:
+            raise ValueError(f"first_step must not be negative; got {first_step}")
+        workers = default_workers(dataset) if workers is None else workers
+        if workers < 0 or prefetch < 1:
+            raise ValueError(f"workers must be at least 0 and prefetch at least 1; got {workers} and {prefetch}")
+        self.step = first_step
+        self.unreadable: dict[str, str] = {}
+        loader: DataLoader[Any] = DataLoader(
+            _Steps(dataset, order),
+            batch_size=None,
+            sampler=_StepsFrom(first_step),
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            worker_init_fn=_ignore_interrupts,
+            # DataLoader draws a seed for its workers; without this, from the global generator, which a resumed run
+            # would then find in another state.
+            generator=torch.Generator(),
+        )
+        self._batches: Iterator[Batch | DataError] | None = iter(loader)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise ValueError("this loader is closed")
+        batch = next(self._batches)
+        if isinstance(batch, DataError):
+            self.close()
+            raise batch
+        for name, reason in batch.unreadable.items():
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                logger.warning("cannot read %s (%s); another image stands in for it", name, reason)
+        self.step = batch.step + 1
+        return batch
+
+    def close(self) -> None:
+        """End the workers and wait for them; closing twice does no harm."""
+        batches, self._batches = self._batches, None
+        # DataLoader's iterator has no public way to end; its own clean-up calls this one.
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
