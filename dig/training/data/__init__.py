@@ -1,6 +1,7 @@
-"""Data for training: images, idx files and latents, and the order that they are seen in."""
+"""Data for training: images, idx files and latents, the order that they are seen in, and encoding images to latents."""
 
 from dig.training.data.base import DataError, DataSet, Samples
+from dig.training.data.encoding import encode
 from dig.training.data.folder import ImageFolder
 from dig.training.data.idx import IdxImages
 from dig.training.data.latents import LATENT_SCALE, Encoding, LatentShards
@@ -21,6 +22,7 @@ __all__ = [
     "Loader",
     "Samples",
     "Selection",
+    "encode",
     "open_dataset",
     "read_batch",
 ]
