@@ -20,13 +20,15 @@ GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
 HAS_GPU = shutil.which("nvidia-smi") is not None
 
 
-def install(session: nox.Session, *groups: str, gpu: bool = False) -> None:
-    """Install the project, editable, with dependency groups; first torch, so that nothing else chooses one."""
+def install(session: nox.Session, *groups: str, extras: str = "", gpu: bool = False) -> None:
+    """Install the project, editable, with extras and dependency groups; torch first, so that nothing else picks it."""
     if gpu:
         session.install("torch>=2.11", "wheel", "packaging", "ninja", "setuptools>=77")
     else:
         session.install(CPU_TORCH)
-    session.install("-e", ".", *(requirement for group in groups for requirement in GROUPS[group]))
+    session.install(
+        "-e", f".[{extras}]" if extras else ".", *(requirement for group in groups for requirement in GROUPS[group])
+    )
 
 
 def install_peers(session: nox.Session) -> None:
@@ -56,7 +58,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "types")
+    install(session, "types", extras="train")
     session.install("nox")
     session.run("mypy")
 
@@ -65,7 +67,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests that need no GPU: models, references, kernels in Triton's interpreter, harness, reports."""
     if may_install(session):
-        install(session, "test")
+        install(session, "test", extras="train")
     cores = str(max(1, min(4, os.cpu_count() or 1)))
     session.run("pytest", "-n", cores, "--dist", "worksteal", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
@@ -74,7 +76,7 @@ def tests(session: nox.Session) -> None:
 def tests_gpu(session: nox.Session) -> None:
     """Run the tests that need a GPU: kernels and peers against the references, the harness on the device."""
     if may_install(session):
-        install(session, "test", gpu=True)
+        install(session, "test", extras="train", gpu=True)
         install_peers(session)
     session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
 
