@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import math
+import multiprocessing
 import struct
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def test_a_lost_disk_ends_the_run_by_name(tmp_path: Path, workers: int) -> None:
     )
     with pytest.raises(DataError, match=r"^100 images one after the other cannot be read, from .*z\d+\.png on"):
         list(itertools.islice(loader, 100))
+    assert not multiprocessing.active_children()
 
 
 def test_all_unreadable_ends(tmp_path: Path) -> None:

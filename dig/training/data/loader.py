@@ -77,7 +77,7 @@ class _StepsFrom(Sampler[int]):
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one alone answers, and ends its workers."""
+    """Ctrl-C reaches every process of the terminal; the main one alone answers, and may want more batches first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
