@@ -237,7 +237,8 @@ def encode(
         image_size: Side of the cropped images in pixels, a multiple of the VAE's downsampling.
         batch_size: Images that the VAE takes at once.
         shard_size: Images a shard.
-        dtype: How latents are stored: ``fp16``, ``bf16`` or ``fp32``. They are computed in fp32.
+        dtype: How latents are stored: ``fp16``, ``bf16`` or ``fp32``. The VAE runs in fp32 (its convolutions in TF32 on a
+            GPU that has it).
         seed: Of the sampling.
         scale: What latents are multiplied with.
         device: Where the VAE runs.
