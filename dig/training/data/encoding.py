@@ -82,7 +82,9 @@ def load_vae(name: str, device: torch.device) -> Any:
         DataError: There is no such VAE.
     """
     if not is_installed("diffusers"):
-        raise MissingPackageError("encode needs the package diffusers; install it with: pip install diffusers")
+        raise MissingPackageError(
+            "encode needs the package diffusers; install it with: pip install 'dig-diffusion[train]'"
+        )
     # Only safetensors: the other format is a pickle, which can run anything.
     options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
     if (Path(name) / "vae" / "config.json").is_file():
@@ -237,8 +239,8 @@ def encode(
         image_size: Side of the cropped images in pixels, a multiple of the VAE's downsampling.
         batch_size: Images that the VAE takes at once.
         shard_size: Images a shard.
-        dtype: How latents are stored: ``fp16``, ``bf16`` or ``fp32``. The VAE runs in fp32 (its convolutions in TF32 on a
-            GPU that has it).
+        dtype: How latents are stored: ``fp16``, ``bf16`` or ``fp32``. The VAE runs in fp32, with its convolutions in
+            TF32 on a GPU that has it.
         seed: Of the sampling.
         scale: What latents are multiplied with.
         device: Where the VAE runs.
