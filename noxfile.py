@@ -58,7 +58,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "types", extras="train")
+    install(session, "types", "test", extras="train")
     session.install("nox")
     session.run("mypy")
 
