@@ -1,13 +1,10 @@
-"""Triton's interpreter stands in for the GPU where there is none; it must be chosen before triton is imported."""
+"""Triton's interpreter, where `tests/conftest.py` has chosen it, made to round as the hardware does."""
 
 from __future__ import annotations
 
 import os
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _round_bf16_to_nearest() -> None:
