@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-# Triton's interpreter stands in for the GPU where there is none. It must be chosen before anything imports triton, which
+# Without a GPU, Triton's interpreter stands in for one. It must be chosen before anything imports triton, which
 # diffusers does: so here, and not beside the tests of the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
