@@ -156,8 +156,6 @@ class DPMSolver:
         """See `Solver`. The scheduler remembers the last step's output, so each run has one of its own."""
         scheduler = type(self._scheduler).from_config(self._scheduler.config)
         scheduler.set_timesteps(self.steps, device="cpu")
-        # Told where it starts, it looks up no timestep, which would wait for the device.
-        scheduler.set_begin_index(0)
 
         def step(i: int, x: Tensor, output: Tensor, noise: Tensor | None) -> Tensor:
             following: Tensor = scheduler.step(output.chunk(2, 1)[0], self.timesteps[i], x, return_dict=False)[0]

@@ -79,6 +79,20 @@ def test_perfect_denoiser_has_no_loss() -> None:
     assert losses["vb"][0] > 0  # The decoder's term is a likelihood: the right mean doesn't make it 0.
 
 
+def test_the_model_is_told_the_trained_timestep() -> None:
+    told: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        told.append(t)
+        return torch.cat([x, x], 1)
+
+    x0, noise, t = *torch.randn(2, 3, 1, 2, 2), torch.tensor([0, 2, 3])
+    for schedule in (SCHEDULE, linear_schedule().respaced(4).to("cpu")):
+        HybridLoss(schedule)(model, x0, torch.zeros(3).long(), t=t, noise=noise)
+    assert [time.tolist() for time in told] == [[0, 2, 3], [0, 666, 999]]
+    assert told[0].dtype == torch.float32
+
+
 def test_vb_is_the_divergence_of_the_two_posteriors() -> None:
     """Wrong noise and v = 0 at t: the KL of two 1-D normals whose moments are derived here from scratch."""
     t, x0, noise, predicted = 40, 0.5, 0.8, 0.2

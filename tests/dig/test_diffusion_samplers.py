@@ -74,9 +74,12 @@ def run(
     return loop.run(x_T, torch.zeros(len(x_T), device=x_T.device).long(), noise)
 
 
-def tiny_dig() -> DiG:
+def tiny_dig(label_dropout: float = 0.1) -> DiG:
     """A DiG of two blocks whose output is not zero, as an untrained one's is."""
-    model = DiG(DiGConfig(input_size=(4, 4), in_channels=4, num_classes=3, depth=2, width=32, heads=2))
+    config = DiGConfig(
+        input_size=(4, 4), in_channels=4, num_classes=3, depth=2, width=32, heads=2, label_dropout=label_dropout
+    )
+    model = DiG(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval()
@@ -194,6 +197,29 @@ def test_ddim_with_full_eta_is_ddpm_with_the_posterior_variance() -> None:
     assert torch.allclose(ddpm, ddim, rtol=1e-4, atol=1e-4)
 
 
+def test_ddim_adds_eta_times_the_posterior_deviation() -> None:
+    respaced = SCHEDULE.respaced(10)
+    step = build_solver("ddim", steps=10, eta=0.5).start()
+    x, output = torch.randn(2, 1, 1, 1), torch.randn(2, 2, 1, 1)
+    for i in range(9):
+        added = step(i, x, output, torch.ones_like(x)) - step(i, x, output, torch.zeros_like(x))
+        expected = 0.5 * respaced.posterior_variance[9 - i].sqrt().item()
+        assert torch.allclose(added, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [*NOISE_SAMPLERS, "euler"])
+def test_runs_of_one_solver_can_be_interleaved(sampler: str) -> None:
+    solver = build_solver(sampler, steps=5)  # type: ignore[arg-type]
+    alone, first, second = solver.start(), solver.start(), solver.start()
+    x = mixed = torch.randn(2, 1, 1, 1)
+    for i in range(5):
+        output, noise = torch.randn(2, 2, 1, 1), torch.randn(2, 1, 1, 1)
+        x = alone(i, x, output, noise)
+        mixed = first(i, mixed, output, noise)
+        second(i, torch.randn(2, 1, 1, 1), torch.randn(2, 2, 1, 1), noise)
+    assert torch.equal(x, mixed)
+
+
 def nonlinear(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     shift = 0.1 * y.reshape(-1, 1, 1, 1)
     return torch.tanh(x + shift), (x * t / 500).sin()
@@ -308,6 +334,8 @@ def test_the_loop_is_captured_in_a_cuda_graph(sampler: str) -> None:
 @pytest.mark.parametrize("sampler", [*NOISE_SAMPLERS, "euler"])
 def test_autocast_keeps_x_in_fp32(sampler: str) -> None:
     model, y = tiny_dig(), torch.tensor([0, 1])
+    output = Denoiser(model=model, dtype=torch.bfloat16)(torch.randn(2, 4, 4, 4), torch.tensor(5.0), y)
+    assert output.dtype == torch.float32  # The solver's own arithmetic is not to round to bf16.
     x = sample(model, y, sampler=sampler, steps=3, dtype=torch.bfloat16, cfg_scale=1.5)  # type: ignore[arg-type]
     assert x.dtype == torch.float32
     assert torch.isfinite(x).all()
@@ -318,8 +346,8 @@ def test_autocast_keeps_x_in_fp32(sampler: str) -> None:
 
 
 def test_sample_leaves_the_model_in_its_mode() -> None:
-    model = tiny_dig().train()
-    first, second = (sample(model, torch.tensor([0, 1]), sampler="ddim", steps=2) for _ in range(2))
+    model = tiny_dig(label_dropout=0.5).train()
+    first, second = (sample(model, torch.tensor([0, 1, 2] * 4), sampler="ddim", steps=2) for _ in range(2))
     assert torch.equal(first, second)  # No label was dropped.
     assert model.training
 
