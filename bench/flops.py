@@ -13,7 +13,8 @@ import math
 from baselines.dis import EXTRA_TOKENS, STATE, DiS
 from baselines.dit import DiT
 from dig.layers import Backbone
-from dig.model import GATE_RANK, DiG
+from dig.model import DiG
+from dig.ops.gla.projection import GATE_RANK
 
 SCAN_FLOPS = 9
 """FLOPs of a selective scan for each channel, token and state value, by mamba-ssm's own count."""

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -256,14 +256,6 @@ def read_results(path: Path) -> Results:
         except (ResultError, UnicodeDecodeError) as error:
             raise ResultError(f"{path}, line {number}: {error}") from None
     return Results(rows=tuple(rows), torn=torn)
-
-
-def read_many(paths: list[Path]) -> Iterator[Row]:
-    """Rows of several files, the latest of every case."""
-    merged: dict[Case, Row] = {}
-    for path in paths:
-        merged.update(read_results(path).latest())
-    yield from merged.values()
 
 
 class ResultsWriter:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dig.model import projection_splits
+from dig.ops.gla.projection import projection_splits
 
 _FUSED = (
     "attn.q_proj.weight",

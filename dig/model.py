@@ -25,6 +25,7 @@ from dig.layers import (
     unpatchify,
 )
 from dig.ops.gla import gated_linear_attention
+from dig.ops.gla.projection import GATE_NORMALIZER, GATE_RANK, projection_splits, split_projection
 from dig.packages import require
 from dig.scan import RASTER, Scan, ScanOrder, reorder, scan_orders
 
@@ -33,9 +34,6 @@ Convolution = Literal["none", "default-init", "identity-init"]
 Recurrence = Literal["reference", "fla", "triton"]
 
 EPS = 1e-6
-GATE_RANK = 16
-GATE_NORMALIZER = 16
-"""The temperature tau of Eq. 5: gates are sigmoid(·) to the power 1/16, so that memory is long at the start."""
 GLA_GAIN = 2**-2.5
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -147,11 +145,11 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) in the block's scan order to (B, T, D)."""
-        q, k, v, gate, low_rank = self.in_proj(x).split(self.splits, dim=-1)
+        q, k, v, gate, low_rank = split_projection(self.in_proj(x), self.heads)
         logits = self.decay_proj(low_rank)
         # A bf16 gate would lose the decay: 1 - alpha is often below bf16's resolution next to 1.
         log_decay = F.logsigmoid(logits if logits.dtype == torch.float64 else logits.float()) / GATE_NORMALIZER
-        q, k, v, gate, log_decay = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v, gate, log_decay))
+        log_decay = log_decay.unflatten(-1, (self.heads, -1))
         q = q * q.shape[-1] ** -0.5
         y = gated_linear_attention(q, k, v, log_decay, implementation=self.recurrence)
         output: Tensor = self.o_proj(self._norm_gate(y, gate).flatten(2))
@@ -165,11 +163,6 @@ class GatedLinearAttention(nn.Module):
             return fused
         wide = y if y.dtype == torch.float64 else y.float()
         return F.rms_norm(wide, self.norm_weight.shape, self.norm_weight, EPS).to(gate.dtype) * F.silu(gate)
-
-
-def projection_splits(width: int) -> list[int]:
-    """Rows of the fused input projection: q, k, v, output gate, first factor of the decay gate."""
-    return [width // 2, width // 2, width, width, GATE_RANK]
 
 
 class SwiGLU(nn.Module):

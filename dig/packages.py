@@ -13,8 +13,11 @@ DISTRIBUTIONS = {
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",
     "triton": "triton",
+    "diffusers": "diffusers",
 }
 """Import name → name on PyPI of every package that the project can do without."""
+EXTRAS = {"diffusers": "train"}
+"""Import name → the extra that brings it, where that is not ``gpu``."""
 
 
 class MissingPackageError(ImportError):
@@ -28,9 +31,11 @@ def is_installed(module: str) -> bool:
 
 def missing_message(module: str, purpose: str) -> str:
     """One line that says what is missing, what for, and how to install it."""
-    distribution = DISTRIBUTIONS[module.partition(".")[0]]
+    package = module.partition(".")[0]
+    extra = EXTRAS.get(package, "gpu")
     return (
-        f"{purpose} needs the package {distribution}; install it with: pip install 'dig-diffusion[gpu]' (see README.md)"
+        f"{purpose} needs the package {DISTRIBUTIONS[package]}; install it with: "
+        f"pip install 'dig-diffusion[{extra}]' (see README.md)"
     )
 
 

@@ -167,7 +167,7 @@ class Sweep:
 def read_sweep(paths: list[Path]) -> Sweep:
     """Read results files. Of a case measured twice on one machine, the row read last counts.
 
-    `bench.results.read_many` merges by case alone; here two GPUs' rows of one case must both stay, to be told apart.
+    Two GPUs' rows of one case both stay, to be told apart.
 
     Raises:
         ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.

@@ -2,7 +2,7 @@
 
     python -m bench.ops.gla                       # DiG-S/2 at 1792: T = 12544, 6 heads of 32/64, bf16
     python -m bench.ops.gla --tokens 1024 4096 16384 --kernels --json gla.jsonl
-    python -m bench.ops.gla --sweep               # what `dig.ops.gla.tiled.TILES` is made from
+    python -m bench.ops.gla --sweep               # what `dig.ops.gla.tiles.TILES` is made from
 
 How times are taken, and what cold and hot mean: `bench.ops.common`. Shapes: B batch, T tokens, H heads, K key width, V
 value width.
@@ -118,6 +118,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     from triton.runtime.errors import OutOfResources
 
     from dig.ops.gla import tiled
+    from dig.ops.gla.tiles import Tiles
 
     inputs, gradient = make_inputs(shape, "block")
     step = make_step(lambda *x: tiled.gla_block(*x, scale=shape.K**-0.5), MODES[1], inputs, [gradient])
@@ -132,7 +133,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
         for warps, columns, registers in itertools.product(options.warps, options.scan_columns, options.registers):
             scan = {"scan_warps": warps, "scan_columns": columns}
             choice = dict.fromkeys(fields.values(), warps)
-            tiles = tiled.Tiles(chunk=chunk, backward_registers=registers or None, **scan, **choice)
+            tiles = Tiles(chunk=chunk, backward_registers=registers or None, **scan, **choice)
             try:
                 with use_tiles(tiled, tiles):
                     kernels = kernel_times(step)

@@ -73,7 +73,7 @@ def test_operation(
     try:
         steps, bytes_moved = make(implementation, mode)
     except ImportError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # A peer that is not installed; the reason names it and how to install it.
     graph = capture(steps)
 
     def replay() -> None:

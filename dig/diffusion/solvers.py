@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dig.diffusion.losses import FLOW_TIME_SCALE
 from dig.diffusion.schedule import Schedule, linear_schedule
-from dig.packages import MissingPackageError, is_installed
+from dig.packages import require
 
 SamplerName = Literal["ddpm", "ddim", "dpm-solver++", "euler"]
 Step = Callable[[int, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -132,16 +132,12 @@ class DPMSolver:
             raise ValueError(f"dpm-solver++ takes 1 to {len(schedule) - 1} steps of this schedule; got {steps}")
         if not torch.equal(schedule.timesteps.cpu(), torch.arange(len(schedule))):
             raise ValueError("dpm-solver++ spaces its own steps: give it the schedule of training, not a respaced one")
-        if not is_installed("diffusers"):
-            raise MissingPackageError(
-                "sampler dpm-solver++ needs the package diffusers; install it with: pip install 'dig-diffusion[train]'"
-            )
         # Imported where it is needed: it takes seconds.
-        from diffusers import DPMSolverMultistepScheduler
+        diffusers = require("diffusers", "sampler dpm-solver++")
 
         self.steps = steps
         self.noises = 0
-        self._scheduler = DPMSolverMultistepScheduler(
+        self._scheduler = diffusers.DPMSolverMultistepScheduler(
             num_train_timesteps=len(schedule),
             trained_betas=schedule.betas.tolist(),
             solver_order=2,

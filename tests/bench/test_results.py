@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.results import Case, Memory, ResultError, ResultsWriter, Row, read_many, read_results
+from bench.results import Case, Memory, ResultError, ResultsWriter, Row, read_results
 
 
 def make_row(**changes: object) -> Row:
@@ -132,12 +132,11 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_the_latest_row_of_a_case_counts(tmp_path: Path) -> None:
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for path, ms in zip(paths, (1.0, 2.0), strict=True):
-        with ResultsWriter(path) as writer:
-            writer.write(make_row(samples_ms=(9.0,)))
+    path = tmp_path / "results.jsonl"
+    with ResultsWriter(path) as writer:
+        for ms in (9.0, 2.0):
             writer.write(make_row(samples_ms=(ms,)))
-    assert [row.samples_ms for row in read_many(paths)] == [(2.0,)]
+    assert [row.samples_ms for row in read_results(path).latest().values()] == [(2.0,)]
 
 
 def test_two_writers_of_one_file(tmp_path: Path) -> None:

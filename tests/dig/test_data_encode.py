@@ -294,7 +294,7 @@ def test_refusals(tmp_path: Path, images: Path, vae: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="dtype must be one of fp16, bf16, fp32"):
         run(images, tmp_path / "out", vae, dtype="int8")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("dig.training.data.encoding.is_installed", lambda _: False)
+    monkeypatch.setattr("dig.packages.is_installed", lambda _: False)
     with pytest.raises(MissingPackageError, match=r"needs the package diffusers; .* 'dig-diffusion\[train\]'"):
         run(images, tmp_path / "out", vae)
 

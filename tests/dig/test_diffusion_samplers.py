@@ -353,7 +353,7 @@ def test_sample_leaves_the_model_in_its_mode() -> None:
 
 
 def test_dpm_solver_without_diffusers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dig.diffusion.solvers.is_installed", lambda module: False)
+    monkeypatch.setattr("dig.packages.is_installed", lambda module: False)
     with pytest.raises(MissingPackageError, match=r"dig-diffusion\[train\]"):
         build_solver("dpm-solver++")
 

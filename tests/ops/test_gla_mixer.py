@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dig.ops.gla.block_reference import block_reference
-from dig.ops.gla.mixer import gla_mixer, split_projection
+from dig.ops.gla.mixer import gla_mixer
+from dig.ops.gla.projection import split_projection
 from dig.scan import RASTER, ScanOrder, reorder
 from tests.helpers import relative_error
 

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import Plan, check_qkv, plan_of, run_block, run_block_backward
 from dig.scan import ScanOrder
-
-GATE_NORMALIZER = 16.0
-
-
-def split_projection(projected: Tensor, heads: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Views of q, k (B, T, H, D/2H), v, output gate (B, T, H, D/H) and the low-rank factor (B, T, R)."""
-    width = (projected.shape[-1] - rank) // 3
-    *parts, low = projected.split([width // 2, width // 2, width, width, rank], dim=-1)
-    q, k, v, gate = (part.unflatten(-1, (heads, -1)) for part in parts)
-    return q, k, v, gate, low
 
 
 def _order_code(order: ScanOrder) -> int:

@@ -10,7 +10,6 @@ Shapes: n images; C, h, w channels, rows and columns of a latent.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import logging
 import os
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from dig.packages import MissingPackageError, is_installed
+from dig.packages import require
 from dig.training.data.base import DataError, pixels_to_unit
 from dig.training.data.draws import noise_seed
 from dig.training.data.files import write_atomically
@@ -81,15 +80,12 @@ def load_vae(name: str, device: torch.device) -> Any:
         MissingPackageError: diffusers is not installed.
         DataError: There is no such VAE.
     """
-    if not is_installed("diffusers"):
-        raise MissingPackageError(
-            "encode needs the package diffusers; install it with: pip install 'dig-diffusion[train]'"
-        )
+    diffusers = require("diffusers", "encode")
     # Only safetensors: the other format is a pickle, which can run anything.
     options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
     if (Path(name) / "vae" / "config.json").is_file():
         options["subfolder"] = "vae"
-    kind = importlib.import_module("diffusers").AutoencoderKL
+    kind = diffusers.AutoencoderKL
     try:
         vae = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

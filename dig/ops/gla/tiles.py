@@ -1,0 +1,74 @@
+"""Tile choices of gated linear attention's kernels, by head widths, dtype and compute capability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tile choices of one head shape.
+
+    Attributes:
+        chunk: Tokens of a chunk, 16 times a power of two.
+        local_warps: Warps of a program that computes what a chunk adds to the state.
+        scan_warps: Warps of a program that scans one row of the state over the chunks.
+        scan_columns: Columns of that row.
+        output_warps: Warps of a program that computes a chunk's outputs.
+        output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
+        gradient_warps: Warps of a program that computes a chunk's gradients.
+        backward_registers: Most registers of a thread in the last two kernels, which otherwise take so many that one
+            program fills a multiprocessor; None leaves it to the compiler.
+    """
+
+    chunk: int = 64
+    local_warps: int = 4
+    scan_warps: int = 4
+    scan_columns: int = 32
+    output_warps: int = 4
+    output_backward_warps: int = 8
+    gradient_warps: int = 8
+    backward_registers: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ValueError(f"{field.name} must be at least 1; got {value}")
+        if self.chunk < 16 or self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
+
+
+TileKey = tuple[int, int, torch.dtype, int]
+"""K, V, dtype, and the major compute capability."""
+
+DEFAULT_TILES = Tiles()
+WIDE_TILES = Tiles(output_warps=8)
+INTERPRETER_TILES = Tiles(scan_columns=256)
+"""Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
+TILES: dict[TileKey, Tiles] = {
+    (32, 64, torch.bfloat16, 9): DEFAULT_TILES,
+    (36, 72, torch.bfloat16, 9): WIDE_TILES,
+}
+"""On NVIDIA GPUs; shapes without an entry take `DEFAULT_TILES`, wider ones `WIDE_TILES`.
+
+A table, not autotuning: the first call costs no search, and a run repeats exactly. These entries come from the
+compiler's counts of registers, spills and instructions for sm_90; ``python -m bench.ops.gla --sweep`` times
+alternatives."""
+
+
+def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
+    """The key of `TILES` for heads of these widths."""
+    return K, V, dtype, torch.cuda.get_device_capability(device)[0]
+
+
+def tiles_for(q: Tensor, v: Tensor) -> Tiles:
+    """The tile choices for queries (B, T, H, K) and values (B, T, H, V)."""
+    K, V = q.shape[-1], v.shape[-1]
+    if v.device.type == "cpu":
+        return INTERPRETER_TILES
+    default = DEFAULT_TILES if K <= 32 and V <= 64 else WIDE_TILES
+    return TILES.get(tile_key(K, V, v.dtype, v.device), default)
