@@ -12,18 +12,17 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dig.ops.adaln import norm_modulate, residual_norm_modulate
-from dig.ops.gla.mixer import gla_mixer
-from dig.ops.srem import srem
-from dig.ops.swiglu import swiglu_linear
+from dig.ops.adaln import norm_modulate
+from dig.raster_block import BlockWeights, infer_block, train_block
 
 if TYPE_CHECKING:
-    from dig.layers import FinalLayer
+    from dig.layers import FinalLayer, PatchEmbed
     from dig.model import DiGBlock
     from dig.scan import ScanOrder
 
@@ -34,11 +33,55 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _norm(block: DiGBlock, index: int) -> dict[str, Any]:
-    """The norm before a block's first (1) or second (2) half, as the fused operations take it."""
-    if block.variant == "release":
-        return {"norm": "layer", "weight": None}
-    return {"norm": "rms", "weight": getattr(block, f"norm{index}").weight}
+def embed_patches(embedder: PatchEmbed, x: Tensor, position: Tensor) -> Tensor:
+    """Patches projected to the width, plus their position: see `dig.layers.PatchEmbed.forward`.
+
+    Patches don't overlap, so the convolution is one matrix product, whose result needs no transposition.
+
+    Args:
+        embedder: The model's.
+        x: (B, C, rows·P, columns·P).
+        position: (1, T, D).
+
+    Returns:
+        (B, T, D) in `compute_dtype`, contiguous.
+    """
+    dtype = compute_dtype(x)
+    weight = embedder.proj.weight
+    side = weight.shape[-1]
+    patches = x.to(dtype).unflatten(2, (-1, side)).unflatten(4, (-1, side))
+    tokens = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    bias = None if embedder.proj.bias is None else embedder.proj.bias.to(dtype)
+    return F.linear(tokens, weight.to(dtype).flatten(1), bias) + position.to(dtype)
+
+
+def modulation_of(layer: nn.Linear, c: Tensor) -> Tensor:
+    """An adaLN layer's output in its weights' own dtype, whatever autocast says: c (B, D) after its SiLU to (B, N D).
+
+    One product of a vector and a matrix: reading the matrix is all the work, and a copy of it in another dtype would
+    take as long again.
+    """
+    with torch.autocast(c.device.type, enabled=False):
+        modulation: Tensor = layer(c.to(layer.weight.dtype))
+    return modulation
+
+
+def _weights(block: DiGBlock) -> BlockWeights:
+    rms = block.variant == "paper"
+    conv = block.dw_conv
+    return BlockWeights(
+        in_proj=block.attn.in_proj.weight,
+        decay_weight=block.attn.decay_proj.weight,
+        o_proj=block.attn.o_proj.weight,
+        gate_proj=block.mlp.gate_proj.weight,
+        down_proj=block.mlp.down_proj.weight,
+        decay_bias=block.attn.decay_proj.bias,
+        head_norm=block.attn.norm_weight,
+        norm1=block.norm1.weight if rms else None,
+        norm2=block.norm2.weight if rms else None,
+        conv_weight=None if conv is None else conv.weight,
+        conv_bias=None if conv is None else conv.bias,
+    )
 
 
 def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, int], orders: list[ScanOrder]) -> Tensor:
@@ -46,45 +89,32 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
 
     Args:
         blocks: At least one.
-        x: (B, T, D) in raster order.
+        x: (B, T, D) in raster order, contiguous, in `compute_dtype`; overwritten where no gradients are asked for.
         c: (B, D), the condition.
         grid: (rows, columns) of the image's tokens.
         orders: The scan order of each block.
 
     Returns:
-        (B, T, D) in raster order, in `compute_dtype`.
+        (B, T, D) in raster order, in x's dtype.
     """
-    dtype = compute_dtype(x)
-    fused: dict[str, Any] = {"dtype": dtype, "implementation": "triton"}
-    x = x.to(dtype).contiguous()  # The patch embedding leaves channels apart.
-    modulations = [block.adaLN_modulation(c).chunk(6, dim=1) for block in blocks]
-    for block, order, modulation in zip(blocks, orders, modulations, strict=True):
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        h = norm_modulate(x, shift1, scale1, **_norm(block, 1), **fused)
-        mixer = block.attn
-        y = gla_mixer(
-            mixer.in_proj(h),
-            mixer.decay_proj.weight.to(dtype),
-            cast(Tensor, mixer.decay_proj.bias).to(dtype),
-            mixer.norm_weight,
-            heads=mixer.heads,
+    run = train_block if torch.is_grad_enabled() else infer_block
+    activated = F.silu(c)
+    for block, order in zip(blocks, orders, strict=True):
+        x = run(
+            x,
+            modulation_of(cast(nn.Linear, block.adaLN_modulation[1]), activated),
+            _weights(block),
+            norm="rms" if block.variant == "paper" else "layer",
+            heads=block.attn.heads,
             grid=grid,
-            order=order,
+            order=(order.transposed, order.reversed),
         )
-        x, h = residual_norm_modulate(x, mixer.o_proj(y), gate1, shift2, scale2, **_norm(block, 2), **fused)
-        down = block.mlp.down_proj.weight.to(dtype)
-        y = swiglu_linear(block.mlp.gate_proj(h), down, implementation="triton")
-        if block.dw_conv is None:
-            x = x + gate2.unsqueeze(1) * y
-        else:
-            weight, bias = block.dw_conv.weight, cast(Tensor, block.dw_conv.bias)
-            x = srem(x, y, gate2, weight, bias, grid=grid, order=order, implementation="triton")
     return x
 
 
 def run_final_layer(layer: FinalLayer, x: Tensor, c: Tensor) -> Tensor:
     """DiT's output head with its norm and modulation fused: see `dig.layers.FinalLayer.forward`."""
-    shift, scale = layer.adaLN_modulation(c).chunk(2, dim=1)
+    shift, scale = modulation_of(cast(nn.Linear, layer.adaLN_modulation[1]), F.silu(c)).chunk(2, dim=1)
     h = norm_modulate(x, shift, scale, None, norm="layer", dtype=compute_dtype(x), implementation="triton")
     output: Tensor = layer.linear(h)
     return output

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,49 +110,71 @@ def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> 
     return [make_step(function, mode, leaves, [gradient]) for leaves, gradient in sets]
 
 
-def sweep(shape: Shape, options: argparse.Namespace) -> None:
-    """Time each kernel of the block's forward and backward pass under every tile choice; print the best of each.
+KERNELS = {
+    "local_state_kernel": "local_warps",
+    "output_kernel": "output_warps",
+    "output_backward_kernel": "output_backward_warps",
+    "gradient_kernel": "gradient_warps",
+}
+"""Kernel → the field of `dig.ops.gla.tiles.Tiles` that its warps are."""
 
-    A kernel's time depends on the chunk length and its own warps alone, so all warps are varied together, and the best
-    is put together kernel by kernel for each chunk length. Registers are those of the two backward kernels.
+
+def mixer_step(shape: Shape) -> Step:
+    """Forward and backward pass of the mixer as the model runs it, from one projection's output."""
+    from dig.ops.gla.mixer import gla_mixer
+    from dig.ops.gla.projection import GATE_RANK, projection_splits
+    from dig.scan import RASTER
+
+    D, dtype = shape.H * shape.V, DTYPES[shape.dtype]
+    random = partial(torch.randn, device="cuda", dtype=dtype)
+    leaves = [
+        random(shape.B, shape.T, sum(projection_splits(D))),
+        random(D // 2, GATE_RANK),
+        random(D // 2),
+        torch.ones(shape.V, device="cuda"),
+    ]
+    mixer = partial(gla_mixer, heads=shape.H, grid=(1, shape.T), order=RASTER)
+    gradient = random(shape.B, shape.T, D)
+    return make_step(mixer, MODES[1], [x.requires_grad_() for x in leaves], [gradient])
+
+
+def sweep(shape: Shape, options: argparse.Namespace) -> None:
+    """Time each kernel of the mixer's forward and backward pass under every tile choice; print the best of each.
+
+    A kernel's time depends on the chunk length and its own choices alone, so all warps are varied together, then the
+    scan's choices, and the best is put together kernel by kernel for each chunk length. Registers are those of the two
+    backward kernels.
     """
     from triton.runtime.errors import OutOfResources
 
     from dig.ops.gla import tiled
     from dig.ops.gla.tiles import Tiles
 
-    inputs, gradient = make_inputs(shape, "block")
-    step = make_step(lambda *x: tiled.gla_block(*x, scale=shape.K**-0.5), MODES[1], inputs, [gradient])
-    fields = {
-        "local_state_kernel": "local_warps",
-        "output_kernel": "output_warps",
-        "output_backward_kernel": "output_backward_warps",
-        "gradient_kernel": "gradient_warps",
-    }
+    step = mixer_step(shape)
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    def time(names: Collection[str], **choice: Any) -> None:
+        try:
+            with use_tiles(tiled, Tiles(**choice)):
+                kernels = kernel_times(step)
+        except OutOfResources as error:
+            print(f"{choice}: {error}", flush=True)
+            return
+        for name in names:
+            microseconds, launches = kernels[name]
+            print(f"{microseconds:7.1f} µs x {launches:g} {name:24} {choice}", flush=True)
+            if microseconds < best.get(name, (float("inf"), {}))[0]:
+                best[name] = (microseconds, choice)
+
     for chunk in options.chunks:
-        best: dict[str, tuple[float, dict[str, int]]] = {}
-        for warps, columns, registers in itertools.product(options.warps, options.scan_columns, options.registers):
-            scan = {"scan_warps": warps, "scan_columns": columns}
-            choice = dict.fromkeys(fields.values(), warps)
-            tiles = Tiles(chunk=chunk, backward_registers=registers or None, **scan, **choice)
-            try:
-                with use_tiles(tiled, tiles):
-                    kernels = kernel_times(step)
-            except OutOfResources as error:
-                print(f"{tiles}: {error}", flush=True)
-                continue
-            for name, (microseconds, launches) in kernels.items():
-                if name not in (*fields, "scan_kernel"):
-                    continue
-                setting = f"warps {warps:2} scan columns {columns:4} registers {registers:4}"
-                print(f"chunk {chunk:4} {setting} {name:24} {microseconds:7.1f} µs", flush=True)
-                taken = scan if name not in fields else {fields[name]: warps, "registers": registers}
-                if microseconds * launches < best.get(name, (float("inf"), {}))[0]:
-                    best[name] = (microseconds * launches, taken)
-        if best:
-            print(f"chunk {chunk}, best: {sum(time for time, _ in best.values()):.1f} µs with", flush=True)
-            for name, (microseconds, taken) in best.items():
-                print(f"    {name:24} {microseconds:7.1f} µs  {taken}", flush=True)
+        best.clear()
+        for warps, registers in itertools.product(options.warps, options.registers):
+            time(KERNELS, chunk=chunk, backward_registers=registers or None, **dict.fromkeys(KERNELS.values(), warps))
+        for warps, lanes, steps in itertools.product(options.scan_warps, options.scan_lanes, options.scan_steps):
+            if lanes >= 32 * warps:
+                time(["scan_kernel"], chunk=chunk, scan_warps=warps, scan_lanes=lanes, scan_steps=steps)
+        for name, (microseconds, choice) in best.items():
+            print(f"chunk {chunk}, best: {microseconds:7.1f} µs {name:24} {choice}", flush=True)
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -162,10 +185,12 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--key-width", type=int, default=32)
     parser.add_argument("--value-width", type=int, default=64)
     parser.add_argument("--operations", nargs="+", choices=("recurrence", "block"), default=["recurrence", "block"])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--scan-columns", type=int, nargs="+", default=[32])
-    parser.add_argument("--registers", type=int, nargs="+", default=[0, 128], help="0 leaves them to the compiler")
+    parser.add_argument("--scan-warps", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--scan-lanes", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--scan-steps", type=int, nargs="+", default=[8, 16, 28])
+    parser.add_argument("--registers", type=int, nargs="+", default=[0], help="0 leaves them to the compiler")
     return parse(parser, arguments, or_zero=("registers",))
 
 

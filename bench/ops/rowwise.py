@@ -109,11 +109,29 @@ def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> 
 def sweep(shape: Shape, options: argparse.Namespace) -> None:
     """Time residual_norm_modulate's kernels under every tile choice, cold, and print the best of each.
 
-    The forward and the backward kernel have choices of their own, so both are varied together.
+    The backward pass is that of a model's block with one image: it also writes h again, and leaves the branch's
+    gradients to the weight's. The forward and the backward kernel have choices of their own, so both are varied
+    together.
     """
     from dig.ops.adaln import fused
 
-    steps = make_steps(shape, "residual_norm_modulate", "triton", MODES[1])
+    count = set_count(shape.least_bytes("residual_norm_modulate", "forward"), most=32)
+    sets = [make_inputs(shape, "residual_norm_modulate") for _ in range(count)]
+    dtype = DTYPES[shape.dtype]
+
+    def step_of(leaves: list[Any], gradients: list[Tensor]) -> Step:
+        x, branch, gate, shift, scale, weight = leaves
+
+        def step() -> None:
+            with torch.no_grad():
+                x_new, _, stats = fused.residual_norm_modulate_forward(
+                    x, branch, gate, shift, scale, weight, shape.norm, 1e-6, dtype
+                )
+                fused.norm_modulate_backward(x_new, None, None, shift, scale, weight, stats, *gradients, shape.norm)
+
+        return step
+
+    steps = [step_of(leaves, gradients) for leaves, gradients in sets]
     best: dict[str, tuple[float, dict[str, int]]] = {}
     choices = itertools.product(options.rows, options.parts, options.warps, options.programs)
     for rows, part, warps, programs in choices:

@@ -108,7 +108,14 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     from dig.ops.srem import fused
 
     leaves, gradient = make_inputs(shape)
-    step = make_step(operation("triton", shape.grid), MODES[1], leaves, [gradient])
+    settings = (*shape.grid, ORDER.transposed, ORDER.reversed)
+
+    def step() -> None:
+        # As the model runs it for one image, whose gate's gradient comes from elsewhere.
+        with torch.no_grad():
+            fused.srem_forward(*leaves, *settings)
+            fused.srem_backward(*leaves, gradient, *settings, True)
+
     times: dict[str, list[tuple[float, fused.Tiles]]] = {name: [] for name in KERNELS}
     for channels, groups, width, rows, warps, registers in itertools.product(
         options.channels, options.groups, options.widths, options.rows, options.warps, options.registers

@@ -89,7 +89,7 @@ def test_it_is_registered_as_torch_asks() -> None:
         ({"grid": (4, 4)}, r"projected must be \(B, 4·4, 3D \+ R\)"),
         ({"heads": 3}, "projected must have 3D"),
         ({"decay_weight": torch.randn(32, 15)}, "decay_weight must have shape"),
-        ({"decay_bias": torch.randn(32).double()}, "decay_bias must be torch.float32"),
+        ({"decay_bias": torch.randn(32).double()}, "decay_bias must be fp32"),
         ({"norm_weight": torch.ones(64).double()}, "norm_weight must be fp32"),
     ],
 )

@@ -42,7 +42,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    monkeypatch.setattr(tiled, "tiles_for", lambda q, v: Tiles(chunk=request.param, scan_columns=64))
+    monkeypatch.setattr(tiled, "tiles_for", lambda q, v: Tiles(chunk=request.param, scan_lanes=4096))
     return request.param
 
 

@@ -142,11 +142,6 @@ def _empty_stats(x: Tensor, norm: str) -> Tensor:
     return torch.empty(2 if norm == "layer" else 1, *x.shape[:2], dtype=torch.float32, device=x.device)
 
 
-def _empty_weight(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Room for the weight's gradient, of no elements where there is no weight."""
-    return torch.empty(0, dtype=x.dtype, device=x.device) if weight is None else empty(weight)
-
-
 def _forward(
     x: Tensor,
     branch: Tensor | None,
@@ -163,12 +158,10 @@ def _forward(
     tiles = tiles_for(x)
     h, stats = empty(x, dtype), _empty_stats(x, norm)
     x_new = x if branch is None else empty(x)
-    # A pointer that a kernel does not touch can be anything.
-    b_branch = x if branch is None else branch
-    b_gate = scale if gate is None else gate
+    b_branch, b_gate, _, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
     with on_device(x.device):
         norm_modulate_kernel[(triton.cdiv(T, tiles.rows), B)](
-            x, b_branch, b_gate, shift, scale, scale if weight is None else weight, x_new, h, stats,
+            x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
             D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
             num_warps=tiles.warps,
@@ -176,99 +169,17 @@ def _forward(
     return x_new, h, stats
 
 
-def _backward(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    dx_new: Tensor | None,
-    dh: Tensor,
-    norm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, gate, shift, scale and weight; x is what was normed.
-
-    Those of branch and gate are others' without a branch, and that of the weight is empty without a weight.
-    """
-    B, T, D = x.shape
-    tiles = tiles_for(x)
-    residual = branch is not None
-    programs = max(1, min(triton.cdiv(T, tiles.backward_rows), tiles.programs // B))
-    partials = torch.empty(B, programs, 3 if residual else 2, D, dtype=torch.float32, device=x.device)
-    dx, dshift, dscale, dweight = empty(x), empty(scale), empty(scale), _empty_weight(x, weight)
-    dbranch = dx if branch is None else empty(branch)
-    dgate = dscale if gate is None else empty(gate)
-    dh = last_contiguous(dh)
-    dx_new = dh if dx_new is None else last_contiguous(dx_new)
-    b_branch = x if branch is None else branch
-    b_gate = scale if gate is None else gate
-    b_weight = scale if weight is None else weight
-    columns = 32
-    with on_device(x.device):
-        norm_modulate_backward_kernel[(programs, B)](
-            x, b_branch, b_gate, scale, b_weight, stats, dx_new, dh, dx, dbranch, partials,
-            *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), scale.stride(0),
-            *dx_new.stride()[:2], *dh.stride()[:2], T,
-            D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, RESIDUAL=residual,
-            num_warps=tiles.backward_warps,
-        )  # fmt: skip
-        norm_modulate_finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
-            partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
-            D=D, COLS=columns, ROWS=64, NORM=norm, RESIDUAL=residual, num_warps=4,
-        )  # fmt: skip
-    return dx, dbranch, dgate, dshift, dscale, dweight
-
-
 @torch.library.custom_op("dig::norm_modulate", mutates_args=())
-def _norm_modulate(
+def norm_modulate_forward(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """h, and the statistics that its backward pass needs."""
     _, h, stats = _forward(x, None, None, shift, scale, weight, norm, eps, dtype)
     return h, stats
 
 
-@torch.library.custom_op("dig::norm_modulate_backward", mutates_args=())
-def _norm_modulate_backward(
-    x: Tensor, scale: Tensor, weight: Tensor | None, stats: Tensor, dh: Tensor, norm: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, _, _, dshift, dscale, dweight = _backward(x, None, None, scale, weight, stats, None, dh, norm)
-    return dx, dshift, dscale, dweight
-
-
-@_norm_modulate.register_fake
-def _(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return empty(x, dtype), _empty_stats(x, norm)
-
-
-@_norm_modulate_backward.register_fake
-def _(
-    x: Tensor, scale: Tensor, weight: Tensor | None, stats: Tensor, dh: Tensor, norm: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty(x), empty(scale), empty(scale), _empty_weight(x, weight)
-
-
-def _save_norm_modulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, scale, weight, ctx.norm, _, _ = inputs
-    ctx.save_for_backward(x, scale, weight, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _norm_modulate_autograd(ctx: Any, dh: Tensor | None, dstats: None) -> tuple[Tensor | None, ...]:
-    if dh is None:
-        return (None,) * 7
-    x, scale, weight, stats = ctx.saved_tensors
-    dx, dshift, dscale, dweight = _norm_modulate_backward(x, scale, weight, stats, dh, ctx.norm)
-    return dx, dshift, dscale, None if weight is None else dweight, None, None, None
-
-
-_norm_modulate.register_autograd(_norm_modulate_autograd, setup_context=_save_norm_modulate)
-
-
 @torch.library.custom_op("dig::residual_norm_modulate", mutates_args=())
-def _residual(
+def residual_norm_modulate_forward(
     x: Tensor,
     branch: Tensor,
     gate: Tensor,
@@ -279,25 +190,111 @@ def _residual(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """x_new, h, and the statistics that their backward pass needs."""
     return _forward(x, branch, gate, shift, scale, weight, norm, eps, dtype)
 
 
-@torch.library.custom_op("dig::residual_norm_modulate_backward", mutates_args=())
-def _residual_backward(
-    x_new: Tensor,
-    branch: Tensor,
-    gate: Tensor,
+@torch.library.custom_op("dig::norm_modulate_backward", mutates_args=())
+def norm_modulate_backward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
     stats: Tensor,
-    dx_new: Tensor,
+    dx_new: Tensor | None,
     dh: Tensor,
     norm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward(x_new, branch, gate, scale, weight, stats, dx_new, dh, norm)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward pass of both operations, and of a norm whose input goes on beside it.
+
+    Args:
+        x: What was normed, (B, T, D).
+        branch: As in `residual_norm_modulate`, with gate; or None.
+        gate: (B, D), with branch.
+        shift: (B, D), to have h again; or None.
+        scale: (B, D).
+        weight: (D,), or None.
+        stats: Of the forward pass.
+        dx_new: Gradient of x from elsewhere, (B, T, D), or None.
+        dh: Gradient of h, (B, T, D).
+        norm: ``rms`` or ``layer``.
+
+    Returns:
+        The gradients of x, branch, gate, shift, scale and weight, and h in dh's dtype. What was not asked for has no
+        elements.
+    """
+    B, T, D = x.shape
+    tiles = tiles_for(x)
+    programs = max(1, min(triton.cdiv(T, tiles.backward_rows), tiles.programs // B))
+    partials = torch.empty(B, programs, 2 if branch is None else 3, D, dtype=torch.float32, device=x.device)
+    outputs = _empty_gradients(x, branch, gate, shift, scale, weight, stats, dx_new, dh, norm)
+    dx, dbranch, dgate, dshift, dscale, dweight, h = outputs
+    dh = last_contiguous(dh)
+    b_dx_new = dh if dx_new is None else last_contiguous(dx_new)
+    b_branch, b_gate, b_shift, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
+    columns = 8
+    with on_device(x.device):
+        norm_modulate_backward_kernel[(programs, B)](
+            x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx, dbranch, h, partials,
+            *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), b_shift.stride(0), scale.stride(0),
+            *b_dx_new.stride()[:2], *dh.stride()[:2], T,
+            D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=dx_new is not None,
+            BRANCH=branch is not None, REBUILD=shift is not None,
+            num_warps=tiles.backward_warps,
+        )  # fmt: skip
+        norm_modulate_finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
+            partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
+            D=D, COLS=columns, ROWS=256, NORM=norm, BRANCH=branch is not None, num_warps=8,
+        )  # fmt: skip
+    return outputs
 
 
-@_residual.register_fake
+def _stand_ins(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The optional tensors as kernels take them: a pointer that a kernel does not touch can be anything."""
+    return (
+        x if branch is None else branch,
+        scale if gate is None else gate,
+        scale if shift is None else shift,
+        scale if weight is None else weight,
+    )
+
+
+def _empty_gradients(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dx_new: Tensor | None,
+    dh: Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for what `norm_modulate_backward` returns."""
+    dbranch, dgate, dweight = (
+        torch.empty(0, dtype=x.dtype, device=x.device) if tensor is None else empty(tensor)
+        for tensor in (branch, gate, weight)
+    )
+    h = torch.empty(0, dtype=dh.dtype, device=x.device) if shift is None else empty(dh)
+    return empty(x), dbranch, dgate, empty(scale), empty(scale), dweight, h
+
+
+norm_modulate_backward.register_fake(_empty_gradients)
+
+
+@norm_modulate_forward.register_fake
+def _(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return empty(x, dtype), _empty_stats(x, norm)
+
+
+@residual_norm_modulate_forward.register_fake
 def _(
     x: Tensor,
     branch: Tensor,
@@ -312,19 +309,23 @@ def _(
     return empty(x), empty(x, dtype), _empty_stats(x, norm)
 
 
-@_residual_backward.register_fake
-def _(
-    x_new: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    dx_new: Tensor,
-    dh: Tensor,
-    norm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty(x_new), empty(branch), empty(gate), empty(scale), empty(scale), _empty_weight(x_new, weight)
+def _save_norm_modulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, scale, weight, ctx.norm, _, _ = inputs
+    ctx.save_for_backward(x, scale, weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_modulate_autograd(ctx: Any, dh: Tensor | None, dstats: None) -> tuple[Tensor | None, ...]:
+    if dh is None:
+        return (None,) * 7
+    x, scale, weight, stats = ctx.saved_tensors
+    dx, _, _, dshift, dscale, dweight, _ = norm_modulate_backward(
+        x, None, None, None, scale, weight, stats, None, dh, ctx.norm
+    )
+    return dx, dshift, dscale, None if weight is None else dweight, None, None, None
+
+
+norm_modulate_forward.register_autograd(_norm_modulate_autograd, setup_context=_save_norm_modulate)
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -339,13 +340,14 @@ def _residual_autograd(ctx: Any, dx_new: Tensor | None, dh: Tensor | None, dstat
         return (None,) * 9
     x_new, branch, gate, scale, weight, stats = ctx.saved_tensors
     # An output that nothing depends on, as h is of a block whose second half is unused.
-    dx_new = torch.zeros_like(x_new) if dx_new is None else dx_new
     dh = torch.zeros_like(x_new, dtype=ctx.dtype) if dh is None else dh
-    *gradients, dweight = _residual_backward(x_new, branch, gate, scale, weight, stats, dx_new, dh, ctx.norm)
+    *gradients, dweight, _ = norm_modulate_backward(
+        x_new, branch, gate, None, scale, weight, stats, dx_new, dh, ctx.norm
+    )
     return *gradients, None if weight is None else dweight, None, None, None
 
 
-_residual.register_autograd(_residual_autograd, setup_context=_save_residual)
+residual_norm_modulate_forward.register_autograd(_residual_autograd, setup_context=_save_residual)
 
 
 def fused_norm_modulate(
@@ -359,7 +361,7 @@ def fused_norm_modulate(
         ValueError: A width, dtype, device or stride that the kernels do not take; the message names the argument.
     """
     _check_arguments(x, None, {"shift": shift, "scale": scale}, weight, dtype)
-    h: Tensor = _norm_modulate(x, shift, scale, weight, norm, eps, dtype)[0]
+    h: Tensor = norm_modulate_forward(x, shift, scale, weight, norm, eps, dtype)[0]
     return h
 
 
@@ -382,5 +384,5 @@ def fused_residual_norm_modulate(
         ValueError: A width, dtype, device or stride that the kernels do not take; the message names the argument.
     """
     _check_arguments(x, branch, {"gate": gate, "shift": shift, "scale": scale}, weight, dtype)
-    x_new, h, _ = _residual(x, branch, gate, shift, scale, weight, norm, eps, dtype)
+    x_new, h, _ = residual_norm_modulate_forward(x, branch, gate, shift, scale, weight, norm, eps, dtype)
     return x_new, h

@@ -151,11 +151,51 @@ def norm_modulate_kernel(
         store_tile(h + out, n * r[:, None] * factor + offset, inside, D, PARTS[i][0], PARTS[i][1], R)
 
 
+@triton.jit
+def load_tokens(
+    starts,
+    strides,
+    stats,
+    means,
+    first,
+    T,
+    PARTS: tl.constexpr,
+    R: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    BRANCH: tl.constexpr,
+):
+    """The tiles of x, dh, and with a flag of dx_new and branch, of R rows from ``first``; and their r and mean."""
+    inside = first + tl.arange(0, R) < T
+    row = first.to(tl.int64)
+    r = tl.load(stats + first + tl.arange(0, R), mask=inside, other=0.0)
+    mean = r
+    if NORM == "layer":
+        mean = tl.load(means + first + tl.arange(0, R), mask=inside, other=0.0)
+    x_tiles = ()
+    dh_tiles = ()
+    dx_new_tiles = ()
+    branch_tiles = ()
+    for i in tl.static_range(len(PARTS)):
+        rows = starts[0] + row * strides[0]
+        x_tiles = x_tiles + (load_tile(rows, strides[0], inside, PARTS[i][0], PARTS[i][1], R),)
+        rows = starts[1] + row * strides[1]
+        dh_tiles = dh_tiles + (load_tile(rows, strides[1], inside, PARTS[i][0], PARTS[i][1], R),)
+        if ADD:
+            rows = starts[2] + row * strides[2]
+            dx_new_tiles = dx_new_tiles + (load_tile(rows, strides[2], inside, PARTS[i][0], PARTS[i][1], R),)
+        if BRANCH:
+            rows = starts[3] + row * strides[3]
+            branch_tiles = branch_tiles + (load_tile(rows, strides[3], inside, PARTS[i][0], PARTS[i][1], R),)
+    return x_tiles, dh_tiles, dx_new_tiles, branch_tiles, r, mean
+
+
 @triton.jit(do_not_specialize=["T"])
 def norm_modulate_backward_kernel(
     x,
     branch,
     gate,
+    shift,
     scale,
     weight,
     stats,
@@ -163,12 +203,14 @@ def norm_modulate_backward_kernel(
     dh,
     dx,
     dbranch,
+    h,
     partials,
     x_b,
     x_t,
     branch_b,
     branch_t,
     gate_b,
+    shift_b,
     scale_b,
     dx_new_b,
     dx_new_t,
@@ -179,17 +221,22 @@ def norm_modulate_backward_kernel(
     PARTS: tl.constexpr,
     R: tl.constexpr,
     NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    ADD: tl.constexpr,
+    BRANCH: tl.constexpr,
+    REBUILD: tl.constexpr,
 ):
     """Gradients of every token, and this program's share of the sums over tokens.
 
-    Grid (P, B). x is what was normed: x_new with RESIDUAL, when dx_new is added to its gradient, which is also the
-    gradient of ``gate branch``; branch, gate, dx_new and dbranch are touched only then. Writes dx (B, T, D), dbranch
-    (B, T, D), and partials (B, P, 2 or 3, D) fp32: sums of dh, of n dh and, with RESIDUAL, of branch dx.
+    Grid (P, B). x is what was normed. Writes dx (B, T, D), and partials (B, P, 2 or 3, D) fp32: sums of dh and of n dh.
+    With ADD, dx_new is added to x's gradient: that of a residual connection around what follows the norm. With BRANCH,
+    the sum is also the gradient of ``gate branch``; dbranch (B, T, D) is written, and the third of the partials is the
+    sum of branch dx. With REBUILD the forward pass's h (B, T, D) is written again. What goes with a flag is touched
+    only then.
     """
     b = tl.program_id(1).to(tl.int64)
     factors = ()
     gates = ()
+    shifts = ()
     sums_dh = ()
     sums_n = ()
     sums_branch = ()
@@ -197,36 +244,25 @@ def norm_modulate_backward_kernel(
         factors = factors + (load_factor(scale + b * scale_b, weight, PARTS[i][0], PARTS[i][1], R, NORM),)
         sums_dh = sums_dh + (zeros(R, PARTS[i][1]),)
         sums_n = sums_n + (zeros(R, PARTS[i][1]),)
-        if RESIDUAL:
+        if BRANCH:
             gates = gates + (load_columns(gate + b * gate_b, PARTS[i][0], PARTS[i][1], R),)
             sums_branch = sums_branch + (zeros(R, PARTS[i][1]),)
+        if REBUILD:
+            shifts = shifts + (load_columns(shift + b * shift_b, PARTS[i][0], PARTS[i][1], R),)
 
+    starts = (x + b * x_b, dh + b * dh_b, dx_new + b * dx_new_b, branch + b * branch_b)
+    strides = (x_t, dh_t, dx_new_t, branch_t)
+    stats += b * T
+    means = stats + tl.num_programs(1).to(tl.int64) * T
     first = tl.program_id(0) * R
+    loaded = load_tokens(starts, strides, stats, means, first, T, PARTS, R, NORM, ADD, BRANCH)
     while first < T:
+        x_tiles, dh_tiles, dx_new_tiles, branch_tiles, r, mean = loaded
+        # The next tiles are asked for before these are worked on.
+        following = first + tl.num_programs(0) * R
+        loaded = load_tokens(starts, strides, stats, means, following, T, PARTS, R, NORM, ADD, BRANCH)
         inside = first + tl.arange(0, R) < T
-        start = first.to(tl.int64)
-        out = (b * T + start) * D
-        stat = stats + b * T + first + tl.arange(0, R)
-        r = tl.load(stat, mask=inside, other=0.0)
-        if NORM == "layer":
-            mean = tl.load(stat + tl.num_programs(1).to(tl.int64) * T, mask=inside, other=0.0)
-        # Everything is asked for before anything is waited for.
-        x_tiles = ()
-        dh_tiles = ()
-        dx_new_tiles = ()
-        branch_tiles = ()
-        for i in tl.static_range(len(PARTS)):
-            x_rows = x + b * x_b + start * x_t
-            x_tiles = x_tiles + (load_tile(x_rows, x_t, inside, PARTS[i][0], PARTS[i][1], R),)
-            dh_rows = dh + b * dh_b + start * dh_t
-            dh_tiles = dh_tiles + (load_tile(dh_rows, dh_t, inside, PARTS[i][0], PARTS[i][1], R),)
-        if RESIDUAL:
-            for i in tl.static_range(len(PARTS)):
-                rows = dx_new + b * dx_new_b + start * dx_new_t
-                dx_new_tiles = dx_new_tiles + (load_tile(rows, dx_new_t, inside, PARTS[i][0], PARTS[i][1], R),)
-                rows = branch + b * branch_b + start * branch_t
-                branch_tiles = branch_tiles + (load_tile(rows, branch_t, inside, PARTS[i][0], PARTS[i][1], R),)
-
+        out = (b * T + first) * D
         along = tl.zeros([R], tl.float32)
         level = tl.zeros([R], tl.float32)
         new_dh = ()
@@ -244,6 +280,8 @@ def norm_modulate_backward_kernel(
                 level += tl.sum(dn, axis=1)
             new_dh = new_dh + (sums_dh[i] + b_dh,)
             new_n = new_n + (sums_n[i] + b_dh * n,)
+            if REBUILD:
+                store_tile(h + out, n * factors[i] + shifts[i], inside, D, PARTS[i][0], PARTS[i][1], R)
         sums_dh = new_dh
         sums_n = new_n
         along = along * (r / D)
@@ -258,21 +296,22 @@ def norm_modulate_backward_kernel(
             b_dx = dh_tiles[i].to(tl.float32) * factors[i] * r[:, None] - n * along[:, None]
             if NORM == "layer":
                 b_dx -= level[:, None]
-            if RESIDUAL:
+            if ADD:
                 b_dx += dx_new_tiles[i].to(tl.float32)
+            if BRANCH:
                 new_branch = new_branch + (sums_branch[i] + branch_tiles[i].to(tl.float32) * b_dx,)
                 store_tile(dbranch + out, b_dx * gates[i], inside, D, PARTS[i][0], PARTS[i][1], R)
             store_tile(dx + out, b_dx, inside, D, PARTS[i][0], PARTS[i][1], R)
         sums_branch = new_branch
-        first += tl.num_programs(0) * R
+        first = following
 
-    KINDS: tl.constexpr = 3 if RESIDUAL else 2
+    KINDS: tl.constexpr = 3 if BRANCH else 2
     row = partials + (b * tl.num_programs(0) + tl.program_id(0)) * (KINDS * D)
     for i in tl.static_range(len(PARTS)):
         cols = PARTS[i][0] + tl.arange(0, PARTS[i][1])
         tl.store(row + cols, tl.sum(sums_dh[i], axis=0))
         tl.store(row + D + cols, tl.sum(sums_n[i], axis=0))
-        if RESIDUAL:
+        if BRANCH:
             tl.store(row + 2 * D + cols, tl.sum(sums_branch[i], axis=0))
 
 
@@ -292,7 +331,7 @@ def norm_modulate_finish_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     """Sums over tokens from partials (B, P, 2 or 3, D): dshift, dscale and dgate (B, D), dweight (D,).
 
@@ -301,7 +340,7 @@ def norm_modulate_finish_kernel(
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     exists = cols < D
     b = tl.program_id(1)
-    KINDS: tl.constexpr = 3 if RESIDUAL else 2
+    KINDS: tl.constexpr = 3 if BRANCH else 2
     steps = tl.arange(0, ROWS)
     sum_n = tl.zeros([ROWS, COLS], tl.float32)
     if b < B:
@@ -314,7 +353,7 @@ def norm_modulate_finish_kernel(
             pointers = partials + rows.to(tl.int64)[:, None] * (KINDS * D) + cols[None, :]
             sum_dh += tl.load(pointers, mask=mask, other=0.0)
             sum_n += tl.load(pointers + D, mask=mask, other=0.0)
-            if RESIDUAL:
+            if BRANCH:
                 sum_branch += tl.load(pointers + 2 * D, mask=mask, other=0.0)
             step += ROWS
         b_dscale = tl.sum(sum_n, axis=0)
@@ -323,7 +362,7 @@ def norm_modulate_finish_kernel(
         out = b.to(tl.int64) * D + cols
         tl.store(dshift + out, tl.sum(sum_dh, axis=0).to(dshift.dtype.element_ty), mask=exists)
         tl.store(dscale + out, b_dscale.to(dscale.dtype.element_ty), mask=exists)
-        if RESIDUAL:
+        if BRANCH:
             tl.store(dgate + out, tl.sum(sum_branch, axis=0).to(dgate.dtype.element_ty), mask=exists)
     else:
         step = 0

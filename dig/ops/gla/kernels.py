@@ -15,7 +15,7 @@ others: reading it back takes far fewer than computing it again.
 Arguments named q_b, q_t, q_h, ... are strides of batch, token and head. Head strides are constants of the compilation,
 so that the compiler can tell how far heads of 36 or 72 are aligned.
 
-**Order.** Tokens stay where they are in memory; ORDER says in which order the recurrence walks them (`scan_tokens`).
+**Order.** Tokens stay where they are in memory; order says in which order the recurrence walks them (`scan_tokens`).
 Within a call, chunks, sums, states and do . v count scan positions, and everything else counts tokens in memory.
 
 **Exponents.** ``e^{c_i - c_j}`` is at most 1, but its two factors are not. Pairs (i, j) are split by the smallest
@@ -28,7 +28,8 @@ room for operands up to several thousand. Pairs outside the group or above the d
 there: they are removed by ``tl.where``, never by a product with 0. fp16 could not hold these factors.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# Tuples of tensors are built up one by one, which to mypy changes their type.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -38,23 +39,23 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 MIN_LOG2_DECAY = tl.constexpr(-10 * 1.4426950408889634)
 """The least log2 decay of a token: e^-10, see above."""
-VANISHED = tl.constexpr(-150.0)
-"""The least log2 decay of a chunk in the scan over chunks: 2^-150 is 0 in fp32, so nothing is lost, and sums of 64
-such terms keep an absolute error below 1e-3."""
+
+UNSPECIALIZED = ["T", "N", "grid_rows", "grid_columns", "order"]
+"""Integers that no address needs to be aligned by: one binary serves every length, grid and order."""
 
 
 @triton.jit
-def scan_tokens(first, T, grid_rows, grid_columns, C: tl.constexpr, ORDER: tl.constexpr):
+def scan_tokens(first, T, grid_rows, grid_columns, order, C: tl.constexpr):
     """Where the tokens at scan positions first .. first+C-1 lie in memory, (C,), and which of them there are.
 
-    ORDER is 0 for the order in memory, plus 1 for reversed, plus 2 for column by column (`dig.scan.ScanOrder`): the
-    scan walks the image while its tokens stay where they are. Grid sizes are read only in the latter case.
+    order is 0 for the order in memory, plus 1 for reversed, plus 2 for column by column (`dig.scan.ScanOrder`): the
+    scan walks the image while its tokens stay where they are. Grid sizes are read only in the latter case. It is an
+    argument and not a constant, so that all orders share one binary.
     """
     position = first + tl.arange(0, C)
     present = position < T
-    if ORDER % 2 == 1:
-        position = T - 1 - position
-    if ORDER >= 2:
+    position = tl.where(order % 2 == 1, T - 1 - position, position)
+    if order >= 2:
         # Positions outside, before the first token too, are masked wherever these are used.
         position = (position % grid_rows) * grid_columns + position // grid_rows
     return position.to(tl.int64), present
@@ -108,6 +109,39 @@ def log2(x, PRECISION: tl.constexpr):
 def sigmoid(x, PRECISION: tl.constexpr):
     """1 / (1 + e^-x), any shape, fp32."""
     return reciprocal(1.0 + tl.exp2(-LOG2E * x), PRECISION)
+
+
+@triton.jit
+def load_gate(
+    decay,
+    weight,
+    bias,
+    d_t,
+    h,
+    tokens,
+    present,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What the decay comes from, (C, KP) in fp32, for one head: log decays or logits as stored, 0 where there are none.
+
+    With a rank R that is not 0, decay holds the low-rank factor of every token instead, which all heads share, and the
+    logits are its product with this head's rows of weight (H K, R), plus bias (H K,). RP is R padded.
+    """
+    if R == 0:
+        values = load_rows(decay, d_t, tokens, present, K, KP).to(tl.float32)
+    else:
+        low = load_rows(decay, d_t, tokens, present, R, RP)
+        ranks = tl.arange(0, RP)
+        cols = tl.arange(0, KP)
+        mask = (ranks < R)[:, None] & (cols < K)[None, :]
+        factor = tl.load(weight + (h * K + cols)[None, :] * R + ranks[:, None], mask=mask, other=0.0)
+        offset = tl.load(bias + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)
+        values = product(low, factor, low.dtype, PRECISION) + offset[None, :]
+    return values
 
 
 @triton.jit
@@ -206,12 +240,14 @@ def chunk_output(
     return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
 
 
-@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def local_state_kernel(
     q,
     k,
     v,
     decay,
+    decay_weight,
+    decay_bias,
     do,
     sums,
     states,
@@ -235,6 +271,7 @@ def local_state_kernel(
     N,
     grid_rows,
     grid_columns,
+    order,
     scale,
     inverse_normalizer,
     K: tl.constexpr,
@@ -242,7 +279,8 @@ def local_state_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
-    ORDER: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
     LOGITS: tl.constexpr,
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -256,10 +294,10 @@ def local_state_kernel(
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
-    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    d = load_rows(decay + b * d_b + h * d_h, d_t, tokens, present, K, KP).to(tl.float32)
+    d = load_gate(decay + b * d_b + h * d_h, decay_weight, decay_bias, d_t, h, tokens, present, K, KP, R, RP, PRECISION)
     d = tl.maximum(log2_decay(d, inverse_normalizer, LOGITS, PRECISION), MIN_LOG2_DECAY)
     rows = tl.arange(0, C)
     cols = tl.arange(0, KP)
@@ -289,6 +327,20 @@ def local_state_kernel(
         tl.store(own + (b * T + first + rows) * H + h, b_own, mask=present)
 
 
+@triton.jit
+def load_steps(x, g, step, N, backward, exists, SIZE: tl.constexpr, SUMS: tl.constexpr, STEPS: tl.constexpr):
+    """What the chunks at places step .. step+STEPS-1 of a scan add, and their decays: tuples of (LANES,)."""
+    added = ()
+    decays = ()
+    for i in tl.static_range(STEPS):
+        place = step + i
+        chunk = tl.where(backward == 0, place, N - 1 - place).to(tl.int64)
+        mask = exists & (place < N)
+        added += (tl.load(x + chunk * SIZE, mask=mask, other=0.0),)
+        decays += (tl.load(g + chunk * SUMS, mask=mask, other=0.0),)
+    return added, decays
+
+
 @triton.jit(do_not_specialize=["N", "direction"])
 def scan_kernel(
     states,
@@ -299,51 +351,42 @@ def scan_kernel(
     V: tl.constexpr,
     KP: tl.constexpr,
     C: tl.constexpr,
-    COLS: tl.constexpr,
+    LANES: tl.constexpr,
     STEPS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Turn what chunks add into what has been added before each of them, in place: states (D, B, H, N, K, V).
 
-    Grid (K * ceil(V / COLS), B * H, D); BLOCKS = ceil(N / STEPS). With G the last of a chunk's sums, direction 0 goes
-    forward: ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``; direction 1 is its mirror image, which is what the
-    gradient of the state needs. The first of the D entries has the direction given, the next the other.
+    Grid (ceil(K V / LANES), B * H, D). With G the last of a chunk's sums, direction 0 goes forward:
+    ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``; direction 1 is its mirror image, which is what the gradient of
+    the state needs. The first of the D entries has the direction given, the next the other.
 
-    One row of the state has one decay per chunk, so STEPS chunks of a row are one triangular product: its loads do not
-    wait for the state carried from block to block, which stays in fp32 and is added afterwards.
+    Elements of a state do not touch each other, so a thread walks along the chunks by itself with the running state in
+    fp32. Loads don't wait for it: those of STEPS chunks are issued together, and one round before they are needed.
     """
-    tiles = tl.cdiv(V, COLS)
-    row = tl.program_id(0) // tiles
-    cols = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)
+    lanes = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    exists = lanes < K * V
     bh, entry = tl.program_id(1), tl.program_id(2)
-    backward = direction + entry
-    DOT: tl.constexpr = states.dtype.element_ty
-    x_ptr = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * (K * V) + row * V
-    g_ptr = sums + bh.to(tl.int64) * N * (C * KP) + (C - 1) * KP + row
-    i = tl.arange(0, STEPS)
-    later = i[:, None] > i[None, :]
-    carry = tl.zeros([COLS], tl.float32)
-    for block in range(BLOCKS):
-        step = block * STEPS + i
-        chunk = tl.where(backward == 0, step, N - 1 - step).to(tl.int64)
-        previous = tl.where(backward == 0, chunk - 1, chunk + 1)
-        mask = (step < N)[:, None] & (cols < V)[None, :]
-        pointers = x_ptr + chunk[:, None] * (K * V) + cols[None, :]
-        x = tl.load(pointers, mask=mask, other=0.0)
-        g = tl.maximum(tl.load(g_ptr + chunk * (C * KP), mask=step < N, other=0.0), VANISHED)
-        g_previous = tl.load(g_ptr + previous * (C * KP), mask=(step < N) & (i > 0), other=0.0)
-        through = tl.cumsum(g, axis=0)
-        until = tl.cumsum(tl.maximum(g_previous, VANISHED), axis=0)
-        weights = tl.where(later, tl.exp2(until[:, None] - through[None, :]), 0.0)
-        before = product(weights, x, DOT, PRECISION) + tl.exp2(until)[:, None] * carry[None, :]
-        total = tl.sum(g, axis=0)
-        rest = tl.exp2(total - through)
-        carry = tl.exp2(total) * carry + tl.sum(rest[:, None] * x.to(tl.float32), axis=0)
-        tl.store(pointers, before.to(DOT), mask=mask)
+    backward = (direction + entry) % 2
+    SIZE: tl.constexpr = K * V
+    SUMS: tl.constexpr = C * KP
+    x = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * SIZE + lanes
+    g = sums + bh.to(tl.int64) * N * SUMS + (C - 1) * KP + lanes // V
+    carry = tl.zeros([LANES], tl.float32)
+    added, decays = load_steps(x, g, 0, N, backward, exists, SIZE, SUMS, STEPS)
+    step = 0
+    while step < N:
+        next_added, next_decays = load_steps(x, g, step + STEPS, N, backward, exists, SIZE, SUMS, STEPS)
+        for i in tl.static_range(STEPS):
+            place = step + i
+            chunk = tl.where(backward == 0, place, N - 1 - place).to(tl.int64)
+            tl.store(x + chunk * SIZE, carry.to(states.dtype.element_ty), mask=exists & (place < N))
+            carry = tl.exp2(decays[i]) * carry + added[i].to(tl.float32)
+        added = next_added
+        decays = next_decays
+        step += STEPS
 
 
-@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_kernel(
     q,
     k,
@@ -369,6 +412,7 @@ def output_kernel(
     N,
     grid_rows,
     grid_columns,
+    order,
     scale,
     eps,
     K: tl.constexpr,
@@ -376,7 +420,6 @@ def output_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
-    ORDER: tl.constexpr,
     LEVELS: tl.constexpr,
     NORM_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -388,7 +431,7 @@ def output_kernel(
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
-    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
     b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale

@@ -24,7 +24,9 @@ import triton.language as tl
 
 from dig.ops.gla.kernels import (
     MIN_LOG2_DECAY,
+    UNSPECIALIZED,
     chunk_output,
+    load_gate,
     load_rows,
     load_sums,
     log2_decay,
@@ -38,7 +40,7 @@ from dig.ops.gla.kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_backward_kernel(
     q,
     k,
@@ -53,6 +55,7 @@ def output_backward_kernel(
     do,
     dgate,
     dweight,
+    y,
     q_b,
     q_t,
     q_h: tl.constexpr,
@@ -73,6 +76,7 @@ def output_backward_kernel(
     N,
     grid_rows,
     grid_columns,
+    order,
     scale,
     eps,
     K: tl.constexpr,
@@ -80,19 +84,20 @@ def output_backward_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
-    ORDER: tl.constexpr,
     LEVELS: tl.constexpr,
+    REBUILD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Backward of ``y = RMSNorm(o) * weight * swish(gate)``, with o recomputed. Grid (H, N, B).
 
     Writes do (B, T, H, V) contiguous, dgate with token stride dgate_t, the chunk's part of the weight's gradient
-    dweight (B, N, H, V), ``own[b, t, h] = do_t . v_t`` and ``state_gradients[b, h, n] = (q e^c)^T do``.
+    dweight (B, N, H, V), ``own[b, t, h] = do_t . v_t`` and ``state_gradients[b, h, n] = (q e^c)^T do``; with REBUILD
+    also y (B, T, H, V) again, contiguous.
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
-    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
     b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
@@ -113,6 +118,8 @@ def output_backward_kernel(
     gate_sigmoid = sigmoid(b_g, PRECISION)
     swish = b_g * gate_sigmoid
     through_gate = b_dy * normed
+    if REBUILD:
+        store_rows(y + (b * T * H + h) * V, normed * b_w[None, :] * swish, H * V, tokens, present, V, VP)
     b_dgate = through_gate * b_w[None, :] * (gate_sigmoid + swish * (1.0 - gate_sigmoid))
     store_rows(dgate + b * T * dgate_t + h * V, b_dgate, dgate_t, tokens, present, V, VP)
     # One row per chunk and head, summed afterwards in a fixed order: atomics would make runs differ.
@@ -154,12 +161,14 @@ def pair_gradients(
     return dq + of_queries * q_factor, dk + of_keys * k_factor, dc
 
 
-@triton.jit(do_not_specialize=["T", "N", "grid_rows", "grid_columns"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_kernel(
     q,
     k,
     v,
     decay,
+    decay_weight,
+    decay_bias,
     do,
     sums,
     states,
@@ -169,6 +178,7 @@ def gradient_kernel(
     dk,
     dv,
     ddecay,
+    dbias,
     q_b,
     q_t,
     q_h: tl.constexpr,
@@ -192,6 +202,7 @@ def gradient_kernel(
     N,
     grid_rows,
     grid_columns,
+    order,
     scale,
     inverse_normalizer,
     K: tl.constexpr,
@@ -199,7 +210,8 @@ def gradient_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
-    ORDER: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
     LEVELS: tl.constexpr,
     LOGITS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -207,12 +219,13 @@ def gradient_kernel(
     """Gradients of q, k, v and of the log decays or, with LOGITS, the gate logits. Grid (H, N, B).
 
     states (B, H, N, K, V) are those before each chunk, state_gradients those after it. Each gradient is written with
-    the token stride given, heads packed.
+    the token stride given, heads packed. With a rank R (`load_gate`), also the chunk's part of the gradient of the
+    logits' bias, dbias (B, N, H, K) in fp32.
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
-    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, C, ORDER)
+    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
     rows = tl.arange(0, C)
@@ -267,10 +280,33 @@ def gradient_kernel(
     b_dk += dk_state + b_own * b_q
     store_rows(dq + b * T * dq_t + h * K, b_dq, dq_t, tokens, present, K, KP)
     store_rows(dk + b * T * dk_t + h * K, b_dk, dk_t, tokens, present, K, KP)
-    logits = load_rows(decay + b * d_b + h * d_h, d_t, tokens, present, K, KP).to(tl.float32)
+    logits = load_gate(
+        decay + b * d_b + h * d_h, decay_weight, decay_bias, d_t, h, tokens, present, K, KP, R, RP, PRECISION
+    )
     # Nothing flows through a decay that the clamp has replaced.
     clamped = log2_decay(logits, inverse_normalizer, LOGITS, PRECISION) < MIN_LOG2_DECAY
     if LOGITS:
         # d logsigmoid(x) / dx = sigmoid(-x)
         b_dd *= inverse_normalizer * sigmoid(-logits, PRECISION)
-    store_rows(ddecay + b * T * ddecay_t + h * K, tl.where(clamped, 0.0, b_dd), ddecay_t, tokens, present, K, KP)
+    b_dd = tl.where(clamped, 0.0, b_dd)
+    store_rows(ddecay + b * T * ddecay_t + h * K, b_dd, ddecay_t, tokens, present, K, KP)
+    if R > 0:
+        # One row per chunk, summed afterwards in a fixed order, as the weight's gradient of the norm is.
+        cols = tl.arange(0, KP)
+        total_dd = tl.sum(tl.where(present[:, None], b_dd, 0.0), axis=0)
+        tl.store(dbias + ((b * N + n) * H + h) * K + cols, total_dd, mask=cols < K)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def column_sums_kernel(partials, sums, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``sums`` (D,) over the rows of partials (rows, D), always in the same order. Grid (ceil(D / COLS),)."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    exists = cols < D
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    first = 0
+    while first < rows:
+        row = first + tl.arange(0, ROWS)
+        pointers = partials + row.to(tl.int64)[:, None] * D + cols[None, :]
+        total += tl.load(pointers, mask=(row < rows)[:, None] & exists[None, :], other=0.0)
+        first += ROWS
+    tl.store(sums + cols, tl.sum(total, axis=0).to(sums.dtype.element_ty), mask=exists)

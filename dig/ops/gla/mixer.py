@@ -13,31 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
-from dig.ops.gla.tiled import Plan, check_qkv, plan_of, run_block, run_block_backward
+from dig.ops.gla.tiled import DecayGate, Plan, check_qkv, plan_of, run_block, run_block_backward
+from dig.ops.launch import empty
+from dig.ops.linear import as_rows, weight_gradient
 from dig.scan import ScanOrder
 
 
-def _order_code(order: ScanOrder) -> int:
+def order_code(order: ScanOrder) -> int:
     """As `dig.ops.gla.kernels.scan_tokens` reads it."""
     return int(order.reversed) + 2 * int(order.transposed)
 
 
 def _prepare(
     projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
-) -> tuple[Plan, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """The launch plan, (q, k, v, gate logits), the output gate, and the low-rank factor."""
+) -> tuple[Plan, tuple[Tensor, Tensor, Tensor], DecayGate, Tensor]:
+    """The launch plan, (q, k, v), the decay gate, and the output gate."""
     q, k, v, gate, low = split_projection(projected, heads, decay_weight.shape[1])
-    # A product of rank 16: computing the logits again in the backward pass is cheaper than keeping them.
-    logits = F.linear(low, decay_weight, decay_bias).unflatten(-1, (heads, -1))
     plan = plan_of(q, v, q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order)
-    return plan, (q, k, v, logits), gate, low
+    return plan, (q, k, v), DecayGate(values=low, logits=True, weight=decay_weight, bias=decay_bias), gate
 
 
 @torch.library.custom_op("dig::gla_mixer", mutates_args=())
-def _mixer(
+def mixer_forward(
     projected: Tensor,
     decay_weight: Tensor,
     decay_bias: Tensor,
@@ -48,13 +47,13 @@ def _mixer(
     order: int,
     eps: float,
 ) -> Tensor:
-    with torch.autocast(projected.device.type, enabled=False):
-        plan, inputs, gate, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-        return run_block(plan, *inputs, gate, norm_weight, eps).flatten(2)
+    """`gla_mixer` as torch sees it; order as `order_code` gives it."""
+    plan, qkv, decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
+    return run_block(plan, *qkv, decay, gate, norm_weight, eps).flatten(2)
 
 
 @torch.library.custom_op("dig::gla_mixer_backward", mutates_args=())
-def _mixer_backward(
+def mixer_backward(
     projected: Tensor,
     decay_weight: Tensor,
     decay_bias: Tensor,
@@ -65,30 +64,32 @@ def _mixer_backward(
     columns: int,
     order: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rebuild: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four tensors, decay_weight's in fp32; with ``rebuild`` the output again, else no elements."""
+    plan, (q, k, v), decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
+    rank = decay_weight.shape[1]
+    gradient = empty(projected)
+    dq, dk, dv, dgate, _ = split_projection(gradient, heads, rank)
+    dlogits = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    y = _rebuilt(projected, norm_weight, heads, rebuild)
+    dnorm, dbias = run_block_backward(
+        plan, q, k, v, decay, gate, norm_weight, dy.unflatten(-1, (heads, -1)), eps,
+        (dq, dk, dv, dlogits), dgate, y if rebuild else None,
+    )  # fmt: skip
+    tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
     with torch.autocast(projected.device.type, enabled=False):
-        plan, inputs, gate, low = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-        gradient = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
-        dq, dk, dv, dgate, dlow = split_projection(gradient, heads, decay_weight.shape[1])
-        dlogits = torch.empty_like(inputs[3])
-        dnorm = run_block_backward(
-            plan,
-            inputs,
-            gate,
-            norm_weight,
-            dy.unflatten(-1, (heads, -1)),
-            eps,
-            (dq, dk, dv, dlogits),
-            dgate,
-        )
-        tokens = dlogits.flatten(2).flatten(0, 1)
-        dlow.copy_((tokens @ decay_weight).view_as(dlow))
-        dweight = tokens.T @ low.reshape(len(tokens), -1)
-        dbias = tokens.sum(0, dtype=torch.float32).to(decay_bias.dtype)
-    return gradient, dweight, dbias, dnorm
+        torch.mm(tokens, decay_weight.to(tokens.dtype), out=as_rows(gradient)[:, -rank:])
+        dweight = weight_gradient(tokens, as_rows(projected)[:, -rank:])
+    return gradient, dweight, dbias, dnorm, y
 
 
-@_mixer.register_fake
+def _rebuilt(projected: Tensor, norm_weight: Tensor, heads: int, rebuild: bool) -> Tensor:
+    width = heads * norm_weight.shape[0] if rebuild else 0
+    return torch.empty(*projected.shape[:2], width, dtype=projected.dtype, device=projected.device)
+
+
+@mixer_forward.register_fake
 def _(
     projected: Tensor,
     decay_weight: Tensor,
@@ -103,7 +104,7 @@ def _(
     return projected.new_empty(*projected.shape[:2], heads * norm_weight.shape[0])
 
 
-@_mixer_backward.register_fake
+@mixer_backward.register_fake
 def _(
     projected: Tensor,
     decay_weight: Tensor,
@@ -115,12 +116,14 @@ def _(
     columns: int,
     order: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rebuild: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        projected.new_empty(projected.shape),
-        torch.empty_like(decay_weight),
-        torch.empty_like(decay_bias),
-        torch.empty_like(norm_weight),
+        empty(projected),
+        empty(decay_weight, torch.float32),
+        empty(decay_bias),
+        empty(norm_weight),
+        _rebuilt(projected, norm_weight, heads, rebuild),
     )
 
 
@@ -130,10 +133,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_mixer_backward(*ctx.saved_tensors, dy, *ctx.numbers), None, None, None, None, None
+    dprojected, dweight, *others, _ = mixer_backward(*ctx.saved_tensors, dy, *ctx.numbers, False)
+    return dprojected, dweight.to(ctx.saved_tensors[1].dtype), *others, None, None, None, None, None
 
 
-_mixer.register_autograd(_autograd, setup_context=_setup)
+mixer_forward.register_autograd(_autograd, setup_context=_setup)
+
+
+def _check_parameter(name: str, tensor: Tensor, projected: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, projected.dtype) or tensor.device != projected.device:
+        raise ValueError(
+            f"{name} must be fp32 or {projected.dtype} on {projected.device}; it is {tensor.dtype} on {tensor.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; its strides are {tensor.stride()}")
 
 
 def gla_mixer(
@@ -152,8 +165,8 @@ def gla_mixer(
     Args:
         projected: (B, T, 3D + R), each token's q, k, v, output gate and low-rank decay factor, in raster order; fp32 or
             bf16, contiguous in its last dimension.
-        decay_weight: (D/2, R), second factor of the decay gate, in projected's dtype. As to very strong decay, see
-            `dig.ops.gla.tiled.gla_block`.
+        decay_weight: (D/2, R), contiguous, second factor of the decay gate, fp32 or projected's dtype. As to very
+            strong decay, see `dig.ops.gla.tiled.gla_block`.
         decay_bias: (D/2,), likewise.
         norm_weight: (D/H,), shared by the heads, fp32 or projected's dtype.
         heads: H.
@@ -182,17 +195,10 @@ def gla_mixer(
     ):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
-        if tensor.dtype != projected.dtype or tensor.device != projected.device:
-            raise ValueError(
-                f"{name} must be {projected.dtype} on {projected.device}, as projected is; it is {tensor.dtype} on "
-                f"{tensor.device}"
-            )
+        _check_parameter(name, tensor, projected)
     q, k, v, _, _ = split_projection(projected, heads, rank)
     check_qkv(q, k, v)
-    if norm_weight.dtype not in (torch.float32, projected.dtype) or norm_weight.device != projected.device:
-        raise ValueError(
-            f"norm_weight must be fp32 or {projected.dtype} on {projected.device}; it is {norm_weight.dtype} on "
-            f"{norm_weight.device}"
-        )
-    code = _order_code(order)
-    return _mixer(projected, decay_weight, decay_bias, norm_weight, heads, *grid, code, eps)
+    _check_parameter("norm_weight", norm_weight, projected)
+    code = order_code(order)
+    output: Tensor = mixer_forward(projected, decay_weight, decay_bias, norm_weight, heads, *grid, code, eps)
+    return output

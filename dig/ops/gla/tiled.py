@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
-from dig.ops.gla.kernels_backward import gradient_kernel, output_backward_kernel
+from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
 from dig.ops.gla.tiles import Tiles, tiles_for
 from dig.ops.launch import empty, last_contiguous, on_device
 
@@ -70,8 +70,8 @@ class Plan:
     N: int
     scale: float
     inverse_normalizer: float
-    walk: tuple[int, int]
-    """(rows, columns) of the image, for orders that go column by column."""
+    walk: tuple[int, int, int]
+    """(rows, columns) of the image, for orders that go column by column, and the order, as `scan_tokens` takes them."""
     constants: dict[str, Any]
     """Those of every kernel that works on a chunk."""
 
@@ -105,7 +105,6 @@ def plan_of(
         "KP": max(16, triton.next_power_of_2(K)),
         "VP": max(16, triton.next_power_of_2(V)),
         "C": tiles.chunk,
-        "ORDER": order,
         "PRECISION": _precision(v.dtype),
     }
     N = triton.cdiv(T, tiles.chunk)
@@ -117,7 +116,7 @@ def plan_of(
         N=N,
         scale=scale,
         inverse_normalizer=1.0 / normalizer,
-        walk=grid,
+        walk=(*grid, order),
         constants=constants,
     )
 
@@ -133,8 +132,45 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecayGate:
+    """What the decays of a call come from.
+
+    Attributes:
+        values: Log decays or gate logits (B, T, H, K), or with weight and bias the low-rank factor (B, T, R) of the
+            logits, from which the kernels compute them: at rank 16 that takes less than reading them.
+        logits: Whether the log decays are still to be computed.
+        weight: (H K, R), with values (B, T, R) only.
+        bias: (H K,), likewise.
+    """
+
+    values: Tensor
+    logits: bool
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As the kernels take them; a pointer that a kernel does not touch can be anything."""
+        if self.weight is None or self.bias is None:
+            return self.values, self.values, self.values
+        return self.values, self.weight, self.bias
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of batch, token and head."""
+        batch, token, head, *_ = self.values.stride()
+        return batch, token, head if self.weight is None else 0
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """R is 0 without a weight."""
+        rank = 0 if self.weight is None else self.weight.shape[1]
+        return {"R": rank, "RP": max(16, triton.next_power_of_2(rank)), "LOGITS": self.logits}
+
+
 def _local_states(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, do: Tensor | None = None, logits: bool
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, *, do: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each chunk adds to the state (1, B, H, N, K, V), the sums of the decays, and do . v of each token.
 
@@ -147,53 +183,69 @@ def _local_states(
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
     do_or_v = v if do is None else do
     local_state_kernel[plan.grid](
-        q, k, v, decay, do_or_v, sums, states, own, *_strides(q, k, v, decay, do_or_v),
+        q, k, v, *gate.tensors, do_or_v, sums, states, own, *_strides(q, k, v), *gate.strides, *_strides(do_or_v),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
-        **plan.constants, LOGITS=logits, GRADIENT=do is not None, num_warps=plan.tiles.local_warps,
+        **plan.constants, **gate.constants, GRADIENT=do is not None, num_warps=plan.tiles.local_warps,
     )  # fmt: skip
     return states, sums, own
 
 
 def _scan(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     K, V = states.shape[-2:]
-    columns = min(plan.tiles.scan_columns, plan.constants["VP"])
-    steps = min(64, max(16, triton.next_power_of_2(plan.N)))
-    scan_kernel[(K * triton.cdiv(V, columns), plan.B * plan.H, states.shape[0])](
+    lanes = min(plan.tiles.scan_lanes, triton.next_power_of_2(K * V))
+    scan_kernel[(triton.cdiv(K * V, lanes), plan.B * plan.H, states.shape[0])](
         states, sums, plan.N, direction,
-        K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk, PRECISION=plan.constants["PRECISION"],
-        COLS=columns, STEPS=steps, BLOCKS=triton.cdiv(plan.N, steps), num_warps=plan.tiles.scan_warps,
+        K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
+        LANES=lanes, STEPS=plan.tiles.scan_steps, num_warps=plan.tiles.scan_warps,
     )  # fmt: skip
 
 
 def _gradients(
     plan: Plan,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: DecayGate,
     do: Tensor,
     sums: Tensor,
     states: Tensor,
     state_gradients: Tensor,
     own: Tensor,
-    outputs: tuple[Tensor, ...],
-    *,
-    logits: bool,
-) -> None:
-    """Write the gradients of ``inputs`` (q, k, v, decay) into ``outputs``, whose heads lie packed in each token."""
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Write the gradients of q, k, v and the gate (B, T, H, K) into ``outputs``, whose heads lie packed in each token.
+
+    Returns:
+        Every chunk's part of the gradient of the gate's bias (B N, H K); of no rows without a bias.
+    """
+    rows = 0 if gate.bias is None else plan.B * plan.N
+    dbias = torch.empty(rows, plan.H * q.shape[-1], dtype=torch.float32, device=q.device)
     gradient_kernel[plan.grid](
-        *inputs, do, sums, states, state_gradients, own, *outputs, *_strides(*inputs, do),
-        *(output.stride(1) for output in outputs),
+        q, k, v, *gate.tensors, do, sums, states, state_gradients, own, *outputs, dbias,
+        *_strides(q, k, v), *gate.strides, *_strides(do), *(output.stride(1) for output in outputs),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
-        **plan.constants, LEVELS=plan.levels, LOGITS=logits, num_warps=plan.tiles.gradient_warps,
+        **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
         maxnreg=plan.tiles.backward_registers,
     )  # fmt: skip
+    return dbias
+
+
+def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
+    rows, D = partials.shape
+    sums = torch.empty(D, dtype=dtype, device=partials.device)
+    columns = 8
+    column_sums_kernel[(triton.cdiv(D, columns),)](partials, sums, rows, D=D, ROWS=256, COLS=columns, num_warps=8)
+    return sums
 
 
 def run_block(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, g: Tensor, norm_weight: Tensor, eps: float
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, g: Tensor, norm_weight: Tensor, eps: float
 ) -> Tensor:
     """The launches of `gla_block`."""
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with on_device(q.device):
-        states, sums, _ = _local_states(plan, q, k, v, gate_logits, logits=True)
+        states, sums, _ = _local_states(plan, q, k, v, gate)
         _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
             q, k, v, g, norm_weight, sums, states, out, *_strides(q, k, v, g),
@@ -205,46 +257,57 @@ def run_block(
 
 def run_block_backward(
     plan: Plan,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: DecayGate,
     g: Tensor,
     norm_weight: Tensor,
     dy: Tensor,
     eps: float,
-    outputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     dg: Tensor,
-) -> Tensor:
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The launches of `gla_block`'s backward pass.
 
     Args:
         plan: Of the forward pass.
-        inputs: q, k, v, gate_logits.
+        q: As in the forward pass.
+        k: Likewise.
+        v: Likewise.
+        gate: Likewise.
         g: Logits of the output gate.
         norm_weight: (V,).
         dy: Gradient of the output.
         eps: As in the forward pass.
-        outputs: Take the gradients of ``inputs``; contiguous over batch and tokens, heads packed.
+        outputs: Take the gradients of q, k, v and of the log decays or logits (B, T, H, K); contiguous over batch and
+            tokens, heads packed.
         dg: Takes g's gradient; likewise.
+        y: Takes the forward pass's result again (B, T, H, V), contiguous.
 
     Returns:
-        The gradient of norm_weight.
+        The gradients of norm_weight (V,) and of the gate's bias (H K,); of no elements without a bias.
     """
-    q, k, v, gate_logits = inputs
     dy = last_contiguous(dy)
     do = empty(v)
-    dweight = torch.empty(plan.B, plan.N, plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
+    dweight = torch.empty(plan.B * plan.N * plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
     with on_device(q.device):
-        states, sums, own = _local_states(plan, q, k, v, gate_logits, logits=True)
+        states, sums, own = _local_states(plan, q, k, v, gate)
         _scan(plan, states, sums, direction=0)
         state_gradients = empty(states)
         output_backward_kernel[plan.grid](
-            q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight,
+            q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,
             *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
-            **plan.constants, LEVELS=plan.levels, num_warps=plan.tiles.output_backward_warps,
+            **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
             maxnreg=plan.tiles.backward_registers,
         )  # fmt: skip
         _scan(plan, state_gradients, sums, direction=1)
-        _gradients(plan, inputs, do, sums, states, state_gradients, own, outputs, logits=True)
-    return dweight.sum((0, 1, 2)).to(norm_weight.dtype)
+        dbias = _gradients(plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
+        dnorm = column_sums(dweight, norm_weight.dtype)
+        if gate.bias is None:
+            return dnorm, dbias
+        return dnorm, column_sums(dbias, gate.bias.dtype)
 
 
 @torch.library.custom_op("dig::gla", mutates_args=())
@@ -252,7 +315,7 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = plan_of(q, v, 1.0, 1.0)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with on_device(q.device):
-        states, sums, _ = _local_states(plan, q, k, v, log_decay, logits=False)
+        states, sums, _ = _local_states(plan, q, k, v, DecayGate(values=log_decay, logits=False))
         _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
             q, k, v, v, v, sums, states, out, *_strides(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
@@ -269,9 +332,10 @@ def _gla_backward(
     do = last_contiguous(do)
     outputs = empty(q), empty(k), empty(v), empty(log_decay)
     with on_device(q.device):
-        states, sums, own = _local_states(plan, q, k, v, log_decay, do=do, logits=False)
+        gate = DecayGate(values=log_decay, logits=False)
+        states, sums, own = _local_states(plan, q, k, v, gate, do=do)
         _scan(plan, states, sums, direction=0)
-        _gradients(plan, (q, k, v, log_decay), do, sums, states[0], states[1], own, outputs, logits=False)
+        _gradients(plan, q, k, v, gate, do, sums, states[0], states[1], own, outputs)
     return outputs
 
 
@@ -333,7 +397,8 @@ def _block(
     gate_normalizer: float,
     eps: float,
 ) -> Tensor:
-    return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate_logits, g, norm_weight, eps)
+    gate = DecayGate(values=gate_logits, logits=True)
+    return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate, g, norm_weight, eps)
 
 
 @torch.library.custom_op("dig::gla_block_backward", mutates_args=())
@@ -349,10 +414,11 @@ def _block_backward(
     gate_normalizer: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = q, k, v, gate_logits
+    gate = DecayGate(values=gate_logits, logits=True)
     outputs = empty(q), empty(k), empty(v), empty(gate_logits)
     dg = empty(g)
-    dweight = run_block_backward(plan_of(q, v, scale, gate_normalizer), inputs, g, norm_weight, dy, eps, outputs, dg)
+    plan = plan_of(q, v, scale, gate_normalizer)
+    dweight, _ = run_block_backward(plan, q, k, v, gate, g, norm_weight, dy, eps, outputs, dg)
     return *outputs, dg, dweight
 
 

@@ -15,8 +15,9 @@ class Tiles:
     Attributes:
         chunk: Tokens of a chunk, 16 times a power of two.
         local_warps: Warps of a program that computes what a chunk adds to the state.
-        scan_warps: Warps of a program that scans one row of the state over the chunks.
-        scan_columns: Columns of that row.
+        scan_warps: Warps of a program that scans elements of the state over the chunks.
+        scan_lanes: Elements of a program of that.
+        scan_steps: Chunks whose states it loads together.
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
@@ -26,11 +27,12 @@ class Tiles:
 
     chunk: int = 64
     local_warps: int = 4
-    scan_warps: int = 4
-    scan_columns: int = 32
+    scan_warps: int = 2
+    scan_lanes: int = 128
+    scan_steps: int = 16
     output_warps: int = 4
-    output_backward_warps: int = 8
-    gradient_warps: int = 8
+    output_backward_warps: int = 4
+    gradient_warps: int = 4
     backward_registers: int | None = None
 
     def __post_init__(self) -> None:
@@ -46,8 +48,8 @@ TileKey = tuple[int, int, torch.dtype, int]
 """K, V, dtype, and the major compute capability."""
 
 DEFAULT_TILES = Tiles()
-WIDE_TILES = Tiles(output_warps=8)
-INTERPRETER_TILES = Tiles(scan_columns=256)
+WIDE_TILES = Tiles(output_warps=8, output_backward_warps=8, gradient_warps=8)
+INTERPRETER_TILES = Tiles(scan_lanes=4096)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 TILES: dict[TileKey, Tiles] = {
     (32, 64, torch.bfloat16, 9): DEFAULT_TILES,

@@ -118,7 +118,6 @@ def _plan(
     which: Pass,
     x: Tensor,
     branch: Tensor | None,
-    gate: Tensor | None,
     grid: tuple[int, int],
     order: ScanOrder,
 ) -> _Plan:
@@ -131,7 +130,7 @@ def _plan(
         patch_rows //= 2
     down = triton.cdiv(grid[0], patch_rows)
     patch_rows = triton.cdiv(grid[0], down)
-    bf16 = all(tensor.dtype == torch.bfloat16 for tensor in (x, branch, gate) if tensor is not None)
+    bf16 = all(tensor.dtype == torch.bfloat16 for tensor in (x, branch) if tensor is not None)
     constants = {
         "D": D,
         "X_T": x.stride(1),
@@ -160,9 +159,12 @@ def _taps(order: ScanOrder) -> tuple[int, int, int]:
     return (8, -row, -column) if order.reversed else (0, row, column)
 
 
-def _none(x: Tensor) -> Tensor:
-    """An operator's place for a gradient that there isn't."""
-    return torch.empty(0, dtype=x.dtype, device=x.device)
+def _branch_gradients(x: Tensor, branch: Tensor | None, gate: Tensor | None, sum_only: bool) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of branch and gate, of no elements where there is none."""
+    if branch is None or gate is None or sum_only:
+        none = torch.empty(0, dtype=x.dtype, device=x.device)
+        return none, torch.empty_like(none)
+    return empty(branch), empty(gate)
 
 
 def _first_stride(tensor: Tensor | None) -> int:
@@ -170,7 +172,7 @@ def _first_stride(tensor: Tensor | None) -> int:
 
 
 @torch.library.custom_op("dig::srem", mutates_args=())
-def _srem(
+def srem_forward(
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
@@ -181,7 +183,8 @@ def _srem(
     transposed: bool,
     reversed: bool,
 ) -> Tensor:
-    plan = _plan("forward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed))
+    """`fused_srem` as torch sees it."""
+    plan = _plan("forward", x, branch, (rows, columns), ScanOrder(transposed, reversed))
     y = empty(x)
     with on_device(x.device):
         srem_forward_kernel[plan.launch](
@@ -193,7 +196,7 @@ def _srem(
 
 
 @torch.library.custom_op("dig::srem_backward", mutates_args=())
-def _srem_backward(
+def srem_backward(
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
@@ -204,20 +207,24 @@ def _srem_backward(
     columns: int,
     transposed: bool,
     reversed: bool,
+    sum_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan("backward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed))
+    """Gradients of x, branch, gate, weight and bias; those of branch and gate have no elements where there are none.
+
+    With ``sum_only`` the first is the gradient of ``x + gate branch``, from which the caller gets the next two.
+    """
+    plan = _plan("backward", x, branch, (rows, columns), ScanOrder(transposed, reversed))
     dy = dy.contiguous()
     dx, dweight, dbias = empty(x), empty(weight), empty(bias)
-    dbranch = _none(x) if branch is None else empty(branch)
-    dgate = _none(x) if gate is None else empty(gate)
-    gated = gate is not None
+    dbranch, dgate = _branch_gradients(x, branch, gate, sum_only)
+    gated = gate is not None and not sum_only
     slots = int(TOKEN_SUMS.value) + gated
     sums = torch.empty(plan.B, plan.patches, slots, plan.D, dtype=torch.float32, device=x.device)
     with on_device(x.device):
         srem_backward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, **plan.options,
+            **plan.constants, SUM_ONLY=sum_only, **plan.options,
         )  # fmt: skip
         srem_sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](
             sums, dweight, dbias, dgate, plan.patches, plan.B * plan.patches, *plan.taps,
@@ -226,7 +233,7 @@ def _srem_backward(
     return dx, dbranch, dgate, dweight, dbias
 
 
-@_srem.register_fake
+@srem_forward.register_fake
 def _(
     x: Tensor,
     branch: Tensor | None,
@@ -241,7 +248,7 @@ def _(
     return empty(x)
 
 
-@_srem_backward.register_fake
+@srem_backward.register_fake
 def _(
     x: Tensor,
     branch: Tensor | None,
@@ -253,10 +260,9 @@ def _(
     columns: int,
     transposed: bool,
     reversed: bool,
+    sum_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dbranch = _none(x) if branch is None else empty(branch)
-    dgate = _none(x) if gate is None else empty(gate)
-    return empty(x), dbranch, dgate, empty(weight), empty(bias)
+    return empty(x), *_branch_gradients(x, branch, gate, sum_only), empty(weight), empty(bias)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -265,13 +271,13 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dbranch, dgate, dweight, dbias = _srem_backward(*ctx.saved_tensors, dy, *ctx.numbers)
+    dx, dbranch, dgate, dweight, dbias = srem_backward(*ctx.saved_tensors, dy, *ctx.numbers, False)
     if ctx.saved_tensors[1] is None:
         return dx, None, None, dweight, dbias, None, None, None, None
     return dx, dbranch, dgate, dweight, dbias, None, None, None, None
 
 
-_srem.register_autograd(_autograd, setup_context=_save_inputs)
+srem_forward.register_autograd(_autograd, setup_context=_save_inputs)
 
 
 def fused_srem(
@@ -319,5 +325,5 @@ def fused_srem(
             raise ValueError(f"{name} must be contiguous in its last dimension; its strides are {tensor.stride()}")
     if not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous; its strides are {weight.stride()}")
-    output: Tensor = _srem(x, branch, gate, weight, bias, *grid, order.transposed, order.reversed)
+    output: Tensor = srem_forward(x, branch, gate, weight, bias, *grid, order.transposed, order.reversed)
     return output

@@ -177,10 +177,12 @@ def srem_forward_kernel(
 def srem_backward_kernel(
     x, branch, gate, weight, dy, dx, dbranch, sums, x_b, branch_b, gate_b, rows, columns, patch_rows,
     tap_start, tap_row, tap_column,
-    D: tl.constexpr, X_T: tl.constexpr, BRANCH_T: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    W: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, X_T: tl.constexpr, BRANCH_T: tl.constexpr, GATED: tl.constexpr, SUM_ONLY: tl.constexpr,
+    PACKED: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dx and dbranch of one patch, and its sums over tokens for the gradients of weight, bias and gate.
+
+    With SUM_ONLY, dx is the gradient of x + gate · branch, and dbranch and the gate's gradient are left to the caller.
 
     With s = x + gate · branch, ds[t] is a sum over taps of w[tap] · dy[t - tap], and dw[tap] one over tokens of
     s[t] · dy[t - tap]: both need the same nine dy, so only dy is read with a halo.
@@ -204,6 +206,7 @@ def srem_backward_kernel(
     dy_start = dy + batch * rows * columns * D + ((first - 1) * D + channels[None, :])
     offsets = batch * rows * columns * D + (first * D + channels[None, :])
 
+    SEPARATE: tl.constexpr = GATED and not SUM_ONLY
     zero = tl.zeros((G, BD), tl.float32)
     dtaps = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     dbias = zero
@@ -238,7 +241,7 @@ def srem_backward_kernel(
             # Columns outside the grid were read as 0.
             dbias += middle[i + 1]
             tl.store(dx + at + i * D, ds.to(dx.dtype.element_ty), mask=inside[i])
-            if GATED:
+            if SEPARATE:
                 dgate += branches[i] * ds
                 tl.store(dbranch + at + i * D, (scale * ds).to(dbranch.dtype.element_ty), mask=inside[i])
         above = middle
@@ -256,7 +259,7 @@ def srem_backward_kernel(
             joined += (tl.join(totals[k], totals[len(totals) // 2 + k]),)
         totals = joined
     total = tl.sum(tl.reshape(totals[0], (G, BD, 16)), 0)
-    count: tl.constexpr = TOKEN_SUMS + GATED
+    count: tl.constexpr = TOKEN_SUMS + SEPARATE
     which = tl.arange(0, 16)[None, :]
     sums += (batch * tl.num_programs(1) + tl.program_id(1)) * (count * D)
     tl.store(sums + which * D + channels[:, None], total, mask=exists[:, None] & (which < count))

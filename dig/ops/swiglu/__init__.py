@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
 
-from dig.ops.swiglu.reference import reference_swiglu, reference_swiglu_linear
+from dig.ops.swiglu.reference import reference_swiglu
 from dig.packages import require
 
-__all__ = ["IMPLEMENTATIONS", "swiglu", "swiglu_linear"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Implementation:
-    """One way to compute both operations."""
-
-    swiglu: Callable[[Tensor], Tensor]
-    swiglu_linear: Callable[[Tensor, Tensor], Tensor]
+__all__ = ["IMPLEMENTATIONS", "swiglu"]
 
 
 def _fused() -> ModuleType:
@@ -40,23 +31,7 @@ def _triton_swiglu(gate_up: Tensor) -> Tensor:
     return hidden
 
 
-def _triton_swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = _fused().fused_swiglu_linear(gate_up, weight)
-    return out
-
-
-IMPLEMENTATIONS = {
-    "reference": Implementation(swiglu=reference_swiglu, swiglu_linear=reference_swiglu_linear),
-    "triton": Implementation(swiglu=_triton_swiglu, swiglu_linear=_triton_swiglu_linear),
-}
-
-
-def _implementation(name: str, gate_up: Tensor) -> Implementation:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {name!r}")
-    if gate_up.ndim < 2 or 0 in gate_up.shape or gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up must be (..., 2F), no dimension 0; got {tuple(gate_up.shape)}")
-    return IMPLEMENTATIONS[name]
+IMPLEMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {"reference": reference_swiglu, "triton": _triton_swiglu}
 
 
 def swiglu(gate_up: Tensor, *, implementation: str) -> Tensor:
@@ -74,25 +49,8 @@ def swiglu(gate_up: Tensor, *, implementation: str) -> Tensor:
         ValueError: An argument that does not fit; the message names it and what it must be.
         MissingPackageError: The implementation's package is not installed.
     """
-    return _implementation(implementation, gate_up).swiglu(gate_up)
-
-
-def swiglu_linear(gate_up: Tensor, weight: Tensor, *, implementation: str) -> Tensor:
-    """``swiglu(gate_up) @ weight.T``, the second half of a feed-forward network; see `swiglu`.
-
-    Args:
-        gate_up: (..., 2F).
-        weight: (D, F), in gate_up's dtype.
-        implementation: As of `swiglu`; ``triton`` keeps gate_up alone for the backward pass, not the hidden values.
-
-    Returns:
-        (..., D) in gate_up's dtype.
-
-    Raises:
-        ValueError: An argument that does not fit; the message names it and what it must be.
-        MissingPackageError: The implementation's package is not installed.
-    """
-    chosen = _implementation(implementation, gate_up)
-    if weight.ndim != 2 or 2 * weight.shape[1] != gate_up.shape[-1]:
-        raise ValueError(f"weight must be (D, {gate_up.shape[-1] // 2}); got {tuple(weight.shape)}")
-    return chosen.swiglu_linear(gate_up, weight)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    if gate_up.ndim < 2 or 0 in gate_up.shape or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up must be (..., 2F), no dimension 0; got {tuple(gate_up.shape)}")
+    return IMPLEMENTATIONS[implementation](gate_up)

@@ -61,7 +61,14 @@ def _shape(tiles: Tiles, F: int) -> tuple[int, int]:
     return max(1, tiles.elements // columns), columns
 
 
-def _forward(gate_up: Tensor) -> Tensor:
+def _empty_hidden(gate_up: Tensor) -> Tensor:
+    *leading, double = gate_up.shape
+    return torch.empty(*leading, double // 2, dtype=gate_up.dtype, device=gate_up.device)
+
+
+@torch.library.custom_op("dig::swiglu", mutates_args=())
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """Hidden (..., F) from gate_up (..., 2F)."""
     F = gate_up.shape[-1] // 2
     rows = gate_up.view(-1, 2 * F)
     hidden = _empty_hidden(gate_up)
@@ -74,92 +81,47 @@ def _forward(gate_up: Tensor) -> Tensor:
     return hidden
 
 
-def _backward(gate_up: Tensor, dhidden: Tensor, hidden: Tensor | None) -> Tensor:
-    """The gradient of gate_up; ``hidden``, where given, is filled with the forward pass's result again."""
+@torch.library.custom_op("dig::swiglu_backward", mutates_args=())
+def swiglu_backward(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of gate_up, and with ``rebuild`` hidden again; without, the second has no elements.
+
+    Hidden is what the gradient of the next layer's weight is made of: one write more here, and it need not be kept.
+    """
     F = gate_up.shape[-1] // 2
     rows = gate_up.view(-1, 2 * F)
     # Copied only if its rows aren't at one distance or not contiguous.
     gradient = last_contiguous(dhidden.reshape(-1, F))
-    dgate_up = empty(gate_up)
+    dgate_up, hidden = _empty_gradients(gate_up, dhidden, rebuild)
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
     with on_device(gate_up.device):
         swiglu_backward_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
-            rows, gradient, dgate_up, dgate_up if hidden is None else hidden,
-            rows.stride(0), gradient.stride(0), len(rows),
-            F=F, ROWS=R, COLS=C, HIDDEN=hidden is not None, num_warps=tiles.warps,
+            rows, gradient, dgate_up, hidden, rows.stride(0), gradient.stride(0), len(rows),
+            F=F, ROWS=R, COLS=C, HIDDEN=rebuild, num_warps=tiles.warps,
         )  # fmt: skip
-    return dgate_up
+    return dgate_up, hidden
 
 
-def _empty_hidden(gate_up: Tensor) -> Tensor:
-    *leading, double = gate_up.shape
-    return torch.empty(*leading, double // 2, dtype=gate_up.dtype, device=gate_up.device)
+def _empty_gradients(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
+    """Room for what `swiglu_backward` returns."""
+    none = torch.empty(0, dtype=gate_up.dtype, device=gate_up.device)
+    return empty(gate_up), _empty_hidden(gate_up) if rebuild else none
+
+
+swiglu_forward.register_fake(_empty_hidden)
+swiglu_backward.register_fake(_empty_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-@torch.library.custom_op("dig::swiglu", mutates_args=())
-def _swiglu(gate_up: Tensor) -> Tensor:
-    return _forward(gate_up)
-
-
-@torch.library.custom_op("dig::swiglu_backward", mutates_args=())
-def _swiglu_backward(gate_up: Tensor, dhidden: Tensor) -> Tensor:
-    return _backward(gate_up, dhidden, None)
-
-
-@_swiglu.register_fake
-def _(gate_up: Tensor) -> Tensor:
-    return _empty_hidden(gate_up)
-
-
-@_swiglu_backward.register_fake
-def _(gate_up: Tensor, dhidden: Tensor) -> Tensor:
-    return empty(gate_up)
-
-
 def _autograd(ctx: Any, dhidden: Tensor) -> Tensor:
-    gradient: Tensor = _swiglu_backward(*ctx.saved_tensors, dhidden)
+    gradient: Tensor = swiglu_backward(*ctx.saved_tensors, dhidden, False)[0]
     return gradient
 
 
-_swiglu.register_autograd(_autograd, setup_context=_save)
-
-
-@torch.library.custom_op("dig::swiglu_linear", mutates_args=())
-def _swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    with torch.autocast(gate_up.device.type, enabled=False):
-        return _forward(gate_up) @ weight.T
-
-
-@torch.library.custom_op("dig::swiglu_linear_backward", mutates_args=())
-def _swiglu_linear_backward(gate_up: Tensor, weight: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = _empty_hidden(gate_up)
-    with torch.autocast(gate_up.device.type, enabled=False):
-        dgate_up = _backward(gate_up, dout @ weight, hidden)
-        dweight = dout.reshape(-1, dout.shape[-1]).T @ hidden.view(-1, hidden.shape[-1])
-    return dgate_up, dweight
-
-
-@_swiglu_linear.register_fake
-def _(gate_up: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty(*gate_up.shape[:-1], weight.shape[0], dtype=gate_up.dtype, device=gate_up.device)
-
-
-@_swiglu_linear_backward.register_fake
-def _(gate_up: Tensor, weight: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    return empty(gate_up), empty(weight)
-
-
-def _linear_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = _swiglu_linear_backward(*ctx.saved_tensors, dout)
-    return gradients
-
-
-_swiglu_linear.register_autograd(_linear_autograd, setup_context=_save)
+swiglu_forward.register_autograd(_autograd, setup_context=_save)
 
 
 def fused_swiglu(gate_up: Tensor) -> Tensor:
@@ -169,24 +131,8 @@ def fused_swiglu(gate_up: Tensor) -> Tensor:
         ValueError: A dtype, device or stride that the kernels do not take; the message names the argument.
     """
     _check(gate_up)
-    hidden: Tensor = _swiglu(gate_up)
+    hidden: Tensor = swiglu_forward(gate_up)
     return hidden
-
-
-def fused_swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """`dig.ops.swiglu.swiglu_linear` on Triton, its shapes checked already; raises as `fused_swiglu`.
-
-    What is kept for the backward pass is gate_up alone: its pass over gate_up computes hidden again for the weight's
-    gradient on the way, for a write of F values a row.
-    """
-    _check(gate_up)
-    if weight.dtype != gate_up.dtype or weight.device != gate_up.device:
-        raise ValueError(
-            f"weight must be {gate_up.dtype} on {gate_up.device}, as gate_up is; it is {weight.dtype} on "
-            f"{weight.device}"
-        )
-    out: Tensor = _swiglu_linear(gate_up, weight)
-    return out
 
 
 def _check(gate_up: Tensor) -> None:

@@ -33,8 +33,8 @@ def swiglu_kernel(gate_up, hidden, stride, M, F: tl.constexpr, ROWS: tl.constexp
     gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pointers + F, mask=mask, other=0.0).to(tl.float32)
     # exp may overflow for gates far below 0; the sigmoid is then 0, as it should be.
-    value = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(hidden + rows * F + cols, value.to(hidden.dtype.element_ty), mask=mask)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    tl.store(hidden + rows * F + cols, (gate * sigmoid * up).to(hidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -12,8 +12,3 @@ def reference_swiglu(gate_up: Tensor) -> Tensor:
     wide = gate_up if gate_up.dtype == torch.float64 else gate_up.float()
     gate, up = wide.chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
-
-
-def reference_swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """`dig.ops.swiglu.swiglu_linear`, differentiable by autograd."""
-    return F.linear(reference_swiglu(gate_up), weight)

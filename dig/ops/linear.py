@@ -1,0 +1,22 @@
+"""Products around the kernels: what autograd would do for a linear layer, in fewer passes over memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy^T x`` in fp32: the gradient of a linear layer's weight (N, K) from dy (M, N) and its input x (M, K).
+
+    On a GPU the product of bf16 operands is written in fp32 as it is added up. Rounded to bf16 first, it would cost a
+    pass to widen it for the optimizer, and the bits that were rounded off.
+    """
+    if dy.is_cuda and dy.dtype == torch.bfloat16:
+        return torch.mm(dy.T, x, out_dtype=torch.float32)
+    return (dy.T @ x).float()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """(B, T, D) as (B T, D), in place where the strides allow it."""
+    return tensor.reshape(-1, tensor.shape[-1])

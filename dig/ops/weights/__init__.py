@@ -1,0 +1,68 @@
+"""What a product needs of a layer's fp32 weights: copies in its dtype, rows gated, and the gradients of that.
+
+Autocast casts every weight by a launch of its own. Here a block's weights take one launch together. A gate that acts
+on a layer's output, ``y = gate ⊙ (W x)``, can act on the rows of W instead when one condition serves all tokens; then
+neither ``W x`` nor its gradient is a tensor of T rows that anything has to read or write.
+
+Shapes: N rows and M columns of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from dig.ops.launch import empty, on_device
+from dig.ops.weights.kernels import gated_weight_gradient_kernel, prepare_kernel
+
+ELEMENTS = 4096
+"""Elements of a program that copies: 16 of each thread's at 8 warps."""
+
+
+@torch.library.custom_op("dig::prepare_weights", mutates_args=())
+def prepare_weights(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of the weights (N, M) in ``dtype``, the rows of the last ones multiplied by gates (N,), one each.
+
+    Everything is contiguous. The products with the gates are rounded once, from fp32.
+    """
+    copies = [empty(weight, dtype) for weight in weights]
+    sizes = tuple(weight.numel() for weight in weights)
+    ungated = len(weights) - len(gates)
+    columns = tuple(1 if i < ungated else weight.shape[-1] for i, weight in enumerate(weights))
+    programs = sum(triton.cdiv(size, ELEMENTS) for size in sizes)
+    # A pointer that a kernel does not touch can be anything.
+    factors = (*weights[:ungated], *gates)
+    with on_device(weights[0].device):
+        prepare_kernel[(programs,)](
+            tuple(weights), factors, tuple(copies), SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=ELEMENTS,
+            num_warps=8,
+        )  # fmt: skip
+    return copies
+
+
+@prepare_weights.register_fake
+def _(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [empty(weight, dtype) for weight in weights]
+
+
+@torch.library.custom_op("dig::gated_weight_gradient", mutates_args=())
+def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight (N, M) and gate (N,) from ``product = d^T x``, d being the gradient of ``gate ⊙ (W x)``.
+
+    ``dW = gate ⊙ product`` by rows and ``dgate_i = sum_j W_ij product_ij``; product (N, M) in fp32.
+    """
+    dweight, dgate = empty(weight), empty(gate)
+    N, M = weight.shape
+    with on_device(weight.device):
+        gated_weight_gradient_kernel[(N,)](
+            product, weight, gate, dweight, dgate, M=M, BLOCK=min(1024, triton.next_power_of_2(M)), num_warps=4
+        )
+    return dweight, dgate
+
+
+@gated_weight_gradient.register_fake
+def _(product: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return empty(weight), empty(gate)

@@ -1,0 +1,50 @@
+"""Triton kernels of `dig.ops.weights`; shapes as there."""
+# Kernels are written in Triton's language, whose values and decorators carry no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def prepare_kernel(
+    weights,
+    gates,
+    copies,
+    SIZES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNGATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy every tensor of a tuple; from the one at UNGATED on, times its row's element of its gate.
+
+    Grid (sum of ceil(size / BLOCK),): the programs of the first tensor, then those of the second, and so on.
+    """
+    program = tl.program_id(0)
+    for i in tl.static_range(len(SIZES)):
+        programs = tl.cdiv(SIZES[i], BLOCK)
+        if (program >= 0) & (program < programs):
+            at = program * BLOCK + tl.arange(0, BLOCK)
+            mask = at < SIZES[i]
+            value = tl.load(weights[i] + at, mask=mask, other=0.0).to(tl.float32)
+            if i >= UNGATED:
+                value *= tl.load(gates[i] + at // COLUMNS[i], mask=mask, other=0.0).to(tl.float32)
+            tl.store(copies[i] + at, value.to(copies[i].dtype.element_ty), mask=mask)
+        program -= programs
+
+
+@triton.jit
+def gated_weight_gradient_kernel(product, weight, gate, dweight, dgate, M: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of the gradients. Grid (N,)."""
+    row = tl.program_id(0)
+    factor = tl.load(gate + row).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.static_range(0, M, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < M
+        value = tl.load(product + row * M + cols, mask=mask, other=0.0).to(tl.float32)
+        total += value * tl.load(weight + row * M + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dweight + row * M + cols, (factor * value).to(dweight.dtype.element_ty), mask=mask)
+    tl.store(dgate + row, tl.sum(total, axis=0).to(dgate.dtype.element_ty))
