@@ -2,8 +2,8 @@
 
 Autograd would keep what each operation read and add gradients up in passes of their own. Here a block keeps five
 tensors a token (its input, the fused projection, the sum between its halves, SwiGLU's input, the second half's output)
-and what else its weights' gradients need is written again by kernels that pass over the inputs anyway: the modulated
-inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
+and the recurrence's states. What else its weights' gradients need is written again by kernels that pass over the inputs
+anyway: the modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
 
 **One image.** A gate is then the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
 of the sum that the branch is added to, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class BlockWeights:
     Attributes:
         in_proj: (3D + R, D).
         decay_weight: (D/2, R).
-        o_proj: (D, D).
         gate_proj: (2F, D).
+        o_proj: (D, D).
         down_proj: (D, F).
         decay_bias: (D/2,).
         head_norm: (D/H,).
@@ -51,8 +51,8 @@ class BlockWeights:
 
     in_proj: Tensor
     decay_weight: Tensor
-    o_proj: Tensor
     gate_proj: Tensor
+    o_proj: Tensor
     down_proj: Tensor
     decay_bias: Tensor
     head_norm: Tensor
@@ -110,40 +110,28 @@ class RasterBlock(torch.autograd.Function):
         heads: int,
         grid: tuple[int, int],
         order: tuple[bool, bool],
-        in_proj: Tensor,
-        decay_weight: Tensor,
-        o_proj: Tensor,
-        gate_proj: Tensor,
-        down_proj: Tensor,
-        decay_bias: Tensor,
-        head_norm: Tensor,
-        norm1: Tensor | None,
-        norm2: Tensor | None,
-        conv_weight: Tensor | None,
-        conv_bias: Tensor | None,
+        *weights: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        masters = (in_proj, decay_weight, o_proj, gate_proj, down_proj)
-        copies = _cast(masters, (), x.dtype)
+        *masters, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias = weights
+        in_proj, decay_weight, gate_proj, o_proj, down_proj = _cast(cast(list[Tensor], masters), (), x.dtype)
         code = order[1] + 2 * order[0]
         h, stats1 = norm_modulate_forward(x, shift1, scale1, norm1, norm, EPS, x.dtype)
-        projected = _linear(h, copies[0])
-        y = mixer_forward(projected, copies[1], decay_bias, head_norm, heads, *grid, code, EPS)
-        branch1 = _linear(y, copies[2])
+        projected = _linear(h, in_proj)
+        y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, code, EPS)
+        branch1 = _linear(y, o_proj)
         x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, norm2, norm, EPS, x.dtype)
-        gate_up = _linear(h, copies[3])
-        branch2 = _linear(swiglu_forward(gate_up), copies[4])
+        gate_up = _linear(h, gate_proj)
+        branch2 = _linear(swiglu_forward(gate_up), down_proj)
         if conv_weight is None or conv_bias is None:
             out = torch.addcmul(x1, gate2.unsqueeze(1).to(x.dtype), branch2)
         else:
             out = srem_forward(x1, branch2, gate2, conv_weight, conv_bias, *grid, *order)
-        # With one image, nothing asks for these again.
-        kept = (None, None, None) if len(x) == 1 else (branch1, copies[2], copies[4])
-        ctx.save_for_backward(
-            x, projected, x1, gate_up, branch2, stats1, stats2, modulation, copies[0], copies[1], copies[3], *kept,
-            o_proj, down_proj, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias,
-        )  # fmt: skip
+        # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for
+        # the gates anyway: their copies would take half as much as the weights.
+        kept = None if len(x) == 1 else branch1
+        ctx.save_for_backward(x, projected, states, x1, gate_up, branch2, stats1, stats2, modulation, kept, *weights)
         ctx.settings = norm, heads, grid, order
         return out
 
@@ -151,15 +139,16 @@ class RasterBlock(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of everything that is a tensor."""
         (
-            x, projected, x1, gate_up, branch2, stats1, stats2, modulation, in_proj, decay_weight, gate_proj,
-            branch1, o_copy, down_copy, o_proj, down_proj, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias,
+            x, projected, states, x1, gate_up, branch2, stats1, stats2, modulation, branch1,
+            *masters, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias,
         ) = ctx.saved_tensors  # fmt: skip
         norm, heads, grid, order = ctx.settings
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         one_image = len(x) == 1
         dout = dout.contiguous()
-        if one_image:
-            o_copy, down_copy = prepare_weights([o_proj, down_proj], [gate1[0], gate2[0]], x.dtype)
+        in_proj, decay_weight, gate_proj, o_proj, down_proj = _cast(
+            masters, (gate1[0], gate2[0]) if one_image else (), x.dtype
+        )
 
         # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
         # its gate being in the weight.
@@ -172,9 +161,9 @@ class RasterBlock(torch.autograd.Function):
                 x1, branch2, gate2, conv_weight, conv_bias, dout, *grid, *order, one_image
             )
             d_branch = d if one_image else d_branch
-        dgate_up, hidden = swiglu_backward(gate_up, _linear_backward(d_branch, down_copy), True)
+        dgate_up, hidden = swiglu_backward(gate_up, _linear_backward(d_branch, down_proj), True)
         if one_image:
-            ddown, dgate2 = _gated_gradients(d, hidden, down_proj, gate2)
+            ddown, dgate2 = _gated_gradients(d, hidden, masters[4], gate2)
         else:
             ddown = weight_gradient(as_rows(d_branch), as_rows(hidden))
         del hidden, d_branch
@@ -186,11 +175,11 @@ class RasterBlock(torch.autograd.Function):
         del dgate_up, dh, h
         d_branch = d if one_image else d_branch
         dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = mixer_backward(
-            projected, decay_weight, decay_bias, head_norm, _linear_backward(d_branch, o_copy), heads, *grid,
+            projected, decay_weight, decay_bias, head_norm, states, _linear_backward(d_branch, o_proj), heads, *grid,
             order[1] + 2 * order[0], EPS, True,
         )  # fmt: skip
         if one_image:
-            do_proj, dgate1 = _gated_gradients(d, y, o_proj, gate1)
+            do_proj, dgate1 = _gated_gradients(d, y, masters[3], gate1)
         else:
             do_proj = weight_gradient(as_rows(d_branch), as_rows(y))
         del y, d_branch
@@ -199,10 +188,10 @@ class RasterBlock(torch.autograd.Function):
         )
         din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
         dmodulation = torch.cat([dshift1, dscale1, dgate1, dshift2, dscale2, dgate2], dim=1)
-        gradients = (din_proj, ddecay_weight, do_proj, dgate_proj, ddown)
+        gradients = (din_proj, ddecay_weight, dgate_proj, do_proj, ddown)
         dnorms = (None if norm1 is None else dnorm1, None if norm2 is None else dnorm2)
         return (
-            dx, dmodulation, None, None, None, None, *(g.to(o_proj.dtype) for g in gradients),
+            dx, dmodulation, None, None, None, None, *(g.to(w.dtype) for g, w in zip(gradients, masters, strict=True)),
             ddecay_bias, dhead_norm, *dnorms, dconv_weight, dconv_bias,
         )  # fmt: skip
 
@@ -246,7 +235,7 @@ def infer_block(
     )
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
     projected = _linear(h, in_proj)
-    y = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order[1] + 2 * order[0], EPS)
+    y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order[1] + 2 * order[0], EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
     gate_up = _linear(h, gate_proj)

@@ -169,12 +169,16 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     for chunk in options.chunks:
         best.clear()
         for warps, registers in itertools.product(options.warps, options.registers):
-            time(KERNELS, chunk=chunk, backward_registers=registers or None, **dict.fromkeys(KERNELS.values(), warps))
+            choice = dict.fromkeys(KERNELS.values(), warps) | {"backward_registers": registers or None}
+            time(KERNELS, chunk=chunk, part=min(32, chunk), **choice)
+        for warps, part, registers in itertools.product(options.warps, options.parts, options.output_registers):
+            choice = {"part": part, "output_warps": warps, "output_registers": registers or None}
+            time(["output_kernel"], chunk=chunk, **choice)
         for warps, lanes, steps in itertools.product(options.scan_warps, options.scan_lanes, options.scan_steps):
             if lanes >= 32 * warps:
                 time(["scan_kernel"], chunk=chunk, scan_warps=warps, scan_lanes=lanes, scan_steps=steps)
-        for name, (microseconds, choice) in best.items():
-            print(f"chunk {chunk}, best: {microseconds:7.1f} µs {name:24} {choice}", flush=True)
+        for name, (microseconds, taken) in best.items():
+            print(f"chunk {chunk}, best: {microseconds:7.1f} µs {name:24} {taken}", flush=True)
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -187,11 +191,13 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operations", nargs="+", choices=("recurrence", "block"), default=["recurrence", "block"])
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--parts", type=int, nargs="+", default=[16, 32, 64], help="at most the smallest chunk")
+    parser.add_argument("--output-registers", type=int, nargs="+", default=[0, 128, 168])
     parser.add_argument("--scan-warps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--scan-lanes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--scan-steps", type=int, nargs="+", default=[8, 16, 28])
     parser.add_argument("--registers", type=int, nargs="+", default=[0], help="0 leaves them to the compiler")
-    return parse(parser, arguments, or_zero=("registers",))
+    return parse(parser, arguments, or_zero=("registers", "output_registers"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,7 +42,9 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    monkeypatch.setattr(tiled, "tiles_for", lambda q, v: Tiles(chunk=request.param, scan_lanes=4096))
+    part = max(16, request.param // 2)
+    tiles = Tiles(chunk=request.param, part=part, scan_lanes=4096, scan_steps=3)
+    monkeypatch.setattr(tiled, "tiles_for", lambda q, v: tiles)
     return request.param
 
 

@@ -15,6 +15,9 @@ others: reading it back takes far fewer than computing it again.
 Arguments named q_b, q_t, q_h, ... are strides of batch, token and head. Head strides are constants of the compilation,
 so that the compiler can tell how far heads of 36 or 72 are aligned.
 
+**Parts.** The pairs of a chunk's tokens grow with the square of its length, the states to be stored with its inverse.
+`output_kernel` therefore takes its chunk in parts of S tokens, from one to the next by the recurrence of the states.
+
 **Order.** Tokens stay where they are in memory; order says in which order the recurrence walks them (`scan_tokens`).
 Within a call, chunks, sums, states and do . v count scan positions, and everything else counts tokens in memory.
 
@@ -210,25 +213,59 @@ def sum_rows(which, high, mid, low, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def chunk_output(
+def part_base(sums, chunk, FIRST: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """The running sum (P,) of a chunk at the end of the row before FIRST; 0 at its start."""
+    if FIRST == 0:
+        base = tl.zeros([P], tl.float32)
+    else:
+        base = tl.load(sums + chunk * (C * P) + (FIRST - 1) * P + tl.arange(0, P))
+    return base
+
+
+@triton.jit
+def advance(
+    state,
+    k,
+    v,
+    sums,
+    chunk,
+    FIRST: tl.constexpr,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state (P, VP), in fp32, after the part that begins at row FIRST, from the one before it."""
+    c = load_sums(sums, chunk, FIRST + tl.arange(0, S), C, P)
+    base = part_base(sums, chunk, FIRST, C, P)
+    end = part_base(sums, chunk, FIRST + S, C, P)
+    added = product(tl.trans(k * tl.exp2(end[None, :] - c)), v, DOT, PRECISION)
+    return tl.exp2(end - base)[:, None] * state + added
+
+
+@triton.jit
+def part_output(
     q,
     k,
     v,
     sums,
     chunk,
     state,
+    FIRST: tl.constexpr,
     C: tl.constexpr,
+    S: tl.constexpr,
     P: tl.constexpr,
     LEVELS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Outputs (C, VP) in fp32 of one chunk: fp32 q and k (C, P), v and the state before the chunk as loaded."""
-    rows = tl.arange(0, C)
+    """Outputs (S, VP) in fp32 of one part of a chunk: fp32 q and k (S, P), v, and the state before the part."""
+    rows = FIRST + tl.arange(0, S)
     i = rows[:, None]
     j = rows[None, :]
     c = load_sums(sums, chunk, rows, C, P)
-    scores = tl.zeros([C, C], tl.float32)
+    scores = tl.zeros([S, S], tl.float32)
     for level in tl.static_range(LEVELS):
         x = c - load_sums(sums, chunk, middle(rows, level), C, P)
         if level == 0:
@@ -237,7 +274,8 @@ def chunk_output(
             factor = tl.exp2(-tl.abs(x))
             pairs = product(q * factor, tl.trans(k * factor), DOT, PRECISION)
         scores = tl.where(of_level(i, j, level) & (i >= j), pairs, scores)
-    return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
+    since = tl.exp2(c - part_base(sums, chunk, FIRST, C, P)[None, :])
+    return product(scores, v, DOT, PRECISION) + product(q * since, state, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -282,14 +320,15 @@ def local_state_kernel(
     R: tl.constexpr,
     RP: tl.constexpr,
     LOGITS: tl.constexpr,
+    STATES: tl.constexpr,
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What each chunk alone adds to the state, and with GRADIENT what it alone adds to the state's gradient.
 
-    Grid (H, N, B). Writes ``sums`` (B, H, N * C, KP), the running sums c of the log2 decays inside a chunk, and
-    ``states[0, b, h, n] = (k e^{G-c})^T v``; with GRADIENT also ``states[1, b, h, n] = (q e^c)^T do`` and
-    ``own[b, t, h] = do_t . v_t``. q and do are read only then.
+    Grid (H, N, B). Writes ``sums`` (B, H, N * C, KP), the running sums c of the log2 decays inside a chunk; with STATES
+    ``states[0, b, h, n] = (k e^{G-c})^T v``, and with GRADIENT also ``states[1, b, h, n] = (q e^c)^T do`` and
+    ``own[b, t, h] = do_t . v_t``. What goes with a flag is touched only then.
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
@@ -306,25 +345,26 @@ def local_state_kernel(
         d = tl.where(present[:, None] & (cols < K)[None, :], d, 0.0)
     high, mid, low = split(d)
     c = sum_rows(rows[:, None] >= rows[None, :], high, mid, low, PRECISION)
-    after = sum_rows(rows[:, None] < rows[None, :], high, mid, low, PRECISION)
     # Rows after the last token too: those are read as the middle of a group.
     tl.store(sums + index * (C * KP) + rows[:, None] * KP + cols[None, :], c)
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
-    keys = b_k * tl.exp2(after)
-    state = product(tl.trans(keys), b_v, DOT, PRECISION)
-
-    offsets, exists = state_tile(K, V, KP, VP)
-    offsets += index * (K * V)
-    tl.store(states + offsets, state.to(states.dtype.element_ty), mask=exists)
-    if GRADIENT:
-        b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
-        b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
-        gradient = product(tl.trans(b_q * tl.exp2(c)), b_do, DOT, PRECISION)
-        offsets += tl.num_programs(2).to(tl.int64) * H * N * (K * V)
-        tl.store(states + offsets, gradient.to(states.dtype.element_ty), mask=exists)
-        b_own = tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), axis=1)
-        tl.store(own + (b * T + first + rows) * H + h, b_own, mask=present)
+    if STATES:
+        b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+        b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
+        # Not the difference of two sums: what is left of a chunk's end would lose their low bits.
+        after = sum_rows(rows[:, None] < rows[None, :], high, mid, low, PRECISION)
+        keys = b_k * tl.exp2(after)
+        state = product(tl.trans(keys), b_v, DOT, PRECISION)
+        offsets, exists = state_tile(K, V, KP, VP)
+        offsets += index * (K * V)
+        tl.store(states + offsets, state.to(states.dtype.element_ty), mask=exists)
+        if GRADIENT:
+            b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+            b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
+            gradient = product(tl.trans(b_q * tl.exp2(c)), b_do, DOT, PRECISION)
+            offsets += tl.num_programs(2).to(tl.int64) * H * N * (K * V)
+            tl.store(states + offsets, gradient.to(states.dtype.element_ty), mask=exists)
+            b_own = tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), axis=1)
+            tl.store(own + (b * T + first + rows) * H + h, b_own, mask=present)
 
 
 @triton.jit
@@ -420,6 +460,7 @@ def output_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
+    S: tl.constexpr,
     LEVELS: tl.constexpr,
     NORM_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -430,20 +471,22 @@ def output_kernel(
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
-    first = n * C
-    tokens, present = scan_tokens(first, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     offsets, exists = state_tile(K, V, KP, VP)
-    state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
-    if NORM_GATE:
-        cols = tl.arange(0, VP)
-        b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
-        b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
-        o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
-        o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
-    store_rows(out + (b * T * H + h) * V, o, H * V, tokens, present, V, VP)
+    state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0).to(tl.float32)
+    for part in tl.static_range(C // S):
+        tokens, present = scan_tokens(n * C + part * S, T, grid_rows, grid_columns, order, S)
+        b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+        b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+        b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
+        o = part_output(b_q, b_k, b_v, sums, index, state, part * S, C, S, KP, LEVELS, DOT, PRECISION)
+        if NORM_GATE:
+            cols = tl.arange(0, VP)
+            b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
+            b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
+            o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
+            o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
+        store_rows(out + (b * T * H + h) * V, o, H * V, tokens, present, V, VP)
+        if (part + 1) * S < C:
+            state = advance(state, b_k, b_v, sums, index, part * S, C, S, KP, DOT, PRECISION)

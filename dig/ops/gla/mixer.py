@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
-from dig.ops.gla.tiled import DecayGate, Plan, check_qkv, plan_of, run_block, run_block_backward
+from dig.ops.gla.tiled import DecayGate, Plan, check_qkv, empty_states, plan_of, run_block, run_block_backward
 from dig.ops.launch import empty
 from dig.ops.linear import as_rows, weight_gradient
 from dig.scan import ScanOrder
@@ -46,10 +46,11 @@ def mixer_forward(
     columns: int,
     order: int,
     eps: float,
-) -> Tensor:
-    """`gla_mixer` as torch sees it; order as `order_code` gives it."""
+) -> tuple[Tensor, Tensor]:
+    """`gla_mixer` as torch sees it, order as `order_code` gives it: its result, and the states before each chunk."""
     plan, qkv, decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-    return run_block(plan, *qkv, decay, gate, norm_weight, eps).flatten(2)
+    y, states = run_block(plan, *qkv, decay, gate, norm_weight, eps)
+    return y.flatten(2), states
 
 
 @torch.library.custom_op("dig::gla_mixer_backward", mutates_args=())
@@ -58,6 +59,7 @@ def mixer_backward(
     decay_weight: Tensor,
     decay_bias: Tensor,
     norm_weight: Tensor,
+    states: Tensor,
     dy: Tensor,
     heads: int,
     rows: int,
@@ -74,7 +76,7 @@ def mixer_backward(
     dlogits = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     y = _rebuilt(projected, norm_weight, heads, rebuild)
     dnorm, dbias = run_block_backward(
-        plan, q, k, v, decay, gate, norm_weight, dy.unflatten(-1, (heads, -1)), eps,
+        plan, q, k, v, decay, gate, norm_weight, states, dy.unflatten(-1, (heads, -1)), eps,
         (dq, dk, dv, dlogits), dgate, y if rebuild else None,
     )  # fmt: skip
     tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
@@ -100,8 +102,9 @@ def _(
     columns: int,
     order: int,
     eps: float,
-) -> Tensor:
-    return projected.new_empty(*projected.shape[:2], heads * norm_weight.shape[0])
+) -> tuple[Tensor, Tensor]:
+    q, _, v, *_ = split_projection(projected, heads, decay_weight.shape[1])
+    return projected.new_empty(*projected.shape[:2], heads * norm_weight.shape[0]), empty_states(q, v)
 
 
 @mixer_backward.register_fake
@@ -110,6 +113,7 @@ def _(
     decay_weight: Tensor,
     decay_bias: Tensor,
     norm_weight: Tensor,
+    states: Tensor,
     dy: Tensor,
     heads: int,
     rows: int,
@@ -127,12 +131,12 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
     ctx.numbers = inputs[4:]
 
 
-def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
     dprojected, dweight, *others, _ = mixer_backward(*ctx.saved_tensors, dy, *ctx.numbers, False)
     return dprojected, dweight.to(ctx.saved_tensors[1].dtype), *others, None, None, None, None, None
 
@@ -200,5 +204,5 @@ def gla_mixer(
     check_qkv(q, k, v)
     _check_parameter("norm_weight", norm_weight, projected)
     code = order_code(order)
-    output: Tensor = mixer_forward(projected, decay_weight, decay_bias, norm_weight, heads, *grid, code, eps)
-    return output
+    y: Tensor = mixer_forward(projected, decay_weight, decay_bias, norm_weight, heads, *grid, code, eps)[0]
+    return y

@@ -59,6 +59,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check("v", v, shape=(*q.shape[:3], v.shape[-1]), dtypes=(q.dtype,), like=q)
 
 
+def _levels(tokens: int) -> int:
+    """Group sizes 16, 32, ... up to so many tokens."""
+    return tokens.bit_length() - 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything about a call that several launches share."""
@@ -89,7 +94,12 @@ class Plan:
     @property
     def levels(self) -> int:
         """Group sizes in a chunk: 16, 32, ... up to the chunk."""
-        return self.tiles.chunk.bit_length() - 4
+        return _levels(self.tiles.chunk)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Constants of the kernel that takes a chunk in parts."""
+        return {"S": self.tiles.part, "LEVELS": _levels(self.tiles.part)}
 
 
 def plan_of(
@@ -170,14 +180,15 @@ class DecayGate:
 
 
 def _local_states(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, *, do: Tensor | None = None
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, *, do: Tensor | None = None, sums_only: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each chunk adds to the state (1, B, H, N, K, V), the sums of the decays, and do . v of each token.
 
     With do, the first is (2, ...), and its second part what each chunk adds to the state's gradient; without, the last
-    is left unwritten.
+    is left unwritten. With ``sums_only`` the first has no entries.
     """
-    states = torch.empty(1 if do is None else 2, *plan.state_shape, dtype=v.dtype, device=v.device)
+    entries = 0 if sums_only else 1 if do is None else 2
+    states = torch.empty(entries, *plan.state_shape, dtype=v.dtype, device=v.device)
     rows, columns = plan.N * plan.tiles.chunk, plan.constants["KP"]
     sums = torch.empty(plan.B, plan.H, rows, columns, dtype=torch.float32, device=v.device)
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
@@ -185,7 +196,8 @@ def _local_states(
     local_state_kernel[plan.grid](
         q, k, v, *gate.tensors, do_or_v, sums, states, own, *_strides(q, k, v), *gate.strides, *_strides(do_or_v),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
-        **plan.constants, **gate.constants, GRADIENT=do is not None, num_warps=plan.tiles.local_warps,
+        **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
+        num_warps=plan.tiles.local_warps,
     )  # fmt: skip
     return states, sums, own
 
@@ -230,6 +242,13 @@ def _gradients(
     return dbias
 
 
+def empty_states(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the states of a call with queries (B, T, H, K) and values (B, T, H, V): (1, B, H, N, K, V)."""
+    B, T, H, K = q.shape
+    N = -(-T // tiles_for(q, v).chunk)
+    return torch.empty(1, B, H, N, K, v.shape[-1], dtype=v.dtype, device=v.device)
+
+
 def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
     rows, D = partials.shape
@@ -241,8 +260,8 @@ def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
 
 def run_block(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, g: Tensor, norm_weight: Tensor, eps: float
-) -> Tensor:
-    """The launches of `gla_block`."""
+) -> tuple[Tensor, Tensor]:
+    """The launches of `gla_block`: its result, and the states before each chunk (1, B, H, N, K, V)."""
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with on_device(q.device):
         states, sums, _ = _local_states(plan, q, k, v, gate)
@@ -250,9 +269,10 @@ def run_block(
         output_kernel[plan.grid](
             q, k, v, g, norm_weight, sums, states, out, *_strides(q, k, v, g),
             plan.T, plan.N, *plan.walk, plan.scale, eps,
-            **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
+            **plan.constants, **plan.parts, NORM_GATE=True, num_warps=plan.tiles.output_warps,
+            maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
-    return out
+    return out, states
 
 
 def run_block_backward(
@@ -263,6 +283,7 @@ def run_block_backward(
     gate: DecayGate,
     g: Tensor,
     norm_weight: Tensor,
+    states: Tensor,
     dy: Tensor,
     eps: float,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -279,6 +300,7 @@ def run_block_backward(
         gate: Likewise.
         g: Logits of the output gate.
         norm_weight: (V,).
+        states: Those before each chunk, from the forward pass.
         dy: Gradient of the output.
         eps: As in the forward pass.
         outputs: Take the gradients of q, k, v and of the log decays or logits (B, T, H, K); contiguous over batch and
@@ -293,8 +315,7 @@ def run_block_backward(
     do = empty(v)
     dweight = torch.empty(plan.B * plan.N * plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
     with on_device(q.device):
-        states, sums, own = _local_states(plan, q, k, v, gate)
-        _scan(plan, states, sums, direction=0)
+        _, sums, own = _local_states(plan, q, k, v, gate, sums_only=True)
         state_gradients = empty(states)
         output_backward_kernel[plan.grid](
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,
@@ -319,7 +340,8 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
             q, k, v, v, v, sums, states, out, *_strides(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
-            **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
+            **plan.constants, **plan.parts, NORM_GATE=False, num_warps=plan.tiles.output_warps,
+            maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
     return out
 
@@ -396,7 +418,7 @@ def _block(
     scale: float,
     gate_normalizer: float,
     eps: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     gate = DecayGate(values=gate_logits, logits=True)
     return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate, g, norm_weight, eps)
 
@@ -409,6 +431,7 @@ def _block_backward(
     gate_logits: Tensor,
     g: Tensor,
     norm_weight: Tensor,
+    states: Tensor,
     dy: Tensor,
     scale: float,
     gate_normalizer: float,
@@ -418,7 +441,7 @@ def _block_backward(
     outputs = empty(q), empty(k), empty(v), empty(gate_logits)
     dg = empty(g)
     plan = plan_of(q, v, scale, gate_normalizer)
-    dweight, _ = run_block_backward(plan, q, k, v, gate, g, norm_weight, dy, eps, outputs, dg)
+    dweight, _ = run_block_backward(plan, q, k, v, gate, g, norm_weight, states, dy, eps, outputs, dg)
     return *outputs, dg, dweight
 
 
@@ -433,8 +456,8 @@ def _(
     scale: float,
     gate_normalizer: float,
     eps: float,
-) -> Tensor:
-    return empty(v)
+) -> tuple[Tensor, Tensor]:
+    return empty(v), empty_states(q, v)
 
 
 @_block_backward.register_fake
@@ -445,6 +468,7 @@ def _(
     gate_logits: Tensor,
     g: Tensor,
     norm_weight: Tensor,
+    states: Tensor,
     dy: Tensor,
     scale: float,
     gate_normalizer: float,
@@ -453,11 +477,16 @@ def _(
     return empty(q), empty(k), empty(v), empty(gate_logits), empty(g), empty(norm_weight)
 
 
-def _block_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _save_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.numbers = inputs[6:]
+
+
+def _block_autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
     return *_block_backward(*ctx.saved_tensors, dy, *ctx.numbers), None, None, None
 
 
-_block.register_autograd(_block_autograd, setup_context=_save_inputs)
+_block.register_autograd(_block_autograd, setup_context=_save_block)
 
 
 def gla_block(
@@ -501,5 +530,5 @@ def gla_block(
     _check("norm_weight", norm_weight, shape=(v.shape[-1],), dtypes=either, like=q)
     if gate_normalizer <= 0:
         raise ValueError(f"gate_normalizer must be more than 0; got {gate_normalizer}")
-    output: Tensor = _block(q, k, v, gate_logits, g, norm_weight, scale, gate_normalizer, eps)
+    output: Tensor = _block(q, k, v, gate_logits, g, norm_weight, scale, gate_normalizer, eps)[0]
     return output

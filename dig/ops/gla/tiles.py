@@ -14,11 +14,14 @@ class Tiles:
 
     Attributes:
         chunk: Tokens of a chunk, 16 times a power of two.
+        part: Tokens whose outputs a program computes at once: 16 times a power of two, at most the chunk.
         local_warps: Warps of a program that computes what a chunk adds to the state.
         scan_warps: Warps of a program that scans elements of the state over the chunks.
         scan_lanes: Elements of a program of that.
         scan_steps: Chunks whose states it loads together.
         output_warps: Warps of a program that computes a chunk's outputs.
+        output_registers: Most registers of a thread there, so that more programs share a multiprocessor; None leaves it to
+            the compiler.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
         backward_registers: Most registers of a thread in the last two kernels, which otherwise take so many that one
@@ -26,11 +29,13 @@ class Tiles:
     """
 
     chunk: int = 64
+    part: int = 32
     local_warps: int = 4
     scan_warps: int = 2
     scan_lanes: int = 128
     scan_steps: int = 16
     output_warps: int = 4
+    output_registers: int | None = None
     output_backward_warps: int = 4
     gradient_warps: int = 4
     backward_registers: int | None = None
@@ -42,6 +47,8 @@ class Tiles:
                 raise ValueError(f"{field.name} must be at least 1; got {value}")
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
+        if not 16 <= self.part <= self.chunk or self.part & (self.part - 1):
+            raise ValueError(f"part must be 16 times a power of two, at most the chunk; got {self.part}")
 
 
 TileKey = tuple[int, int, torch.dtype, int]
