@@ -170,9 +170,9 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
         best.clear()
         for warps, registers in itertools.product(options.warps, options.registers):
             choice = dict.fromkeys(KERNELS.values(), warps) | {"backward_registers": registers or None}
-            time(KERNELS, chunk=chunk, part=min(32, chunk), **choice)
-        for warps, part, registers in itertools.product(options.warps, options.parts, options.output_registers):
-            choice = {"part": part, "output_warps": warps, "output_registers": registers or None}
+            time(KERNELS, chunk=chunk, **choice)
+        for warps, registers in itertools.product(options.warps, options.output_registers):
+            choice = {"output_warps": warps, "output_registers": registers or None}
             time(["output_kernel"], chunk=chunk, **choice)
         for warps, lanes, steps in itertools.product(options.scan_warps, options.scan_lanes, options.scan_steps):
             if lanes >= 32 * warps:
@@ -191,7 +191,6 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operations", nargs="+", choices=("recurrence", "block"), default=["recurrence", "block"])
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--parts", type=int, nargs="+", default=[16, 32, 64], help="at most the smallest chunk")
     parser.add_argument("--output-registers", type=int, nargs="+", default=[0, 128, 168])
     parser.add_argument("--scan-warps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--scan-lanes", type=int, nargs="+", default=[64, 128, 256])

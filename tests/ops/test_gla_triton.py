@@ -42,8 +42,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    part = max(16, request.param // 2)
-    tiles = Tiles(chunk=request.param, part=part, scan_lanes=4096, scan_steps=3)
+    tiles = Tiles(chunk=request.param, scan_lanes=4096, scan_steps=3)
     monkeypatch.setattr(tiled, "tiles_for", lambda q, v: tiles)
     return request.param
 

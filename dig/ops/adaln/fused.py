@@ -64,11 +64,11 @@ class Tiles:
                 raise ValueError(f"{field.name} must be a power of two; got {value}")
 
 
-NARROW_BF16 = Tiles(part=256, backward_rows=4, backward_part=256, programs=3 * 132)
+NARROW_BF16 = Tiles(part=256, warps=2, backward_rows=4, backward_part=128, backward_warps=2, programs=4 * 132)
 NARROW_FP32 = Tiles(part=128, backward_rows=4, backward_part=128, programs=3 * 132)
 MEDIUM_BF16 = Tiles(part=256, backward_rows=2, backward_part=512, programs=3 * 132)
 MEDIUM_FP32 = Tiles(part=128, backward_rows=2, backward_part=256, programs=3 * 132)
-WIDE_BF16 = Tiles(part=256, backward_rows=1, backward_part=1024, programs=4 * 132)
+WIDE_BF16 = Tiles(part=1024, backward_rows=1, backward_part=1024, programs=4 * 132)
 WIDE_FP32 = Tiles(part=128, backward_rows=1, backward_part=1024, programs=4 * 132)
 INTERPRETER_TILES = Tiles(rows=16, part=256, backward_rows=16, backward_part=1024, programs=6)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""

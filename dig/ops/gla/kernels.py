@@ -15,9 +15,6 @@ others: reading it back takes far fewer than computing it again.
 Arguments named q_b, q_t, q_h, ... are strides of batch, token and head. Head strides are constants of the compilation,
 so that the compiler can tell how far heads of 36 or 72 are aligned.
 
-**Parts.** The pairs of a chunk's tokens grow with the square of its length, the states to be stored with its inverse.
-`output_kernel` therefore takes its chunk in parts of S tokens, from one to the next by the recurrence of the states.
-
 **Order.** Tokens stay where they are in memory; order says in which order the recurrence walks them (`scan_tokens`).
 Within a call, chunks, sums, states and do . v count scan positions, and everything else counts tokens in memory.
 
@@ -213,59 +210,25 @@ def sum_rows(which, high, mid, low, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def part_base(sums, chunk, FIRST: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """The running sum (P,) of a chunk at the end of the row before FIRST; 0 at its start."""
-    if FIRST == 0:
-        base = tl.zeros([P], tl.float32)
-    else:
-        base = tl.load(sums + chunk * (C * P) + (FIRST - 1) * P + tl.arange(0, P))
-    return base
-
-
-@triton.jit
-def advance(
-    state,
-    k,
-    v,
-    sums,
-    chunk,
-    FIRST: tl.constexpr,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    P: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The state (P, VP), in fp32, after the part that begins at row FIRST, from the one before it."""
-    c = load_sums(sums, chunk, FIRST + tl.arange(0, S), C, P)
-    base = part_base(sums, chunk, FIRST, C, P)
-    end = part_base(sums, chunk, FIRST + S, C, P)
-    added = product(tl.trans(k * tl.exp2(end[None, :] - c)), v, DOT, PRECISION)
-    return tl.exp2(end - base)[:, None] * state + added
-
-
-@triton.jit
-def part_output(
+def chunk_output(
     q,
     k,
     v,
     sums,
     chunk,
     state,
-    FIRST: tl.constexpr,
     C: tl.constexpr,
-    S: tl.constexpr,
     P: tl.constexpr,
     LEVELS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Outputs (S, VP) in fp32 of one part of a chunk: fp32 q and k (S, P), v, and the state before the part."""
-    rows = FIRST + tl.arange(0, S)
+    """Outputs (C, VP) in fp32 of one chunk: fp32 q and k (C, P), v and the state before the chunk as loaded."""
+    rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
     c = load_sums(sums, chunk, rows, C, P)
-    scores = tl.zeros([S, S], tl.float32)
+    scores = tl.zeros([C, C], tl.float32)
     for level in tl.static_range(LEVELS):
         x = c - load_sums(sums, chunk, middle(rows, level), C, P)
         if level == 0:
@@ -274,8 +237,7 @@ def part_output(
             factor = tl.exp2(-tl.abs(x))
             pairs = product(q * factor, tl.trans(k * factor), DOT, PRECISION)
         scores = tl.where(of_level(i, j, level) & (i >= j), pairs, scores)
-    since = tl.exp2(c - part_base(sums, chunk, FIRST, C, P)[None, :])
-    return product(scores, v, DOT, PRECISION) + product(q * since, state, DOT, PRECISION)
+    return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -460,7 +422,6 @@ def output_kernel(
     KP: tl.constexpr,
     VP: tl.constexpr,
     C: tl.constexpr,
-    S: tl.constexpr,
     LEVELS: tl.constexpr,
     NORM_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -471,22 +432,19 @@ def output_kernel(
     """
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
+    tokens, present = scan_tokens(n * C, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     offsets, exists = state_tile(K, V, KP, VP)
-    state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0).to(tl.float32)
-    for part in tl.static_range(C // S):
-        tokens, present = scan_tokens(n * C + part * S, T, grid_rows, grid_columns, order, S)
-        b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
-        b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
-        b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
-        o = part_output(b_q, b_k, b_v, sums, index, state, part * S, C, S, KP, LEVELS, DOT, PRECISION)
-        if NORM_GATE:
-            cols = tl.arange(0, VP)
-            b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
-            b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
-            o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
-            o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
-        store_rows(out + (b * T * H + h) * V, o, H * V, tokens, present, V, VP)
-        if (part + 1) * S < C:
-            state = advance(state, b_k, b_v, sums, index, part * S, C, S, KP, DOT, PRECISION)
+    state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0)
+    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
+    if NORM_GATE:
+        cols = tl.arange(0, VP)
+        b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
+        b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
+        o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
+        o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
+    store_rows(out + (b * T * H + h) * V, o, H * V, tokens, present, V, VP)

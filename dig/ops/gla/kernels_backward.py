@@ -25,13 +25,13 @@ import triton.language as tl
 from dig.ops.gla.kernels import (
     MIN_LOG2_DECAY,
     UNSPECIALIZED,
+    chunk_output,
     load_gate,
     load_rows,
     load_sums,
     log2_decay,
     middle,
     of_level,
-    part_output,
     product,
     scan_tokens,
     sigmoid,
@@ -106,7 +106,7 @@ def output_backward_kernel(
     offsets, exists = state_tile(K, V, KP, VP)
     offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
-    o = part_output(b_q, b_k, b_v, sums, index, state, 0, C, C, KP, LEVELS, DOT, PRECISION)
+    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
 
     rows = tl.arange(0, C)
     cols = tl.arange(0, VP)

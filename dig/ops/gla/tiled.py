@@ -59,11 +59,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check("v", v, shape=(*q.shape[:3], v.shape[-1]), dtypes=(q.dtype,), like=q)
 
 
-def _levels(tokens: int) -> int:
-    """Group sizes 16, 32, ... up to so many tokens."""
-    return tokens.bit_length() - 4
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything about a call that several launches share."""
@@ -94,12 +89,7 @@ class Plan:
     @property
     def levels(self) -> int:
         """Group sizes in a chunk: 16, 32, ... up to the chunk."""
-        return _levels(self.tiles.chunk)
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Constants of the kernel that takes a chunk in parts."""
-        return {"S": self.tiles.part, "LEVELS": _levels(self.tiles.part)}
+        return self.tiles.chunk.bit_length() - 4
 
 
 def plan_of(
@@ -269,7 +259,7 @@ def run_block(
         output_kernel[plan.grid](
             q, k, v, g, norm_weight, sums, states, out, *_strides(q, k, v, g),
             plan.T, plan.N, *plan.walk, plan.scale, eps,
-            **plan.constants, **plan.parts, NORM_GATE=True, num_warps=plan.tiles.output_warps,
+            **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
             maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
     return out, states
@@ -340,7 +330,7 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         _scan(plan, states, sums, direction=0)
         output_kernel[plan.grid](
             q, k, v, v, v, sums, states, out, *_strides(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
-            **plan.constants, **plan.parts, NORM_GATE=False, num_warps=plan.tiles.output_warps,
+            **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
             maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
     return out

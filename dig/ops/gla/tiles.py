@@ -14,14 +14,13 @@ class Tiles:
 
     Attributes:
         chunk: Tokens of a chunk, 16 times a power of two.
-        part: Tokens whose outputs a program computes at once: 16 times a power of two, at most the chunk.
         local_warps: Warps of a program that computes what a chunk adds to the state.
         scan_warps: Warps of a program that scans elements of the state over the chunks.
         scan_lanes: Elements of a program of that.
         scan_steps: Chunks whose states it loads together.
         output_warps: Warps of a program that computes a chunk's outputs.
-        output_registers: Most registers of a thread there, so that more programs share a multiprocessor; None leaves it to
-            the compiler.
+        output_registers: Most registers of a thread there: fewer let more programs share a multiprocessor. None leaves
+            it to the compiler.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
         backward_registers: Most registers of a thread in the last two kernels, which otherwise take so many that one
@@ -29,10 +28,9 @@ class Tiles:
     """
 
     chunk: int = 64
-    part: int = 32
     local_warps: int = 4
     scan_warps: int = 2
-    scan_lanes: int = 128
+    scan_lanes: int = 64
     scan_steps: int = 16
     output_warps: int = 4
     output_registers: int | None = None
@@ -47,19 +45,18 @@ class Tiles:
                 raise ValueError(f"{field.name} must be at least 1; got {value}")
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
-        if not 16 <= self.part <= self.chunk or self.part & (self.part - 1):
-            raise ValueError(f"part must be 16 times a power of two, at most the chunk; got {self.part}")
 
 
 TileKey = tuple[int, int, torch.dtype, int]
 """K, V, dtype, and the major compute capability."""
 
 DEFAULT_TILES = Tiles()
+NARROW_TILES = Tiles(output_registers=168)
 WIDE_TILES = Tiles(output_warps=8, output_backward_warps=8, gradient_warps=8)
 INTERPRETER_TILES = Tiles(scan_lanes=4096)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 TILES: dict[TileKey, Tiles] = {
-    (32, 64, torch.bfloat16, 9): DEFAULT_TILES,
+    (32, 64, torch.bfloat16, 9): NARROW_TILES,
     (36, 72, torch.bfloat16, 9): WIDE_TILES,
 }
 """On NVIDIA GPUs; shapes without an entry take `DEFAULT_TILES`, wider ones `WIDE_TILES`.
