@@ -32,7 +32,9 @@ def _parse(text: str, device: str) -> tuple[str, dict[str, str]]:
     if device == "cuda" and family.name in GPU_IMPLEMENTATIONS:
         # First, so that what the text names comes after it and wins.
         words.insert(0, GPU_IMPLEMENTATIONS[family.name])
-    options = dict(ModelChoice.parse(":".join([family.name, *words])).options)
+    # Every option, so that one that was named and one that is the default are the same run.
+    options = {option: values[0] for option, values in family.options.items()}
+    options |= dict(ModelChoice.parse(":".join([family.name, *words])).options)
     value = options[family.implementation]
     if device == "cpu" and value in family.gpu_only:
         anywhere = [word for word in family.options[family.implementation] if word not in family.gpu_only]

@@ -58,10 +58,10 @@ class Registry:
     Attributes:
         create: (name, input_size=, in_channels=, num_classes=, **options) to a model with fresh weights. Raises
             ValueError on what no model can have.
-        parse: (text, device) to name and options: ``DiG-S/2:triton:variant=release`` on ``cuda`` or ``cpu``. The
-            option that chooses the implementation is always among them; left out of the text, it is the one for the
-            device. Raises ValueError on an unknown name, option or value, and on an implementation that this device
-            can't run.
+        parse: (text, device) to name and options: ``DiG-S/2:triton:variant=release`` on ``cuda`` or ``cpu``. All of
+            the family's options are among them, defaults too; the implementation, left out of the text, is the one
+            for the device. Raises ValueError on an unknown name, option or value, and on an implementation that this
+            device can't run.
         implementation: Model name to the option that chooses its implementation, which changes no weight.
         variants: Every (name, options) whose weights differ in name or shape.
         macs: Multiply-adds of a forward pass for one image.
