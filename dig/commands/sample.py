@@ -163,7 +163,8 @@ def sample_command(
             shown = range(first, first + min(plan.count, GRID_IMAGES))
             grid.parent.mkdir(parents=True, exist_ok=True)
             pixels = _first_images(npz, len(shown)) if npz is not None else runner.samples(shown)
-            columns = len(labels) if 1 < len(labels) <= 10 else None
+            # A class keeps to its column.
+            columns = len(labels) * (10 // len(labels)) if 1 < len(labels) <= 10 else None
             write_png(grid, make_grid(pixels, columns))
             typer.echo(f"{len(shown)} samples in {grid}")
 

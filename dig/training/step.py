@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -212,7 +213,9 @@ class TrainingStep:
         random = torch.cuda.get_rng_state(self.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            # The optimizer remarks that it is made for graphs and runs without one: here it should.
+            warnings.filterwarnings("ignore", message=".*capturable=True.*")
             for _ in range(WARMUP_STEPS):
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)

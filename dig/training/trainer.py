@@ -74,7 +74,8 @@ class Trainer:
 
     Attributes:
         step: Steps that lie behind.
-        seconds: Time in training steps so far, over all of the run's processes, without saving and sampling.
+        seconds: Time in training steps so far, over all of the run's processes, without saving and sampling, and
+            without each process's first step, which compiles kernels and captures the graph.
 
     Raises:
         ValueError: The folder holds another run, or the model can't be built or can't run like this.
@@ -110,9 +111,14 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self._pending = 0  # steps in the sums
+        self._pending_timed = 0  # those of them whose time was taken
         self._pending_seconds = 0.0
         self._resume()
-        self._ceiling = registry.ceiling(config.device, config.dtype) if config.device == "cuda" else None
+        self._ceiling = None
+        if config.device == "cuda":
+            self._ceiling = registry.ceiling(config.device, config.dtype)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         folder.mkdir(parents=True, exist_ok=True)
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
@@ -166,6 +172,7 @@ class Trainer:
         self.step = checkpoint.about["step"]
         self.seconds = checkpoint.about["seconds"]
         self._pending = checkpoint.about["pending"]
+        self._pending_timed = checkpoint.about["pending_timed"]
         self._pending_seconds = checkpoint.about["pending_seconds"]
 
     def save(self) -> Path:
@@ -183,6 +190,7 @@ class Trainer:
         about = {
             "seconds": self.seconds,
             "pending": self._pending,
+            "pending_timed": self._pending_timed,
             "pending_seconds": self._pending_seconds,
             "samples_seen": self.step * self.config.batch,
             "config": self.config.to_json(),
@@ -217,7 +225,7 @@ class Trainer:
         saved = self.step
         in_flight: deque[torch.cuda.Event] = deque()
         try:
-            clock = time.perf_counter()
+            clock: float | None = None
             while self.step < config.steps and not stop():
                 # The host may run ahead of the device, but not by more inputs than are worth their memory.
                 if len(in_flight) > AHEAD:
@@ -231,8 +239,12 @@ class Trainer:
                 self._pending += 1
                 logs, saves = self.step % config.log_every == 0, self.step % config.save_every == 0
                 grids = config.grid_every > 0 and self.step % config.grid_every == 0
+                if clock is None:
+                    clock = self._now()
+                else:
+                    self._pending_timed += 1
                 if logs or saves or grids:
-                    clock = self._account(clock)
+                    self._account(clock)
                 if logs:
                     self._log(len(stream.loader.unreadable))
                 if grids:
@@ -248,7 +260,8 @@ class Trainer:
                 )
                 if report is not None:
                     report(self.status)
-            self._account(clock)
+            if clock is not None:
+                self._account(clock)
             if self.step != saved:
                 self.save()
         finally:
@@ -258,14 +271,17 @@ class Trainer:
             self.log.close()
         return self.step
 
-    def _account(self, clock: float) -> float:
-        """Wait for the device, and count the time since ``clock`` as training."""
+    def _now(self) -> float:
+        """The time when the device has done what it was given, in seconds."""
         if self.config.device == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds += now - clock
-        self._pending_seconds += now - clock
-        return now
+        return time.perf_counter()
+
+    def _account(self, clock: float) -> None:
+        """Count the time since ``clock`` as training."""
+        passed = self._now() - clock
+        self.seconds += passed
+        self._pending_seconds += passed
 
     def _check_finite(self) -> None:
         names = (*self._step.loss.terms, "grad_norm")
@@ -278,13 +294,13 @@ class Trainer:
 
     def _log(self, unreadable: int) -> None:
         """Write the line of the steps since the last one."""
-        sums, steps, seconds = self._step.sums, self._pending, self._pending_seconds
+        sums, steps = self._step.sums, self._pending
         self._check_finite()
         means = [value / steps for value in sums.tolist()]
         names = (*self._step.loss.terms, "grad_norm")
         sums.zero_()
-        rate = steps * self.config.batch / seconds
-        flops = TRAINING_FLOPS_PER_MAC * self._macs * rate
+        rate = self._pending_timed * self.config.batch / self._pending_seconds if self._pending_timed else None
+        share = TRAINING_FLOPS_PER_MAC * self._macs * rate / self._ceiling if rate and self._ceiling else None
         memory = torch.cuda.max_memory_allocated() / GIB if self.config.device == "cuda" else None
         self.log.metrics(
             self.step,
@@ -293,14 +309,14 @@ class Trainer:
                 "learning_rate": self.config.learning_rate_at(self.step - 1),
                 "epoch": self.step * self.config.batch / len(self._dataset),
                 "images_per_second": rate,
-                "ceiling_share": flops / self._ceiling if self._ceiling else None,
+                "ceiling_share": share,
                 "memory_gib": memory,
                 "seconds": self.seconds,
                 "unreadable_images": unreadable,
             },
         )
-        self._pending, self._pending_seconds = 0, 0.0
-        self.status = Status(step=self.step, loss=means[0], images_per_second=rate)
+        self._pending, self._pending_timed, self._pending_seconds = 0, 0, 0.0
+        self.status = Status(step=self.step, loss=means[0], images_per_second=math.nan if rate is None else rate)
 
     def _draw_grid(self) -> None:
         """Sample a grid with the averaged weights: a column for each of the first ten classes."""

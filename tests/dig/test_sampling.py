@@ -69,7 +69,7 @@ def test_images_are_of_the_averaged_weights(run: Path, tmp_path: Path) -> None:
     model = load_weights(run, TINY, device="cpu").build(TINY, "cpu")
     x = sample(model, torch.tensor([3, 7, 3, 7, 3]), sampler="ddim", steps=3, cfg_scale=1.5, seed=11)
     assert np.abs(ours.astype(int) - to_pixels(x).astype(int)).max() <= 1
-    assert np.asarray(Image.open(tmp_path / "g.png")).shape == (3 * 34 - 2, 2 * 34 - 2, 3)
+    assert np.asarray(Image.open(tmp_path / "g.png")).shape == (32, 10 * 34 - 2, 3)
     # Not of the last weights.
     tensors = runs_tensors(run, "model.")
     model.load_state_dict(tensors)
