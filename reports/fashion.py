@@ -141,6 +141,10 @@ def _ticks(lines: Iterable[Line]) -> dict[float, str]:
     return {i * step: f"{i * step:g}" for i in range(math.ceil(most / step) + 1)}
 
 
+def _times(count: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
 def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     """Loss against steps, and the Fréchet distance against steps and against seconds of training."""
     counts: dict[str, int] = {}
@@ -151,7 +155,7 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     rows = [row for run in runs for row in run.evaluations]
     data = [row["distance_of_data"] for row in rows if row["distance_of_data"] is not None]
     floor = f" Two halves of the data are {data[-1]:.3g} apart." if data else ""
-    steps = ", ".join(f"{run.model}: {run.implementation}, interrupted {run.interruptions} times" for run in runs)
+    steps = ", ".join(f"{run.model}: {run.implementation}, {_times(run.interruptions)} interrupted" for run in runs)
     caption = (
         f"{runs[0].gpu}. Batches of {runs[0].batch}. {steps}.\n"
         f"{rows[-1]['metric']} ({rows[-1]['features']}) of {rows[-1]['samples']:,} samples from the averaged weights, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,17 @@ class Status:
     images_per_second: float = math.nan
 
 
+def _lock(folder: Path) -> IO[str]:
+    """Keep other processes out of a run's folder until the file is closed, or this process gone, however it ends."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process is training into {folder}; wait for it, or choose another folder") from None
+    return file
+
+
 class Trainer:
     """A training run in a folder, begun or gone on with.
 
@@ -78,7 +90,8 @@ class Trainer:
             without each process's first step, which compiles kernels and captures the graph.
 
     Raises:
-        ValueError: The folder holds another run, or the model can't be built or can't run like this.
+        ValueError: The folder holds another run, another process is at it, or the model can't be built or can't run
+            like this.
         CheckpointError: All checkpoints are damaged.
     """
 
@@ -97,6 +110,17 @@ class Trainer:
         self._dataset = dataset
         self._decode = decode
         self._workers = workers
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder)
+        try:
+            self._prepare(registry)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _prepare(self, registry: Registry) -> None:
+        """Build the model, load the newest checkpoint, open the logs."""
+        config, folder = self.config, self.folder
         environment = registry.environment()
         self._check_folder(environment)
         if config.deterministic:
@@ -119,7 +143,6 @@ class Trainer:
             self._ceiling = registry.ceiling(config.device, config.dtype)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        folder.mkdir(parents=True, exist_ok=True)
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
         remove_unfinished(folder / FOLDER)
@@ -269,6 +292,7 @@ class Trainer:
             with suppress(OSError):
                 self.log.event("finished" if self.step >= config.steps else "stopped", step=self.step)
             self.log.close()
+            self._lock.close()
         return self.step
 
     def _now(self) -> float:

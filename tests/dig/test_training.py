@@ -446,6 +446,10 @@ def test_trainer_is_a_library_too(data: Path, tmp_path: Path) -> None:
     run = config(model=spec, data=DataSpec.of(dataset), steps=2)
     trainer = Trainer(run, dataset, TINY, tmp_path / "run")
     assert trainer.run() == 2
+    held = Trainer(run, dataset, TINY, tmp_path / "run")
+    with pytest.raises(ValueError, match="another process is training into"):
+        Trainer(run, dataset, TINY, tmp_path / "run")
+    assert held.run() == 2
     with pytest.raises(ValueError, match="the model takes"):
         config(data=DataSpec.of(dataset))
     assert issubclass(TrainingError, RuntimeError)

@@ -46,7 +46,7 @@ def test_the_figure_draws_the_logs(tmp_path: Path) -> None:
     assert len(windows.get_xdata()) == 20
     assert windows.get_ydata()[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
     words = " ".join(text.get_text() for text in figure.texts)
-    assert "recurrence=triton, interrupted 1 times" in words
+    assert "recurrence=triton, once interrupted" in words
     assert "Two halves of the data are 0.5 apart" in words
     assert "FID" not in words
 
