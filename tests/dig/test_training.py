@@ -91,6 +91,8 @@ def test_loss_falls_and_everything_is_saved(whole: Path) -> None:
     weight = "blocks.0.mlp.down_proj.weight"
     assert not torch.equal(tensors[f"model.{weight}"], tensors[f"ema.{weight}"])
     assert any((whole / "tensorboard").iterdir())
+    readable = (whole / "config.json").stat().st_mode
+    assert checkpoint_files(whole / "checkpoints")[0].stat().st_mode == readable
 
 
 def test_killed_and_gone_on_with(whole: Path, data: Path, tmp_path: Path) -> None:

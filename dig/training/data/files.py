@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# The only way to read it is to set it; done once, before there are threads to disturb.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -18,6 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     yield temporary
+    # safetensors makes files that only their owner may read.
+    temporary.chmod(0o666 & ~_UMASK)
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
