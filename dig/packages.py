@@ -14,9 +14,11 @@ DISTRIBUTIONS = {
     "causal_conv1d": "causal-conv1d",
     "triton": "triton",
     "diffusers": "diffusers",
+    "tensorboard": "tensorboard",
+    "torch_fidelity": "torch-fidelity",
 }
 """Import name → name on PyPI of every package that the project can do without."""
-EXTRAS = {"diffusers": "train"}
+EXTRAS = {"diffusers": "train", "tensorboard": "train", "torch_fidelity": "fid"}
 """Import name → the extra that brings it, where that is not ``gpu``."""
 
 

@@ -1,7 +1,7 @@
 """Diffusion: the noise schedule, the training losses and the samplers, for any `dig.layers.Backbone`."""
 
 from dig.diffusion.losses import FlowMatchingLoss, HybridLoss, Loss, LossName, build_loss
-from dig.diffusion.noise import initial_noise, step_noise
+from dig.diffusion.noise import initial_noise, step_noise, training_noise
 from dig.diffusion.samplers import Denoiser, SamplingLoop, sample
 from dig.diffusion.schedule import Schedule, evenly_spaced_timesteps, linear_schedule
 from dig.diffusion.solvers import SamplerName, Solver, build_solver
@@ -23,4 +23,5 @@ __all__ = [
     "linear_schedule",
     "sample",
     "step_noise",
+    "training_noise",
 ]

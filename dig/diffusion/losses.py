@@ -32,7 +32,16 @@ FLOW_TIME_SCALE = 1000.0
 
 
 class Loss(Protocol):
-    """What a trainer needs of a loss."""
+    """What a trainer needs of a loss.
+
+    Attributes:
+        terms: Names of what a call gives, ``loss`` first.
+    """
+
+    terms: tuple[str, ...]
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Map uniform numbers in [0, 1), (B,) fp64, to t as `draw` gives it, on the CPU or anywhere."""
 
     def draw(self, x0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw what the loss of ``x0`` (B, C, ...) is random in: t (B,) and the noise (B, C, ...).
@@ -79,10 +88,16 @@ class HybridLoss:
     channels alone. Latents are not 8-bit images, but DiT takes the same L_0 for them, and so does this.
     """
 
+    terms: tuple[str, ...] = ("loss", "mse", "vb")
+
     def __init__(self, schedule: Schedule) -> None:
         """Take a `Schedule`, already on the device of the data (`Schedule.to`)."""
         self.schedule = schedule
         self.vlb_factor = VLB_WEIGHT * len(schedule)
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Steps (B,) int64, each as likely as any other."""
+        return (uniform * len(self.schedule)).long()
 
     def draw(self, x0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Uniform steps t (B,) int64 and standard normal noise like x0, fp32."""
@@ -137,6 +152,12 @@ class FlowMatchingLoss:
     The model is told 1000 t, so that its timestep embedding sees the range that it was made for. Of its 2C channels the
     first C are the velocity; the covariance is not used, gets no gradient, and stays for one shape of model.
     """
+
+    terms: tuple[str, ...] = ("loss", "mse")
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """The numbers themselves, in fp32; those that round up to 1 there are pure noise, which the path allows."""
+        return uniform.float()
 
     def draw(self, x0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Uniform times t (B,) in [0, 1) and standard normal noise like x0, both fp32."""

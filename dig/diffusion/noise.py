@@ -1,4 +1,4 @@
-"""The random numbers of sampling: a function of (seed, sample, step), so that no batch split can change them.
+"""The normal noise of sampling and of training: a function of (seed, sample, step), so that no batch split changes it.
 
 numpy's Philox is a counter-based generator (Salmon et al., SC 2011): the key is (seed, sample), the counter's top word
 the step, so each number has an address and any of them can be drawn first. PyTorch's CPU generator would not do: it
@@ -37,10 +37,21 @@ def step_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], step: 
     return _draw(seed, indices, shape, 1 + step)
 
 
-def _draw(seed: int, indices: Sequence[int], shape: tuple[int, ...], stream: int) -> Tensor:
-    """(B, *shape) of the stream: 0 is x_T, 1 + i the noise of step i."""
+def training_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise of the training samples of those numbers: (B, *shape) fp32 on the CPU.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        numbers: Which sample of the whole run each is, counted over all steps: never the same twice.
+        shape: Shape of one sample.
+    """
+    return _draw(seed, numbers, shape, 0, use=1)
+
+
+def _draw(seed: int, indices: Sequence[int], shape: tuple[int, ...], stream: int, use: int = 0) -> Tensor:
+    """(B, *shape) of the stream: 0 is x_T, 1 + i the noise of step i; ``use`` is 0 in sampling, 1 in training."""
     drawn = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in zip(drawn, indices, strict=True):
-        philox = np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])
+        philox = np.random.Philox(key=[seed, index], counter=[0, 0, use, stream])
         np.random.Generator(philox).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(drawn)

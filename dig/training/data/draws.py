@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Purpose = Literal["order", "mirror", "noise"]
+Purpose = Literal["order", "mirror", "noise", "time", "label"]
 
-_PURPOSES: dict[Purpose, int] = {"order": 1, "mirror": 2, "noise": 3}
+_PURPOSES: dict[Purpose, int] = {"order": 1, "mirror": 2, "noise": 3, "time": 4, "label": 5}
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it loses nothing
 _MASK = (1 << 64) - 1
 
@@ -51,6 +51,11 @@ def epoch_permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 def draw_mirrored(seed: int, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(B,) whether each sample is mirrored in its epoch: a fair coin for every (seed, epoch, index)."""
     return (draw_bits(seed, "mirror", epochs, indices) >> np.uint64(63)).astype(np.bool_)
+
+
+def draw_uniform(seed: int, purpose: Purpose, *counters: int | NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1), a multiple of 2^-53, for each place of the counters: see `draw_bits`."""
+    return (draw_bits(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def noise_seed(seed: int, index: int, mirrored: bool) -> int:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
-from dig.packages import MissingPackageError
-from dig.training.data.base import DataError
+from dig.commands.common import choose_device, open_console, progress_bar, refusing
 from dig.training.data.encoding import Progress, encode
 
 
@@ -43,11 +37,11 @@ def encode_command(
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    console = Console(stderr=True, soft_wrap=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    console = open_console()
     last = Progress(shards=0)
     try:
-        with _bar(console) as bar:
+        with refusing(), progress_bar(console) as bar:
+            where = choose_device(device)
             task = bar.add_task(f"encoding into {out}", total=None)
             for last in encode(
                 images,
@@ -58,7 +52,8 @@ def encode_command(
                 shard_size=shard_size,
                 dtype=cast(Any, dtype),
                 seed=seed,
-                device=_choose_device(device),
+                # Under torchrun, each process of a machine has a GPU of its own.
+                device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if where == "cuda" else where,
                 rank=rank,
                 world_size=world_size,
                 workers=workers,
@@ -67,37 +62,7 @@ def encode_command(
     except KeyboardInterrupt:
         console.print(f"stopped: {last.done} shards are in {out}; go on with the same command")
         raise typer.Exit(130) from None
-    except (ValueError, MissingPackageError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     typer.echo(_summary(last, out, world_size))
-
-
-def _choose_device(device: str) -> str:
-    import torch
-
-    present = torch.cuda.is_available()
-    if device == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if present else "cpu"
-    kind = device.partition(":")[0]
-    if kind not in ("cuda", "cpu"):
-        raise DataError(f"unknown device {device!r}: choose auto, cuda or cpu")
-    if kind == "cuda" and not present:
-        raise DataError("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
-    return device
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _summary(last: Progress, out: Path, world_size: int) -> str:

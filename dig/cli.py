@@ -1,0 +1,21 @@
+"""The command line of ``python -m dig``; `dig.__main__` starts it with the models that there are."""
+
+from __future__ import annotations
+
+import typer
+
+from dig.commands.evaluate import classifier_command, evaluate_command
+from dig.commands.sample import sample_command
+from dig.commands.train import train_command
+from dig.training.data.encode_command import encode_command
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Train DiG and its peers on images, sample from them, and measure the samples.",
+)
+app.command("train")(train_command)
+app.command("sample")(sample_command)
+app.command("evaluate")(evaluate_command)
+app.command("classifier")(classifier_command)
+app.command("encode")(encode_command)

@@ -1,0 +1,173 @@
+"""The command ``train``."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from dig.commands.common import (
+    ChannelsOption,
+    DataOption,
+    DeviceOption,
+    ImageSizeOption,
+    WorkersOption,
+    choose_precision,
+    one_device,
+    open_console,
+    open_data,
+    open_decoder,
+    progress_bar,
+    refusing,
+    registry_of,
+)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of being ended by them; a second SIGINT ends the process after all."""
+    received: list[int] = []
+
+    def receive(number: int, _frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_command(
+    context: typer.Context,
+    data: DataOption,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run. With checkpoints in it, the run goes on from the newest whole one.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Family-size/patch, with options after colons: DiG-S/2, DiG-S/2:fla, DiG-B/2:variant=release, "
+            "Flash-DiT-S/2:sdpa-cudnn. Default implementation: triton for DiG and mamba-ssm for DiS on a GPU, "
+            "else the one that runs anywhere."
+        ),
+    ] = "DiG-S/2",
+    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 400_000,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    accumulate: Annotated[int, typer.Option(help="Equal parts that a step's batch goes through the model in.")] = 1,
+    loss: Annotated[str, typer.Option(help="hybrid (noise and learned variance) or flow-matching.")] = "hybrid",
+    lr: Annotated[float, typer.Option(help="Learning rate at its highest.")] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="Learning rate: constant, or cosine down to 0.")] = "constant",
+    warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no clipping.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    ema: Annotated[float, typer.Option(help="Decay of the weights' moving average; lower it for short runs.")] = 0.9999,
+    label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of weights, data order, noise and all else that is drawn.")] = 0,
+    image_size: ImageSizeOption = None,
+    channels: ChannelsOption = None,
+    mirror: Annotated[
+        bool | None,
+        typer.Option("--mirror/--no-mirror", help="Mirror half of the images. Default: class folders and latents."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU.")] = None,
+    device: DeviceOption = "auto",
+    execution: Annotated[
+        str, typer.Option(help="eager; compile (the model through torch.compile); graph (the step as a CUDA graph).")
+    ] = "eager",
+    checkpoint_blocks: Annotated[
+        bool,
+        typer.Option("--checkpoint-blocks", help="Compute each block's activations again instead of keeping them."),
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option(help="Deterministic algorithms, so that a resumed run repeats bit for bit on a GPU too.")
+    ] = True,
+    log_every: Annotated[int, typer.Option(help="Steps to a line of the log.")] = 50,
+    save_every: Annotated[int, typer.Option(help="Steps to a checkpoint.")] = 1000,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 3,
+    grid_every: Annotated[int, typer.Option(help="Steps to a grid of samples; 0 for none.")] = 1000,
+    grid_steps: Annotated[int, typer.Option(help="Sampling steps of a grid.")] = 50,
+    grid_cfg: Annotated[float, typer.Option(help="Guidance of a grid.")] = 1.5,
+    vae: Annotated[str | None, typer.Option(help="VAE that decodes the grids of a model of latents.")] = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Train a model on a folder of images, idx files or latent shards.
+
+    Stopped by Ctrl-C, SIGTERM, SIGKILL or a power cut, it goes on with the same command, bit for bit as if it had not
+    been stopped. --steps may then be raised (with a constant learning rate), and whatever has to do with logs, grids
+    and checkpoints may be changed.
+    """
+    console = open_console()
+    with refusing():
+        where = one_device(device)
+        precision = choose_precision(dtype, where)
+        dataset = open_data(data, image_size=image_size, channels=channels, mirror=mirror)
+        registry = registry_of(context)
+        name, options = registry.parse(model, where)
+        # Only now: torch takes seconds to import, and a wrong name shouldn't.
+        from dig.registry import ModelSpec
+        from dig.training.config import DataSpec, TrainConfig
+        from dig.training.trainer import Status, Trainer
+
+        data_spec = DataSpec.of(dataset)
+        config = TrainConfig(
+            model=ModelSpec(
+                name=name,
+                options=options,
+                input_size=dataset.sample_shape[1:],
+                in_channels=dataset.sample_shape[0],
+                num_classes=dataset.num_classes,
+            ),
+            data=data_spec,
+            device=cast(Any, where),
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            seed=seed,
+            loss=cast(Any, loss),
+            label_dropout=label_dropout,
+            learning_rate=lr,
+            schedule=cast(Any, schedule),
+            warmup=warmup,
+            clip=clip,
+            weight_decay=weight_decay,
+            ema=ema,
+            dtype=cast(Any, precision),
+            execution=cast(Any, execution),
+            checkpoint_blocks=checkpoint_blocks,
+            deterministic=deterministic,
+            log_every=log_every,
+            save_every=save_every,
+            keep=keep,
+            grid_every=grid_every,
+            grid_steps=grid_steps,
+            grid_cfg=grid_cfg,
+        )
+        decode = open_decoder(vae, data_spec.latent_scale, where)
+        console.print(f"{config.model.describe()}\n{dataset.describe()}", highlight=False)
+        if grid_every and data_spec.latent_scale is not None and decode is None:
+            console.print("no grids of samples: the data are latents, and no --vae was given to decode them")
+        with _interrupts() as interrupted:
+            trainer = Trainer(config, dataset, registry, out, decode=decode, workers=workers)
+            if trainer.step:
+                console.print(f"going on from step {trainer.step} of {steps} in {out}", highlight=False)
+            with progress_bar(console, "loss {task.fields[loss]:.4f}", "{task.fields[rate]:.0f} img/s") as bar:
+                task = bar.add_task(
+                    f"training into {out}", total=steps, completed=trainer.step, loss=float("nan"), rate=float("nan")
+                )
+
+                def report(status: Status) -> None:
+                    bar.update(task, completed=status.step, loss=status.loss, rate=status.images_per_second)
+
+                done = trainer.run(stop=lambda: bool(interrupted), report=report)
+    if done < steps:
+        console.print(f"stopped: {done} of {steps} steps are in {out}; go on with the same command", highlight=False)
+        raise typer.Exit(130)
+    typer.echo(f"{done} steps in {out}, {trainer.seconds:.0f} s of training; the last checkpoint holds them")

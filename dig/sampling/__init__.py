@@ -1,0 +1,1 @@
+"""Sampling from checkpoints: this project's and published ones, in batches that can be resumed."""

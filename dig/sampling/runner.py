@@ -1,0 +1,270 @@
+"""Any number of samples, in batches that are saved as they are done; each the same however they are cut.
+
+A sample's noise is a function of the seed and its index, and so is its place in the model's batch: sample i is always
+at place ``i % M`` of the batch i // M that the model takes, M fixed, with all of its neighbours, wanted or not. So the
+model runs the same kernels on the same shapes for it, and its bits do not depend on how many samples were asked for,
+from which index on, how many are saved at a time, or where a run was interrupted.
+
+Shapes: N samples, M samples that the model takes at once, C channels, h and w of the model's space, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dig.diffusion import Denoiser, SamplerName, SamplingLoop, build_solver, initial_noise, step_noise
+from dig.layers import Backbone, CfgChannels
+from dig.sampling.images import to_pixels
+from dig.training.data.files import replacing, write_atomically
+
+logger = logging.getLogger(__name__)
+
+TOKENS_AT_ONCE = {"cuda": 2**15, "cpu": 2**10}
+"""About so many tokens fill a device."""
+MODEL_BATCH = {"cuda": 256, "cpu": 16}
+"""No more samples at once than this, however small they are."""
+
+
+def default_model_batch(model: Backbone, device: str) -> int:
+    """M for a model on a device: a function of its grid of tokens alone."""
+    rows, columns = model.grid
+    return max(1, min(MODEL_BATCH[device], TOKENS_AT_ONCE[device] // (rows * columns)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlan:
+    """What is sampled.
+
+    Attributes:
+        classes: Labels, taken in turn: sample i is of ``classes[i % len(classes)]``.
+        count: N.
+        first: Index of the first sample.
+        sampler: ``ddpm``, ``ddim``, ``dpm-solver++``, or ``euler``.
+        steps: Sampling steps; None for the sampler's own default.
+        eta: Share of noise of ``ddim``.
+        cfg_scale: Guidance; 1 is none.
+        cfg_channels: Which noise channels are guided.
+        seed: Of the noise.
+        model_batch: M.
+        bf16: Whether the model runs in bf16 autocast.
+    """
+
+    classes: tuple[int, ...]
+    count: int
+    first: int = 0
+    sampler: SamplerName = "ddim"
+    steps: int | None = None
+    eta: float = 0.0
+    cfg_scale: float = 1.0
+    cfg_channels: CfgChannels = "three"
+    seed: int = 0
+    model_batch: int
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on what cannot be sampled."""
+        for name in ("count", "model_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.first < 0 or not 0 <= self.seed < 2**64:
+            raise ValueError(f"first must be 0 or more, the seed 0 to 2^64 - 1; got {self.first} and {self.seed}")
+        if not self.classes:
+            raise ValueError("no classes to sample")
+
+    def labels(self, indices: range) -> list[int]:
+        """Label of each sample."""
+        return [self.classes[i % len(self.classes)] for i in indices]
+
+
+class BatchSampler:
+    """Samples by index, M at once.
+
+    Args:
+        model: In eval mode, on ``device``.
+        plan: What is sampled; its ``count`` and ``first`` are not read.
+        device: Where.
+        graph: Whether the whole loop over the steps is one CUDA graph.
+        finish: What becomes of a batch (M, C, h, w) of the model's: `to_pixels`, say, after a VAE. It too always
+            sees whole batches.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        plan: SamplePlan,
+        device: torch.device,
+        *,
+        graph: bool = False,
+        finish: Callable[[Tensor], NDArray[Any]] = to_pixels,
+    ) -> None:
+        self.plan = plan
+        self._finish = finish
+        self.device = device
+        self._shape = (model.in_channels, *model.input_size)
+        self._solver = build_solver(plan.sampler, steps=plan.steps, eta=plan.eta)
+        denoiser = Denoiser(
+            model=model,
+            cfg_scale=plan.cfg_scale,
+            cfg_channels=plan.cfg_channels,
+            dtype=torch.bfloat16 if plan.bf16 else None,
+        )
+        self._loop = SamplingLoop(denoiser, self._solver, device=device)
+        self._graph: Any = None
+        self._static: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None
+        self._captures = graph
+        self._last: tuple[int, NDArray[Any]] | None = None
+
+    def batch(self, number: int) -> NDArray[Any]:
+        """The samples ``number * M`` to ``(number + 1) * M - 1``, finished: (M, ...)."""
+        if self._last is not None and self._last[0] == number:
+            return self._last[1]
+        M = self.plan.model_batch
+        indices = range(number * M, (number + 1) * M)
+        x_T = initial_noise(self.plan.seed, indices, self._shape).to(self.device)
+        y = torch.tensor(self.plan.labels(indices), device=self.device)
+        noises = (
+            step_noise(self.plan.seed, indices, self._shape, step).to(self.device)
+            for step in range(self._solver.noises)
+        )
+        x = self._replay(x_T, y, noises) if self._captures else self._loop.run(x_T, y, noises)
+        finished = self._finish(x)
+        self._last = (number, finished)
+        return finished
+
+    def _replay(self, x_T: Tensor, y: Tensor, noises: Iterator[Tensor]) -> Tensor:
+        noise = torch.stack(list(noises)) if self._solver.noises else None
+        if self._static is None:
+            self._capture(x_T, y, noise)
+        assert self._static is not None
+        static_x, static_y, static_noise, output = self._static
+        static_x.copy_(x_T)
+        static_y.copy_(y)
+        if static_noise is not None and noise is not None:
+            static_noise.copy_(noise)
+        self._graph.replay()
+        return output
+
+    def _capture(self, x_T: Tensor, y: Tensor, noise: Tensor | None) -> None:
+        """Capture the loop. One step before compiles the model's kernels; the solver's are PyTorch's own."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(2):
+                self._loop.denoiser(x_T, self._loop.timesteps[0], self._loop.denoiser.labels(y))
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        inputs = (x_T.clone(), y.clone(), None if noise is None else noise.clone())
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            output = self._loop.run(*inputs)
+        self._static = (*inputs, output)
+
+    def samples(self, indices: range) -> NDArray[Any]:
+        """The samples of consecutive indices, finished: (N, ...)."""
+        M = self.plan.model_batch
+        pieces = []
+        for number in range(indices.start // M, -(-indices.stop // M)):
+            start = number * M
+            pieces.append(self.batch(number)[max(indices.start, start) - start : min(indices.stop, start + M) - start])
+        return np.concatenate(pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far `sample_to_npz` has come: samples that are done, of them made before, and in all."""
+
+    done: int
+    skipped: int
+    total: int
+
+
+def sample_to_npz(
+    sampler: BatchSampler,
+    path: Path,
+    *,
+    batch: int,
+    about: dict[str, Any],
+    name: Literal["arr_0", "latents"] = "arr_0",
+) -> Iterator[Progress]:
+    """Sample the plan into an npz file. An iterator: works while it is iterated, and yields after each batch.
+
+    The file holds the samples, as they are finished: images as ``arr_0``, (N, H, W, 3) uint8, which is what ADM's
+    evaluator reads. Beside them ``arr_1``, (N,) int64 labels, and ``about``, JSON text. Batches lie in the folder
+    ``path`` + ``.parts`` until all are there; a run that finds them goes on from there.
+
+    Args:
+        sampler: Samples by index.
+        path: The npz file.
+        batch: Samples that are saved at a time.
+        about: What the samples are of; samples of something else are never mixed in.
+        name: Under which the samples lie in the file.
+
+    Raises:
+        ValueError: The folder of the batches is of other samples.
+    """
+    plan = sampler.plan
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1; got {batch}")
+    about = {**about, "plan": dataclasses.asdict(plan)}
+    # The same samples cut otherwise are other files.
+    manifest = (json.dumps({**about, "batch": batch, "name": name}, indent=1) + "\n").encode()
+    parts = path.with_name(path.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    if (parts / "about.json").exists():
+        if (parts / "about.json").read_bytes() != manifest:
+            raise ValueError(
+                f"{parts} holds the beginning of other samples; repeat their options to go on with them, remove the "
+                "folder, or choose another file"
+            )
+    else:
+        write_atomically(parts / "about.json", manifest)
+    stop = plan.first + plan.count
+    done = skipped = 0
+    files = []
+    for start in range(plan.first, stop, batch):
+        indices = range(start, min(start + batch, stop))
+        file = parts / f"part-{start:08d}.npy"
+        if file.exists():
+            skipped += len(indices)
+        else:
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, sampler.samples(indices))
+        files.append(file)
+        done += len(indices)
+        yield Progress(done=done, skipped=skipped, total=plan.count)
+    labels = np.array(plan.labels(range(plan.first, stop)), dtype=np.int64)
+    _join(path, files, name, {"arr_1": labels, "about": np.array(json.dumps(about))})
+    shutil.rmtree(parts)
+
+
+def _join(path: Path, files: list[Path], name: str, others: dict[str, NDArray[Any]]) -> None:
+    """Lay the parts end to end in one array of an npz file, without holding them all."""
+    shapes = [np.load(file, mmap_mode="r").shape for file in files]
+    first = np.load(files[0], mmap_mode="r")
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (sum(shape[0] for shape in shapes), *shapes[0][1:]),
+    }
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        # A fixed date: equal samples, equal files.
+        with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for file in files:
+                entry.write(np.load(file).tobytes())
+        for other, array in others.items():
+            with archive.open(zipfile.ZipInfo(f"{other}.npy"), "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)

@@ -1,0 +1,195 @@
+"""What a training run is: everything that its weights depend on, and what may change when it goes on.
+
+Shapes: C channels, H rows, W columns of a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from dig.diffusion import LossName
+from dig.registry import ModelSpec
+from dig.training.data import DataSet, LatentShards
+
+Execution = Literal["eager", "compile", "graph"]
+LearningRateSchedule = Literal["constant", "cosine"]
+Precision = Literal["bf16", "fp32"]
+Device = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What of a data set a run depends on, wherever its files lie.
+
+    Attributes:
+        samples: How many.
+        shape: (C, H, W).
+        class_names: Name of each label.
+        mirror: Whether samples are mirrored half of the time.
+        latent_scale: What latents were multiplied with; None for pixels.
+    """
+
+    samples: int
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    mirror: bool
+    latent_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        """Take lists as JSON gives them."""
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+
+    @classmethod
+    def of(cls, dataset: DataSet) -> DataSpec:
+        """Describe an open data set."""
+        return cls(
+            samples=len(dataset),
+            shape=dataset.sample_shape,
+            class_names=dataset.class_names,
+            mirror=dataset.mirror,
+            latent_scale=dataset.encoding.scale if isinstance(dataset, LatentShards) else None,
+        )
+
+
+def _free(default: Any) -> Any:
+    """A field that may differ when a run goes on: no weight depends on it."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: What is trained.
+        data: What it is trained on.
+        device: Kind of device; another one's arithmetic has other last bits.
+        steps: Optimizer steps in all.
+        batch: Images a step.
+        accumulate: How many equal parts a step's batch goes through the model in.
+        seed: Of the weights, the order of the data, mirroring, noise, timesteps and dropped labels.
+        loss: ``hybrid`` (DiT's and DiG's) or ``flow-matching``.
+        label_dropout: Share of labels replaced by the null label.
+        learning_rate: At its highest.
+        schedule: ``constant``, or ``cosine`` down to zero at the last step.
+        warmup: Steps over which the learning rate rises linearly from zero.
+        clip: Largest norm of the gradient; 0 for no clipping.
+        weight_decay: AdamW's.
+        ema: Decay of the moving average of the weights, a step.
+        dtype: ``bf16`` runs the model in autocast, over fp32 weights.
+        execution: ``eager``; ``compile``, the model through torch.compile; ``graph``, the whole step as one CUDA graph.
+        checkpoint_blocks: Whether each block's activations are computed again in the backward pass.
+        deterministic: Whether PyTorch is told to use deterministic algorithms, so that a resumed run on a GPU repeats
+            bit for bit.
+        log_every: Steps to a line of the log.
+        save_every: Steps to a checkpoint.
+        keep: Checkpoints that are kept.
+        grid_every: Steps to a grid of samples; 0 for none.
+        grid_steps: Sampling steps of a grid.
+        grid_cfg: Guidance of a grid.
+    """
+
+    model: ModelSpec
+    data: DataSpec
+    device: Device
+    steps: int
+    batch: int
+    accumulate: int = 1
+    seed: int = 0
+    loss: LossName = "hybrid"
+    label_dropout: float = 0.1
+    learning_rate: float = 1e-4
+    schedule: LearningRateSchedule = "constant"
+    warmup: int = 0
+    clip: float = 0.0
+    weight_decay: float = 0.0
+    ema: float = 0.9999
+    dtype: Precision = "bf16"
+    execution: Execution = "eager"
+    checkpoint_blocks: bool = False
+    deterministic: bool = True
+    log_every: int = _free(50)
+    save_every: int = _free(1000)
+    keep: int = _free(3)
+    grid_every: int = _free(0)
+    grid_steps: int = _free(50)
+    grid_cfg: float = _free(1.5)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on a field that no run can have."""
+        for name, kind in (
+            ("device", Device),
+            ("loss", LossName),
+            ("schedule", LearningRateSchedule),
+            ("dtype", Precision),
+            ("execution", Execution),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep", "grid_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("seed", "warmup", "clip", "weight_decay", "grid_every", "grid_cfg"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be above 0; got {self.learning_rate}")
+        for name in ("label_dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"a batch of {self.batch} does not divide into {self.accumulate} equal parts")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63; got {self.seed}")
+        if self.execution == "graph" and self.device != "cuda":
+            raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager or compile")
+        if (self.model.sample_shape, self.model.num_classes) != (self.data.shape, len(self.data.class_names)):
+            raise ValueError(
+                f"the model takes {self.model.sample_shape} and {self.model.num_classes} classes, the data has "
+                f"{self.data.shape} and {len(self.data.class_names)}"
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step, 0 being the first."""
+        rate = self.learning_rate * min(1.0, (step + 1) / self.warmup) if self.warmup else self.learning_rate
+        if self.schedule == "cosine" and step >= self.warmup:
+            done = (step - self.warmup) / max(1, self.steps - self.warmup)
+            rate *= (1 + math.cos(math.pi * done)) / 2
+        return rate
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; `from_json` takes them back."""
+        content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> TrainConfig:
+        """Read what `to_json` gave. Raises KeyError, TypeError or ValueError on anything else."""
+        parts = {"model": ModelSpec(**content["model"]), "data": DataSpec(**content["data"])}
+        return cls(**{**content, **parts})
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """``name: ours, theirs`` of everything that keeps a run from going on as the other one began."""
+        free = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("free")}
+        if self.schedule == "constant":
+            free.add("steps")
+        ours, theirs = _flat(self.to_json()), _flat(other.to_json())
+        names = [name for name in sorted(ours.keys() | theirs.keys()) if name not in free]
+        return [
+            f"{name}: {str(ours.get(name))[:60]}, {str(theirs.get(name))[:60]}"
+            for name in names
+            if ours.get(name) != theirs.get(name)
+        ]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,234 @@
+"""One step of training, eagerly, compiled, or as one CUDA graph; and all of the state that it moves on.
+
+The step is one function of static tensors: inputs are copied in before it, sums of losses are read after it, and
+nothing in between asks the device for a value. That is what lets a CUDA graph hold all of it, and what makes the other
+two run without waiting.
+
+Shapes: A parts of a step's batch, B samples of a part.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from dig.diffusion import Loss
+from dig.layers import Backbone, LabelEmbedder
+from dig.model import DiG
+from dig.training.config import TrainConfig
+from dig.training.inputs import StepInputs
+
+WARMUP_STEPS = 3
+"""Steps that run before a graph is captured, so that every kernel is compiled and every buffer there."""
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def use_deterministic_algorithms() -> None:
+    """Tell PyTorch to repeat itself on a GPU; an operation that can't is named in a warning. Before CUDA's first use.
+
+    Atomic additions come in any order, and rounding makes of each order another sum.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    # Filling fresh memory would show reads of what nobody wrote, at the price of a pass over every buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
+    """Make every block of a model keep its inputs only, and compute the rest again in the backward pass.
+
+    A block is a member of a `ModuleList` whose name ends in ``blocks``, or a module whose name ends in ``block``.
+
+    Args:
+        model: Its blocks' ``forward`` is replaced; parameters keep their names.
+        preserve_rng_state: Whether blocks draw random numbers, which must be the same the second time.
+
+    Returns:
+        How many blocks there are.
+
+    Raises:
+        ValueError: The model has none, or doesn't call them one by one.
+    """
+    if isinstance(model, DiG) and model.config.recurrence == "triton":
+        raise ValueError(
+            "DiG with recurrence=triton fuses across the borders of its blocks and recomputes inside its kernels what "
+            "is cheap to; its blocks' activations can't be left out one by one. Use recurrence=fla or reference, or "
+            "a larger accumulate"
+        )
+    blocks: list[nn.Module] = []
+    for name, child in model.named_children():
+        if name.endswith("blocks") and isinstance(child, nn.ModuleList):
+            blocks += list(child)
+        elif name.endswith("block"):
+            blocks.append(child)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks whose activations could be left out")
+    for block in blocks:
+        block.forward = _checkpointed(block.forward, preserve_rng_state)
+    return len(blocks)
+
+
+def _checkpointed(forward: Callable[..., Any], preserve_rng_state: bool) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    return run
+
+
+class TrainingStep:
+    """A model in training: its weights, their moving average, the optimizer, and the step that moves them on.
+
+    Args:
+        config: The run.
+        model: On its device, with its first weights. Its own dropping of labels is turned off: inputs come with
+            labels dropped already.
+        loss: With its constants on the device.
+
+    Attributes:
+        ema: The model with averaged weights, in eval mode.
+        sums: (terms + 1,) fp64 sums over steps of the loss's terms and of the gradient's norm.
+    """
+
+    def __init__(self, config: TrainConfig, model: Backbone, loss: Loss) -> None:
+        self.config = config
+        self.model = model
+        self.loss = loss
+        self.device = next(model.parameters()).device
+        for module in model.modules():
+            if isinstance(module, LabelEmbedder):
+                module.dropout = 0.0
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        model.train()
+        if config.checkpoint_blocks:
+            checkpoint_blocks(model, preserve_rng_state=config.execution != "graph")
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._ema_parameters = [
+            average
+            for average, parameter in zip(self.ema.parameters(), model.parameters(), strict=True)
+            if parameter.requires_grad
+        ]
+        self._average = get_ema_multi_avg_fn(config.ema)
+        graph = config.execution == "graph"
+        # A graph reads the learning rate where it lies; a tensor elsewhere would cost an eager step a wait.
+        self._rate = torch.zeros((), device=self.device) if graph else None
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self._rate if self._rate is not None else config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=graph,
+        )
+        # AdamW makes its state at the first step; made now, it can be loaded, and a graph finds it in place.
+        for parameter in self.parameters:
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self.sums = torch.zeros(len(loss.terms) + 1, dtype=torch.float64, device=self.device)
+        self._network: Callable[..., Tensor] = torch.compile(model) if config.execution == "compile" else model
+        self._inputs: StepInputs | None = None
+        self._graph: Any = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the run's future depends on, by name; not copies."""
+        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        named |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            if parameter in self.optimizer.state:
+                state = self.optimizer.state[parameter]
+                named |= {f"optimizer.{moment}.{name}": state[moment] for moment in _MOMENTS}
+        return named | {"sums": self.sums}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Overwrite the state with `tensors` of another process.
+
+        Raises:
+            ValueError: They are another model's.
+        """
+        ours = self.tensors()
+        wrong = sorted(ours.keys() ^ tensors.keys())
+        wrong += [name for name in ours.keys() & tensors.keys() if ours[name].shape != tensors[name].shape]
+        if wrong:
+            raise ValueError(f"the checkpoint is of another model: {', '.join(wrong[:3])} do not fit")
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+
+    def run(self, inputs: StepInputs, learning_rate: float) -> None:
+        """Do one step."""
+        if self._rate is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._inputs = inputs.to(self.device)
+            self._step()
+            return
+        if self._graph is None:
+            self._inputs = inputs.to(self.device)
+            self._capture()
+        else:
+            assert self._inputs is not None
+            self._inputs.copy_(inputs)
+        self._rate.fill_(learning_rate)
+        self._graph.replay()
+
+    def _model_fn(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        bf16 = self.config.dtype == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext():
+            return self._network(x, t, y)
+
+    def _step(self) -> None:
+        """The step itself, a function of tensors that stay where they are."""
+        inputs, parts = self._inputs, self.config.accumulate
+        assert inputs is not None
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = torch.zeros_like(self.sums[:-1])
+        for i in range(parts):
+            values = self.loss(self._model_fn, inputs.x[i], inputs.y[i], t=inputs.t[i], noise=inputs.noise[i])
+            (values["loss"].mean() / parts).backward()
+            terms += torch.stack([values[name].detach().double().mean() for name in self.loss.terms]) / parts
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            self._average(self._ema_parameters, self.parameters, 0)
+            self.sums += torch.cat([terms, norm.double().reshape(1)])
+
+    def _capture(self) -> None:
+        """Capture the step. Running it first moves the weights; they are put back."""
+        before = {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
+        random = torch.cuda.get_rng_state(self.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            # The optimizer remarks that it is made for graphs and runs without one: here it should.
+            warnings.filterwarnings("ignore", message=".*capturable=True.*")
+            for _ in range(WARMUP_STEPS):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        if self.config.checkpoint_blocks and not torch.equal(random, torch.cuda.get_rng_state(self.device)):
+            raise ValueError(
+                f"{type(self.model).__name__} draws random numbers in its blocks, which a CUDA graph can't draw again "
+                "in the backward pass; use execution eager, or leave out the checkpointing of blocks"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+        self.load(before)
+        torch.cuda.set_rng_state(random, self.device)

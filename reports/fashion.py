@@ -1,0 +1,209 @@
+"""``python -m reports.fashion DIR``: losses and Fréchet distances of training runs, from their logs.
+
+DIR holds a folder for each run with ``config.json`` and ``train.jsonl`` as python -m dig train writes them, and
+``evaluation.jsonl`` as python -m dig evaluate does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import typer
+
+from reports import drawing
+from reports.drawing import Line, Point, Style
+from reports.figures import Drawing
+
+LOSS_POINTS = 24
+"""A marker for each line of a log would hide the curve: so many windows of lines are drawn."""
+
+app = typer.Typer(add_completion=False)
+
+
+class RunError(ValueError):
+    """A run's logs cannot be drawn; the message names the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The logs of one run.
+
+    Attributes:
+        model: ``DiG-S/2``.
+        implementation: What ran: ``recurrence=triton``.
+        batch: Images a step.
+        gpu: Name of the card, or of the processor.
+        log: Lines of ``train.jsonl``.
+        evaluations: Lines of ``evaluation.jsonl``, by step.
+        interruptions: How often the run was gone on with.
+    """
+
+    model: str
+    implementation: str
+    batch: int
+    gpu: str
+    log: tuple[dict[str, Any], ...]
+    evaluations: tuple[dict[str, Any], ...]
+    interruptions: int
+
+    @property
+    def family(self) -> str:
+        """``DiG``."""
+        return self.model.rpartition("-")[0]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise RunError(f"{path} holds a line that is no JSON: {error}") from None
+
+
+def read_run(folder: Path) -> Run:
+    """Read the logs of one run.
+
+    Raises:
+        RunError: A file is missing or is something else.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config, environment = content["config"], content["environment"]
+        options = config["model"]["options"]
+        kept = [name for name in ("recurrence", "attention", "mixer") if name in options]
+        events = _read_lines(folder / "events.jsonl")
+        evaluations = _read_lines(folder / "evaluation.jsonl")
+        return Run(
+            model=config["model"]["name"],
+            implementation=", ".join(f"{name}={options[name]}" for name in kept),
+            batch=config["batch"],
+            gpu=environment.get("gpu_name") or environment.get("cpu") or "unknown hardware",
+            log=tuple(_read_lines(folder / "train.jsonl")),
+            evaluations=tuple(sorted(evaluations, key=lambda row: row["of"]["step"])),
+            interruptions=sum(event["event"] == "resumed" for event in events),
+        )
+    except OSError as error:
+        raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{folder} holds no logs of python -m dig train: {error!r}") from None
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every run in the folder, by name.
+
+    Raises:
+        RunError: There is none, or one can't be read, or their distances are not of the same features.
+    """
+    runs = [read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    if not runs:
+        raise RunError(f"{folder} holds no run: a folder with config.json, train.jsonl and evaluation.jsonl")
+    for run in runs:
+        if not (run.log and run.evaluations):
+            raise RunError(f"the run of {run.model} in {folder} has no line of the log, or was not evaluated")
+    features = {(row["metric"], row["features"], row["reference"]) for run in runs for row in run.evaluations}
+    if len(features) > 1:
+        raise RunError(f"the distances in {folder} are of different features or counts, and can't share an axis")
+    return runs
+
+
+def _windows(run: Run) -> list[Point]:
+    """The loss over windows of the log: mean, least and most."""
+    size = math.ceil(len(run.log) / LOSS_POINTS)
+    parts = [run.log[i : i + size] for i in range(0, len(run.log), size)]
+    points = []
+    for part in parts:
+        values = [line["loss"] for line in part]
+        steps = [line["step"] for line in part]
+        points.append(Point(x=sum(steps) / len(steps), y=sum(values) / len(values), low=min(values), high=max(values)))
+    return points
+
+
+def _distances(run: Run, x: str) -> list[Point]:
+    return [
+        Point(x=row["of"][x], y=row["distance"], low=row["distance"], high=row["distance"]) for row in run.evaluations
+    ]
+
+
+def _ticks(lines: Iterable[Line]) -> dict[float, str]:
+    """Five round values from zero to the last point."""
+    most = max(point.x for line in lines for point in line.points)
+    step = 10 ** math.floor(math.log10(most / 4))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if 5 * factor * step >= most)
+    return {i * step: f"{i * step:g}" for i in range(math.ceil(most / step) + 1)}
+
+
+def _times(count: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
+    """Loss against steps, and the Fréchet distance against steps and against seconds of training."""
+    counts: dict[str, int] = {}
+    styles: dict[str, Style] = {}
+    for run in runs:
+        styles[run.model] = drawing.style(run.family, counts.get(run.family, 0))
+        counts[run.family] = counts.get(run.family, 0) + 1
+    rows = [row for run in runs for row in run.evaluations]
+    data = [row["distance_of_data"] for row in rows if row["distance_of_data"] is not None]
+    floor = f" Two halves of the data are {data[-1]:.3g} apart." if data else ""
+    steps = ", ".join(f"{run.model}: {run.implementation}, {_times(run.interruptions)} interrupted" for run in runs)
+    caption = (
+        f"{runs[0].gpu}. Batches of {runs[0].batch}. {steps}.\n"
+        f"{rows[-1]['metric']} ({rows[-1]['features']}) of {rows[-1]['samples']:,} samples from the averaged weights, "
+        f"without guidance, against {rows[-1]['reference']:,} images of the training data.{floor} "
+        "Seconds are those of training steps alone."
+    )
+    panels = [
+        ("(a) Training loss", "Step", "Loss (log axis)", _windows),
+        ("(b) Distance by step", "Step", "Fréchet distance (log axis)", lambda run: _distances(run, "step")),
+        ("(c) Distance by time", "Seconds of training", "", lambda run: _distances(run, "seconds")),
+    ]
+    with mpl.rc_context(dict(drawing.RC)):
+        figure, axes = drawing.assemble(
+            3, title=title or "Training on Fashion-MNIST, 32×32 pixels", caption=caption, styles=styles
+        )
+        for place, (heading, x_label, y_label, points) in zip(axes, panels, strict=True):
+            lines = [Line(label=run.model, style=styles[run.model], points=tuple(points(run))) for run in runs]
+            drawing.draw_panel(
+                place,
+                lines,
+                title=heading,
+                x_label=x_label,
+                y_label=y_label,
+                x_ticks=_ticks(lines),
+                failures_at="top",
+            )
+    return Drawing(figure=figure)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the runs' folders; the figure goes there.")],
+    title: Annotated[str | None, typer.Option(help="Title, instead of the figure's own.")] = None,
+) -> None:
+    """Draw training.png and .svg from the logs of training runs.
+
+    Exit status 2: a file cannot be read or written, or there are no runs.
+    """
+    try:
+        for path in draw(read_runs(folder), title).save(folder, "training"):
+            typer.echo(f"wrote {path}")
+    except RunError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"error: cannot write {error.filename or folder}: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m reports.fashion")

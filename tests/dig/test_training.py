@@ -1,0 +1,457 @@
+"""Training by command: killed at any moment and gone on with, it repeats bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from dig.cli import app
+from dig.diffusion import build_loss
+from dig.layers import Backbone
+from dig.registry import ModelSpec
+from dig.training.config import DataSpec, TrainConfig
+from dig.training.data import Batch
+from dig.training.inputs import step_inputs
+from dig.training.logs import lines_until
+from dig.training.saving import checkpoint_files, checkpoint_path
+from dig.training.step import TrainingStep, checkpoint_blocks
+from dig.training.trainer import Trainer, TrainingError
+from tests.dig.tiny import TINY, create, make_fashion
+
+runner = CliRunner()
+OPTIONS = ["--model", "DiG-S/8", "--steps", "50", "--batch", "8", "--log-every", "1", "--save-every", "7"]
+OPTIONS += ["--ema", "0.9", "--grid-every", "0", "--device", "cpu"]
+MEASURED = ("images_per_second", "seconds", "memory_gib", "ceiling_share")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fashion(tmp_path_factory.mktemp("fashion"))
+
+
+def command(data: Path, out: Path, *options: str) -> list[str]:
+    return ["train", "--data", str(data), "--out", str(out), *OPTIONS, *options]
+
+
+def train(data: Path, out: Path, *options: str) -> Any:
+    return runner.invoke(app, command(data, out, *options), obj=TINY)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in found]
+
+
+def newest(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_files(run / "checkpoints")[0])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run of 50 steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = train(data, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Every step once, every loss, every weight, moment and average."""
+    assert [line["step"] for line in lines(run)] == list(range(1, 51))
+    assert lines(run) == lines(whole)
+    ours, theirs = newest(run), newest(whole)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_loss_falls_and_everything_is_saved(whole: Path) -> None:
+    losses = [line["loss"] for line in lines(whole)]
+    assert losses[0] == pytest.approx(1, abs=0.15)  # the output starts at zero, so the loss at the noise's variance
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
+    assert [path.name for path in checkpoint_files(whole / "checkpoints")] == [
+        f"step-{step:08d}.safetensors" for step in (50, 49, 42)
+    ]
+    tensors = newest(whole)
+    names = {name.partition(".")[0] for name in tensors}
+    assert names == {"model", "ema", "optimizer", "random", "sums"}
+    weight = "blocks.0.mlp.down_proj.weight"
+    assert not torch.equal(tensors[f"model.{weight}"], tensors[f"ema.{weight}"])
+    assert any((whole / "tensorboard").iterdir())
+    readable = (whole / "config.json").stat().st_mode
+    assert checkpoint_files(whole / "checkpoints")[0].stat().st_mode == readable
+
+
+def test_killed_and_gone_on_with(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Real processes, killed by SIGKILL at moments that nobody chose, until the run is done."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "run" / "train.jsonl"
+    kills = 0
+    for target in (3, 16, 31, None):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.dig.tiny", *command(data, tmp_path / "run")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if target is None:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            break
+        deadline = time.monotonic() + 60
+        while not lines_reach(log, target) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3
+    assert_same_run(tmp_path / "run", whole)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    # Killed before its first checkpoint, the run starts anew.
+    assert [(event["event"], event["step"]) for event in events[:2]] == [("started", 0), ("started", 0)]
+    assert [event["event"] for event in events[2:]] == ["resumed", "resumed", "finished"]
+    assert events[-1]["step"] == 50
+
+
+def lines_reach(log: Path, step: int) -> bool:
+    return bool(lines_until(log, 10**6)) and json.loads(lines_until(log, 10**6)[-1])["step"] >= step
+
+
+def test_terminated_it_saves_and_goes_on_within_a_line_of_the_log(data: Path, tmp_path: Path) -> None:
+    """SIGTERM between two lines and two checkpoints: the line's mean is over the steps of both processes."""
+    options = ["--log-every", "50", "--save-every", "1000"]
+    assert train(data, tmp_path / "whole", *options).exit_code == 0
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.dig.tiny", *command(data, run, *options)], stderr=subprocess.PIPE, text=True
+    )
+    while not (run / "events.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "go on with the same command" in errors
+    assert len(checkpoint_files(run / "checkpoints")) == 1
+    assert train(data, run, *options).exit_code == 0
+    (line,) = lines(run)
+    assert line == lines(tmp_path / "whole")[0]
+    assert line["step"] == 50
+
+
+def damage_bytes(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_newest_checkpoint(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # A process of its own: its warnings go to its stderr.
+    run_in_process(data, run, "--steps", "28")
+    damage_bytes(checkpoint_path(run / "checkpoints", 28))
+    errors = run_in_process(data, run)
+    assert "step-00000028.safetensors is damaged" in errors.replace("\n", "")
+    assert "the checkpoint before it is used" in errors
+    assert "going on from step 21" in errors
+    assert_same_run(run, whole)
+
+
+def run_in_process(data: Path, out: Path, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.dig.tiny", *command(data, out, *options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "400"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("what", ["record", "cut off", "all"])
+def test_damage_of_other_kinds(what: str, data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, "--steps", "14").exit_code == 0
+    path = checkpoint_path(tmp_path / "checkpoints", 14)
+    if what == "record":
+        path.with_suffix(".json").write_text('{"sha')
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+    if what == "all":
+        damage_bytes(checkpoint_path(tmp_path / "checkpoints", 7))
+    result = train(data, tmp_path, "--steps", "15")
+    if what == "all":
+        assert result.exit_code == 2
+        assert "every checkpoint" in result.output
+        assert "is damaged" in result.output
+    else:
+        assert result.exit_code == 0
+        assert "going on from step 7" in result.output
+
+
+def test_leftovers_of_a_kill_inside_a_save_are_no_checkpoint(whole: Path, data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, "--steps", "14").exit_code == 0
+    folder = tmp_path / "checkpoints"
+    # After the file, before its record; and inside the file.
+    checkpoint_path(folder, 14).with_suffix(".json").unlink()
+    (folder / ".step-00000021.safetensors.tmp").write_bytes(b"half")
+    result = train(data, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "going on from step 7" in result.output
+    assert_same_run(tmp_path, whole)
+    assert not list(folder.glob(".*"))
+
+
+def test_steps_may_be_raised_and_another_run_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, "--steps", "21").exit_code == 0
+    for options, name in (
+        (["--batch", "4"], "batch: 4, 8"),
+        (["--lr", "3e-4"], "learning_rate: 0.0003, 0.0001"),
+        (["--seed", "1"], "seed: 1, 0"),
+        (["--model", "DiG-S/8:variant=release"], "model.options.variant: release, paper"),
+    ):
+        result = train(data, tmp_path, *options)
+        assert result.exit_code == 2
+        assert "holds another run" in result.output
+        assert name in result.output
+    assert train(data, tmp_path, "--save-every", "5").exit_code == 0
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_a_longer_cosine_is_another_run(data: Path, tmp_path: Path) -> None:
+    options = ["--schedule", "cosine", "--warmup", "2"]
+    assert train(data, tmp_path, "--steps", "4", *options).exit_code == 0
+    rates = [line["learning_rate"] for line in lines(tmp_path)]
+    assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 0.5e-4])
+    result = train(data, tmp_path, "--steps", "5", *options)
+    assert result.exit_code == 2
+    assert "steps: 5, 4" in result.output
+
+
+def test_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
+    log = tmp_path / "train.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert lines_until(log, 2) == ['{"step": 1}', '{"step": 2}']
+    assert lines_until(tmp_path / "none", 2) == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(data: Path, tmp_path: Path) -> None:
+    result = train(data, tmp_path, "--lr", "1e30", "--log-every", "1000")
+    assert result.exit_code == 2
+    assert "not finite in steps 1 to 7" in result.output
+    assert not checkpoint_files(tmp_path / "checkpoints")
+
+
+def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
+    options = ["--steps", "3", "--grid-every", "1", "--grid-steps", "2", "--lr", "1e-20", "--ema", "0"]
+    assert train(data, tmp_path, *options).exit_code == 0
+    grids = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "samples").iterdir())]
+    assert len(grids) == 3
+    assert grids[0].shape == (4 * 34 - 2, 10 * 34 - 2, 3)
+    assert np.array_equal(grids[0], grids[2])  # a learning rate that moves nothing
+    assert grids[0][:32, :32].std() > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "DiG-S/3"], "unknown patch size 3"),
+        (["--model", "Dig-S/2"], "did you mean DiG"),
+        (["--model", "DiG-S/2:recurence=fla"], "did you mean recurrence?"),
+        (["--model", "DiG-S/2:triton"], "needs an NVIDIA GPU; on a CPU: reference"),
+        (["--image-size", "30"], "multiples of the patch size 8"),
+        (["--image-size", "20"], "larger than image_size 20"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--batch", "10", "--accumulate", "3"], "does not divide into 3 equal parts"),
+        (["--loss", "mse"], "loss must be one of hybrid, flow-matching"),
+        (["--schedule", "linear"], "schedule must be one of constant, cosine"),
+        (["--ema", "1"], "ema must be at least 0 and below 1"),
+        (["--lr", "0"], "learning_rate must be above 0"),
+        (["--lr", "nan"], "learning_rate must be above 0"),
+        (["--clip", "-1"], "clip must be 0 or more"),
+        (["--dtype", "fp16"], "dtype must be bf16 or fp32"),
+        (["--execution", "graph"], "needs an NVIDIA GPU; use eager or compile"),
+        (["--execution", "jit"], "execution must be one of eager, compile, graph"),
+        (["--device", "cuda"], "no NVIDIA GPU was found"),
+        (["--device", "tpu"], "choose auto, cuda or cpu"),
+        (["--vae", "sd-vae"], "it needs no --vae"),
+        (["--data", "/nonexistent"], "/nonexistent does not exist"),
+        (["--out", "/dev/null/run"], "/dev/null"),
+    ],
+)
+def test_bad_input(options: list[str], message: str, data: Path, tmp_path: Path) -> None:
+    result = train(data, tmp_path / "run", *options)
+    assert result.exit_code == 2, result.output
+    assert message in result.output.replace("\n", " ")
+    assert result.output.count("error:") == 1
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "train.jsonl").exists()
+
+
+def config(**fields: Any) -> TrainConfig:
+    spec = ModelSpec(name="DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10)
+    names = tuple(map(str, range(10)))
+    described = DataSpec(samples=64, shape=(1, 16, 16), class_names=names, mirror=False)
+    return TrainConfig(
+        **{"model": spec, "data": described, "device": "cpu", "steps": 9, "batch": 8, "dtype": "fp32", **fields}
+    )
+
+
+def batch_of(step: int) -> Batch:
+    return Batch(step=step, x=torch.randn(8, 1, 16, 16), y=torch.arange(8))
+
+
+def test_config_survives_json() -> None:
+    ours = config(accumulate=2, clip=1.0)
+    assert TrainConfig.from_json(json.loads(json.dumps(ours.to_json()))) == ours
+    assert ours.differences(config(accumulate=2, clip=1.0, steps=100, keep=9)) == []
+
+
+def test_inputs_are_a_function_of_the_sample() -> None:
+    """Whichever way a step is cut, a sample has the same timestep, noise and label; no two share their noise."""
+    loss = build_loss("hybrid", device="cpu")
+    batch = batch_of(5)
+    whole = step_inputs(config(label_dropout=0.5), loss, batch, 10)
+    parts = step_inputs(config(label_dropout=0.5, accumulate=4), loss, batch, 10)
+    assert parts.noise.shape == (4, 2, 1, 16, 16)
+    for name in ("x", "y", "t", "noise"):
+        assert torch.equal(getattr(whole, name).flatten(0, 1), getattr(parts, name).flatten(0, 1))
+    # Steps 2 of batch 16 and 5 of batch 8 overlap in samples 40 to 47.
+    wide = Batch(step=2, x=torch.zeros(16, 1, 16, 16), y=torch.zeros(16, dtype=torch.int64))
+    wide_inputs = step_inputs(config(batch=16), loss, wide, 10)
+    assert torch.equal(wide_inputs.noise[0, 8:], whole.noise[0])
+    assert torch.equal(wide_inputs.t[0, 8:], whole.t[0])
+    assert len({tuple(row) for row in wide_inputs.noise[0].flatten(1).tolist()}) == 16
+    other = step_inputs(config(seed=1), loss, batch, 10)
+    assert not torch.equal(other.noise, whole.noise)
+    assert not torch.equal(other.t, whole.t)
+
+
+def test_inputs_are_distributed_as_they_should() -> None:
+    wide = config(batch=4096, label_dropout=0.25)
+    batch = Batch(step=3, x=torch.zeros(4096, 1, 16, 16), y=torch.zeros(4096, dtype=torch.int64))
+    inputs = step_inputs(wide, build_loss("hybrid", device="cpu"), batch, 7)
+    assert (inputs.y == 7).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert 0 <= int(inputs.t.min()) < 10
+    assert 990 <= int(inputs.t.max()) < 1000
+    assert inputs.t.double().mean().item() == pytest.approx(499.5, abs=20)
+    assert inputs.noise.std().item() == pytest.approx(1, abs=0.01)
+    times = step_inputs(wide, build_loss("flow-matching", device="cpu"), batch, 7).t
+    assert times.dtype == torch.float32
+    assert times.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def small_model(patch: int = 8) -> Backbone:
+    return create(f"DiG-S/{patch}", input_size=(16, 16), in_channels=1, num_classes=10)
+
+
+def trained(steps: int = 2, **fields: Any) -> TrainingStep:
+    torch.manual_seed(3)
+    run = config(**fields)
+    step = TrainingStep(run, small_model(), build_loss(run.loss, device="cpu"))
+    torch.manual_seed(4)
+    batches = [batch_of(i) for i in range(steps)]
+    for i, batch in enumerate(batches):
+        step.run(step_inputs(run, step.loss, batch, 10), run.learning_rate_at(i))
+    return step
+
+
+def weights(step: TrainingStep) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
+
+
+def test_one_step_is_adamw_on_the_mean_loss_with_averages() -> None:
+    """Against torch's own optimizer, loss and gradient, written out."""
+    step = trained(steps=1, ema=0.75, clip=0.1, weight_decay=0.1)
+    torch.manual_seed(3)
+    model = small_model()
+    model.y_embedder.dropout = 0.0  # type: ignore[union-attr, assignment]
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    torch.manual_seed(4)
+    inputs = step_inputs(config(), step.loss, batch_of(0), 10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    values = step.loss(model, inputs.x[0], inputs.y[0], t=inputs.t[0], noise=inputs.noise[0])
+    values["loss"].mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.allclose(weights(step), after, atol=1e-7)
+    assert not torch.equal(before, after)
+    average = torch.cat([p.flatten() for p in step.ema.parameters()])
+    assert torch.allclose(average, 0.75 * before + 0.25 * after, atol=1e-7)
+    assert step.sums[-1].item() == pytest.approx(norm.item(), rel=1e-5)
+    assert step.sums[0].item() == pytest.approx(values["loss"].mean().item(), rel=1e-5)
+    assert not step.ema.training
+
+
+@pytest.mark.parametrize("fields", [{"accumulate": 4}, {"checkpoint_blocks": True}])
+def test_accumulation_and_checkpointing_change_no_result(fields: dict[str, Any]) -> None:
+    assert torch.allclose(weights(trained(**fields)), weights(trained()), atol=2e-6)
+
+
+def test_checkpointed_blocks_run_twice_and_keep_their_names() -> None:
+    model = small_model()
+    names = list(model.state_dict())
+    calls: list[int] = []
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    assert checkpoint_blocks(model, preserve_rng_state=True) == 2
+    assert list(model.state_dict()) == names
+    x = torch.randn(2, 1, 16, 16)
+    model(x, torch.zeros(2), torch.zeros(2, dtype=torch.int64)).sum().backward()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "Flash-DiT-S/8", "DiS-S/8"])
+def test_blocks_of_the_baselines_are_found(name: str) -> None:
+    with torch.device("meta"):
+        model = create(name, input_size=(16, 16), in_channels=1, num_classes=10)
+    assert checkpoint_blocks(model, preserve_rng_state=True) == model.config.depth + (name[:3] == "DiS")
+
+
+def test_labels_are_dropped_by_the_inputs_alone() -> None:
+    step = trained(label_dropout=0.0)
+    assert step.model.training
+    y = torch.zeros(64, dtype=torch.int64)
+    embedded = step.model.y_embedder(y)  # type: ignore[operator]
+    assert (embedded == embedded[0]).all()
+
+
+def test_flow_matching_trains(data: Path, tmp_path: Path) -> None:
+    result = train(data, tmp_path, "--loss", "flow-matching", "--steps", "20", "--grid-every", "20", "--lr", "1e-3")
+    assert result.exit_code == 0, result.output
+    losses = [line["loss"] for line in lines(tmp_path)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    assert "vb" not in lines(tmp_path)[0]
+    assert len(list((tmp_path / "samples").iterdir())) == 1
+
+
+def test_trainer_is_a_library_too(data: Path, tmp_path: Path) -> None:
+    """A run of a data set of one's own, no command involved; and what it refuses."""
+    from dig.training.data import open_dataset
+
+    dataset = open_dataset(data, image_size=32)
+    spec = ModelSpec(name="DiG-S/8", input_size=(32, 32), in_channels=1, num_classes=10)
+    run = config(model=spec, data=DataSpec.of(dataset), steps=2)
+    trainer = Trainer(run, dataset, TINY, tmp_path / "run")
+    assert trainer.run() == 2
+    held = Trainer(run, dataset, TINY, tmp_path / "run")
+    with pytest.raises(ValueError, match="another process is training into"):
+        Trainer(run, dataset, TINY, tmp_path / "run")
+    assert held.run() == 2
+    with pytest.raises(ValueError, match="the model takes"):
+        config(data=DataSpec.of(dataset))
+    assert issubclass(TrainingError, RuntimeError)

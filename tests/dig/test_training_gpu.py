@@ -1,0 +1,82 @@
+"""What only a GPU shows of training and sampling: the CUDA graph is the eager step, and a resumed run the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dig.__main__ import REGISTRY
+from dig.registry import ModelSpec
+from dig.sampling.runner import BatchSampler, SamplePlan
+from dig.training.config import DataSpec, TrainConfig
+from dig.training.data import IdxImages
+from dig.training.saving import checkpoint_files, read_checkpoint
+from dig.training.trainer import Trainer
+from tests.dig.tiny import make_fashion
+from tests.helpers import randomize, relative_error
+
+pytestmark = pytest.mark.gpu
+
+MODELS = ["DiG-S/4", "Flash-DiT-S/4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> IdxImages:
+    return IdxImages(make_fashion(tmp_path_factory.mktemp("fashion")))
+
+
+def train(folder: Path, data: IdxImages, model: str, steps: int, **fields: Any) -> list[float]:
+    """Losses of the steps that the log has so far."""
+    name, options = REGISTRY.parse(model, "cuda")
+    spec = ModelSpec(name=name, options=options, input_size=(32, 32), in_channels=1, num_classes=10)
+    config = TrainConfig(
+        model=spec, data=DataSpec.of(data), device="cuda", steps=steps, batch=32, log_every=1, keep=1, **fields
+    )
+    Trainer(config, data, REGISTRY, folder).run()
+    return [json.loads(line)["loss"] for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(checkpoint_files(folder / "checkpoints")[0]).tensors
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_resumed_is_the_same_bit_for_bit(model: str, execution: str, data: IdxImages, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"execution": execution, "clip": 1.0, "ema": 0.9}
+    whole = train(tmp_path / "whole", data, model, 10, **fields)
+    train(tmp_path / "run", data, model, 4, **fields)
+    assert train(tmp_path / "run", data, model, 10, **fields) == whole
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_executions_agree(model: str, data: IdxImages, tmp_path: Path) -> None:
+    eager = train(tmp_path / "eager", data, model, 6, accumulate=2)
+    for execution in ("graph", "compile"):
+        other = train(tmp_path / execution, data, model, 6, accumulate=2, execution=execution)
+        assert other == pytest.approx(eager, rel=2e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_sampling_graph_is_the_loop(sampler: Any) -> None:
+    name, options = REGISTRY.parse("DiG-S/4", "cuda")
+    model = REGISTRY.create(name, input_size=(32, 32), in_channels=1, num_classes=10, **options)
+    randomize(model, 0.02)
+    model.cuda().eval()
+    plan = SamplePlan(
+        classes=(1, 2), count=8, sampler=sampler, steps=6, cfg_scale=1.5, cfg_channels="all", model_batch=4, bf16=True
+    )
+    found = []
+    for graph in (False, True):
+        sampled = BatchSampler(model, plan, torch.device("cuda"), graph=graph, finish=lambda x: x.cpu().numpy())
+        found.append(sampled.samples(range(8)))
+    assert relative_error(torch.from_numpy(found[1]), torch.from_numpy(found[0])) < 1e-5
+    assert not np.array_equal(found[1][:4], found[1][4:])  # the second replay has noise of its own

@@ -1,0 +1,54 @@
+"""``python -m dig`` with models small enough for a test: ``python -m tests.dig.tiny train ...``.
+
+Any DiG is one of two blocks and width 64 here; everything else is as it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.models import parse_name
+from dig.__main__ import REGISTRY
+from dig.cli import app
+from dig.model import DiG, DiGConfig
+
+
+def create(name: str, **arguments: Any) -> Any:
+    family, _, patch = parse_name(name)
+    if family.name != "DiG":
+        return REGISTRY.create(name, **arguments)
+    return DiG(DiGConfig(depth=2, width=64, heads=2, patch_size=patch, **arguments))
+
+
+TINY = replace(REGISTRY, create=create)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes(), mtime=0))
+
+
+def make_fashion(folder: Path, train: int = 300, test: int = 100, side: int = 28) -> Path:
+    """Idx files as Fashion-MNIST's: bright shapes on black, whose place and size tell the class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.Generator(np.random.Philox(0))
+    for prefix, count in (("train", train), ("t10k", test)):
+        labels = np.arange(count) % 10
+        images = np.zeros((count, side, side), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            top, left = 2 + 2 * (label % 5) + random.integers(3), 3 + 8 * (label // 5) + random.integers(3)
+            image[top : top + 6 + label, left : left + 9] = random.integers(120, 256, size=(6 + label, 9))[
+                : side - top, : side - left
+            ]
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m dig", obj=TINY)
