@@ -110,13 +110,10 @@ def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> 
     return [make_step(function, mode, leaves, [gradient]) for leaves, gradient in sets]
 
 
-KERNELS = {
-    "local_state_kernel": "local_warps",
-    "output_kernel": "output_warps",
-    "output_backward_kernel": "output_backward_warps",
-    "gradient_kernel": "gradient_warps",
-}
-"""Kernel → the field of `dig.ops.gla.tiles.Tiles` that its warps are."""
+KERNELS = ("local_state_kernel", "output_kernel", "output_backward_kernel", "gradient_kernel")
+WARPS = ("local_warps", "output_warps", "output_backward_warps", "gradient_warps")
+REGISTERS = ("output_registers", "output_backward_registers", "gradient_registers")
+"""Fields of `dig.ops.gla.tiles.Tiles` that are the kernels' own."""
 
 
 def mixer_step(shape: Shape) -> Step:
@@ -141,9 +138,8 @@ def mixer_step(shape: Shape) -> Step:
 def sweep(shape: Shape, options: argparse.Namespace) -> None:
     """Time each kernel of the mixer's forward and backward pass under every tile choice; print the best of each.
 
-    A kernel's time depends on the chunk length and its own choices alone, so all warps are varied together, then the
-    scan's choices, and the best is put together kernel by kernel for each chunk length. Registers are those of the two
-    backward kernels.
+    A kernel's time depends on the chunk length and its own choices alone, so all warps and registers are varied
+    together, then the scan's choices, and the best is put together kernel by kernel for each chunk length.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -169,11 +165,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     for chunk in options.chunks:
         best.clear()
         for warps, registers in itertools.product(options.warps, options.registers):
-            choice = dict.fromkeys(KERNELS.values(), warps) | {"backward_registers": registers or None}
-            time(KERNELS, chunk=chunk, **choice)
-        for warps, registers in itertools.product(options.warps, options.output_registers):
-            choice = {"output_warps": warps, "output_registers": registers or None}
-            time(["output_kernel"], chunk=chunk, **choice)
+            time(KERNELS, chunk=chunk, **dict.fromkeys(WARPS, warps), **dict.fromkeys(REGISTERS, registers or None))
         for warps, lanes, steps in itertools.product(options.scan_warps, options.scan_lanes, options.scan_steps):
             if lanes >= 32 * warps:
                 time(["scan_kernel"], chunk=chunk, scan_warps=warps, scan_lanes=lanes, scan_steps=steps)
@@ -191,12 +183,11 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operations", nargs="+", choices=("recurrence", "block"), default=["recurrence", "block"])
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--output-registers", type=int, nargs="+", default=[0, 128, 168])
     parser.add_argument("--scan-warps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--scan-lanes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--scan-steps", type=int, nargs="+", default=[8, 16, 28])
-    parser.add_argument("--registers", type=int, nargs="+", default=[0], help="0 leaves them to the compiler")
-    return parse(parser, arguments, or_zero=("registers", "output_registers"))
+    parser.add_argument("--registers", type=int, nargs="+", default=[0, 128, 168], help="0 leaves them to the compiler")
+    return parse(parser, arguments, or_zero=("registers",))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -83,7 +83,8 @@ def test_without_gradients(name: str, batch: int) -> None:
     before = inputs[0].clone()
     with torch.no_grad():
         output = kernels(*inputs)
-    assert relative_error(output, kernels(*inputs)) < 1e-6
+    # Gates multiply weights in one and tokens in the other, so roundings differ.
+    assert relative_error(output, kernels(*inputs)) < 1e-5
     assert torch.equal(inputs[0], before)
 
 

@@ -258,7 +258,13 @@ def gradient_kernel(
 
     b_dv = product(tl.trans(scores), b_do, DOT, PRECISION)
 
-    # Through the states; after the scores, which need the most registers.
+    # Through the states; after the scores, which need the most registers. What both need is read again, not held.
+    tl.debug_barrier()
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
+    b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
+    c = load_sums(sums, index, rows, C, KP)
     offsets, exists = state_tile(K, V, KP, VP)
     offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)

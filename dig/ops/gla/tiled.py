@@ -227,7 +227,7 @@ def _gradients(
         *_strides(q, k, v), *gate.strides, *_strides(do), *(output.stride(1) for output in outputs),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
-        maxnreg=plan.tiles.backward_registers,
+        maxnreg=plan.tiles.gradient_registers,
     )  # fmt: skip
     return dbias
 
@@ -311,7 +311,7 @@ def run_block_backward(
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,
             *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
             **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
-            maxnreg=plan.tiles.backward_registers,
+            maxnreg=plan.tiles.output_backward_registers,
         )  # fmt: skip
         _scan(plan, state_gradients, sums, direction=1)
         dbias = _gradients(plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)

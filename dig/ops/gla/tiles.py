@@ -19,12 +19,12 @@ class Tiles:
         scan_lanes: Elements of a program of that.
         scan_steps: Chunks whose states it loads together.
         output_warps: Warps of a program that computes a chunk's outputs.
-        output_registers: Most registers of a thread there: fewer let more programs share a multiprocessor. None leaves
-            it to the compiler.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
-        backward_registers: Most registers of a thread in the last two kernels, which otherwise take so many that one
-            program fills a multiprocessor; None leaves it to the compiler.
+        output_registers: Most registers of a thread of the third of these kernels: fewer let more programs share a
+            multiprocessor. None leaves it to the compiler.
+        output_backward_registers: Those of the fourth.
+        gradient_registers: Those of the last.
     """
 
     chunk: int = 64
@@ -33,10 +33,11 @@ class Tiles:
     scan_lanes: int = 64
     scan_steps: int = 16
     output_warps: int = 4
-    output_registers: int | None = None
     output_backward_warps: int = 4
     gradient_warps: int = 4
-    backward_registers: int | None = None
+    output_registers: int | None = None
+    output_backward_registers: int | None = None
+    gradient_registers: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -51,7 +52,7 @@ TileKey = tuple[int, int, torch.dtype, int]
 """K, V, dtype, and the major compute capability."""
 
 DEFAULT_TILES = Tiles()
-NARROW_TILES = Tiles(output_registers=168)
+NARROW_TILES = Tiles(output_registers=168, output_backward_registers=168)
 WIDE_TILES = Tiles(output_warps=8, output_backward_warps=8, gradient_warps=8)
 INTERPRETER_TILES = Tiles(scan_lanes=4096)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
@@ -61,9 +62,8 @@ TILES: dict[TileKey, Tiles] = {
 }
 """On NVIDIA GPUs; shapes without an entry take `DEFAULT_TILES`, wider ones `WIDE_TILES`.
 
-A table, not autotuning: the first call costs no search, and a run repeats exactly. These entries come from the
-compiler's counts of registers, spills and instructions for sm_90; ``python -m bench.ops.gla --sweep`` times
-alternatives."""
+A table, not autotuning: the first call costs no search, and a run repeats exactly. The first entry is the best of
+``python -m bench.ops.gla --sweep`` on an H100; the second comes from the compiler's counts of registers and spills."""
 
 
 def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
