@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench.results import Memory
+from bench.ledgers import Memory
 
 
 def _nvml_used(device: int = 0) -> tuple[int | None, int]:
