@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import cases as case_lists
+from bench.compare_command import compare, export
 from bench.environment import describe_environment, gpu_present
+from bench.messages import refuse
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
 from bench.runner import Sweep, finished_cases, run_sweep
@@ -25,11 +27,8 @@ app = typer.Typer(
 )
 GIB = 2**30
 
-
-def _refuse(message: str) -> NoReturn:
-    """End with exit status 2 and one clear message."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
+for command in (compare, export):
+    app.command()(command)
 
 
 def _words(text: str) -> list[str]:
@@ -40,15 +39,15 @@ def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(word) for word in _words(text)]
     except ValueError:
-        _refuse(f"{option} takes whole numbers separated by commas; got {text!r}")
+        refuse(f"{option} takes whole numbers separated by commas; got {text!r}")
 
 
 def _choose_device(device: str) -> str:
     if device not in ("auto", "cuda", "cpu"):
-        _refuse(f"unknown device {device!r}: choose auto, cuda or cpu")
+        refuse(f"unknown device {device!r}: choose auto, cuda or cpu")
     present = gpu_present()
     if device == "cuda" and not present:
-        _refuse("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
+        refuse("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
     return ("cuda" if present else "cpu") if device == "auto" else device
 
 
@@ -109,16 +108,16 @@ def run(
     what was measured; --resume goes on from there.
     """
     if batch < 1:
-        _refuse(f"--batch must be at least 1; got {batch}")
+        refuse(f"--batch must be at least 1; got {batch}")
     if time_limit <= 0:
-        _refuse(f"--time-limit must be positive; got {time_limit:g}")
+        refuse(f"--time-limit must be positive; got {time_limit:g}")
     where = _choose_device(device)
     try:
         if suite is not None:
             name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
             selected = case_lists.suite(name)
             if name == "paper" and where == "cpu":
-                _refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
+                refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
         else:
             selected = case_lists.sweep(
                 _words(models) if models is not None else _default_models(where),
@@ -132,19 +131,19 @@ def run(
                 device=cast(Any, where),
             )
         if not selected:
-            _refuse("nothing to measure: every axis needs at least one value")
+            refuse("nothing to measure: every axis needs at least one value")
         if models is not None:
             _require_packages(selected)
         _run(selected, out=out, resume=resume, time_limit=time_limit)
     except (ValueError, ResultError) as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
 def _require_packages(selected: list[Case]) -> None:
     """Refuse a run that names a model whose package is missing; a suite records it as a row instead."""
     for case in selected:
         if message := missing_packages(parse_name(case.model)[0], dict(case.options)):
-            _refuse(message)
+            refuse(message)
 
 
 def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) -> None:
@@ -235,7 +234,7 @@ def kernels(
         )
         _require_packages([case])
     except ValueError as error:
-        _refuse(str(error))
+        refuse(str(error))
     from bench.kernels import kernels_of_case
 
     found = kernels_of_case(case)

@@ -56,7 +56,7 @@ def decode_dataclass(kind: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be an object; got {value!r:.80}")
-    fields = _fields(kind)
+    fields = _fields(typing.cast(Any, kind))
     if unknown := value.keys() - fields.keys():
         raise ValueError(f"{where} has a field that this schema does not know: {min(unknown)!r:.80}")
     try:
