@@ -14,11 +14,12 @@ from rich.table import Table
 
 from bench import cases as case_lists
 from bench.compare_command import compare, export
-from bench.environment import describe_environment, gpu_present
+from bench.environment import ROOT, describe_environment, gpu_present
+from bench.identity import code_hash
 from bench.messages import refuse
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
-from bench.runner import Sweep, finished_cases, run_sweep
+from bench.runner import Sweep, finished_launches, run_sweep
 
 app = typer.Typer(
     add_completion=False,
@@ -97,19 +98,25 @@ def run(
     out: Annotated[Path, typer.Option(help="Results file (JSON lines); rows are appended.")] = Path(
         "out/results.jsonl"
     ),
-    resume: Annotated[bool, typer.Option(help="Skip the cases that the results file has already.")] = False,
+    resume: Annotated[bool, typer.Option(help="Skip what the results file has already.")] = False,
     time_limit: Annotated[
         float, typer.Option(help="Seconds a case may take. fla tunes its kernels for minutes the first time.")
     ] = 600.0,
+    launches: Annotated[
+        int, typer.Option(help="Process launches a case, in rounds of random order; bench compare needs five.")
+    ] = 1,
 ) -> None:
     """Measure cases and append a row for each to the results file.
 
     A case that runs out of memory, takes too long or fails becomes a row with its status. Ctrl-C ends the run with
-    what was measured; --resume goes on from there.
+    what was measured; --resume goes on from there: it leaves
+    alone what was measured with the same code, versions and kind of card.
     """
     if batch < 1:
         refuse(f"--batch must be at least 1; got {batch}")
-    if time_limit <= 0:
+    if launches < 1:
+        refuse(f"--launches must be at least 1; got {launches}")
+    if not time_limit > 0:
         refuse(f"--time-limit must be positive; got {time_limit:g}")
     where = _choose_device(device)
     try:
@@ -134,7 +141,7 @@ def run(
             refuse("nothing to measure: every axis needs at least one value")
         if models is not None:
             _require_packages(selected)
-        _run(selected, out=out, resume=resume, time_limit=time_limit)
+        _run(selected, out=out, resume=resume, time_limit=time_limit, launches=launches)
     except (ValueError, ResultError) as error:
         refuse(str(error))
 
@@ -146,14 +153,21 @@ def _require_packages(selected: list[Case]) -> None:
             refuse(message)
 
 
-def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) -> None:
+def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, launches: int) -> None:
     console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
         if writer.torn_path is not None:
             console.print(f"[yellow]{out} ended inside a row; the torn line was moved to {writer.torn_path}[/yellow]")
-        done = finished_cases(read_results(out).latest()) if resume else frozenset()
-        sweep = Sweep(cases=tuple(selected), done=done, time_limit=time_limit)
-        skipped = len(selected) - len(sweep.remaining)
+        environment = describe_environment()
+        sweep = Sweep(
+            cases=tuple(selected),
+            launches=launches,
+            done=finished_launches(read_results(out).rows) if resume else frozenset(),
+            time_limit=time_limit,
+            code=code_hash(ROOT),
+            environment=environment,
+        )
+        skipped = len(selected) * launches - len(sweep.remaining)
         console.print(
             f"{len(sweep.remaining)} cases to measure into {out}" + (f", {skipped} done before" if skipped else "")
         )
@@ -167,7 +181,6 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) ->
                 rows = run_sweep(
                     sweep,
                     writer,
-                    environment=describe_environment(),
                     on_start=lambda case: progress.update(task, description=case.describe()),
                 )
                 for row in rows:
@@ -199,10 +212,10 @@ def _line(row: Row) -> str:
         return f"{row.case.describe()}: {row.status}: {row.message}"
     peak = row.memory.peak if row.memory else None
     memory = f"{peak / GIB:.2f} GiB" if peak else "memory unknown"
+    marks = f" [{', '.join(row.marks)}]" if row.marks else ""
     share = f", {row.ceiling_share:.0%} of the matmul ceiling" if row.ceiling_share else ""
-    return (
-        f"{row.case.describe()}: {row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s, {memory}{share}"
-    )
+    speed = f"{row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s"
+    return f"{row.case.describe()}: {speed}, {memory}{share}{marks}"
 
 
 @app.command()

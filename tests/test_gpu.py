@@ -98,8 +98,8 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
     cases = sweep(["Flash-DiT:sdpa-cudnn"], resolutions=(128,), modes=(mode,), executions=("graph", "eager", "compile"))
     path = tmp_path / "results.jsonl"
     with ResultsWriter(path) as writer:
-        run = Sweep(cases=tuple(cases), done=frozenset(), time_limit=420)
-        rows = list(run_sweep(run, writer, environment={}, on_start=lambda case: None))
+        run = Sweep(cases=tuple(cases), time_limit=420)
+        rows = list(run_sweep(run, writer, on_start=lambda case: None))
     assert [row.case for row in rows] == cases
     assert {row.case: row.message for row in rows if row.status != "ok"} == {}
     for row in read_results(path).rows:
@@ -113,7 +113,7 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
 def test_out_of_device_memory_is_a_row(tmp_path: Path) -> None:
     cases = sweep(["DiT"], resolutions=(2048,), batch=16, executions=("eager",), modes=("forward",))
     with ResultsWriter(tmp_path / "results.jsonl") as writer:
-        run = Sweep(cases=tuple(cases), done=frozenset(), time_limit=120)
-        (row,) = run_sweep(run, writer, environment={}, on_start=lambda case: None)
+        run = Sweep(cases=tuple(cases), time_limit=120)
+        (row,) = run_sweep(run, writer, on_start=lambda case: None)
     assert row.status == "oom"
     assert "out of memory" in row.message.lower()
