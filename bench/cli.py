@@ -1,4 +1,4 @@
-"""The commands of ``python -m bench``: run, kernels and list."""
+"""The commands of ``python -m bench``: run, kernels and list here; the others in modules of their own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import cases as case_lists
+from bench.capacity_command import capacity
+from bench.choices import choose_device, default_dtype, default_execution
 from bench.compare_command import compare, export
 from bench.environment import ROOT, describe_environment, gpu_present
 from bench.identity import code_hash
 from bench.messages import refuse
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
+from bench.regression_command import regression
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
 from bench.runner import Sweep, finished_launches, run_sweep
 
@@ -28,7 +31,7 @@ app = typer.Typer(
 )
 GIB = 2**30
 
-for command in (compare, export):
+for command in (compare, export, regression, capacity):
     app.command()(command)
 
 
@@ -41,23 +44,6 @@ def _numbers(text: str, option: str) -> list[int]:
         return [int(word) for word in _words(text)]
     except ValueError:
         refuse(f"{option} takes whole numbers separated by commas; got {text!r}")
-
-
-def _choose_device(device: str) -> str:
-    if device not in ("auto", "cuda", "cpu"):
-        refuse(f"unknown device {device!r}: choose auto, cuda or cpu")
-    present = gpu_present()
-    if device == "cuda" and not present:
-        refuse("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
-    return ("cuda" if present else "cpu") if device == "auto" else device
-
-
-def _default_execution(device: str) -> str:
-    return "graph" if device == "cuda" else "eager"
-
-
-def _default_dtype(device: str) -> str:
-    return "bf16" if device == "cuda" else "fp32"
 
 
 def _default_models(device: str) -> list[str]:
@@ -118,7 +104,7 @@ def run(
         refuse(f"--launches must be at least 1; got {launches}")
     if not time_limit > 0:
         refuse(f"--time-limit must be positive; got {time_limit:g}")
-    where = _choose_device(device)
+    where = choose_device(device, present=gpu_present())
     try:
         if suite is not None:
             name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
@@ -132,9 +118,9 @@ def run(
                 patch=patch,
                 resolutions=_numbers(resolutions, "--resolutions"),
                 modes=cast(Any, _words(modes)),
-                executions=cast(Any, _words(executions or _default_execution(where))),
+                executions=cast(Any, _words(executions or default_execution(where))),
                 batch=batch,
-                dtype=cast(Any, dtype or _default_dtype(where)),
+                dtype=cast(Any, dtype or default_dtype(where)),
                 device=cast(Any, where),
             )
         if not selected:
@@ -232,7 +218,7 @@ def kernels(
     top: Annotated[int, typer.Option(help="Rows to print.")] = 25,
 ) -> None:
     """Print where a step's device time goes, kernel by kernel (operator by operator on a CPU)."""
-    where = _choose_device(device)
+    where = choose_device(device, present=gpu_present())
     try:
         (case,) = case_lists.sweep(
             [model],
@@ -240,9 +226,9 @@ def kernels(
             patch=patch,
             resolutions=[resolution],
             modes=cast(Any, [mode]),
-            executions=cast(Any, [execution or _default_execution(where)]),
+            executions=cast(Any, [execution or default_execution(where)]),
             batch=batch,
-            dtype=cast(Any, dtype or _default_dtype(where)),
+            dtype=cast(Any, dtype or default_dtype(where)),
             device=cast(Any, where),
         )
         _require_packages([case])
