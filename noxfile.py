@@ -118,6 +118,16 @@ def end_with_status(session: nox.Session, *command: str) -> None:
 
 
 @nox.session
+def profile(session: nox.Session) -> None:
+    """Profile one step into out/profile (page, Chrome trace, every figure): -- --model DiG-S/2:triton --mode train."""
+    if may_install(session):
+        install(session, gpu=HAS_GPU)
+        if HAS_GPU:
+            install_peers(session)
+    session.run("python", "-m", "bench", "profile", *(session.posargs or ["--model", "DiG-S/2"]))
+
+
+@nox.session
 def regression(session: nox.Session) -> None:
     """Measure the working tree against --base REVISION, in turns: exits 0 (no regression), 1 (one) or 3 (undecided)."""
     if may_install(session):

@@ -20,6 +20,7 @@ from bench.environment import ROOT, describe_environment, gpu_present
 from bench.identity import code_hash
 from bench.messages import refuse
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
+from bench.profile_command import profile
 from bench.regression_command import regression
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
 from bench.runner import Sweep, finished_launches, run_sweep
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 GIB = 2**30
 
-for command in (compare, export, regression, capacity):
+for command in (compare, export, regression, capacity, profile):
     app.command()(command)
 
 

@@ -119,15 +119,16 @@ class Signature:
 
 _FUSED_ATTENTION = r"flash_fwd|fmha|cudnn\w*sdpa|efficient_attention|scaled_dot_product_\w*flash"
 SIGNATURES: dict[tuple[str, str], Signature] = {
-    ("cuda", "materialized"): Signature(expected=r"softmax", foreign=_FUSED_ATTENTION),
-    ("cuda", "sdpa-cudnn"): Signature(expected=r"cudnn\w*(sdpa|flash|fmha|mha)", foreign=r"flash_fwd|softmax"),
-    ("cuda", "sdpa-flash"): Signature(expected=r"pytorch_flash\w*::flash_fwd", foreign=r"cudnn\w*sdpa|softmax"),
+    ("cuda", "materialized"): Signature(expected=r"(?i:softmax)", foreign=_FUSED_ATTENTION),
+    ("cuda", "sdpa-cudnn"): Signature(expected=r"cudnn\w*(sdpa|flash|fmha|mha)", foreign=r"flash_fwd|(?i:softmax)"),
+    ("cuda", "sdpa-flash"): Signature(expected=r"pytorch_flash\w*::flash_fwd", foreign=r"cudnn\w*sdpa|(?i:softmax)"),
     ("cuda", "flash-attn"): Signature(
-        expected=r"(?<!pytorch_flash::)\bflash_fwd|\bflash::flash_fwd", foreign=r"pytorch_flash|cudnn\w*sdpa|softmax"
+        expected=r"(?<!pytorch_flash::)\bflash_fwd|\bflash::flash_fwd",
+        foreign=r"pytorch_flash|cudnn\w*sdpa|(?i:softmax)",
     ),
     ("cuda", "fla"): Signature(expected=r"chunk_gla_fwd|chunk_fwd_kernel_h|fused_recurrent_gla|fused_chunk_gla"),
     ("cuda", "mamba-ssm"): Signature(expected=r"selective_scan_fwd"),
-    ("cpu", "materialized"): Signature(expected=r"softmax", foreign=_FUSED_ATTENTION),
+    ("cpu", "materialized"): Signature(expected=r"(?i:softmax)", foreign=_FUSED_ATTENTION),
     ("cpu", "sdpa-flash"): Signature(expected=r"scaled_dot_product_flash_attention", foreign=r"aten::softmax"),
 }
 
