@@ -18,7 +18,8 @@ from bench.results import Case
 
 FOLDERS = ("dig", "baselines")
 MEASURING = (
-    "flops", "gate", "jobs", "kernels", "memory", "models", "nvml", "preload", "statistics", "steps", "timing", "worker",
+    "flops", "gate", "jobs", "kernels", "memory", "models", "nvml", "preload", "statistics", "steps", "timing",
+    "worker",
 )  # fmt: skip
 """Modules of ``bench`` whose change can change a number; the command line's cannot."""
 
