@@ -102,7 +102,7 @@ def build_step(case: Case) -> Step:
 
     model.train()
     optimizer = torch.optim.AdamW(
-        # Capturable also where the case is eager: its step is replayed as a graph beside it. The fused kernel is the same.
+        # Capturable also where the case is eager: its step is replayed as a graph beside it, by the same fused kernel.
         model.parameters(),
         lr=1e-4,
         weight_decay=0.0,
