@@ -89,6 +89,9 @@ def check_against_reference(case: Case) -> Agreement | None:
         reference = create_model(name, image_size=PIXELS_PER_PATCH * patch, **options).eval()
         own: dict[str, Any] = dict(case.options)
         model = create_model(case.model, image_size=PIXELS_PER_PATCH * patch, **own).eval()
+        # Position embeddings are computed on the CPU, whatever the default device is.
+        reference.to(case.device)
+        model.to(case.device)
         with torch.no_grad():
             for parameter in reference.parameters():
                 parameter.add_(SHAKE * torch.randn_like(parameter))

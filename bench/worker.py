@@ -281,7 +281,10 @@ def worker_main(connection: Connection, job: Job, errors: str) -> None:
     os.setsid()  # A group of its own, so that a time limit ends it together with its children.
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
-    with open(errors, "ab", buffering=0) as stderr:
-        os.dup2(stderr.fileno(), 2)
+    try:
+        with open(errors, "ab", buffering=0) as stderr:
+            os.dup2(stderr.fileno(), 2)
+    except FileNotFoundError:
+        return  # The harness was interrupted while this process started, and has removed the folder: nobody waits.
     connection.send(_answer(job))
     connection.close()

@@ -27,5 +27,57 @@ def _round_bf16_to_nearest() -> None:
     interpreter._convert_float = convert_rounding
 
 
+def _check_every_address() -> None:
+    """Make the interpreter refuse a load or store outside the tensors that the kernel was handed.
+
+    A GPU finds such an access only when it leaves the pages that the allocator holds, and a CPU hardly ever.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    plain = interpreter._interpreter
+    hand_over = interpreter.GridExecutor._init_args_hst
+    ranges: list[tuple[int, int]] = []
+
+    def noting_ranges(self, args, kwargs):
+        handed = hand_over(self, args, kwargs)
+        ranges.clear()
+        waiting = [*handed[0], *handed[1].values()]
+        while waiting:
+            argument = waiting.pop()
+            if isinstance(argument, tuple | list):
+                waiting.extend(argument)
+            elif hasattr(argument, "data_ptr"):
+                storage = argument.untyped_storage()
+                ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        return handed
+
+    def check(pointers, mask, what: str) -> None:
+        addresses = pointers[mask.astype(bool)].astype(np.int64)
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for start, end in ranges:
+            inside |= (addresses >= start) & (addresses < end)
+        if not inside.all():
+            raise AssertionError(f"{what} outside every tensor of the kernel: {np.count_nonzero(~inside)} addresses")
+
+    class Checked:
+        def __getattr__(self, name):
+            return getattr(plain, name)
+
+        @staticmethod
+        def load(pointers, mask, other, dtype):
+            check(pointers, mask, "load")
+            return plain.load(pointers, mask, other, dtype)
+
+        @staticmethod
+        def store(pointers, value, mask):
+            check(pointers, mask, "store")
+            return plain.store(pointers, value, mask)
+
+    interpreter._interpreter = Checked()
+    interpreter.GridExecutor._init_args_hst = noting_ranges
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_to_nearest()
+    _check_every_address()

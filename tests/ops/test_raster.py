@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from dig.model import DiG, DiGConfig
+from dig.ops.adaln import fused as adaln
+from dig.ops.gla import tiled
+from dig.ops.gla.tiles import WIDE_TILES
+from dig.ops.srem import fused as srem
+from dig.ops.swiglu import fused as swiglu
 from tests.helpers import example, randomize, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,3 +107,13 @@ def test_it_compiles_as_one_graph() -> None:
     torch.testing.assert_close(output, plain)
     for compiled_gradient, parameter in zip(gradients, kernels.parameters(), strict=True):
         torch.testing.assert_close(compiled_gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes these tiles anyway")
+def test_tiles_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that a GPU would run, every address of theirs checked (`tests/ops/conftest.py`)."""
+    monkeypatch.setattr(tiled, "tiles_for", lambda q, v: WIDE_TILES)
+    monkeypatch.setattr(adaln, "tiles_for", lambda x: adaln.TILES[384, x.dtype])
+    monkeypatch.setattr(srem, "tiles_for", lambda which, x: srem.TILES[which, x.dtype])
+    monkeypatch.setattr(swiglu, "tiles_for", lambda gate_up: swiglu.TILES[gate_up.dtype])
+    test_output_and_every_gradient_in_fp32("heads of 36", 2)
