@@ -66,7 +66,7 @@ class Tiles:
 
 Pass = Literal["forward", "backward"]
 TILES: dict[tuple[Pass, torch.dtype], Tiles] = {
-    ("forward", torch.bfloat16): Tiles(programs=600),
+    ("forward", torch.bfloat16): Tiles(),
     ("forward", torch.float32): Tiles(),
     ("backward", torch.bfloat16): Tiles(registers=128),
     ("backward", torch.float32): Tiles(registers=168),
