@@ -9,7 +9,6 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bench import cases as case_lists
@@ -17,6 +16,7 @@ from bench.environment import describe_environment, gpu_present
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
 from bench.runner import Sweep, finished_cases, run_sweep
+from dig.commands.common import progress_bar
 
 app = typer.Typer(
     add_completion=False,
@@ -163,7 +163,7 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) ->
         for interrupt in (signal.SIGINT, signal.SIGTERM):
             signal.signal(interrupt, signal.default_int_handler)
         try:
-            with _progress(console) as progress:
+            with progress_bar(console) as progress:
                 task = progress.add_task("starting", total=len(sweep.remaining))
                 rows = run_sweep(
                     sweep,
@@ -179,19 +179,6 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) ->
             console.print(f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume")
             sys.exit(130)
     console.print(f"done: {measured} rows in {out}")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _line(row: Row) -> str:

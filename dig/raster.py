@@ -107,7 +107,7 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
             norm="rms" if block.variant == "paper" else "layer",
             heads=block.attn.heads,
             grid=grid,
-            order=(order.transposed, order.reversed),
+            order=order,
         )
     return x
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
-from dig.ops.gla.mixer import mixer_backward, mixer_forward
+from dig.ops.gla.mixer import mixer_backward, mixer_forward, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
 from dig.ops.weights import gated_weight_gradient, prepare_weights
+from dig.scan import ScanOrder
 
 EPS = 1e-6
 
@@ -97,7 +98,7 @@ class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order.
 
     Arguments: x (B, T, D) in the dtype of the products; the modulation (B, 6D); norm (``rms`` or ``layer``), heads,
-    (rows, columns) of the grid, the scan order as (transposed, reversed); then the weights as in `BlockWeights`.
+    (rows, columns) of the grid, the scan order; then the weights as in `BlockWeights`.
     Differentiable once.
     """
 
@@ -109,17 +110,16 @@ class RasterBlock(torch.autograd.Function):
         norm: str,
         heads: int,
         grid: tuple[int, int],
-        order: tuple[bool, bool],
+        order: ScanOrder,
         *weights: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         *masters, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias = weights
         in_proj, decay_weight, gate_proj, o_proj, down_proj = _cast(cast(list[Tensor], masters), (), x.dtype)
-        code = order[1] + 2 * order[0]
         h, stats1 = norm_modulate_forward(x, shift1, scale1, norm1, norm, EPS, x.dtype)
         projected = _linear(h, in_proj)
-        y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, code, EPS)
+        y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, order_code(order), EPS)
         branch1 = _linear(y, o_proj)
         x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, norm2, norm, EPS, x.dtype)
         gate_up = _linear(h, gate_proj)
@@ -145,6 +145,7 @@ class RasterBlock(torch.autograd.Function):
         norm, heads, grid, order = ctx.settings
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         one_image = len(x) == 1
+        *_, o_master, down_master = masters
         dout = dout.contiguous()
         in_proj, decay_weight, gate_proj, o_proj, down_proj = _cast(
             masters, (gate1[0], gate2[0]) if one_image else (), x.dtype
@@ -154,16 +155,17 @@ class RasterBlock(torch.autograd.Function):
         # its gate being in the weight.
         if conv_weight is None:
             d, dconv_weight, dconv_bias = dout, None, None
-            d_branch = dout if one_image else dout * gate2.unsqueeze(1).to(x.dtype)
-            dgate2 = (dout.float() * branch2.float()).sum(1).to(gate2.dtype)
+            if not one_image:
+                d_branch = dout * gate2.unsqueeze(1).to(x.dtype)
+                dgate2 = (dout.float() * branch2.float()).sum(1).to(gate2.dtype)
         else:
             d, d_branch, dgate2, dconv_weight, dconv_bias = srem_backward(
                 x1, branch2, gate2, conv_weight, conv_bias, dout, *grid, *order, one_image
             )
-            d_branch = d if one_image else d_branch
+        d_branch = d if one_image else d_branch
         dgate_up, hidden = swiglu_backward(gate_up, _linear_backward(d_branch, down_proj), True)
         if one_image:
-            ddown, dgate2 = _gated_gradients(d, hidden, masters[4], gate2)
+            ddown, dgate2 = _gated_gradients(d, hidden, down_master, gate2)
         else:
             ddown = weight_gradient(as_rows(d_branch), as_rows(hidden))
         del hidden, d_branch
@@ -176,10 +178,10 @@ class RasterBlock(torch.autograd.Function):
         d_branch = d if one_image else d_branch
         dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = mixer_backward(
             projected, decay_weight, decay_bias, head_norm, states, _linear_backward(d_branch, o_proj), heads, *grid,
-            order[1] + 2 * order[0], EPS, True,
+            order_code(order), EPS, True,
         )  # fmt: skip
         if one_image:
-            do_proj, dgate1 = _gated_gradients(d, y, masters[3], gate1)
+            do_proj, dgate1 = _gated_gradients(d, y, o_master, gate1)
         else:
             do_proj = weight_gradient(as_rows(d_branch), as_rows(y))
         del y, d_branch
@@ -204,7 +206,7 @@ def train_block(
     norm: str,
     heads: int,
     grid: tuple[int, int],
-    order: tuple[bool, bool],
+    order: ScanOrder,
 ) -> Tensor:
     """`RasterBlock` by names.
 
@@ -223,7 +225,7 @@ def infer_block(
     norm: str,
     heads: int,
     grid: tuple[int, int],
-    order: tuple[bool, bool],
+    order: ScanOrder,
 ) -> Tensor:
     """The forward pass alone, for use without gradients; arguments as `train_block`, and **x is overwritten**."""
     if len(x) > 1:
@@ -235,7 +237,7 @@ def infer_block(
     )
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
     projected = _linear(h, in_proj)
-    y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order[1] + 2 * order[0], EPS)
+    y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
     gate_up = _linear(h, gate_proj)

@@ -143,7 +143,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     """
     from triton.runtime.errors import OutOfResources
 
-    from dig.ops.gla import tiled
+    from dig.ops.gla import launches
     from dig.ops.gla.tiles import Tiles
 
     step = mixer_step(shape)
@@ -151,14 +151,14 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
 
     def time(names: Collection[str], **choice: Any) -> None:
         try:
-            with use_tiles(tiled, Tiles(**choice)):
+            with use_tiles(launches, Tiles(**choice)):
                 kernels = kernel_times(step)
         except OutOfResources as error:
             print(f"{choice}: {error}", flush=True)
             return
         for name in names:
-            microseconds, launches = kernels[name]
-            print(f"{microseconds:7.1f} µs x {launches:g} {name:24} {choice}", flush=True)
+            microseconds, calls = kernels[name]
+            print(f"{microseconds:7.1f} µs x {calls:g} {name:24} {choice}", flush=True)
             if microseconds < best.get(name, (float("inf"), {}))[0]:
                 best[name] = (microseconds, choice)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dig.ops.gla import gated_linear_attention, recurrent_gla, tiled
+from dig.ops.gla import gated_linear_attention, launches, recurrent_gla
 from dig.ops.gla.block_reference import block_reference
-from dig.ops.gla.tiled import Tiles, gla_block, tiled_gla
+from dig.ops.gla.tiled import gla_block, tiled_gla
+from dig.ops.gla.tiles import Tiles
 from tests.helpers import relative_error
 
 GPU = torch.cuda.is_available()
@@ -43,7 +44,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
     tiles = Tiles(chunk=request.param, scan_lanes=4096, scan_steps=3)
-    monkeypatch.setattr(tiled, "tiles_for", lambda q, v: tiles)
+    monkeypatch.setattr(launches, "tiles_for", lambda q, v: tiles)
     return request.param
 
 

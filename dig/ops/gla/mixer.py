@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dig.ops.gla.launches import DecayGate, Plan, empty_states, plan_of, run_block, run_block_backward
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
-from dig.ops.gla.tiled import DecayGate, Plan, check_qkv, empty_states, plan_of, run_block, run_block_backward
+from dig.ops.gla.tiled import check_qkv
 from dig.ops.launch import empty
 from dig.ops.linear import as_rows, weight_gradient
 from dig.scan import ScanOrder

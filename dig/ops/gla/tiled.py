@@ -5,23 +5,30 @@ output after it. Both are registered with torch.library, so ``torch.compile(full
 
 Shapes: B batch, T tokens, H heads, K key width, V value width, N chunks.
 
-What is kept for the backward pass is the inputs alone; states and outputs are computed again. States between chunks are
-stored in the inputs' dtype: they are operands of a product in that dtype anyway, and in bf16 that halves their traffic.
-The scan over chunks carries its state in fp32, so the rounding does not add up along the sequence.
+What is kept for the backward pass is the inputs, and of `gla_block` the states between chunks; the rest is computed
+again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
-from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
-from dig.ops.gla.tiles import Tiles, tiles_for
+from dig.ops.gla.kernels import output_kernel
+from dig.ops.gla.launches import (
+    DecayGate,
+    empty_states,
+    gradients_of,
+    local_states,
+    plan_of,
+    run_block,
+    run_block_backward,
+    scan_states,
+    strides_of,
+)
 from dig.ops.launch import empty, last_contiguous, on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,277 +66,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check("v", v, shape=(*q.shape[:3], v.shape[-1]), dtypes=(q.dtype,), like=q)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything about a call that several launches share."""
-
-    tiles: Tiles
-    B: int
-    T: int
-    H: int
-    N: int
-    scale: float
-    inverse_normalizer: float
-    walk: tuple[int, int, int]
-    """(rows, columns) of the image, for orders that go column by column, and the order, as `scan_tokens` takes them."""
-    constants: dict[str, Any]
-    """Those of every kernel that works on a chunk."""
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Programs: one a chunk and head."""
-        # Heads vary fastest: programs that run together read neighbouring parts of the same tokens.
-        return self.H, self.N, self.B
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        """(B, H, N, K, V)."""
-        return self.B, self.H, self.N, self.constants["K"], self.constants["V"]
-
-    @property
-    def levels(self) -> int:
-        """Group sizes in a chunk: 16, 32, ... up to the chunk."""
-        return self.tiles.chunk.bit_length() - 4
-
-
-def plan_of(
-    q: Tensor, v: Tensor, scale: float, normalizer: float, grid: tuple[int, int] = (0, 0), order: int = 0
-) -> Plan:
-    """The launch plan for queries (B, T, H, K) and values (B, T, H, V); order as `scan_tokens` takes it."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    tiles = tiles_for(q, v)
-    constants = {
-        "K": K,
-        "V": V,
-        "KP": max(16, triton.next_power_of_2(K)),
-        "VP": max(16, triton.next_power_of_2(V)),
-        "C": tiles.chunk,
-        "PRECISION": _precision(v.dtype),
-    }
-    N = triton.cdiv(T, tiles.chunk)
-    return Plan(
-        tiles=tiles,
-        B=B,
-        T=T,
-        H=H,
-        N=N,
-        scale=scale,
-        inverse_normalizer=1.0 / normalizer,
-        walk=(*grid, order),
-        constants=constants,
-    )
-
-
-def _precision(dtype: torch.dtype) -> str:
-    if not isinstance(output_kernel, triton.runtime.JITFunction):
-        return "interpreter"
-    # Three tf32 products keep fp32's 24 bits of the operands and still run on the matrix units.
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecayGate:
-    """What the decays of a call come from.
-
-    Attributes:
-        values: Log decays or gate logits (B, T, H, K), or with weight and bias the low-rank factor (B, T, R) of the
-            logits, from which the kernels compute them: at rank 16 that takes less than reading them.
-        logits: Whether the log decays are still to be computed.
-        weight: (H K, R), with values (B, T, R) only.
-        bias: (H K,), likewise.
-    """
-
-    values: Tensor
-    logits: bool
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As the kernels take them; a pointer that a kernel does not touch can be anything."""
-        if self.weight is None or self.bias is None:
-            return self.values, self.values, self.values
-        return self.values, self.weight, self.bias
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Of batch, token and head."""
-        batch, token, head, *_ = self.values.stride()
-        return batch, token, head if self.weight is None else 0
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """R is 0 without a weight."""
-        rank = 0 if self.weight is None else self.weight.shape[1]
-        return {"R": rank, "RP": max(16, triton.next_power_of_2(rank)), "LOGITS": self.logits}
-
-
-def _local_states(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, *, do: Tensor | None = None, sums_only: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What each chunk adds to the state (1, B, H, N, K, V), the sums of the decays, and do . v of each token.
-
-    With do, the first is (2, ...), and its second part what each chunk adds to the state's gradient; without, the last
-    is left unwritten. With ``sums_only`` the first has no entries.
-    """
-    entries = 0 if sums_only else 1 if do is None else 2
-    states = torch.empty(entries, *plan.state_shape, dtype=v.dtype, device=v.device)
-    rows, columns = plan.N * plan.tiles.chunk, plan.constants["KP"]
-    sums = torch.empty(plan.B, plan.H, rows, columns, dtype=torch.float32, device=v.device)
-    own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
-    do_or_v = v if do is None else do
-    local_state_kernel[plan.grid](
-        q, k, v, *gate.tensors, do_or_v, sums, states, own, *_strides(q, k, v), *gate.strides, *_strides(do_or_v),
-        plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
-        **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
-        num_warps=plan.tiles.local_warps,
-    )  # fmt: skip
-    return states, sums, own
-
-
-def _scan(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
-    K, V = states.shape[-2:]
-    lanes = min(plan.tiles.scan_lanes, triton.next_power_of_2(K * V))
-    scan_kernel[(triton.cdiv(K * V, lanes), plan.B * plan.H, states.shape[0])](
-        states, sums, plan.N, direction,
-        K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, STEPS=plan.tiles.scan_steps, num_warps=plan.tiles.scan_warps,
-    )  # fmt: skip
-
-
-def _gradients(
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: DecayGate,
-    do: Tensor,
-    sums: Tensor,
-    states: Tensor,
-    state_gradients: Tensor,
-    own: Tensor,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> Tensor:
-    """Write the gradients of q, k, v and the gate (B, T, H, K) into ``outputs``, whose heads lie packed in each token.
-
-    Returns:
-        Every chunk's part of the gradient of the gate's bias (B N, H K); of no rows without a bias.
-    """
-    rows = 0 if gate.bias is None else plan.B * plan.N
-    dbias = torch.empty(rows, plan.H * q.shape[-1], dtype=torch.float32, device=q.device)
-    gradient_kernel[plan.grid](
-        q, k, v, *gate.tensors, do, sums, states, state_gradients, own, *outputs, dbias,
-        *_strides(q, k, v), *gate.strides, *_strides(do), *(output.stride(1) for output in outputs),
-        plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
-        **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
-        maxnreg=plan.tiles.gradient_registers,
-    )  # fmt: skip
-    return dbias
-
-
-def empty_states(q: Tensor, v: Tensor) -> Tensor:
-    """Room for the states of a call with queries (B, T, H, K) and values (B, T, H, V): (1, B, H, N, K, V)."""
-    B, T, H, K = q.shape
-    N = -(-T // tiles_for(q, v).chunk)
-    return torch.empty(1, B, H, N, K, v.shape[-1], dtype=v.dtype, device=v.device)
-
-
-def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
-    rows, D = partials.shape
-    sums = torch.empty(D, dtype=dtype, device=partials.device)
-    columns = 8
-    column_sums_kernel[(triton.cdiv(D, columns),)](partials, sums, rows, D=D, ROWS=256, COLS=columns, num_warps=8)
-    return sums
-
-
-def run_block(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, g: Tensor, norm_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The launches of `gla_block`: its result, and the states before each chunk (1, B, H, N, K, V)."""
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with on_device(q.device):
-        states, sums, _ = _local_states(plan, q, k, v, gate)
-        _scan(plan, states, sums, direction=0)
-        output_kernel[plan.grid](
-            q, k, v, g, norm_weight, sums, states, out, *_strides(q, k, v, g),
-            plan.T, plan.N, *plan.walk, plan.scale, eps,
-            **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
-            maxnreg=plan.tiles.output_registers,
-        )  # fmt: skip
-    return out, states
-
-
-def run_block_backward(
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: DecayGate,
-    g: Tensor,
-    norm_weight: Tensor,
-    states: Tensor,
-    dy: Tensor,
-    eps: float,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    dg: Tensor,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The launches of `gla_block`'s backward pass.
-
-    Args:
-        plan: Of the forward pass.
-        q: As in the forward pass.
-        k: Likewise.
-        v: Likewise.
-        gate: Likewise.
-        g: Logits of the output gate.
-        norm_weight: (V,).
-        states: Those before each chunk, from the forward pass.
-        dy: Gradient of the output.
-        eps: As in the forward pass.
-        outputs: Take the gradients of q, k, v and of the log decays or logits (B, T, H, K); contiguous over batch and
-            tokens, heads packed.
-        dg: Takes g's gradient; likewise.
-        y: Takes the forward pass's result again (B, T, H, V), contiguous.
-
-    Returns:
-        The gradients of norm_weight (V,) and of the gate's bias (H K,); of no elements without a bias.
-    """
-    dy = last_contiguous(dy)
-    do = empty(v)
-    dweight = torch.empty(plan.B * plan.N * plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
-    with on_device(q.device):
-        _, sums, own = _local_states(plan, q, k, v, gate, sums_only=True)
-        state_gradients = empty(states)
-        output_backward_kernel[plan.grid](
-            q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,
-            *_strides(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
-            **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
-            maxnreg=plan.tiles.output_backward_registers,
-        )  # fmt: skip
-        _scan(plan, state_gradients, sums, direction=1)
-        dbias = _gradients(plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
-        dnorm = column_sums(dweight, norm_weight.dtype)
-        if gate.bias is None:
-            return dnorm, dbias
-        return dnorm, column_sums(dbias, gate.bias.dtype)
-
-
 @torch.library.custom_op("dig::gla", mutates_args=())
 def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = plan_of(q, v, 1.0, 1.0)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with on_device(q.device):
-        states, sums, _ = _local_states(plan, q, k, v, DecayGate(values=log_decay, logits=False))
-        _scan(plan, states, sums, direction=0)
+        states, sums, _ = local_states(plan, q, k, v, DecayGate(values=log_decay, logits=False))
+        scan_states(plan, states, sums, direction=0)
         output_kernel[plan.grid](
-            q, k, v, v, v, sums, states, out, *_strides(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
+            q, k, v, v, v, sums, states, out, *strides_of(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
             **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
             maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
@@ -345,9 +90,9 @@ def _gla_backward(
     outputs = empty(q), empty(k), empty(v), empty(log_decay)
     with on_device(q.device):
         gate = DecayGate(values=log_decay, logits=False)
-        states, sums, own = _local_states(plan, q, k, v, gate, do=do)
-        _scan(plan, states, sums, direction=0)
-        _gradients(plan, q, k, v, gate, do, sums, states[0], states[1], own, outputs)
+        states, sums, own = local_states(plan, q, k, v, gate, do=do)
+        scan_states(plan, states, sums, direction=0)
+        gradients_of(plan, q, k, v, gate, do, sums, states[0], states[1], own, outputs)
     return outputs
 
 

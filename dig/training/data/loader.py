@@ -136,7 +136,12 @@ class Loader:
             # would then find in another state.
             generator=torch.Generator(),
         )
-        self._batches: Iterator[Batch | DataError] | None = iter(loader)
+        # Workers inherit the mask: one that a Ctrl-C reaches before it ignores them would end the run. Here it waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._batches: Iterator[Batch | DataError] | None = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __iter__(self) -> Loader:
         return self
