@@ -35,7 +35,7 @@ def run_step(model: DiG, inputs: tuple[Tensor, ...], weight: Tensor) -> list[Ten
     with torch.autocast("cuda", dtype=torch.bfloat16):
         output = model(*inputs)
     (output.float() * weight).sum().backward()
-    return [output, *(parameter.grad for parameter in model.parameters())]
+    return [output.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
 def run_forward(model: DiG, inputs: tuple[Tensor, ...]) -> list[Tensor]:
