@@ -11,7 +11,7 @@ from torch import Tensor
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
-from dig.ops.gla.tiles import WIDE_TILES
+from dig.ops.gla.tiles import WIDE_FP32
 from dig.ops.srem import fused as srem
 from dig.ops.swiglu import fused as swiglu
 from tests.helpers import example, randomize, relative_error
@@ -121,7 +121,7 @@ def test_it_compiles_as_one_graph() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes these tiles anyway")
 def test_tiles_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs that a GPU would run, every address of theirs checked (`tests/ops/conftest.py`)."""
-    monkeypatch.setattr(launches, "tiles_for", lambda q, v: WIDE_TILES)
+    monkeypatch.setattr(launches, "tiles_for", lambda q, v: WIDE_FP32)
     monkeypatch.setattr(adaln, "tiles_for", lambda x: adaln.TILES[384, x.dtype])
     monkeypatch.setattr(srem, "tiles_for", lambda which, x: srem.TILES[which, x.dtype])
     monkeypatch.setattr(swiglu, "tiles_for", lambda gate_up: swiglu.TILES[gate_up.dtype])

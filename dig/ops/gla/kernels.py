@@ -68,6 +68,14 @@ def scan_tokens(first, T, grid_rows, grid_columns, order, C: tl.constexpr):
 
 
 @triton.jit
+def forgotten(tokens, PRECISION: tl.constexpr):
+    """The same, but not to the compiler: it computes addresses again that it would otherwise hold in registers."""
+    if PRECISION == "interpreter":
+        return tokens
+    return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [tokens], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_rows(ptr, stride, tokens, present, WIDTH: tl.constexpr, P: tl.constexpr):
     """One head's rows at ``tokens`` (C,) as (C, P); 0 where there is no token, and in the padded columns."""
     cols = tl.arange(0, P)
@@ -189,18 +197,28 @@ def middle(rows, level):
 
 
 @triton.jit
-def of_level(i, j, level):
-    """Which pairs of rows j <= i belong to a level: a group's halves for ``16 << level``, and all of it for level 0."""
+def pairs_of(i, j, mild, level):
+    """Which pairs of rows j <= i belong to a level: of a mild chunk all.
+
+    Else those in different halves of a group of ``16 << level``, and for level 0 also those in the same.
+    """
     half = 3 + level
     different = (i >> half) ^ (j >> half)
-    return (different == 1) | ((different == 0) & (level == 0))
+    return tl.where(mild, i >= 0, (different == 1) | ((different == 0) & (level == 0)))
 
 
 @triton.jit
-def level_factors(x, level):
-    """Factors of queries and keys at a level, from their log2 decays x measured from the middle of their group."""
+def pair_factors(sums, chunk, mild, level, C: tl.constexpr, P: tl.constexpr):
+    """Factors (C, P) of queries and keys at a level, from their decays up to the middle of their group or the chunk."""
+    rows = tl.arange(0, C)
+    c = load_sums(sums, chunk, rows, C, P)
+    if mild:
+        x = c - load_sum(sums, chunk, C // 2 - 1, C, P)[None, :]
+    else:
+        x = c - load_sums(sums, chunk, middle(rows, level), C, P)
     outside = -tl.abs(x)
-    return tl.exp2(tl.where(level == 0, x, outside)), tl.exp2(tl.where(level == 0, -x, outside))
+    whole = mild | (level == 0)
+    return tl.exp2(tl.where(whole, x, outside)), tl.exp2(tl.where(whole, -x, outside))
 
 
 @triton.jit
@@ -234,35 +252,45 @@ def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def chunk_output(
-    q,
-    k,
-    v,
-    sums,
-    chunk,
-    state,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    LEVELS: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Outputs (C, VP) in fp32 of one chunk: fp32 q and k (C, P), v and the state before the chunk as loaded."""
+def chunk_scores(
+    q, q_t, k, k_t, sums, chunk, tokens, present, scale,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores (C, C) in fp32 of one chunk's pairs, 0 above the diagonal; q and k point to the head's first rows."""
     rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
-    c = load_sums(sums, chunk, rows, C, P)
-    if is_mild(sums, chunk, C, P):
-        x = c - load_sum(sums, chunk, C // 2 - 1, C, P)[None, :]
-        scores = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
-        scores = tl.where(i >= j, scores, 0.0)
-    else:
-        scores = tl.zeros([C, C], tl.float32)
-        for level in tl.range(0, LEVELS, num_stages=1):
-            q_factor, k_factor = level_factors(c - load_sums(sums, chunk, middle(rows, level), C, P), level)
-            pairs = product(q * q_factor, tl.trans(k * k_factor), DOT, PRECISION)
-            scores = tl.where(of_level(i, j, level) & (i >= j), pairs, scores)
-    return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
+    scores = tl.zeros([C, C], tl.float32)
+    mild = is_mild(sums, chunk, C, P)
+    level = 0
+    # What a level reads is read in it, so that no level holds registers for the next.
+    while level < tl.where(mild, 1, LEVELS):
+        q_factor, k_factor = pair_factors(sums, chunk, mild, level, C, P)
+        b_q = load_rows(q, q_t, tokens, present, K, P).to(tl.float32) * scale
+        b_k = load_rows(k, k_t, tokens, present, K, P).to(tl.float32)
+        pairs = product(b_q * q_factor, tl.trans(b_k * k_factor), DOT, PRECISION)
+        scores = tl.where(pairs_of(i, j, mild, level) & (i >= j), pairs, scores)
+        level += 1
+    return scores
+
+
+@triton.jit
+def chunk_output(
+    q, q_t, k, k_t, v, v_t, sums, states, chunk, tokens, present, scale,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs (C, VP) in fp32 of one chunk; q, k and v point to the head's first rows."""
+    DOT: tl.constexpr = v.dtype.element_ty
+    scores = chunk_scores(
+        q, q_t, k, k_t, sums, chunk, tokens, present, scale, K, KP, C, LEVELS, DOT, PRECISION
+    )  # fmt: skip
+    b_v = load_rows(v, v_t, tokens, present, V, VP)
+    offsets, exists = state_tile(K, V, KP, VP)
+    state = tl.load(states + chunk * (K * V) + offsets, mask=exists, other=0.0)
+    queries = load_rows(q, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    queries *= tl.exp2(load_sums(sums, chunk, tl.arange(0, C), C, KP))
+    return product(scores, b_v, DOT, PRECISION) + product(queries, state, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -456,13 +484,10 @@ def output_kernel(
     H = tl.num_programs(0)
     tokens, present = scan_tokens(n * C, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
-    DOT: tl.constexpr = v.dtype.element_ty
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
-    offsets, exists = state_tile(K, V, KP, VP)
-    state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
+    o = chunk_output(
+        q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, v + b * v_b + h * v_h, v_t, sums, states, index, tokens,
+        present, scale, K, V, KP, VP, C, LEVELS, PRECISION,
+    )  # fmt: skip
     if NORM_GATE:
         cols = tl.arange(0, VP)
         b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
