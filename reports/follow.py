@@ -1,7 +1,7 @@
 """``python -m reports.follow DIR``: whether one implementation's losses follow another's, and repeat bit for bit.
 
 DIR holds three runs of python -m dig train that differ in implementation and dtype alone: ``reference``, and ``first``
-and ``second``, which are the same run made twice. Of each ``config.json`` and ``train.jsonl``, with a line for every step.
+and ``second``, which are the same run made twice. Of each ``config.json`` and ``train.jsonl``, a line for every step.
 """
 
 from __future__ import annotations
