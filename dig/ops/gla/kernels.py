@@ -26,6 +26,9 @@ group of 16, the exponents are at most 8 tokens' decay away from 0 on either sid
 at or above `MIN_LOG2_DECAY`, and the largest factor is e^80, which fp32 and bf16 (same exponent range) can hold with
 room for operands up to several thousand. Pairs outside the group or above the diagonal may overflow to infinity or NaN
 there: they are removed by ``tl.where``, never by a product with 0. fp16 could not hold these factors.
+
+Most chunks need none of that: where all of a chunk's decay is at least 2^-64 in every channel (`is_mild`), one product
+serves all its pairs, with decays measured from the chunk's middle token. Each program looks for itself.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # Tuples of tensors are built up one by one, which to mypy changes their type.
@@ -39,6 +42,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 MIN_LOG2_DECAY = tl.constexpr(-10 * 1.4426950408889634)
 """The least log2 decay of a token: e^-10, see above."""
+
+MILD_LOG2_DECAY = tl.constexpr(-64.0)
+"""The least log2 decay of a chunk whose pairs one product serves: factors of 2^64 leave the operands room both ways."""
 
 UNSPECIALIZED = ["T", "N", "grid_rows", "grid_columns", "order"]
 """Integers that no address needs to be aligned by: one binary serves every length, grid and order."""
@@ -164,6 +170,18 @@ def load_sums(sums, chunk, rows, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def load_sum(sums, chunk, row: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """The sums (P,) of one row: of the last, the whole chunk's."""
+    return tl.load(sums + chunk * (C * P) + row * P + tl.arange(0, P))
+
+
+@triton.jit
+def is_mild(sums, chunk, C: tl.constexpr, P: tl.constexpr):
+    """Whether one product serves all pairs of a chunk: see **Exponents** above."""
+    return tl.min(load_sum(sums, chunk, C - 1, C, P), axis=0) >= MILD_LOG2_DECAY
+
+
+@triton.jit
 def middle(rows, level):
     """The last row of the first half of each row's group of ``16 << level``."""
     half = 3 + level
@@ -179,6 +197,13 @@ def of_level(i, j, level):
 
 
 @triton.jit
+def level_factors(x, level):
+    """Factors of queries and keys at a level, from their log2 decays x measured from the middle of their group."""
+    outside = -tl.abs(x)
+    return tl.exp2(tl.where(level == 0, x, outside)), tl.exp2(tl.where(level == 0, -x, outside))
+
+
+@triton.jit
 def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """``a @ b`` of operands rounded to DOT, summed in fp32."""
     a = a.to(DOT)
@@ -190,22 +215,21 @@ def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def split(x):
-    """Three bf16 tensors whose sum is x, in fp32, to its last bit or two."""
+def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums (C, P) of the rows of x (C, P), fp32, up to and with each.
+
+    As products with 0 and 1 on the matrix units; a scan from thread to thread takes twice the instructions. x is taken
+    apart into bf16 tensors: three for its last bit or two, or where operands are rounded to bf16 anyway (DOT) two, for
+    17 bits of each decay.
+    """
+    rows = tl.arange(0, x.shape[0])
+    which = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     mid = rest.to(tl.bfloat16)
-    return high, mid, (rest - mid.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def sum_rows(which, high, mid, low, PRECISION: tl.constexpr):
-    """Sums (C, P) over the rows that ``which`` (C, C) picks for each row, of a tensor taken apart by `split`.
-
-    As products with 0 and 1 on the matrix units; a scan from thread to thread takes twice the instructions.
-    """
-    which = tl.where(which, 1.0, 0.0)
-    total = product(which, low, tl.bfloat16, PRECISION) + product(which, mid, tl.bfloat16, PRECISION)
+    total = product(which, mid, tl.bfloat16, PRECISION)
+    if tl.float32 == DOT:
+        total += product(which, (rest - mid.to(tl.float32)).to(tl.bfloat16), tl.bfloat16, PRECISION)
     return total + product(which, high, tl.bfloat16, PRECISION)
 
 
@@ -228,15 +252,16 @@ def chunk_output(
     i = rows[:, None]
     j = rows[None, :]
     c = load_sums(sums, chunk, rows, C, P)
-    scores = tl.zeros([C, C], tl.float32)
-    for level in tl.static_range(LEVELS):
-        x = c - load_sums(sums, chunk, middle(rows, level), C, P)
-        if level == 0:
-            pairs = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
-        else:
-            factor = tl.exp2(-tl.abs(x))
-            pairs = product(q * factor, tl.trans(k * factor), DOT, PRECISION)
-        scores = tl.where(of_level(i, j, level) & (i >= j), pairs, scores)
+    if is_mild(sums, chunk, C, P):
+        x = c - load_sum(sums, chunk, C // 2 - 1, C, P)[None, :]
+        scores = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
+        scores = tl.where(i >= j, scores, 0.0)
+    else:
+        scores = tl.zeros([C, C], tl.float32)
+        for level in tl.range(0, LEVELS, num_stages=1):
+            q_factor, k_factor = level_factors(c - load_sums(sums, chunk, middle(rows, level), C, P), level)
+            pairs = product(q * q_factor, tl.trans(k * k_factor), DOT, PRECISION)
+            scores = tl.where(of_level(i, j, level) & (i >= j), pairs, scores)
     return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
 
 
@@ -305,16 +330,13 @@ def local_state_kernel(
     if LOGITS:
         # A logit of 0 where nothing was loaded isn't a decay of 1.
         d = tl.where(present[:, None] & (cols < K)[None, :], d, 0.0)
-    high, mid, low = split(d)
-    c = sum_rows(rows[:, None] >= rows[None, :], high, mid, low, PRECISION)
+    c = running_sums(d, DOT, PRECISION)
     # Rows after the last token too: those are read as the middle of a group.
     tl.store(sums + index * (C * KP) + rows[:, None] * KP + cols[None, :], c)
     if STATES:
         b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
         b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
-        # Not the difference of two sums: what is left of a chunk's end would lose their low bits.
-        after = sum_rows(rows[:, None] < rows[None, :], high, mid, low, PRECISION)
-        keys = b_k * tl.exp2(after)
+        keys = b_k * tl.exp2(tl.sum(d, axis=0)[None, :] - c)
         state = product(tl.trans(keys), b_v, DOT, PRECISION)
         offsets, exists = state_tile(K, V, KP, VP)
         offsets += index * (K * V)

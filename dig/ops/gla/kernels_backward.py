@@ -26,8 +26,11 @@ from dig.ops.gla.kernels import (
     MIN_LOG2_DECAY,
     UNSPECIALIZED,
     chunk_output,
+    is_mild,
+    level_factors,
     load_gate,
     load_rows,
+    load_sum,
     load_sums,
     log2_decay,
     middle,
@@ -237,24 +240,28 @@ def gradient_kernel(
     b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
 
-    # Through the scores, group size by group size.
+    # Through the scores: of a mild chunk all at once, else group size by group size.
     dscores = product(b_do, tl.trans(b_v), DOT, PRECISION).to(DOT)
     scores = tl.zeros([C, C], DOT)
     b_dq = tl.zeros([C, KP], tl.float32)
     b_dk = tl.zeros([C, KP], tl.float32)
     b_dc = tl.zeros([C, KP], tl.float32)
+    mild = is_mild(sums, index, C, KP)
+    level = 0
     # A loop that stays one: unrolled, its code outgrows the instruction cache and its addresses the registers.
-    for level in tl.range(0, LEVELS, num_stages=1):
-        x = c - load_sums(sums, index, middle(rows, level), C, KP)
-        outside = -tl.abs(x)
-        q_factor = tl.exp2(tl.where(level == 0, x, outside))
-        k_factor = tl.exp2(tl.where(level == 0, -x, outside))
+    while level < tl.where(mild, 1, LEVELS):
+        if mild:
+            x = c - load_sum(sums, index, C // 2 - 1, C, KP)[None, :]
+        else:
+            x = c - load_sums(sums, index, middle(rows, level), C, KP)
+        q_factor, k_factor = level_factors(x, level)
         queries = (b_q * q_factor).to(DOT)
         keys = (b_k * k_factor).to(DOT)
-        pairs = of_level(i, j, level)
+        pairs = tl.where(mild, i >= 0, of_level(i, j, level))
         scores = tl.where(pairs & (i >= j), product(queries, tl.trans(keys), DOT, PRECISION).to(DOT), scores)
         ds = tl.where(pairs & (i > j), dscores, 0.0)
         b_dq, b_dk, b_dc = pair_gradients(b_dq, b_dk, b_dc, queries, keys, q_factor, k_factor, ds, DOT, PRECISION)
+        level += 1
 
     b_dv = product(tl.trans(scores), b_do, DOT, PRECISION)
 
@@ -269,7 +276,7 @@ def gradient_kernel(
     offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
     dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
-    total = tl.load(sums + index * (C * KP) + (C - 1) * KP + tl.arange(0, KP))
+    total = load_sum(sums, index, C - 1, C, KP)
     until_end = tl.exp2(total[None, :] - c)
     b_dv += product(b_k * until_end, dstate, DOT, PRECISION)
     store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, tokens, present, V, VP)
