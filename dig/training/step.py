@@ -51,21 +51,21 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     A block is a member of a `ModuleList` whose name ends in ``blocks``, or a module whose name ends in ``block``.
 
     Args:
-        model: Its blocks' ``forward`` is replaced; parameters keep their names.
+        model: Parameters keep their names. Its blocks' ``forward`` is replaced; of DiG on this project's kernels,
+            which doesn't call them, they are marked for `dig.raster`.
         preserve_rng_state: Whether blocks draw random numbers, which must be the same the second time.
 
     Returns:
         How many blocks there are.
 
     Raises:
-        ValueError: The model has none, or doesn't call them one by one.
+        ValueError: The model has none.
     """
     if isinstance(model, DiG) and model.config.recurrence == "triton":
-        raise ValueError(
-            "DiG with recurrence=triton fuses across the borders of its blocks and recomputes inside its kernels what "
-            "is cheap to; its blocks' activations can't be left out one by one. Use recurrence=fla or reference, or "
-            "a larger accumulate"
-        )
+        from dig.raster import recompute_blocks  # here, because it takes triton
+
+        recompute_blocks(model.blocks)
+        return len(model.blocks)
     blocks: list[nn.Module] = []
     for name, child in model.named_children():
         if name.endswith("blocks") and isinstance(child, nn.ModuleList):
