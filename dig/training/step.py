@@ -10,10 +10,11 @@ Shapes: A parts of a step's batch, B samples of a part.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from dig.model import DiG
 from dig.training.config import TrainConfig
 from dig.training.inputs import StepInputs
 
+logger = logging.getLogger(__name__)
+
 WARMUP_STEPS = 3
 """Steps that run before a graph is captured, so that every kernel is compiled and every buffer there."""
 
@@ -34,7 +37,9 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def use_deterministic_algorithms() -> None:
-    """Tell PyTorch to repeat itself on a GPU; an operation that can't is named in a warning. Before CUDA's first use.
+    """Tell PyTorch to repeat itself on a GPU, or to warn where it can't. Before CUDA's first use.
+
+    Steps of training are stricter: `TrainingStep`.
 
     Atomic additions come in any order, and rounding makes of each order another sum.
     """
@@ -43,6 +48,20 @@ def use_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
     # Filling fresh memory would show reads of what nobody wrote, at the price of a pass over every buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _strictly_deterministic() -> Iterator[None]:
+    """Refuse operations that can't repeat themselves, instead of warning; the mode before comes back.
+
+    Only so does PyTorch's FlashAttention take its deterministic backward pass: while it may warn, it adds in any order.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
@@ -140,6 +159,8 @@ class TrainingStep:
         self._network: Callable[..., Tensor] = torch.compile(model) if config.execution == "compile" else model
         self._inputs: StepInputs | None = None
         self._graph: Any = None
+        self._strict = config.deterministic
+        self._tried = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the run's future depends on, by name; not copies."""
@@ -189,6 +210,40 @@ class TrainingStep:
             return self._network(x, t, y)
 
     def _step(self) -> None:
+        """One step, by deterministic algorithms alone if the first one shows that this model can be trained so."""
+        if not self._strict:
+            self._update()
+            return
+        if self._tried:
+            with _strictly_deterministic():
+                self._update()
+            return
+        self._tried = True
+        cuda = self.device.type == "cuda"
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
+        try:
+            with _strictly_deterministic():
+                self._update()
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0][:200]
+        # It came before the optimizer, so no weight has moved; if it was something else, it comes again. Not in the
+        # handler, where the error would keep the attempt's activations.
+        self._strict = False
+        torch.set_rng_state(random[0])
+        if random[1] is not None:
+            torch.cuda.set_rng_state(random[1], self.device)
+        self._update()
+        logger.warning(
+            "%s can't be trained by deterministic algorithms alone (%s): a run that is gone on with may differ from one "
+            "that wasn't stopped",
+            type(self.model).__name__,
+            reason,
+        )
+
+    def _update(self) -> None:
         """The step itself, a function of tensors that stay where they are."""
         inputs, parts = self._inputs, self.config.accumulate
         assert inputs is not None
@@ -228,7 +283,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # The thread that makes the next inputs pins memory meanwhile, which the default mode forbids every thread.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step()
         self.load(before)
         torch.cuda.set_rng_state(random, self.device)
