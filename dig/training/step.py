@@ -237,8 +237,8 @@ class TrainingStep:
             torch.cuda.set_rng_state(random[1], self.device)
         self._update()
         logger.warning(
-            "%s can't be trained by deterministic algorithms alone (%s): a run that is gone on with may differ from one "
-            "that wasn't stopped",
+            "%s can't be trained by deterministic algorithms alone (%s): a run that is gone on with may differ from "
+            "one that wasn't stopped",
             type(self.model).__name__,
             reason,
         )

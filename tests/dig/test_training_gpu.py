@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from tests.helpers import randomize, relative_error
 pytestmark = pytest.mark.gpu
 
 MODELS = ["DiG-S/4", "Flash-DiT-S/4"]
+
+
+@pytest.fixture(autouse=True)
+def _mode() -> Iterator[None]:
+    """What a training run asks of PyTorch stays in the process; other tests should not get it."""
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
