@@ -76,7 +76,8 @@ def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKe
 
 def tiles_for(q: Tensor, v: Tensor) -> Tiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V)."""
-    K, V = q.shape[-1], v.shape[-1]
+    # As plain numbers: with dynamic shapes torch.compile counts in symbols, which no table can look up.
+    K, V = int(q.shape[-1]), int(v.shape[-1])
     if v.device.type == "cpu":
         return INTERPRETER_TILES
     narrow = K <= 32 and V <= 64
