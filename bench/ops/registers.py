@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CAPABILITY = 90
 RANK = 16
 FP32_POINTERS = frozenset({"sums", "own", "weight", "dweight", "decay_bias", "dbias"})
@@ -131,15 +133,10 @@ def _listing(cubin: bytes, option: str) -> str:
 def compile_all() -> Iterator[Compiled]:
     """Compile every kernel that works on chunks, at every entry of the table, forward and backward."""
     from dig.ops.gla import kernels, kernels_backward
-    from dig.ops.gla.tiles import NARROW_BF16, NARROW_FP32, WIDE_BF16, WIDE_FP32
+    from dig.ops.gla.tiles import TILES
 
-    entries = (
-        ("bf16", (32, 64), NARROW_BF16),
-        ("bf16", (36, 72), WIDE_BF16),
-        ("fp32", (32, 64), NARROW_FP32),
-        ("fp32", (36, 72), WIDE_FP32),
-    )
-    for dtype, (K, V), tiles in entries:
+    for (K, V, of), tiles in TILES[CAPABILITY // 10].items():
+        dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[of]
         padded = {"KP": 1 << (K - 1).bit_length(), "VP": 1 << (V - 1).bit_length()}
         shape = {"K": K, "V": V, **padded, "C": tiles.chunk, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         levels = {"LEVELS": tiles.chunk.bit_length() - 4}
