@@ -48,7 +48,7 @@ class Tiles:
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 
 
-NARROW_BF16 = Tiles(output_registers=128)
+NARROW_BF16 = Tiles()
 NARROW_FP32 = Tiles(chunk=16)
 WIDE_BF16 = Tiles(chunk=32, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
 WIDE_FP32 = Tiles(chunk=16, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
