@@ -19,7 +19,7 @@ from bench.jobs import Budget, CaseJob, CeilingJob
 from bench.memory import MemoryMeter
 from bench.models import missing_packages, parse_name
 from bench.results import Case, Row, utc_now
-from bench.steps import build_step, capture, warm_up
+from bench.steps import build_step, capture, capture_stream, warm_up
 from bench.timing import sample
 from dig.packages import MissingPackageError
 
@@ -84,7 +84,8 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
 
     warm_up(step.run, case.device)
     meter.start()
-    result = step.run()
+    with capture_stream(case.device):
+        result = step.run()
     run: Any = step.run
     if case.execution == "graph":
         del result  # A live result would keep its memory beside that of the graph's.

@@ -30,7 +30,7 @@ from dig.ops.aside import aside, mark, side_work, wait
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
-from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
+from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weights import gated_weight_gradient, prepare_weights
 from dig.scan import ScanOrder
 
@@ -195,8 +195,9 @@ class RasterBlock(torch.autograd.Function):
         y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, order_code(order), EPS)
         branch1 = _linear(y, o_proj)
         x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, norm2, norm, EPS, x.dtype)
-        gate_up = _linear(h, gate_proj)
-        branch2 = _linear(swiglu_forward(gate_up), down_proj)
+        hidden, gate_up = project_up(h, gate_proj, True)
+        branch2 = _linear(hidden, down_proj)
+        del hidden
         if conv_weight is None or conv_bias is None:
             out = torch.addcmul(x1, gate2.unsqueeze(1).to(x.dtype), branch2)
         else:
@@ -247,7 +248,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     d_branch = d if one_image else d_branch
     del branch2
     wait(weights_ready)
-    dgate_up, hidden = swiglu_backward(gate_up, _linear_backward(d_branch, down_proj), True)
+    dgate_up, hidden = project_down_backward(d_branch, down_proj, gate_up)
     del gate_up
     with aside(d_branch, hidden):
         if one_image:
@@ -334,8 +335,8 @@ def infer_block(
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-    gate_up = _linear(h, gate_proj)
-    x[0].addmm_(swiglu_forward(gate_up)[0], down_proj.T)
+    hidden, _ = project_up(h, gate_proj, False)
+    x[0].addmm_(hidden[0], down_proj.T)
     if w.conv_weight is None or w.conv_bias is None:
         return x
     return srem_forward(x, None, None, w.conv_weight, w.conv_bias, *grid, *order)

@@ -34,6 +34,7 @@ def _check_every_address() -> None:
     """
     import numpy as np
     from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     plain = interpreter._interpreter
     hand_over = interpreter.GridExecutor._init_args_hst
@@ -47,13 +48,15 @@ def _check_every_address() -> None:
             argument = waiting.pop()
             if isinstance(argument, tuple | list):
                 waiting.extend(argument)
+            elif isinstance(argument, TensorDescriptor):
+                waiting.append(argument.base)
             elif hasattr(argument, "data_ptr"):
                 storage = argument.untyped_storage()
                 ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
         return handed
 
     def check(pointers, mask, what: str) -> None:
-        addresses = pointers[mask.astype(bool)].astype(np.int64)
+        addresses = pointers[np.asarray(mask).astype(bool)].astype(np.int64)
         inside = np.zeros(addresses.shape, dtype=bool)
         for start, end in ranges:
             inside |= (addresses >= start) & (addresses < end)
