@@ -3,10 +3,10 @@
     python -m bench.ops.products                 # DiG-S/2 at 1024, 1792 and 2048, DiG-XL/2 at 1024 and 2048
     python -m bench.ops.products --sweep         # alternatives to `dig.ops.swiglu.products.UP` and `DOWN`
 
-Passes: ``up`` ends with SwiGLU and keeps gate and up, ``up alone`` doesn't keep them (inference), ``down`` is the gradient
-back through the product downwards and SwiGLU. Implementations: ``fused`` is one kernel, ``apart`` cuBLAS' product and this
-project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the products alone. Shapes: T tokens, D width, F
-inner width.
+Passes: ``up`` ends with SwiGLU and keeps gate and up, ``up alone`` doesn't keep them (inference), ``down`` is the
+gradient back through the product downwards and SwiGLU. Implementations: ``fused`` is one kernel, ``apart`` cuBLAS'
+product and this project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the products alone. Shapes: T
+tokens, D width, F inner width.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def choices() -> Iterator[ProductTiles]:
         (64, 64, 64, 4, 4, None),
         (256, 64, 64, 8, 3, None),
     ):
-        for group in (8, 16):
+        for group in (8,):
             yield ProductTiles(
                 rows=rows, columns=columns, depth=depth, warps=warps, stages=stages, registers=registers, group=group
             )

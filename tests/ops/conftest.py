@@ -27,6 +27,26 @@ def _round_bf16_to_nearest() -> None:
     interpreter._convert_float = convert_rounding
 
 
+def _multiply_bf16() -> None:
+    """Make the interpreter's products read bf16 operands as numbers; it multiplies the integers of their bits."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = np.array(operand.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def multiply_numbers(self, a, b, *rest):
+        return multiply(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = multiply_numbers
+
+
 def _check_every_address() -> None:
     """Make the interpreter refuse a load or store outside the tensors that the kernel was handed.
 
@@ -83,4 +103,5 @@ def _check_every_address() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_to_nearest()
+    _multiply_bf16()
     _check_every_address()
