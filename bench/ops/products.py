@@ -1,12 +1,12 @@
 """Time SwiGLU in its matrix products beside products and passes of their own, in the same run.
 
     python -m bench.ops.products                 # DiG-S/2 at 1024, 1792 and 2048, DiG-XL/2 at 1024 and 2048
-    python -m bench.ops.products --sweep         # alternatives to `dig.ops.swiglu.products.UP` and `DOWN`
+    python -m bench.ops.products --sweep         # alternatives to the tables of `dig.ops.swiglu.products`
 
 Passes: ``up`` ends with SwiGLU and keeps gate and up, ``up alone`` doesn't keep them (inference), ``down`` is the
-gradient back through the product downwards and SwiGLU. Implementations: ``fused`` is one kernel, ``apart`` cuBLAS'
-product and this project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the products alone. Shapes: T
-tokens, D width, F inner width.
+gradient back through the product downwards and SwiGLU. Implementations: ``fused`` is one kernel, where the tables have
+one, ``apart`` cuBLAS' product and this project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the
+products alone. Shapes: T tokens, D width, F inner width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def choices() -> Iterator[ProductTiles]:
 def sweep(T: int, D: int, which: str, samples: int) -> None:
     """Print the time of every choice."""
     for tiles in choices():
-        with replaced("DOWN" if which == "down" else "UP", tiles):
+        with replaced("tiles_for", lambda *_, tiles=tiles: tiles):
             try:
                 us = time_of(make_steps(T, D, which)[0], samples)
             except Exception as error:
@@ -118,14 +118,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     options = options_of(arguments)
     require_gpu("bench.ops.products")
-    fused: Callable[..., bool] = products.products_fused
     for (T, D), which in itertools.product(SHAPES, options.passes):
         if options.tokens and T not in options.tokens:
             continue
         if options.sweep:
             sweep(T, D, which, options.samples)
         for implementation in options.implementations:
-            with replaced("products_fused", fused if implementation == "fused" else lambda *_: False):
+            tables = {"fused": (products.NARROW, products.WIDE), "apart": ({}, {})}[implementation]
+            with replaced("NARROW", tables[0]), replaced("WIDE", tables[1]):
                 steps, size, flops = make_steps(T, D, which)
                 us = time_of(steps, options.samples)
             row = {"T": T, "D": D, "pass": which, "implementation": implementation, "us": us}

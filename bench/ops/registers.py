@@ -163,24 +163,23 @@ def compile_products() -> Iterator[Compiled]:
     """Compile the kernels of SwiGLU's products, for DiG-S and DiG-XL."""
     from dig.ops.swiglu import product_kernels, products
 
-    for D, F in ((384, 1024), (1152, 3072)):
-        for tiles, keeps in ((products.UP, (True, False)), (products.DOWN, (None,))):
-            up = tiles is products.UP
+    for D, F, table in ((384, 1024, products.NARROW), (1152, 3072, products.WIDE)):
+        for which, tiles in table.items():
+            up = which != "down"
             function = product_kernels.up_swiglu_kernel if up else product_kernels.down_swiglu_backward_kernel
             tile, tokens = (tiles.rows, tiles.columns), (tiles.rows, tiles.depth)
             weight = (tiles.columns, tiles.depth) if up else (tiles.depth, tiles.columns)
             blocks = dict.fromkeys(("gate_up", "dgate_up", "hidden"), tile)
             blocks |= {"x": tokens, "dout": tokens, "weight": weight}
             shape = {"D": D, "F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": tiles.group}
-            for keep in keeps:
-                yield _compile(
-                    function,
-                    sizes=f"D {D} F {F}",
-                    dtype="bf16",
-                    constants=shape if keep is None else shape | {"KEEP": keep},
-                    options=tiles.options,
-                    blocks=blocks,
-                )
+            yield _compile(
+                function,
+                sizes=f"D {D} F {F}",
+                dtype="bf16",
+                constants=shape | {"KEEP": which == "up"} if up else shape,
+                options=tiles.options,
+                blocks=blocks,
+            )
 
 
 def compile_recurrence() -> Iterator[Compiled]:

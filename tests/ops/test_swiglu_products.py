@@ -21,6 +21,8 @@ SHAPES = [(1, 1, 8, 128), (1, 65, 72, 256), (2, 150, 200, 128)]
 if GPU:
     SHAPES += [(1, 12544, 384, 1024), (3, 4097, 1152, 3072), (1, 70000, 384, 1024)]
 TOLERANCE = 1e-2
+WIDE = {which: products.NARROW[which] for which in ("up", "down")}
+"""For what a table leaves to a product and a pass."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*overflow encountered in exp:RuntimeWarning"),
@@ -52,7 +54,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(self.kernel.__name__)
             return self.kernel[grid]
 
-    monkeypatch.setattr(products, "products_fused", lambda tokens, F: True)
+    def chosen(which, tokens: Tensor, F: int) -> products.ProductTiles:
+        return (products.NARROW if tokens.shape[-1] <= products.NARROW_D else products.WIDE | WIDE)[which]
+
+    monkeypatch.setattr(products, "tiles_for", chosen)
     for name in ("up_swiglu_kernel", "down_swiglu_backward_kernel"):
         monkeypatch.setattr(products, name, Recorder(getattr(products, name)))
     return names
@@ -121,7 +126,8 @@ def test_both_ways_give_the_same_hidden(launches: list[str], monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_the_kernels_do_not_fit(dtype: torch.dtype) -> None:
-    assert not products.products_fused(random(1, 20, 24, dtype=dtype), 48)
+    for which in products.NARROW:
+        assert products.tiles_for(which, random(1, 20, 24, dtype=dtype), 48) is None
     check_up(1, 20, 24, 48, dtype, keep=True)
     check_up(1, 20, 24, 48, dtype, keep=False)
     check_down(1, 20, 24, 48, dtype)
@@ -130,11 +136,13 @@ def test_where_the_kernels_do_not_fit(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_which_shapes_the_kernels_take() -> None:
-    tokens = random(1, products.LEAST_TOKENS, 384)
-    assert products.products_fused(tokens, 1024)
-    assert not products.products_fused(tokens, 1000)
-    assert not products.products_fused(tokens[:, 1:], 1024)
-    assert not products.products_fused(tokens.float(), 1024)
+    tokens, wide = random(1, products.LEAST_TOKENS, 384), random(1, products.LEAST_TOKENS, 1152)
+    for which in products.NARROW:
+        assert products.tiles_for(which, tokens, 1024) is products.NARROW[which]
+        assert products.tiles_for(which, tokens, 1000) is None
+        assert products.tiles_for(which, tokens[:, 1:], 1024) is None
+        assert products.tiles_for(which, tokens.float(), 1024) is None
+        assert products.tiles_for(which, wide, 3072) is products.WIDE.get(which)
 
 
 def test_torch_compile_traces_both() -> None:

@@ -13,6 +13,7 @@ Shapes: M tokens, D width, F inner width of SwiGLU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -53,17 +54,33 @@ class ProductTiles:
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
-UP = ProductTiles(rows=128, columns=128, warps=8, stages=4)
-DOWN = ProductTiles(rows=128, columns=64, warps=8, stages=3)
+Pass = Literal["up", "up alone", "down"]
+"""``up alone`` does not keep gate and up."""
+NARROW_D = 512
+"""The widest D of the first of these tables."""
+NARROW: dict[Pass, ProductTiles] = {
+    "up": ProductTiles(rows=128, columns=64, stages=3, registers=128),
+    "up alone": ProductTiles(rows=128, columns=64, stages=3, registers=128),
+    "down": ProductTiles(rows=128, columns=64, stages=4),
+}
+"""At D = 384 the sum is short: a tile takes as long to write as to compute, so two are to share a multiprocessor."""
+WIDE: dict[Pass, ProductTiles] = {"up alone": ProductTiles(rows=128, columns=128, stages=4)}
+"""What isn't here is faster apart: at D = 1152 cuBLAS' product takes so much less time that the pass is paid for.
+
+Both are what was fastest of ``python -m bench.ops.products --sweep`` on an H100, at D = 384 and T = 12,544 and at D =
+1152 and T = 4096."""
 LEAST_TOKENS = 2048
 """With fewer, tiles of these sizes leave multiprocessors without work."""
 
 
-def products_fused(tokens: Tensor, F: int) -> bool:
-    """Whether the products of tokens (B, T, D) run on these kernels."""
-    fits = tokens.dtype == torch.bfloat16 and tokens.shape[-1] % 8 == 0 and F % max(UP.columns, DOWN.columns) == 0
-    enough = tokens.numel() >= LEAST_TOKENS * tokens.shape[-1]
-    return fits and enough and tokens.is_cuda and torch.cuda.get_device_capability(tokens.device)[0] == 9
+def tiles_for(which: Pass, tokens: Tensor, F: int) -> ProductTiles | None:
+    """The tile choices of a pass over tokens (B, T, D), or None where a product and a pass of their own do better."""
+    D = tokens.shape[-1]
+    tiles = (NARROW if D <= NARROW_D else WIDE).get(which)
+    fits = tokens.dtype == torch.bfloat16 and D % 8 == 0 and tokens.numel() >= LEAST_TOKENS * D and tokens.is_cuda
+    if tiles is None or not fits or F % tiles.columns:
+        return None
+    return tiles if torch.cuda.get_device_capability(tokens.device)[0] == 9 else None
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -87,12 +104,12 @@ def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         Hidden (B, T, F), and gate_up (B, T, 2F), without ``keep`` of no elements.
     """
     F, D = len(weight) // 2, x.shape[-1]
-    if not products_fused(x, F):
+    t = tiles_for("up" if keep else "up alone", x, F)
+    if t is None:
         with torch.autocast(x.device.type, enabled=False):
             gate_up = torch.mm(as_rows(x), weight.T).view(*x.shape[:-1], 2 * F)
         return swiglu_forward(gate_up), gate_up if keep else x.new_empty(0)
     hidden, gate_up = _empty_up(x, weight, keep)
-    t = UP
     M, tile = x.numel() // D, (t.rows, t.columns)
     with on_device(x.device):
         up_swiglu_kernel[_grid(t, M, F)](
@@ -126,13 +143,13 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
         The gradient of gate_up, and hidden (B, T, F), which the gradient of weight is made of.
     """
     D, F = weight.shape
-    if not products_fused(dout, F):
+    t = tiles_for("down", dout, F)
+    if t is None:
         with torch.autocast(dout.device.type, enabled=False):
             dhidden = torch.mm(as_rows(dout), weight).view(*dout.shape[:-1], F)
         gradients: tuple[Tensor, Tensor] = swiglu_backward(gate_up, dhidden, True)
         return gradients
     dgate_up, hidden = _empty_down(dout, weight, gate_up)
-    t = DOWN
     M, tile = dout.numel() // D, (t.rows, t.columns)
     with on_device(dout.device):
         down_swiglu_backward_kernel[_grid(t, M, F)](
