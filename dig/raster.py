@@ -105,26 +105,24 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
         return _run_recomputed(blocks, x, F.silu(c), grid, orders)
     # Gates can act on weights instead of tokens where one condition serves all of them, and no gradient asks for both.
     fold_gates = not torch.is_grad_enabled() and len(x) == 1
+    run = infer_block if fold_gates else train_block
     activated = F.silu(c)
     weights = [_weights(block) for block in blocks]
     with side_work(x.device):
         # A block's modulation and weights are prepared while the one before it runs; two blocks' are there at a time.
-        upcoming = [_prepare_aside(weights[0], activated, x.dtype, fold_gates)]
-
-        def prepare_next() -> None:
-            following = weights[i + 1 : i + 2]
-            upcoming.extend(_prepare_aside(w, activated, x.dtype, fold_gates) for w in following)
-
+        upcoming = _prepare_aside(weights[0], activated, x.dtype, fold_gates)
         for i, (block, order) in enumerate(zip(blocks, orders, strict=True)):
-            prepared, ready = upcoming.pop()
-            settings = _settings(block, grid, order)
-            if fold_gates:
-                wait(ready)
-                x = infer_block(x, activated, prepared, weights[i], meanwhile=prepare_next, **settings)
-            else:
-                prepare_next()
-                wait(ready)
-                x = train_block(x, activated, prepared, weights[i], **settings)
+            prepared, ready = upcoming
+            if i + 1 < len(blocks):
+                upcoming = _prepare_aside(weights[i + 1], activated, x.dtype, fold_gates)
+            wait(ready)
+            x = run(
+                x,
+                activated,
+                prepared,
+                weights[i],
+                **_settings(block, grid, order),
+            )
     return x
 
 

@@ -17,7 +17,7 @@ Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -322,12 +322,10 @@ def infer_block(
     heads: int,
     grid: tuple[int, int],
     order: ScanOrder,
-    meanwhile: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as `train_block`, but with folded gates.
 
-    **x is overwritten.** ``meanwhile`` is called before the longest kernel that leaves room beside it: the product
-    upwards, whose programs take two thirds of a multiprocessor's registers, where cuBLAS' take them all.
+    **x is overwritten.**
     """
     w = weights
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
@@ -337,7 +335,6 @@ def infer_block(
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-    meanwhile()
     hidden, _ = project_up(h, gate_proj, False)
     x[0].addmm_(hidden[0], down_proj.T)
     if w.conv_weight is None or w.conv_bias is None:

@@ -47,6 +47,31 @@ def _multiply_bf16() -> None:
     interpreter.InterpreterBuilder.create_dot = multiply_numbers
 
 
+def _scan_rows_at_once() -> None:
+    """Make the interpreter's scans go along one axis and take all else at once; it goes element by element."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def scan(self, inputs):
+        arrays = [np.moveaxis(np.array(tensor.handle.data), self.axis, 0) for tensor in inputs]
+        outputs = [np.empty_like(array) for array in arrays]
+        for i in range(len(arrays[0])):
+            rows = [self.to_tensor(array[i], tensor.dtype) for array, tensor in zip(arrays, inputs, strict=True)]
+            if i:
+                before = (
+                    self.to_tensor(output[i - 1], tensor.dtype) for output, tensor in zip(outputs, inputs, strict=True)
+                )
+                rows = self.combine_fn.fn(*before, *rows)
+            for output, row in zip(outputs, rows, strict=True):
+                output[i] = row.handle.data
+        return [
+            self.to_tensor(np.moveaxis(output, 0, self.axis), tensor.dtype)
+            for output, tensor in zip(outputs, inputs, strict=True)
+        ]
+
+    interpreter.ScanOps.generic_scan = scan
+
+
 def _check_every_address() -> None:
     """Make the interpreter refuse a load or store outside the tensors that the kernel was handed.
 
@@ -104,4 +129,5 @@ def _check_every_address() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_to_nearest()
     _multiply_bf16()
+    _scan_rows_at_once()
     _check_every_address()

@@ -160,11 +160,13 @@ def local_states(
 def scan_states(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
     K, V = states.shape[-2:]
-    lanes = min(plan.tiles.scan_lanes, triton.next_power_of_2(K * V))
-    scan_kernel[(triton.cdiv(K * V, lanes), plan.B * plan.H, states.shape[0])](
+    lanes, groups = min(plan.tiles.scan_lanes, triton.next_power_of_2(V)), plan.tiles.scan_groups
+    # A power of two, so that images of all sizes share a few binaries.
+    steps = min(plan.tiles.scan_steps, triton.next_power_of_2(triton.cdiv(plan.N, groups)))
+    scan_kernel[(triton.cdiv(V, lanes) * K, plan.B * plan.H, states.shape[0])](
         states, sums, plan.N, direction,
         K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, STEPS=plan.tiles.scan_steps, num_warps=plan.tiles.scan_warps,
+        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps,
     )  # fmt: skip
 
 
