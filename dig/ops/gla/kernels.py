@@ -151,9 +151,10 @@ def scan_kernel(
 ):
     """Turn what chunks add into what has been added before each of them, in place: states (D, B, H, N, K, V).
 
-    Grid (ceil(V / LANES) K, B * H, D): a program has LANES values of one key channel, which decay together. With G the last of a chunk's sums, direction 0 goes forward:
-    ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``; direction 1 is its mirror image, which is what the gradient of
-    the state needs. The first of the D entries has the direction given, the next the other.
+    Grid (ceil(V / LANES) K, B * H, D): a program has LANES values of one key channel, which decay together. With G the
+    last of a chunk's sums, direction 0 goes forward: ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``; direction 1
+    is its mirror image, which is what the gradient of the state needs. The first of the D entries has the direction
+    given, the next the other.
 
     A round takes GROUPS groups of STEPS chunks, all of them loaded at once: every chunk of most images. Each group
     learns what the one before it does to a state as a whole; put together, that is the state which it begins with, and

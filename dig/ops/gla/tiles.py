@@ -30,8 +30,8 @@ class Tiles:
 
     chunk: int = 64
     local_warps: int = 4
-    scan_warps: int = 8
-    scan_lanes: int = 64
+    scan_warps: int = 4
+    scan_lanes: int = 32
     scan_groups: int = 16
     scan_steps: int = 16
     output_warps: int = 4
@@ -54,7 +54,7 @@ NARROW_BF16 = Tiles()
 NARROW_FP32 = Tiles(chunk=16)
 WIDE_BF16 = Tiles(chunk=32, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
 WIDE_FP32 = Tiles(chunk=16, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
-INTERPRETER_TILES = Tiles(scan_lanes=4096, scan_groups=2)
+INTERPRETER_TILES = Tiles(scan_lanes=128, scan_groups=2)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 TILES: dict[int, dict[tuple[int, int, torch.dtype], Tiles]] = {
     9: {
