@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
 from dig.ops.aside import aside, mark, side_work, wait
-from dig.ops.gla.mixer import mixer_backward, mixer_forward, order_code
+from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up
@@ -233,6 +233,10 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             masters, (gate1[0], gate2[0]) if one_image else (), x.dtype
         )
     weights_ready = mark()
+    with aside(projected):
+        # Of the recurrence's backward pass the first kernel waits for no gradient.
+        sums = mixer_sums(projected, decay_weight, decay_bias, heads, *grid, order_code(order))
+    sums_ready = mark()
 
     # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
     # its gate being in the weight.
@@ -264,11 +268,12 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h))
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
+    wait(sums_ready)
     dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = mixer_backward(
-        projected, decay_weight, decay_bias, head_norm, states, _linear_backward(d_branch, o_proj), heads, *grid,
+        projected, decay_weight, decay_bias, head_norm, states, sums, _linear_backward(d_branch, o_proj), heads, *grid,
         order_code(order), EPS, True,
     )  # fmt: skip
-    del projected, states
+    del projected, states, sums
     with aside(d_branch, y):
         if one_image:
             do_proj, dgate1 = _gated_gradients(d, y, o_master, gate1)
