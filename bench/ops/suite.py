@@ -58,6 +58,12 @@ def _cases() -> list[Any]:
     return cases
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled() -> None:
+    """Each case compiles for its own shapes: what Dynamo has kept of other cases counts against its limit of variants."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def rate() -> float:
     """Bytes a microsecond of a device copy."""
