@@ -60,7 +60,7 @@ def _cases() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def forget_compiled() -> None:
-    """Each case compiles for its own shapes: what Dynamo has kept of other cases counts against its limit of variants."""
+    """Each case compiles for its own shapes; Dynamo counts those of other cases against its limit."""
     torch._dynamo.reset()
 
 
