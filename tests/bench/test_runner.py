@@ -7,27 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.jobs import Budget
 from bench.results import Case, ResultsWriter, Row, read_results
-from bench.runner import Sweep, WorkerError, finished_cases, run_job, run_sweep
+from bench.runner import Sweep, WorkerError, finished_launches, run_job, run_sweep
 
-QUICK = Budget(settle_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
+QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
 
 
 def small(model: str = "DiT-S/8", **changes: object) -> Case:
     return Case(**{"model": model, "resolution": 64, "mode": "forward", "dtype": "fp32", "device": "cpu", **changes})
 
 
-def measure(
-    cases: list[Case], path: Path, *, time_limit: float = 120, done: frozenset[Case] = frozenset()
-) -> list[Row]:
-    sweep = Sweep(cases=tuple(cases), done=done, time_limit=time_limit, budget=QUICK)
+def measure(cases: list[Case], path: Path, *, time_limit: float = 120, launches: int = 1) -> list[Row]:
+    environment = {"commit": "abc"}
+    sweep = Sweep(cases=tuple(cases), launches=launches, time_limit=time_limit, budget=QUICK, environment=environment)
     with ResultsWriter(path) as writer:
-        return list(run_sweep(sweep, writer, environment={"commit": "abc"}, on_start=lambda case: None))
+        return list(run_sweep(sweep, writer, on_start=lambda case: None))
 
 
 def children(process_id: int) -> set[int]:
@@ -207,14 +207,41 @@ def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
     assert [pid for pid in descendants if alive(pid)] == []
 
 
-def test_resume_repeats_what_failed_for_the_moment() -> None:
+def test_resume_repeats_what_failed_for_the_moment_and_what_other_code_measured() -> None:
     cases = [small(resolution=64 * i) for i in (1, 2, 3, 4, 5)]
     statuses = ["ok", "oom", "unsupported", "timeout", "error"]
-    rows = {
-        case: Row(case=case, status=status, started_at="", samples_ms=(1.0,) if status == "ok" else ())
+    sweep = Sweep(cases=tuple(cases), time_limit=1, code="a", environment={"torch": "2.13", "commit": "1"})
+    rows = [
+        Row(
+            case=case,
+            status=status,
+            started_at="",
+            samples_ms=(1.0,) if status == "ok" else (),
+            key=sweep.key(case),
+        )
         for case, status in zip(cases, statuses, strict=True)
-    }
-    assert finished_cases(rows) == frozenset(cases[:3])
+    ]
+    done = finished_launches([*rows, replace(rows[0], key="")])
+
+    def left(**changes: object) -> list[Case]:
+        return [launch.case for launch in replace(sweep, done=done, **changes).remaining]
+
+    assert left() == cases[3:]
+    assert left(environment={"torch": "2.13", "commit": "2"}) == cases[3:]
+    assert left(code="b") == cases
+    assert left(environment={"torch": "2.14"}) == cases
+    assert left(budget=QUICK) == cases
+    assert len(left(launches=2)) == 7
+
+
+def test_rounds_hold_every_case_once_in_an_order_of_their_own() -> None:
+    cases = tuple(small(resolution=64 * i) for i in range(1, 9))
+    order = Sweep(cases=cases, launches=3, time_limit=1).remaining
+    rounds = [[launch.case for launch in order if launch.number == number] for number in range(3)]
+    assert [launch.number for launch in order] == [0] * 8 + [1] * 8 + [2] * 8
+    assert rounds[0] == list(cases)
+    assert all(set(found) == set(cases) for found in rounds)
+    assert rounds[1] != rounds[0] != rounds[2] != rounds[1]
 
 
 def test_a_job_that_cannot_start_is_an_error() -> None:

@@ -14,23 +14,22 @@ from bench.timing import sample
 
 
 def test_stops_on_time() -> None:
-    budget = Budget(settle_s=0.0, min_samples=2, target_s=0.05, max_samples=1000)
-    samples, reason = sample(lambda: time.sleep(0.01), device="cpu", budget=budget)
-    assert reason == "time"
-    assert 2 <= len(samples) <= 15
-    assert min(samples) >= 10
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, width=0.0, min_samples=2, target_s=0.05, max_samples=1000)
+    found = sample(lambda: time.sleep(0.01), device="cpu", budget=budget)
+    assert found.stop_reason == "time"
+    assert 2 <= len(found.samples_ms) <= 15
+    assert min(found.samples_ms) >= 10
 
 
 def test_stops_on_samples() -> None:
-    budget = Budget(settle_s=0.0, min_samples=2, target_s=100, max_samples=7)
-    samples, reason = sample(lambda: time.sleep(0.001), device="cpu", budget=budget)
-    assert (len(samples), reason) == (7, "samples")
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, width=0.0, min_samples=2, target_s=100, max_samples=7)
+    found = sample(lambda: time.sleep(0.001), device="cpu", budget=budget)
+    assert (len(found.samples_ms), found.stop_reason) == (7, "samples")
 
 
 def test_a_slow_step_still_gets_its_fewest_samples() -> None:
-    budget = Budget(settle_s=0.0, min_samples=3, target_s=0.0, max_samples=10)
-    samples, _ = sample(lambda: time.sleep(0.02), device="cpu", budget=budget)
-    assert len(samples) >= 3
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, target_s=0.0, max_samples=10)
+    assert len(sample(lambda: time.sleep(0.02), device="cpu", budget=budget).samples_ms) >= 3
 
 
 @pytest.mark.parametrize("change", [{"min_samples": 0}, {"min_samples": 9, "max_samples": 3}, {"target_s": -1}])
