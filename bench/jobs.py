@@ -16,7 +16,7 @@ class Budget:
 
     Attributes:
         settle_s: Least seconds of untimed steps, for clocks and caches.
-        settle_max_s: Most seconds of untimed steps; 0: none.
+        settle_max_s: Most seconds of untimed steps, but for three blocks of them, which are always run; 0: none.
         steady: The case is steady when the medians of three blocks in a row lie within this share of each other.
         min_samples: Fewest timed steps, whatever they take.
         least_s: Least seconds of timed steps: a shorter look sees one moment of the clock.

@@ -107,6 +107,7 @@ class Checks:
         reference: The implementation that the output was compared with.
         reference_error: ‖output − reference‖ / ‖reference‖ on a small input, the reference in fp32.
         reference_bound: What the error may be.
+        gradients_off: Share of the parameters whose gradient was beyond its bound there; None for a forward pass.
     """
 
     inputs: str
@@ -115,3 +116,4 @@ class Checks:
     reference: str | None = None
     reference_error: float | None = None
     reference_bound: float | None = None
+    gradients_off: float | None = None

@@ -104,11 +104,10 @@ class Gpu:
         """Look once; some tens of microseconds."""
         import pynvml
 
-        # The newer name of the same call came with driver 535.
-        ask = getattr(
-            pynvml, "nvmlDeviceGetCurrentClocksEventReasons", pynvml.nvmlDeviceGetCurrentClocksThrottleReasons
-        )
-        bits = _quietly(ask, self._handle) or 0
+        # One call by two names: newer drivers know the first, older ones only the second.
+        names = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+        asked = (_quietly(ask, self._handle) for name in names if (ask := getattr(pynvml, name, None)) is not None)
+        bits = next((bits for bits in asked if bits is not None), 0)
         power = _quietly(pynvml.nvmlDeviceGetPowerUsage, self._handle)
         processes = self.processes()
         return Reading(

@@ -241,11 +241,17 @@ class Referee:
             reference=gate.get("reference"),
             reference_error=gate.get("error"),
             reference_bound=gate.get("bound"),
+            gradients_off=gate.get("gradients_off") if case.mode == "train" else None,
         )
         return replace(row, checks=checks, marks=row.marks if returned else (*row.marks, "memory-kept"))
 
     def _agreement(self, case: Case) -> dict[str, Any]:
-        key = (case.model, case.options, case.dtype, case.device)
+        """What the gate found for this model and mode; a training step's comparison holds the outputs' too."""
+        model = (case.model, case.options, case.dtype, case.device)
+        trained = self._agreements.get((*model, "train"))
+        if trained is not None and "message" not in trained:
+            return trained
+        key = (*model, case.mode)
         if key not in self._agreements:
             try:
                 self._agreements[key] = run_job(GateJob(case=case), time_limit=self.time_limit)

@@ -122,7 +122,9 @@ def sample(
         recent = [*recent[1 - STEADY_BLOCKS :], median(blocks.block(steps))]
         done += steps
         elapsed = time.perf_counter() - begin
-        steady = len(recent) == STEADY_BLOCKS and max(recent) <= min(recent) * (1 + budget.steady)
+        steady = max(recent) <= min(recent) * (1 + budget.steady)
+        if len(recent) < STEADY_BLOCKS:
+            continue  # Of a slow step, whose blocks may be longer than the bound, three have to be seen all the same.
         if elapsed >= budget.settle_s and (steady or elapsed >= budget.settle_max_s):
             warmup = "steady" if steady else "bound"
             break

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import gate
 from bench.gate import GateError, check_against_reference, check_kernels, reference_of, signature_of
@@ -13,10 +22,12 @@ from bench.models import FAMILIES, create_model
 from bench.results import Case
 from bench.steps import build_step
 
+FLASH_TRAIN = Case(model="Flash-DiT-S/8", resolution=64, dtype="bf16", device="cpu", mode="train")
 FLASH = Case(model="Flash-DiT-S/8", resolution=64, dtype="fp32", device="cpu", mode="forward")
 
 # Names as profilers print them, of one step each.
 CUDNN = ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128_4x1x1_kernel0_0", "gemm"]
+OLDER_CUDNN = ["cudnn_generated_fort_native_sdpa_sm90_knob_7_64x128x128_4x1x1_kernel0_0"]
 TORCH_FLASH = ["void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128>>(params)", "gemm"]
 FLASH_2 = ["void flash::flash_fwd_kernel<flash::Flash_fwd_kernel_traits<64, 128>>(flash::Flash_fwd_params)", "gemm"]
 SPLIT_2 = ["void flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<64, 128>>(Flash_fwd_params)"]
@@ -33,12 +44,12 @@ def case(model: str, implementation: str) -> Case:
 @pytest.mark.parametrize(
     ("model", "implementation", "right", "wrong"),
     [
-        ("Flash-DiT", "sdpa-cudnn", [CUDNN], [TORCH_FLASH, FLASH_2, [*CUDNN, *PLAIN], ["gemm"]]),
+        ("Flash-DiT", "sdpa-cudnn", [CUDNN, OLDER_CUDNN], [TORCH_FLASH, FLASH_2, [*CUDNN, *PLAIN], ["gemm"]]),
         ("Flash-DiT", "sdpa-flash", [TORCH_FLASH], [CUDNN, FLASH_2, PLAIN]),
         ("Flash-DiT", "flash-attn", [FLASH_2, SPLIT_2], [CUDNN, TORCH_FLASH, PLAIN]),
         ("DiT", "materialized", [PLAIN, ["triton_red_fused__softmax_0"]], [CUDNN, TORCH_FLASH, FLASH_2]),
         ("DiG", "fla", [FLA], [["gemm"]]),
-        ("DiG", "triton", [["output_kernel", "gemm"]], [FLA, ["gemm"]]),
+        ("DiG", "triton", [["output_kernel", "gemm"]], [FLA, ["gemm"], ["gated_output_kernel"]]),
         ("DiS", "mamba-ssm", [MAMBA], [["gemm"]]),
     ],
 )
@@ -84,6 +95,92 @@ def test_attention_that_computes_something_else_is_found_out(fault: str, monkeyp
     monkeypatch.setattr(baselines.dit.F, "scaled_dot_product_attention", faults[fault])
     with pytest.raises(GateError, match="differs from its reference"):
         check_against_reference(FLASH)
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Tensor]], None]:
+    """Puts another function in the place of Flash-DiT's attention, which is handed on as its first argument."""
+    import baselines.dit
+
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def put(wrong: Callable[..., Tensor]) -> None:
+        replaced = functools.partial(wrong, right)
+        monkeypatch.setattr(baselines.dit.F, "scaled_dot_product_attention", replaced)
+
+    return put
+
+
+class HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient / 2
+
+
+def test_a_backward_pass_that_is_wrong_is_found_out_where_it_is_measured(attention: Any) -> None:
+    agreed = check_against_reference(FLASH_TRAIN)
+    assert agreed is not None
+    assert agreed.gradients_off == 0
+    attention(lambda right, q, k, v: right(q, k, HalfGradient.apply(v)))
+    with pytest.raises(GateError, match=r"in the gradients of \d+ of 131 parameters .* most in"):
+        check_against_reference(FLASH_TRAIN)
+    forward = check_against_reference(replace(FLASH_TRAIN, mode="forward"))
+    assert forward is not None
+    assert forward.gradients_off is None
+
+
+def test_no_rounding_makes_noise_pass(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "ROUNDINGS", 1e9)
+    attention(lambda right, q, k, v: 10 * torch.randn_like(v))
+    with pytest.raises(GateError, match=r"0\.5 is allowed"):
+        check_against_reference(replace(FLASH_TRAIN, mode="forward"))
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_result_that_is_not_finite_is_found_out_in_either_mode(mode: str, attention: Any) -> None:
+    attention(lambda right, q, k, v: right(q, k, v) * float("nan"))
+    with pytest.raises(GateError, match="differs from its reference"):
+        check_against_reference(replace(FLASH_TRAIN, mode=mode))
+
+
+TUNED = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, triton
+import triton.language as tl
+from bench.gate import tune_without_timing
+
+tune_without_timing()
+assert os.environ["FLA_CACHE_RESULTS"] == "0"
+
+@triton.autotune(configs=[triton.Config({"SIZE": size}) for size in (16, 32, 64)], key=[])
+@triton.jit
+def count(x, SIZE: tl.constexpr):
+    tl.store(x, tl.load(x) + SIZE)
+
+x = torch.zeros(1)
+count[(1,)](x)
+print(int(x), count.best_config.kwargs)
+"""
+
+
+def test_the_gate_runs_every_tile_once_and_times_none(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script = tmp_path / "tuned.py"  # Triton reads a kernel's source, which -c has none of.
+    script.write_text(TUNED)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert done.stdout.strip() == f"{16 + 32 + 64 + 16} {{'SIZE': 16}}", done.stderr
 
 
 def test_all_families_get_the_same_inputs_whatever_they_drew_before() -> None:

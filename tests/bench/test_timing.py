@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -30,6 +31,20 @@ def test_stops_on_samples() -> None:
 def test_a_slow_step_still_gets_its_fewest_samples() -> None:
     budget = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, target_s=0.0, max_samples=10)
     assert len(sample(lambda: time.sleep(0.02), device="cpu", budget=budget).samples_ms) >= 3
+
+
+def test_a_step_longer_than_the_warm_up_is_not_unsteady_for_that() -> None:
+    budget = Budget(settle_s=0.01, settle_max_s=0.02, steady=0.5, min_samples=1, least_s=0.0, target_s=0.0)
+    found = sample(lambda: time.sleep(0.15), device="cpu", budget=budget)
+    assert (found.warmup, found.warmup_steps) == ("steady", 4)
+
+
+def test_warm_up_ends_at_its_bound_where_steps_do_not_settle() -> None:
+    lengths = (0.05 * 1.1**n for n in itertools.count())
+    budget = Budget(settle_s=0.0, settle_max_s=0.3, steady=0.01, min_samples=1, least_s=0.0, target_s=0.0)
+    found = sample(lambda: time.sleep(next(lengths)), device="cpu", budget=budget)
+    assert found.warmup == "bound"
+    assert found.warmup_steps < 30
 
 
 @pytest.mark.parametrize("change", [{"min_samples": 0}, {"min_samples": 9, "max_samples": 3}, {"target_s": -1}])
