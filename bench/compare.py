@@ -1,6 +1,7 @@
 """Two sides' rows, case by case: verdicts on time and memory, the status they add up to, and a summary in Markdown.
 
-The statuses are those of the gate: 0 no regression, 1 a regression, 3 nothing measured or inconclusive. No torch here.
+The statuses are those of the gate: 0 no regression, 1 a regression, 3 nothing measured or inconclusive. A case that ran
+on neither side says nothing about the change, and counts for none of them: it is listed. No torch here.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ MEMORY_EFFECT = 0.01
 RESIDENT_EFFECT = 0.1
 """The same on a CPU, where the peak is the process's resident set, with all of Python and torch in it."""
 
+LASTING = frozenset({"oom", "unsupported"})
+"""Statuses that are a property of case and machine; a timeout or an error may have been the moment's."""
+
 Metric = Literal["time", "memory"]
-WORDS: Mapping[Metric, Mapping[Verdict, str]] = {
-    "time": {"faster": "faster", "same": "same", "slower": "**slower**", "ambiguous": "ambiguous"},
-    "memory": {"faster": "smaller", "same": "same", "slower": "**larger**", "ambiguous": "ambiguous"},
+Outcome = Verdict | Literal["unmeasured"]
+WORDS: Mapping[Metric, Mapping[Outcome, str]] = {
+    "time": {"faster": "faster", "same": "same", "slower": "**slower**"},
+    "memory": {"faster": "smaller", "same": "same", "slower": "**larger**"},
 }
 
 
@@ -65,7 +70,8 @@ class Finding:
         base, change: Geometric mean over launches; None where a side has none.
         launches: Of base and change.
         interval: Of change over base; None where there is none to give.
-        verdict: As `judge` has it; ``ambiguous`` without an interval.
+        verdict: As `judge` has it; ``ambiguous`` without an interval; ``unmeasured`` where there was nothing to compare
+            and nothing to lose: the case ran on neither side, or does not fit the machine on the base's.
         note: Why there is no number, or what to know about it.
         broken: The base has a number and the change has none, where it should: that is a regression.
     """
@@ -76,7 +82,7 @@ class Finding:
     change: float | None = None
     launches: tuple[int, int] = (0, 0)
     interval: Interval | None = None
-    verdict: Verdict = "ambiguous"
+    verdict: Outcome = "ambiguous"
     note: str = ""
     broken: bool = False
 
@@ -129,12 +135,21 @@ def _compare_case(case: Case, base: list[Row], change: list[Row], thresholds: Th
 
 
 def _missing(case: Case, base: list[Row], change: list[Row], good: Sequence[list[Row]]) -> Finding:
-    first, second = base[0], change[0]
-    words = [f"{row.status}{f': {row.message:.120}' if row.message else ''}" for row in (first, second)]
+    """What to say of a case that has no number on one side or on both."""
+    words = [f"{row.status}{f': {row.message:.120}' if row.message else ''}" for row in (base[0], change[0])]
     if good[0]:
         return Finding(case=case, metric="time", note=f"the change failed: {words[1]}", broken=True)
-    note = f"the base failed ({words[0]})" + (", the change did not" if good[1] else f", the change too ({words[1]})")
-    return Finding(case=case, metric="time", note=note)
+    if not good[1]:
+        note = f"neither side ran; the base: {words[0]}; the change: {words[1]}"
+        return Finding(case=case, metric="time", note=note, verdict="unmeasured")
+    # A base that failed by chance may hide a regression; one that cannot run here hides none.
+    lasting = all(row.status in LASTING for row in base)
+    return Finding(
+        case=case,
+        metric="time",
+        note=f"the base failed ({words[0]}), the change did not",
+        verdict="unmeasured" if lasting else "ambiguous",
+    )
 
 
 def _figure(row: Row, metric: Metric) -> float | None:
@@ -188,7 +203,8 @@ def exit_status(findings: Sequence[Finding]) -> int:
     """1 where anything got worse; else 3 where anything is undecided or nothing was compared; else 0."""
     if any(f.broken or f.verdict == "slower" for f in findings):
         return REGRESSION
-    if not findings or any(f.verdict == "ambiguous" for f in findings):
+    compared = [f for f in findings if f.verdict != "unmeasured"]
+    if not compared or any(f.verdict == "ambiguous" for f in compared):
         return INCONCLUSIVE
     return NO_REGRESSION
 
@@ -212,18 +228,21 @@ def to_markdown(
         notes: Lines below the table: machine, versions, marks.
         verdict: Whether the headline says what the findings add up to.
     """
-    headline = f"{HEADLINES[exit_status(findings)] if findings else 'Nothing was measured'}: " if verdict else ""
-    lines = [f"## {headline}{cell(title)}", ""]
+    unmeasured = sum(f.verdict == "unmeasured" for f in findings)
+    headline = "Nothing was measured" if unmeasured == len(findings) else HEADLINES[exit_status(findings)]
+    lines = [f"## {f'{headline}: ' if verdict else ''}{cell(title)}", ""]
     if findings:
         lines += ["| case | | base | change | change / base (95%) | launches | verdict |"]
         lines += ["| --- | --- | ---: | ---: | ---: | ---: | --- |"]
-        rank = {"slower": 1, "ambiguous": 2, "faster": 3, "same": 4}
+        rank = {"slower": 1, "ambiguous": 2, "unmeasured": 3, "faster": 4, "same": 5}
         lines += [_line(f) for f in sorted(findings, key=lambda f: 0 if f.broken else rank[f.verdict])]
     lines += ["", f"Time counts from {thresholds.least_time:.1%}, memory from {thresholds.memory:.1%}."]
     if thresholds.noise is not None:
         lines[-1] += f" The runner's noise floor is {thresholds.noise:.2%}."
     else:
         lines[-1] += " The runner's noise floor was not given."
+    if unmeasured:
+        lines.append(f"- cases that could not be compared, and count for nothing: {unmeasured}")
     lines += [f"- {cell(note)}" for note in notes]
     return "\n".join(lines) + "\n"
 
@@ -242,7 +261,7 @@ def _line(finding: Finding) -> str:
 
     i = finding.interval
     ratio = "" if i is None else f"{i.ratio:.4f} [{i.low:.4f}, {i.high:.4f}]"
-    verdict = "**broken**" if finding.broken else WORDS[finding.metric][finding.verdict]
+    verdict = "**broken**" if finding.broken else WORDS[finding.metric].get(finding.verdict, finding.verdict)
     note = f": {cell(finding.note)}" if finding.note else ""
     launches = f"{finding.launches[0]} + {finding.launches[1]}" if any(finding.launches) else ""
     return (

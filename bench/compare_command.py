@@ -40,7 +40,8 @@ def compare(
     """Compare two results files, case by case: faster, same, slower or ambiguous, in time and in memory.
 
     Prints Markdown. Exit status 0: no regression; 1: something is slower, larger or broken; 3: nothing to compare, or
-    undecided; 2: a file cannot be read. An interval needs five launches a case on both sides (`bench run --launches`).
+    undecided; 2: a file cannot be read. A case that ran on neither side (out of memory on both, say) is listed, and
+    counts for nothing. An interval needs five launches a case on both sides (`bench run --launches`).
     """
     try:
         thresholds = Thresholds(

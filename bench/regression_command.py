@@ -55,7 +55,8 @@ def regression(
 ) -> None:
     """Measure the working tree and its base in turns, and say whether anything got slower or larger.
 
-    Exit status 0: no regression; 1: a regression; 3: nothing measured, or inconclusive; 2: bad input. With
+    Exit status 0: no regression; 1: a regression; 3: nothing measured, or inconclusive; 2: bad input. A case that runs
+    on neither side is listed, and counts for nothing. With
     --against-itself and --self-test the status says whether the gate works: 0 if no run of unchanged code raised an
     alarm and the slowed copy did.
     """

@@ -63,8 +63,41 @@ def test_a_change_that_fails_where_the_base_ran_is_a_regression() -> None:
     (finding,) = compare_rows(rows(STEADY), failed("oom", "CUDA out of memory"), Thresholds())
     assert exit_status([finding]) == 1
     assert "the change failed: oom: CUDA out of memory" in finding.note
-    assert exit_status(compare_rows(failed(), rows(STEADY), Thresholds())) == 3
-    assert exit_status(compare_rows(failed(), failed(), Thresholds())) == 3
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "alone", "beside", "words"),
+    [
+        (failed("oom", "full"), failed("oom", "full"), 3, 0, "neither side ran; the base: oom: full; the change: oom"),
+        (failed("oom"), failed("error"), 3, 0, "neither side ran"),
+        (failed("timeout"), failed("timeout"), 3, 0, "neither side ran"),
+        (failed("oom"), rows(STEADY), 3, 0, "the base failed (oom: broke), the change did not"),
+        (failed("error"), rows(STEADY), 3, 3, "the base failed (error: broke), the change did not"),
+        (rows(STEADY), failed("oom"), 1, 1, "the change failed"),
+    ],
+)
+def test_a_case_without_two_sides_counts_only_where_it_may_hide_something(
+    base: list[Row], change: list[Row], alone: int, beside: int, words: str
+) -> None:
+    findings = compare_rows(base, change, Thresholds())
+    assert words in findings[0].note
+    assert exit_status(findings) == alone
+    other = Case(model="DiT-S/2", resolution=256)
+    more = [compare_rows(rows(STEADY, case=other), rows(scaled(f), case=other), Thresholds()) for f in (1.0, 1.05)]
+    assert exit_status([*findings, *more[0]]) == beside
+    assert exit_status([*findings, *more[1]]) == 1
+
+
+def test_the_summary_lists_what_ran_on_neither_side() -> None:
+    other = Case(model="DiT-S/2", resolution=256)
+    same = [*rows(STEADY, case=other)]
+    findings = compare_rows([*failed("oom"), *same], [*failed("oom"), *same], Thresholds())
+    text = to_markdown(findings, Thresholds(), title="a against b")
+    assert text.startswith("## No regression: ")
+    assert "unmeasured: neither side ran" in text
+    assert "count for nothing: 1" in text
+    alone = to_markdown(findings[:1], Thresholds(), title="a against b")
+    assert alone.startswith("## Nothing was measured: ")
 
 
 def test_launches_of_the_change_that_fail_are_not_passed_over() -> None:
