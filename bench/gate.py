@@ -32,6 +32,10 @@ GENTLE_SHAKE = 0.02
 deep DiG's gradient, and a bound made from that would pass anything.
 """
 FLOOR = {"bf16": 3e-2, "fp32": 2e-3}
+GRADIENT_FLOOR = {"bf16": 0.2, "fp32": 1e-2}
+"""The same for the gradient of one parameter. Kernels that keep the residual stream in bf16, which the reference does not,
+are off by 10% in the last of 12 blocks.
+"""
 ROUNDINGS = 4.0
 """An error may be so many times what the reference itself loses in this dtype, or the floor where that is larger: a
 kernel may round states that the reference keeps in fp32, and depth amplifies it; a wrong one is off by tens of percent.
@@ -39,8 +43,8 @@ kernel may round states that the reference keeps in fp32, and depth amplifies it
 MOST_ERROR = 0.5
 """No bound on an output is above this, whatever the rounding: noise of the output's own size has an error of 1."""
 MOST_OFF = 0.05
-"""The share of parameters whose gradient may be beyond its bound. A gradient that is a small difference of large terms
-(the decay's bias) may be; what is wrong in a backward pass shows in a tenth of them and more.
+"""The share of parameters whose gradient may be beyond its bound. One that is a small difference of large terms, as the
+decay's is, may be; what is wrong in a backward pass shows in a twelfth of them (no gradient of the keys) to half.
 """
 
 
@@ -144,7 +148,6 @@ def check_against_reference(case: Case) -> Agreement | None:
         reference.to(case.device)
         model.to(case.device)
     x, _, t, y = (tensor.to(case.device) for tensor in make_inputs(model, 2)[0])
-    floor = FLOOR[case.dtype]
     label = " ".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
     off = None
     if case.mode == "train":
@@ -153,7 +156,8 @@ def check_against_reference(case: Case) -> Agreement | None:
         truth = _gradients(reference, (x, t, y), case, "fp32")
         rounded = _errors(_gradients(reference, (x, t, y), case, case.dtype), truth)
         errors = _errors(_gradients(model, (x, t, y), case, case.dtype), truth)
-        beyond = {key: error for key, error in errors.items() if not error <= max(floor, ROUNDINGS * rounded[key])}
+        bounds = {key: max(GRADIENT_FLOOR[case.dtype], ROUNDINGS * loss) for key, loss in rounded.items()}
+        beyond = {key: error for key, error in errors.items() if not error <= bounds.get(key, 0.0)}
         off = len(beyond) / len(errors)
         if off > MOST_OFF:
             worst = max(beyond, key=lambda key: beyond[key])
@@ -167,7 +171,7 @@ def check_against_reference(case: Case) -> Agreement | None:
     expected = _output(reference, (x, t, y), case, "fp32")
     loss = _error(_output(reference, (x, t, y), case, case.dtype), expected)
     error = _error(_output(model, (x, t, y), case, case.dtype), expected)
-    bound = min(max(floor, ROUNDINGS * loss), MOST_ERROR)
+    bound = min(max(FLOOR[case.dtype], ROUNDINGS * loss), MOST_ERROR)
     if not error <= bound:
         raise GateError(
             f"{case.model} differs from its reference ({label}) by {error:.2g} on a small input, {bound:.2g} is allowed"
