@@ -172,7 +172,8 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, la
                 )
                 for row in rows:
                     measured += 1
-                    progress.advance(task)
+                    if "measured-again" not in row.marks:
+                        progress.advance(task)
                     progress.console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print(f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume")

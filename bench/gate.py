@@ -33,8 +33,8 @@ deep DiG's gradient, and a bound made from that would pass anything.
 """
 FLOOR = {"bf16": 3e-2, "fp32": 2e-3}
 GRADIENT_FLOOR = {"bf16": 0.2, "fp32": 1e-2}
-"""The same for the gradient of one parameter. Kernels that keep the residual stream in bf16, which the reference does not,
-are off by 10% in the last of 12 blocks.
+"""The same for the gradient of one parameter. Kernels that keep the residual stream in bf16, which the reference does
+not, are off by 10% in the last of 12 blocks.
 """
 ROUNDINGS = 4.0
 """An error may be so many times what the reference itself loses in this dtype, or the floor where that is larger: a
@@ -42,9 +42,11 @@ kernel may round states that the reference keeps in fp32, and depth amplifies it
 """
 MOST_ERROR = 0.5
 """No bound on an output is above this, whatever the rounding: noise of the output's own size has an error of 1."""
-MOST_OFF = 0.05
-"""The share of parameters whose gradient may be beyond its bound. One that is a small difference of large terms, as the
-decay's is, may be; what is wrong in a backward pass shows in a twelfth of them (no gradient of the keys) to half.
+MOST_OFF = 0.1
+"""The share of parameters whose gradient may be beyond its bound. One that hangs on a small difference of large terms may
+be: the decay's, or a whole block's where a head's output, which is normalized, is next to nothing for a token. What is
+wrong in a backward pass shows in a fifth of them (half the gradient of attention's values) or more (a causal mask, a
+recurrence without its decay or in the other direction).
 """
 
 

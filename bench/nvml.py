@@ -18,9 +18,10 @@ from bench.results import Mark
 
 T = TypeVar("T")
 
+POWER_CAP = "sw-power-cap"
 # Bits of NVML's clock event reasons that mean the clock is held down. Idle and clocks that the user set are none.
 THROTTLE_BITS = {
-    0x04: "sw-power-cap",
+    0x04: POWER_CAP,
     0x08: "hw-slowdown",
     0x20: "sw-thermal",
     0x40: "hw-thermal",

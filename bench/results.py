@@ -27,10 +27,11 @@ Mode = Literal["train", "forward"]
 Execution = Literal["eager", "graph", "compile"]
 Dtype = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
-Mark = Literal["throttled", "shared-gpu", "unsteady", "unwatched", "unverified", "memory-kept"]
+Mark = Literal["throttled", "shared-gpu", "unsteady", "unwatched", "unverified", "memory-kept", "measured-again"]
 """What a reader should know before trusting a row's times: the clock was held down in most readings; another process
 was on the GPU; warm-up did not settle; NVML could not be asked; the profiler saw no kernels to check; the case before
-it had not given its memory back.
+it had not given its memory back; the launch was throttled before, and is here once more (and throttled again where it
+carries that mark too).
 """
 
 
