@@ -43,9 +43,9 @@ kernel may round states that the reference keeps in fp32, and depth amplifies it
 MOST_ERROR = 0.5
 """No bound on an output is above this, whatever the rounding: noise of the output's own size has an error of 1."""
 MOST_OFF = 0.1
-"""The share of parameters whose gradient may be beyond its bound. One that hangs on a small difference of large terms may
-be: the decay's, or a whole block's where a head's output, which is normalized, is next to nothing for a token. What is
-wrong in a backward pass shows in a fifth of them (half the gradient of attention's values) or more (a causal mask, a
+"""The share of parameters whose gradient may be beyond its bound. One that hangs on a small difference of large terms
+may be: the decay's, or a whole block's where a head's output, which is normalized, is next to nothing for a token. What
+is wrong in a backward pass shows in a fifth of them (half the gradient of attention's values) or more (a causal mask, a
 recurrence without its decay or in the other direction).
 """
 
