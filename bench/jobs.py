@@ -25,13 +25,13 @@ class Budget:
         max_samples: Most timed steps.
     """
 
-    settle_s: float = 0.3
-    settle_max_s: float = 2.0
+    settle_s: float = 0.2
+    settle_max_s: float = 1.0
     steady: float = 0.01
-    min_samples: int = 10
-    least_s: float = 0.5
+    min_samples: int = 7
+    least_s: float = 0.3
     width: float = 0.005
-    target_s: float = 1.5
+    target_s: float = 0.8
     max_samples: int = 200
 
     def __post_init__(self) -> None:

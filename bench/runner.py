@@ -137,7 +137,7 @@ class Sweep:
     budget: Budget | None = None
     code: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
-    again_s: float = 60.0
+    again_s: float = 30.0
 
     def budget_of(self, case: Case) -> Budget:
         """How long a case is sampled."""

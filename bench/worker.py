@@ -34,7 +34,7 @@ CEILING_SIDE = {"cuda": 8192, "cpu": 1024}
 _PR_SET_PDEATHSIG = 1
 
 
-EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.3, max_samples=20)
+EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
 """How long the step is timed in the execution that is not the case's."""
 
 
