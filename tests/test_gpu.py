@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from bench.cases import sweep
 from bench.checkouts import copy_tree
 from bench.environment import ROOT
-from bench.jobs import Budget
+from bench.jobs import Budget, GateJob
 from bench.models import create_model
 from bench.nvml import Gpu
 from bench.results import ResultsWriter, read_results
-from bench.runner import Sweep, run_sweep
+from bench.runner import Sweep, run_job, run_sweep
 from bench.side import Side
 from dig.model import DiG, DiGConfig
 from dig.ops.gla import gated_linear_attention
@@ -121,6 +121,33 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
         if row.case.execution != "compile":
             assert min(row.timing.graph_ms, row.timing.eager_ms) > 0
         print(row.case.describe(), f"{row.median_ms:.3f} ms", dict(row.seconds), row.memory)
+
+
+@pytest.mark.parametrize("mode", ["train", "forward"])
+@pytest.mark.parametrize(
+    "model",
+    ["DiG:triton", "DiG:fla", "DiG:triton:variant=release", "DiG:fla:variant=release", "DiS:mamba-ssm",
+     "Flash-DiT:sdpa-cudnn", "Flash-DiT:sdpa-flash", "Flash-DiT:flash-attn"],
+)  # fmt: skip
+def test_every_implementation_passes_the_gate_with_room(model: str, mode: str) -> None:
+    (case,) = sweep([model], resolutions=(256,), modes=(mode,))
+    answer = run_job(GateJob(case=case), time_limit=420)
+    print(case.describe(), answer)
+    assert answer.get("message") is None
+    assert answer["error"] < answer["bound"] / 1.5
+    assert (answer["gradients_off"] is None) == (mode == "forward")
+    assert (answer["gradients_off"] or 0.0) < 0.08
+
+
+@pytest.mark.parametrize("model", ["DiG:triton", "DiG:fla", "DiT", "DiS:mamba-ssm", "Flash-DiT:flash-attn"])
+def test_the_kernels_of_every_family_are_known_by_their_names(model: str, tmp_path: Path) -> None:
+    with ResultsWriter(tmp_path / "results.jsonl") as writer:
+        run = Sweep(cases=tuple(sweep([model], resolutions=(128,), modes=("forward",))), time_limit=420)
+        (row,) = run_sweep(run, writer, on_start=lambda case: None)
+    assert row.status == "ok", row.message
+    print(row.checks)
+    assert row.checks.kernels
+    assert "unverified" not in row.marks
 
 
 def test_out_of_device_memory_is_a_row(tmp_path: Path) -> None:
