@@ -32,6 +32,12 @@ class SideError(RuntimeError):
     """A side's process ended, or said what is no row; the message holds the end of its stderr."""
 
 
+def without_checkouts(path: str) -> str:
+    """PYTHONPATH without folders that hold this project: a side must find its own, and the packages of all."""
+    folders = [folder for folder in path.split(os.pathsep) if folder]
+    return os.pathsep.join(folder for folder in folders if not Path(folder, "bench", "side.py").exists())
+
+
 class Side:
     """The process of one side, seen from the harness. A context manager: leaving it ends the process.
 
@@ -45,7 +51,7 @@ class Side:
         self._time_limit = time_limit
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = {**os.environ, COMMIT_VARIABLE: checkout.name, "PYTHONHASHSEED": "0"}
-        environment.pop("PYTHONPATH", None)
+        environment["PYTHONPATH"] = without_checkouts(environment.get("PYTHONPATH", ""))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.side"],
             cwd=checkout.root,

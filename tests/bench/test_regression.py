@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from bench.environment import ROOT
 from bench.jobs import Budget
 from bench.regression import Plan, compare_checkouts, cpu_suite, gpu_suite, rounds
 from bench.results import Case, read_results
-from bench.side import Side, SideError
+from bench.side import Side, SideError, without_checkouts
 
 CASE = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.0, max_samples=3)
@@ -100,6 +101,22 @@ def test_a_side_that_cannot_start_says_why(tmp_path: Path) -> None:
     (side.root / "bench" / "runner.py").write_text("raise RuntimeError('torn apart')")
     with Side(side, time_limit=60) as process, pytest.raises(SideError, match="torn apart"):
         process.measure(CASE, budget=QUICK, launch=0)
+
+
+def test_a_side_finds_the_packages_of_all_and_no_other_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "only_here.py").write_text("FOUND = 'packages found'\n")
+    side = copy_tree(ROOT, tmp_path / "side", "side")
+    loud = "import only_here, bench.runner\nraise RuntimeError(f'{only_here.FOUND}; {bench.runner.__file__}')"
+    (side.root / "bench" / "side.py").write_text(loud)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(packages), ""]))
+    assert without_checkouts(os.environ["PYTHONPATH"]) == str(packages)
+    with Side(side, time_limit=60) as process, pytest.raises(SideError, match="packages found") as raised:
+        process.measure(CASE, budget=QUICK, launch=0)
+    assert str(side.root) in str(raised.value)
 
 
 def test_suites_are_small_and_fit_their_device() -> None:
