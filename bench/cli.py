@@ -98,6 +98,8 @@ def run(
     A case that runs out of memory, takes too long or fails becomes a row with its status. Ctrl-C ends the run with
     what was measured; --resume goes on from there, and leaves alone what was measured with the same code, versions and
     kind of card.
+
+    A launch whose clock was held down is measured once more when all others are done, for half a minute in all.
     """
     if batch < 1:
         refuse(f"--batch must be at least 1; got {batch}")

@@ -270,10 +270,11 @@ def _line(finding: Finding) -> str:
     )
 
 
-def marks_of(rows: Iterable[Row]) -> list[str]:
-    """One line for each mark that rows carry, with how many carry it."""
+def marks_of(*sides: Iterable[Row]) -> list[str]:
+    """One line for each mark that rows carry, with how many launches' last rows carry it."""
     counts: dict[str, int] = {}
-    for row in rows:
-        for mark in row.marks:
-            counts[mark] = counts.get(mark, 0) + 1
+    for side in sides:
+        for row in {(row.case, row.launch): row for row in side}.values():
+            for mark in row.marks:
+                counts[mark] = counts.get(mark, 0) + 1
     return [f"{count} launches are marked {mark}" for mark, count in sorted(counts.items())]

@@ -59,7 +59,7 @@ def compare(
         for path, only in ((base, cases[0] - cases[1]), (change, cases[1] - cases[0]))
         if only
     ]
-    notes += marks_of([row for side in sides for row in side.rows])
+    notes += marks_of(*(side.rows for side in sides))
     for path, side in zip((base, change), sides, strict=True):
         if side.torn:
             notes.append(f"{path.name} ends inside a row; left out")

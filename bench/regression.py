@@ -115,13 +115,30 @@ def rounds(cases: Sequence[Case], numbers: Sequence[int], draw: random.Random) -
 def compare_checkouts(
     base: Checkout, change: Checkout, plan: Plan, *, folder: Path, on_start: Callable[[str], None]
 ) -> Comparison:
+    """`compare_sides` of two checkouts, each in a process of its own for as long as that takes.
+
+    Raises:
+        SideError: A side's process died.
+        ResultError: The folder cannot be written.
+    """
+    with (
+        Side(base, time_limit=plan.time_limit) as first,
+        Side(change, time_limit=plan.time_limit) as second,
+    ):
+        return compare_sides((first, second), plan, folder=folder, on_start=on_start)
+
+
+def compare_sides(
+    sides: tuple[Side, Side], plan: Plan, *, folder: Path, on_start: Callable[[str], None], warm: bool = False
+) -> Comparison:
     """Measure both sides in turns; every row is on the disk, in ``base.jsonl`` and ``change.jsonl``, once measured.
 
     Args:
-        base, change: The sides.
+        sides: Of base and change.
         plan: How.
         folder: Takes the results files; must not hold any.
         on_start: Told what is measured next.
+        warm: Both sides have run the plan's cases before, and their compilers' caches are full.
 
     Raises:
         SideError: A side's process died.
@@ -132,7 +149,6 @@ def compare_checkouts(
     rows: tuple[list[Row], list[Row]] = ([], [])
     with ExitStack() as stack:
         writers = [stack.enter_context(ResultsWriter(folder / f"{name}.jsonl")) for name in ("base", "change")]
-        sides = [stack.enter_context(Side(checkout, time_limit=plan.time_limit)) for checkout in (base, change)]
 
         def measure(cases: Sequence[Case], numbers: Sequence[int]) -> list[Finding]:
             for case, number, is_base in rounds(cases, numbers, draw):
@@ -144,7 +160,7 @@ def compare_checkouts(
             return compare_rows(rows[0], rows[1], plan.thresholds)
 
         # One launch first that does not count: a side's compilers fill their caches in it.
-        for case, number, is_base in rounds(plan.cases, [0], draw):
+        for case, number, is_base in rounds(plan.cases, [] if warm else [0], draw):
             on_start(f"untimed, {'base' if is_base else 'change'}: {case.describe()}")
             sides[0 if is_base else 1].measure(case, budget=_ONCE, launch=number)
         findings = measure(plan.cases, range(plan.launches))

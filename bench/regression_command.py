@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from bench.compare_command import percent
 from bench.environment import ROOT, gpu_present
 from bench.messages import refuse
 from bench.models import closest, missing_packages, parse_name
-from bench.regression import BUDGETS, SUITES, Comparison, Plan, compare_checkouts
+from bench.regression import BUDGETS, SUITES, Comparison, Plan, compare_checkouts, compare_sides
 from bench.results import ResultError
 from bench.side import Side, SideError
 from bench.statistics import noise_floor
@@ -124,7 +125,7 @@ class _Gate:
         machine = found.change[0].environment if found.change else {}
         where = machine.get("gpu_name") or machine.get("cpu") or "unknown machine"
         notes = [f"{where}, torch {machine.get('torch')}, driver {machine.get('driver')}"]
-        notes += marks_of([*found.base, *found.change])
+        notes += marks_of(found.base, found.change)
         return to_markdown(found.findings, self.plan.thresholds, title=title, notes=notes)
 
     def run(self, revision: str) -> tuple[int, str]:
@@ -137,8 +138,7 @@ class _Gate:
         """Unchanged code must raise no alarm, and a slowed copy must; the noise floor comes with the former."""
         twin = copy_tree(ROOT, self.scratch / "twin", self.change.name)
         texts, statuses, ratios = [], [], []
-        for index in range(runs):
-            found = self._compare(twin, self.change, f"itself-{index}")
+        for index, found in enumerate(self._itself(twin, runs)):
             statuses.append(exit_status(found.findings))
             ratios += [f.interval.ratio for f in found.findings if f.metric == "time" and f.interval is not None]
             texts.append(self._summary(found, f"unchanged code, run {index + 1} of {runs}"))
@@ -160,6 +160,29 @@ class _Gate:
             lines.append(f"- slowed by {SLOWDOWN:.0%} of the step: {'caught' if caught else '**missed**'}")
         works = caught and REGRESSION not in statuses
         return (NO_REGRESSION if works else REGRESSION), "\n".join([*lines, "", *texts])
+
+    def _itself(self, twin: Checkout, runs: int) -> Iterator[Comparison]:
+        """Comparisons of unchanged code, one after the other, each in an order of its own.
+
+        The two sides' processes stay, so that their models pass the fairness gate once and not in every run; each
+        launch is a process of its own all the same.
+        """
+        if not runs:
+            return
+        limit = self.plan.time_limit
+        with (
+            Side(twin, time_limit=limit) as base,
+            Side(self.change, time_limit=limit) as change,
+            self.console.status("starting") as status,
+        ):
+            for index in range(runs):
+                yield compare_sides(
+                    (base, change),
+                    replace(self.plan, seed=self.plan.seed + index),
+                    folder=self.folder / f"itself-{index}",
+                    on_start=status.update,
+                    warm=index > 0,
+                )
 
     def _slowed(self, twin: Checkout) -> tuple[bool, str]:
         """Slow a copy down by a share of each case's own step, a case at a time, and say whether all were noticed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import cli
-from bench.compare import Thresholds, ambiguous_cases, cell, compare_rows, exit_status, to_markdown
+from bench.compare import Thresholds, ambiguous_cases, cell, compare_rows, exit_status, marks_of, to_markdown
 from bench.ledgers import Checks, Memory
 from bench.results import Case, Row
 
@@ -144,6 +145,16 @@ def test_the_summary_says_what_changed_first_and_escapes_what_it_quotes() -> Non
         part for part in ("<script>", "](http", "@someone", "\n# heading") if part in text
     }
     assert cell("a_b*c") == "a&#95;b&#42;c"
+
+
+def test_marks_are_counted_by_launch_and_only_of_rows_that_count() -> None:
+    hot = rows(STEADY, marks=("throttled",))
+    cooled = [replace(hot[0], marks=("measured-again",))]
+    assert marks_of([*hot, *cooled], hot) == [
+        "1 launches are marked measured-again",
+        "9 launches are marked throttled",
+    ]
+    assert marks_of(rows(STEADY), []) == []
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.05, 1), (0.9, 0)])

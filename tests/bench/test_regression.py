@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import cli
+from bench import cli, regression_command
 from bench.checkouts import CheckoutError, check_out_base, copy_tree, slow_down
 from bench.compare import Thresholds, exit_status
 from bench.environment import ROOT
 from bench.jobs import Budget
+from bench.ledgers import Memory
 from bench.regression import Plan, compare_checkouts, cpu_suite, gpu_suite, rounds
-from bench.results import Case, read_results
+from bench.results import Case, Row, read_results
 from bench.side import Side, SideError, without_checkouts
 
 CASE = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
@@ -117,6 +118,44 @@ def test_a_side_finds_the_packages_of_all_and_no_other_checkout(
     with Side(side, time_limit=60) as process, pytest.raises(SideError, match="packages found") as raised:
         process.measure(CASE, budget=QUICK, launch=0)
     assert str(side.root) in str(raised.value)
+
+
+def test_runs_of_unchanged_code_share_their_sides_and_each_has_an_order_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faked sides: what is counted are processes, launches and their order."""
+    sides = []
+    asked = []
+
+    class Fake:
+        def __init__(self, checkout: object, *, time_limit: float) -> None:
+            sides.append(self)
+
+        def measure(self, case: Case, *, budget: Budget, launch: int) -> Row:
+            asked.append((sides.index(self), case.model, launch))
+            memory = Memory(parameters=1, process_peak=10**9)
+            return Row(case=case, status="ok", started_at="", samples_ms=(10.0,), memory=memory, launch=launch)
+
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            asked.append("closed")
+
+    monkeypatch.setattr(regression_command, "Side", Fake)
+    command = ["regression", "--suite", "cpu", "--against-itself", "3", "--launches", "5", "--out", str(tmp_path)]
+    result = runner.invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert "unchanged code: 0 alarms and 0 inconclusive in 3 runs" in result.output
+    assert len(sides) == 2
+    assert asked[-2:] == ["closed", "closed"]
+    launched = asked[:-2]
+    # An untimed launch of two cases and two sides once, then 5 rounds of them in each run.
+    assert len(launched) == 4 + 3 * 20
+    runs = [launched[4 + 20 * i : 24 + 20 * i] for i in range(3)]
+    assert Counter(runs[0]) == Counter(runs[1]) == Counter(runs[2])
+    assert runs[0] != runs[1] != runs[2] != runs[0]
+    assert len(list(tmp_path.glob("*/itself-*/*.jsonl"))) == 6
 
 
 def test_suites_are_small_and_fit_their_device() -> None:
