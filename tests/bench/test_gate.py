@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import gate
+from bench.environment import ROOT
 from bench.gate import GateError, check_against_reference, check_kernels, reference_of, signature_of
 from bench.models import FAMILIES, create_model
 from bench.results import Case
@@ -65,6 +66,17 @@ def test_kernels_tell_implementations_apart(
     for names in wrong:
         with pytest.raises(GateError, match="is not what its name says"):
             check_kernels(case(model, implementation), names)
+
+
+@pytest.mark.parametrize("commit", ["742c38c", "25d65ee", "83b2d8b"])
+def test_own_kernels_are_known_in_what_a_profiler_printed_on_an_h100(commit: str) -> None:
+    pytest.importorskip("dig.ops.gla.launches")
+    printed = (ROOT / "results" / "h100-triton" / f"kernels-{commit}.txt").read_text()
+    names = [line.split("\u2502")[1].strip() for line in printed.splitlines() if line.startswith("\u2502")]
+    shown = check_kernels(case("DiG", "triton"), filter(None, names))
+    assert {"output_kernel", "local_state_kernel", "scan_kernel"} <= set(shown)
+    with pytest.raises(GateError, match="no kernel of it ran"):
+        check_kernels(case("DiG", "fla"), filter(None, names))
 
 
 def test_every_implementation_has_a_reference_or_is_one() -> None:
