@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -83,7 +84,10 @@ class SelfAttention(nn.Module):
         """(B, T, D) to (B, T, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if self.attention == "flash-attn":
-            y = require("flash_attn", "attention='flash-attn'").flash_attn_func(*qkv.unbind(2))
+            # Its backward pass adds in any order, unless it is asked not to.
+            repeats = torch.are_deterministic_algorithms_enabled()
+            flash_attn = require("flash_attn", "attention='flash-attn'")
+            y = flash_attn.flash_attn_func(*qkv.unbind(2), deterministic=repeats)
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             y = self._head_major(q, k, v).transpose(1, 2)

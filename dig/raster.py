@@ -12,19 +12,25 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dig.ops.adaln import norm_modulate
-from dig.raster_block import BlockWeights, infer_block, train_block
+from dig.ops.aside import aside, mark, side_work, wait
+from dig.raster_block import BlockWeights, Prepared, adaln, infer_block, prepare_block, train_block
 
 if TYPE_CHECKING:
     from dig.layers import FinalLayer, PatchEmbed
     from dig.model import DiGBlock
     from dig.scan import ScanOrder
+
+_RECOMPUTED = "recomputed"
+"""Attribute of a block: whether its activations are computed again in the backward pass."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -55,19 +61,9 @@ def embed_patches(embedder: PatchEmbed, x: Tensor, position: Tensor) -> Tensor:
     return F.linear(tokens, weight.to(dtype).flatten(1), bias) + position.to(dtype)
 
 
-def modulation_of(layer: nn.Linear, c: Tensor) -> Tensor:
-    """An adaLN layer's output in its weights' own dtype, whatever autocast says: c (B, D) after its SiLU to (B, N D).
-
-    One product of a vector and a matrix: reading the matrix is all the work, and a copy of it in another dtype would
-    take as long again.
-    """
-    with torch.autocast(c.device.type, enabled=False):
-        modulation: Tensor = layer(c.to(layer.weight.dtype))
-    return modulation
-
-
 def _weights(block: DiGBlock) -> BlockWeights:
     rms = block.variant == "paper"
+    modulation = cast(nn.Linear, block.adaLN_modulation[1])
     conv = block.dw_conv
     return BlockWeights(
         in_proj=block.attn.in_proj.weight,
@@ -81,6 +77,8 @@ def _weights(block: DiGBlock) -> BlockWeights:
         norm2=block.norm2.weight if rms else None,
         conv_weight=None if conv is None else conv.weight,
         conv_bias=None if conv is None else conv.bias,
+        adaln_weight=modulation.weight,
+        adaln_bias=modulation.bias,
     )
 
 
@@ -97,24 +95,71 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
     Returns:
         (B, T, D) in raster order, in x's dtype.
     """
-    run = train_block if torch.is_grad_enabled() else infer_block
+    if torch.is_grad_enabled() and getattr(blocks[0], _RECOMPUTED, False):
+        return _run_recomputed(blocks, x, F.silu(c), grid, orders)
+    # Gates can act on weights instead of tokens where one condition serves all of them, and no gradient asks for both.
+    fold_gates = not torch.is_grad_enabled() and len(x) == 1
+    run = infer_block if fold_gates else train_block
     activated = F.silu(c)
-    for block, order in zip(blocks, orders, strict=True):
-        x = run(
-            x,
-            modulation_of(cast(nn.Linear, block.adaLN_modulation[1]), activated),
-            _weights(block),
-            norm="rms" if block.variant == "paper" else "layer",
-            heads=block.attn.heads,
-            grid=grid,
-            order=order,
-        )
+    weights = [_weights(block) for block in blocks]
+    with side_work(x.device):
+        # A block's modulation and weights are prepared while the one before it runs; two blocks' are there at a time.
+        upcoming = _prepare_aside(weights[0], activated, x.dtype, fold_gates)
+        for i, (block, order) in enumerate(zip(blocks, orders, strict=True)):
+            prepared, ready = upcoming
+            if i + 1 < len(blocks):
+                upcoming = _prepare_aside(weights[i + 1], activated, x.dtype, fold_gates)
+            wait(ready)
+            x = run(
+                x,
+                activated,
+                prepared,
+                weights[i],
+                norm="rms" if block.variant == "paper" else "layer",
+                heads=block.attn.heads,
+                grid=grid,
+                order=order,
+            )
     return x
+
+
+def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Make `run_blocks` keep only these blocks' inputs, and compute the rest again when it goes back."""
+    for block in blocks:
+        setattr(block, _RECOMPUTED, True)
+
+
+def _run_recomputed(
+    blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, int], orders: list[ScanOrder]
+) -> Tensor:
+    """`run_blocks` for less memory; c after its SiLU. Bit for bit the same, gradients too."""
+
+    def run(x: Tensor, c: Tensor, block: DiGBlock, order: ScanOrder) -> Tensor:
+        weights = _weights(block)
+        # In here, and not beside the block before: what is handed in is kept until the backward pass.
+        prepared = prepare_block(weights, c, x.dtype, fold_gates=False)
+        norm = "rms" if block.variant == "paper" else "layer"
+        return train_block(x, c, prepared, weights, norm=norm, heads=block.attn.heads, grid=grid, order=order)
+
+    for block, order in zip(blocks, orders, strict=True):
+        # Blocks draw nothing, so there is no random state to keep, which a CUDA graph couldn't restore.
+        x = cast(Tensor, checkpoint(run, x, c, block, order, use_reentrant=False, preserve_rng_state=False))
+    return x
+
+
+def _prepare_aside(
+    weights: BlockWeights, c: Tensor, dtype: torch.dtype, fold_gates: bool
+) -> tuple[Prepared, torch.cuda.Event | None]:
+    """`prepare_block` beside the critical path, and what to wait for before its result is read."""
+    with aside(c):
+        prepared = prepare_block(weights, c, dtype, fold_gates=fold_gates)
+    return prepared, mark()
 
 
 def run_final_layer(layer: FinalLayer, x: Tensor, c: Tensor) -> Tensor:
     """DiT's output head with its norm and modulation fused: see `dig.layers.FinalLayer.forward`."""
-    shift, scale = modulation_of(cast(nn.Linear, layer.adaLN_modulation[1]), F.silu(c)).chunk(2, dim=1)
+    modulation = cast(nn.Linear, layer.adaLN_modulation[1])
+    shift, scale = adaln(F.silu(c), modulation.weight, modulation.bias).chunk(2, dim=1)
     h = norm_modulate(x, shift, scale, None, norm="layer", dtype=compute_dtype(x), implementation="triton")
     output: Tensor = layer.linear(h)
     return output

@@ -5,6 +5,9 @@ tensors a token (its input, the fused projection, the sum between its halves, Sw
 and the recurrence's states. What else its weights' gradients need is written again by kernels that pass over the inputs
 anyway: the modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
 
+What no later kernel of the pass waits for goes aside (`dig.ops.aside`): the weights' gradients, the modulation's, and
+in `dig.raster` the next block's modulation and weights.
+
 **One image.** A gate is then the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
 of the sum that the branch is added to, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no
 gradient of the branch is ever formed. Without gradients, the product adds to x in place.
@@ -20,8 +23,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
+from dig.ops.aside import aside, mark, side_work, wait
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
@@ -30,6 +35,8 @@ from dig.ops.weights import gated_weight_gradient, prepare_weights
 from dig.scan import ScanOrder
 
 EPS = 1e-6
+PREPARED = 6
+"""Tensors of a `Prepared`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,8 @@ class BlockWeights:
         norm2: (D,) or None.
         conv_weight: (D, 1, 3, 3) or None.
         conv_bias: (D,) or None.
+        adaln_weight: (6D, D).
+        adaln_bias: (6D,).
     """
 
     in_proj: Tensor
@@ -61,10 +70,72 @@ class BlockWeights:
     norm2: Tensor | None
     conv_weight: Tensor | None
     conv_bias: Tensor | None
+    adaln_weight: Tensor
+    adaln_bias: Tensor
 
     def in_order(self) -> tuple[Tensor | None, ...]:
         """The fields' values."""
         return tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a block takes from its weights and the condition, none of it from the tokens.
+
+    Attributes:
+        modulation: (B, 6D), adaLN's output.
+        products: The weights of the products in the tokens' dtype: the first five of `BlockWeights`; None for those
+            that are in it anyway.
+    """
+
+    modulation: Tensor
+    products: tuple[Tensor | None, ...]
+
+    def or_masters(self, weights: BlockWeights) -> tuple[Tensor, ...]:
+        """The weights of the products, whichever way."""
+        return _or_masters(self.products, weights.in_order())
+
+
+def _or_masters(products: Sequence[Tensor | None], masters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    pairs = zip(products, masters, strict=False)
+    return tuple(cast(Tensor, master if product is None else product) for product, master in pairs)
+
+
+def prepare_block(weights: BlockWeights, c: Tensor, dtype: torch.dtype, *, fold_gates: bool) -> Prepared:
+    """Compute a block's modulation, and its weights in the dtype of its products; without a gradient.
+
+    Args:
+        weights: The block's.
+        c: (B, D), the condition after its SiLU.
+        dtype: Of the products.
+        fold_gates: Whether the two output projections are multiplied by their gates, which takes B = 1.
+    """
+    w = weights
+    with torch.no_grad():
+        modulation = adaln(c, w.adaln_weight, w.adaln_bias)
+        _, _, gate1, _, _, gate2 = modulation.chunk(6, dim=1)
+        masters = (w.in_proj, w.decay_weight, w.gate_proj, w.o_proj, w.down_proj)
+        cast_weights = _cast(masters, (gate1[0], gate2[0]) if fold_gates else (), dtype)
+    products = (None if copy is master else copy for copy, master in zip(cast_weights, masters, strict=True))
+    return Prepared(modulation=modulation, products=tuple(products))
+
+
+def adaln(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """An adaLN layer in its weights' own dtype, whatever autocast says: c (B, D) after its SiLU to (B, N D).
+
+    One product of a vector and a matrix: reading the matrix is all the work, and a copy of it in another dtype would
+    take as long again.
+    """
+    with torch.autocast(c.device.type, enabled=False):
+        return F.linear(c.to(weight.dtype), weight, bias)
+
+
+def _adaln_backward(dmodulation: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of c, weight and bias of `adaln`."""
+    with torch.autocast(c.device.type, enabled=False):
+        dmodulation = dmodulation.to(weight.dtype)
+        dweight = torch.mm(dmodulation.T, c.to(weight.dtype))
+        return torch.mm(dmodulation, weight).to(c.dtype), dweight, dmodulation.sum(0)
 
 
 def _cast(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -97,8 +168,9 @@ def _gated_gradients(d: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> tupl
 class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order.
 
-    Arguments: x (B, T, D) in the dtype of the products; the modulation (B, 6D); norm (``rms`` or ``layer``), heads,
-    (rows, columns) of the grid, the scan order; then the weights as in `BlockWeights`.
+    Arguments: x (B, T, D) in the dtype of the products; the condition after its SiLU, c (B, D); norm (``rms`` or
+    ``layer``), heads, (rows, columns) of the grid, the scan order; then modulation and products as in `Prepared`, of
+    which nothing is differentiated, and the weights as in `BlockWeights`.
     Differentiable once.
     """
 
@@ -106,17 +178,18 @@ class RasterBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        modulation: Tensor,
+        c: Tensor,
         norm: str,
         heads: int,
         grid: tuple[int, int],
         order: ScanOrder,
-        *weights: Tensor | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
+        modulation, weights = cast(Tensor, tensors[0]), tensors[PREPARED:]
+        in_proj, decay_weight, gate_proj, o_proj, down_proj = _or_masters(tensors[1:PREPARED], weights)
+        decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias = weights[5:-2]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        *masters, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias = weights
-        in_proj, decay_weight, gate_proj, o_proj, down_proj = _cast(cast(list[Tensor], masters), (), x.dtype)
         h, stats1 = norm_modulate_forward(x, shift1, scale1, norm1, norm, EPS, x.dtype)
         projected = _linear(h, in_proj)
         y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, order_code(order), EPS)
@@ -131,76 +204,96 @@ class RasterBlock(torch.autograd.Function):
         # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for
         # the gates anyway: their copies would take half as much as the weights.
         kept = None if len(x) == 1 else branch1
-        ctx.save_for_backward(x, projected, states, x1, gate_up, branch2, stats1, stats2, modulation, kept, *weights)
+        ctx.save_for_backward(x, projected, states, x1, gate_up, branch2, stats1, stats2, modulation, kept, c, *weights)
         ctx.settings = norm, heads, grid, order
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of everything that is a tensor."""
-        (
-            x, projected, states, x1, gate_up, branch2, stats1, stats2, modulation, branch1,
-            *masters, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias,
-        ) = ctx.saved_tensors  # fmt: skip
-        norm, heads, grid, order = ctx.settings
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        one_image = len(x) == 1
-        *_, o_master, down_master = masters
-        dout = dout.contiguous()
+        """Gradients of everything that is a tensor, but of what was prepared."""
+        with side_work(dout.device):
+            return _backward(ctx, dout.contiguous())
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    (
+        x, projected, states, x1, gate_up, branch2, stats1, stats2, modulation, branch1, c,
+        *masters, decay_bias, head_norm, norm1, norm2, conv_weight, conv_bias, adaln_weight, _,
+    ) = ctx.saved_tensors  # fmt: skip
+    if not torch.compiler.is_compiling():
+        # Unless the graph is kept, each tensor can go when the last kernel that reads it has been launched.
+        ctx.maybe_clear_saved_tensors()
+    norm, heads, grid, order = ctx.settings
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+    one_image = len(x) == 1
+    *_, o_master, down_master = masters
+    with aside():
         in_proj, decay_weight, gate_proj, o_proj, down_proj = _cast(
             masters, (gate1[0], gate2[0]) if one_image else (), x.dtype
         )
+    weights_ready = mark()
 
-        # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
-        # its gate being in the weight.
-        if conv_weight is None:
-            d, dconv_weight, dconv_bias = dout, None, None
-            if not one_image:
-                d_branch = dout * gate2.unsqueeze(1).to(x.dtype)
-                dgate2 = (dout.float() * branch2.float()).sum(1).to(gate2.dtype)
-        else:
-            d, d_branch, dgate2, dconv_weight, dconv_bias = srem_backward(
-                x1, branch2, gate2, conv_weight, conv_bias, dout, *grid, *order, one_image
-            )
-        d_branch = d if one_image else d_branch
-        dgate_up, hidden = swiglu_backward(gate_up, _linear_backward(d_branch, down_proj), True)
+    # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
+    # its gate being in the weight.
+    if conv_weight is None:
+        d, dconv_weight, dconv_bias = dout, None, None
+        if not one_image:
+            d_branch = dout * gate2.unsqueeze(1).to(x.dtype)
+            dgate2 = (dout.float() * branch2.float()).sum(1).to(gate2.dtype)
+    else:
+        d, d_branch, dgate2, dconv_weight, dconv_bias = srem_backward(
+            x1, branch2, gate2, conv_weight, conv_bias, dout, *grid, *order, one_image
+        )
+    d_branch = d if one_image else d_branch
+    del branch2
+    wait(weights_ready)
+    dgate_up, hidden = swiglu_backward(gate_up, _linear_backward(d_branch, down_proj), True)
+    del gate_up
+    with aside(d_branch, hidden):
         if one_image:
             ddown, dgate2 = _gated_gradients(d, hidden, down_master, gate2)
         else:
             ddown = weight_gradient(as_rows(d_branch), as_rows(hidden))
-        del hidden, d_branch
-        dh = _linear_backward(dgate_up, gate_proj)
-        d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = norm_modulate_backward(
-            x1, branch1, None if one_image else gate1, shift2, scale2, norm2, stats2, d, dh, norm
-        )
+    del hidden, d_branch
+    dh = _linear_backward(dgate_up, gate_proj)
+    d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = norm_modulate_backward(
+        x1, branch1, None if one_image else gate1, shift2, scale2, norm2, stats2, d, dh, norm
+    )
+    with aside(dgate_up, h):
         dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h))
-        del dgate_up, dh, h
-        d_branch = d if one_image else d_branch
-        dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = mixer_backward(
-            projected, decay_weight, decay_bias, head_norm, states, _linear_backward(d_branch, o_proj), heads, *grid,
-            order_code(order), EPS, True,
-        )  # fmt: skip
+    del dgate_up, dh, h, x1, branch1
+    d_branch = d if one_image else d_branch
+    dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = mixer_backward(
+        projected, decay_weight, decay_bias, head_norm, states, _linear_backward(d_branch, o_proj), heads, *grid,
+        order_code(order), EPS, True,
+    )  # fmt: skip
+    del projected, states
+    with aside(d_branch, y):
         if one_image:
             do_proj, dgate1 = _gated_gradients(d, y, o_master, gate1)
         else:
             do_proj = weight_gradient(as_rows(d_branch), as_rows(y))
-        del y, d_branch
-        dx, _, _, dshift1, dscale1, dnorm1, h = norm_modulate_backward(
-            x, None, None, shift1, scale1, norm1, stats1, d, _linear_backward(dprojected, in_proj), norm
-        )
-        din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
+    del y, d_branch
+    dx, _, _, dshift1, dscale1, dnorm1, h = norm_modulate_backward(
+        x, None, None, shift1, scale1, norm1, stats1, d, _linear_backward(dprojected, in_proj), norm
+    )
+    with aside(dgate1, dgate2):
         dmodulation = torch.cat([dshift1, dscale1, dgate1, dshift2, dscale2, dgate2], dim=1)
-        gradients = (din_proj, ddecay_weight, dgate_proj, do_proj, ddown)
-        dnorms = (None if norm1 is None else dnorm1, None if norm2 is None else dnorm2)
-        return (
-            dx, dmodulation, None, None, None, None, *(g.to(w.dtype) for g, w in zip(gradients, masters, strict=True)),
-            ddecay_bias, dhead_norm, *dnorms, dconv_weight, dconv_bias,
-        )  # fmt: skip
+        dc, *dadaln = _adaln_backward(dmodulation, c, adaln_weight)
+    din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
+    gradients = (din_proj, ddecay_weight, dgate_proj, do_proj, ddown)
+    dnorms = (None if norm1 is None else dnorm1, None if norm2 is None else dnorm2)
+    return (
+        dx, dc, None, None, None, None, *(None,) * PREPARED,
+        *(g.to(w.dtype) for g, w in zip(gradients, masters, strict=True)),
+        ddecay_bias, dhead_norm, *dnorms, dconv_weight, dconv_bias, *dadaln,
+    )  # fmt: skip
 
 
 def train_block(
     x: Tensor,
-    modulation: Tensor,
+    c: Tensor,
+    prepared: Prepared,
     weights: BlockWeights,
     *,
     norm: str,
@@ -208,18 +301,20 @@ def train_block(
     grid: tuple[int, int],
     order: ScanOrder,
 ) -> Tensor:
-    """`RasterBlock` by names.
+    """`RasterBlock` by names; ``prepared`` without folded gates.
 
     Returns:
         (B, T, D) in x's dtype.
     """
-    out: Tensor = RasterBlock.apply(x, modulation, norm, heads, grid, order, *weights.in_order())
+    tensors = (prepared.modulation, *prepared.products, *weights.in_order())
+    out: Tensor = RasterBlock.apply(x, c, norm, heads, grid, order, *tensors)
     return out
 
 
 def infer_block(
     x: Tensor,
-    modulation: Tensor,
+    c: Tensor,
+    prepared: Prepared,
     weights: BlockWeights,
     *,
     norm: str,
@@ -227,14 +322,13 @@ def infer_block(
     grid: tuple[int, int],
     order: ScanOrder,
 ) -> Tensor:
-    """The forward pass alone, for use without gradients; arguments as `train_block`, and **x is overwritten**."""
-    if len(x) > 1:
-        return train_block(x, modulation, weights, norm=norm, heads=heads, grid=grid, order=order)
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+    """The forward pass alone of one image, without gradients; arguments as `train_block`, but with folded gates.
+
+    **x is overwritten.**
+    """
     w = weights
-    in_proj, decay_weight, gate_proj, o_proj, down_proj = _cast(
-        (w.in_proj, w.decay_weight, w.gate_proj, w.o_proj, w.down_proj), (gate1[0], gate2[0]), x.dtype
-    )
+    shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
+    in_proj, decay_weight, gate_proj, o_proj, down_proj = prepared.or_masters(w)
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
     projected = _linear(h, in_proj)
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Run:
         batch: Images a step.
         gpu: Name of the card, or of the processor.
         log: Lines of ``train.jsonl``.
-        evaluations: Lines of ``evaluation.jsonl``, by step.
+        evaluations: Lines of ``evaluation.jsonl``, by step and number of samples.
         interruptions: How often the run was gone on with.
     """
 
@@ -86,7 +87,7 @@ def read_run(folder: Path) -> Run:
             batch=config["batch"],
             gpu=environment.get("gpu_name") or environment.get("cpu") or "unknown hardware",
             log=tuple(_read_lines(folder / "train.jsonl")),
-            evaluations=tuple(sorted(evaluations, key=lambda row: row["of"]["step"])),
+            evaluations=tuple(sorted(evaluations, key=lambda row: (row["of"]["step"], row["samples"]))),
             interruptions=sum(event["event"] == "resumed" for event in events),
         )
     except OSError as error:
@@ -127,10 +128,37 @@ def _windows(run: Run) -> list[Point]:
     return points
 
 
-def _distances(run: Run, x: str) -> list[Point]:
+def _samples_of_curves(runs: Sequence[Run]) -> int:
+    """The number of samples that most checkpoints were measured with: a distance of fewer is a larger one.
+
+    Raises:
+        RunError: A run has no checkpoint measured with so many.
+    """
+    counts = Counter(row["samples"] for run in runs for row in run.evaluations)
+    samples = max(counts, key=lambda samples: (counts[samples], samples))
+    for run in runs:
+        if all(row["samples"] != samples for row in run.evaluations):
+            raise RunError(f"{run.model} was not measured with {samples:,} samples, as others were")
+    return int(samples)
+
+
+def _distances(run: Run, x: str, samples: int) -> list[Point]:
     return [
-        Point(x=row["of"][x], y=row["distance"], low=row["distance"], high=row["distance"]) for row in run.evaluations
+        Point(x=row["of"][x], y=row["distance"], low=row["distance"], high=row["distance"])
+        for row in run.evaluations
+        if row["samples"] == samples
     ]
+
+
+def _others(runs: Sequence[Run], samples: int) -> str:
+    """What was measured with another number of samples, as a sentence."""
+    words = [
+        f"{run.model} {row['distance']:.3g} at step {row['of']['step']:,} ({row['samples']:,} samples)"
+        for run in runs
+        for row in run.evaluations
+        if row["samples"] != samples
+    ]
+    return f" Also measured: {'; '.join(words)}." if words else ""
 
 
 def _ticks(lines: Iterable[Line]) -> dict[float, str]:
@@ -152,20 +180,21 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     for run in runs:
         styles[run.model] = drawing.style(run.family, counts.get(run.family, 0))
         counts[run.family] = counts.get(run.family, 0) + 1
-    rows = [row for run in runs for row in run.evaluations]
+    samples = _samples_of_curves(runs)
+    rows = [row for run in runs for row in run.evaluations if row["samples"] == samples]
     data = [row["distance_of_data"] for row in rows if row["distance_of_data"] is not None]
     floor = f" Two halves of the data are {data[-1]:.3g} apart." if data else ""
     steps = ", ".join(f"{run.model}: {run.implementation}, {_times(run.interruptions)} interrupted" for run in runs)
     caption = (
         f"{runs[0].gpu}. Batches of {runs[0].batch}. {steps}.\n"
-        f"{rows[-1]['metric']} ({rows[-1]['features']}) of {rows[-1]['samples']:,} samples from the averaged weights, "
-        f"without guidance, against {rows[-1]['reference']:,} images of the training data.{floor} "
-        "Seconds are those of training steps alone."
+        f"{rows[-1]['metric']} ({rows[-1]['features']}) of {samples:,} samples from the averaged weights, "
+        f"without guidance, against {rows[-1]['reference']:,} images of the training data.{floor}"
+        f"{_others(runs, samples)} Seconds are those of training steps alone."
     )
     panels = [
         ("(a) Training loss", "Step", "Loss (log axis)", _windows),
-        ("(b) Distance by step", "Step", "Fréchet distance (log axis)", lambda run: _distances(run, "step")),
-        ("(c) Distance by time", "Seconds of training", "", lambda run: _distances(run, "seconds")),
+        ("(b) Distance by step", "Step", "Fréchet distance (log axis)", lambda run: _distances(run, "step", samples)),
+        ("(c) Distance by time", "Seconds of training", "", lambda run: _distances(run, "seconds", samples)),
     ]
     with mpl.rc_context(dict(drawing.RC)):
         figure, axes = drawing.assemble(

@@ -7,6 +7,9 @@ import os
 # Tests run side by side, and start harnesses of their own: more threads than cores would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# PyTorch reads it once, at the first matrix product, which may be in a test before those that train deterministically.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 

@@ -23,7 +23,10 @@ from dig.commands.common import (
 
 
 def evaluate_command(
-    samples: Annotated[Path, typer.Option(help="npz file of samples, as python -m dig sample writes it.")],
+    samples: Annotated[
+        list[Path],
+        typer.Option(help="npz file of samples, as python -m dig sample writes it; may be given repeatedly."),
+    ],
     data: DataOption,
     classifier: Annotated[
         Path | None, typer.Option(help="File of a classifier (python -m dig classifier): a Fréchet distance, not FID.")
@@ -33,6 +36,9 @@ def evaluate_command(
     ] = None,
     reference: Annotated[
         int | None, typer.Option(help="Images of the data set to compare with. Default: as many as there are samples.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Take only so many samples of a file, the first ones. Default: all.")
     ] = None,
     image_size: ImageSizeOption = None,
     channels: ChannelsOption = None,
@@ -68,41 +74,58 @@ def evaluate_command(
         else:
             assert classifier is not None
             extractor = ClassifierFeatures(classifier, where)
-        images, about = read_samples(samples)
+        if count is not None and count < 1:
+            raise ValueError(f"count must be at least 1; got {count}")
         dataset = open_data(data, image_size=image_size, channels=channels)
-        _check_images(images.shape[1:3], dataset.sample_shape)
-        count = min(len(dataset), reference if reference is not None else len(images))
-        generated = extract(extractor, array_batches(images), where)
+        # All files first: a wrong one shouldn't end the run between two others.
+        sets = [read_samples(path) for path in samples]
+        for (images, _), path in zip(sets, samples, strict=True):
+            _check_images(images.shape[1:3], dataset.sample_shape)
+            if count is not None and len(images) < count:
+                raise ValueError(f"{path} holds {len(images):,} samples, fewer than --count {count:,}")
+        sizes = {len(images) if count is None else count for images, _ in sets}
+        if len(sizes) > 1 and reference is None:
+            raise ValueError(
+                "these files hold different numbers of samples; give --reference or --count, so that they are compared "
+                "with the same images"
+            )
+        compared = min(len(dataset), reference if reference is not None else sizes.pop())
         # One draw, then cut in two: halves that share no image.
-        doubled = min(len(dataset), 2 * count)
+        doubled = min(len(dataset), 2 * compared)
         real = extract(extractor, dataset_batches(dataset, doubled), where)
         shuffled = real[torch.randperm(doubled, generator=torch.Generator().manual_seed(0)).to(where)]
-        real, other = shuffled[:count], shuffled[count : 2 * count]
-        distance = frechet_distance(Gaussian.of(real), Gaussian.of(generated))
-        floor = frechet_distance(Gaussian.of(real), Gaussian.of(other)) if len(other) == count else None
-        precision, recall = precision_recall(real, generated)
-        result: dict[str, Any] = {
-            "metric": extractor.metric,
-            "features": extractor.description,
-            "distance": distance,
-            "distance_of_data": floor,
-            "precision": precision,
-            "recall": recall,
-            "samples": len(images),
-            "reference": count,
-            "data": dataset.class_names if len(dataset.class_names) <= 20 else len(dataset.class_names),
-            "of": about,
-        }
-        if append is not None:
-            append.parent.mkdir(parents=True, exist_ok=True)
-            with append.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-    typer.echo(
-        f"{extractor.metric}: {distance:.3f}"
-        + (f" (two halves of the data: {floor:.3f})" if floor is not None else "")
-        + f", precision {precision:.3f}, recall {recall:.3f}; {len(images):,} samples, {count:,} images of the data, "
-        f"features of {extractor.description}"
-    )
+        real, other = shuffled[:compared], shuffled[compared : 2 * compared]
+        truth = Gaussian.of(real)
+        floor = frechet_distance(truth, Gaussian.of(other)) if len(other) == compared else None
+        lines = []
+        for images, about in sets:
+            generated = extract(extractor, array_batches(images[:count]), where)
+            distance = frechet_distance(truth, Gaussian.of(generated))
+            precision, recall = precision_recall(real, generated)
+            result: dict[str, Any] = {
+                "metric": extractor.metric,
+                "features": extractor.description,
+                "distance": distance,
+                "distance_of_data": floor,
+                "precision": precision,
+                "recall": recall,
+                "samples": len(generated),
+                "reference": compared,
+                "data": dataset.class_names if len(dataset.class_names) <= 20 else len(dataset.class_names),
+                "of": about,
+            }
+            if append is not None:
+                append.parent.mkdir(parents=True, exist_ok=True)
+                with append.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+            lines.append(
+                f"{extractor.metric}: {distance:.3f}"
+                + (f" (two halves of the data: {floor:.3f})" if floor is not None else "")
+                + f", precision {precision:.3f}, recall {recall:.3f}; {len(generated):,} samples, {compared:,} images "
+                f"of the data, features of {extractor.description}"
+            )
+    for path, line in zip(samples, lines, strict=True):
+        typer.echo(f"{path}: {line}" if len(samples) > 1 else line)
 
 
 def _check_images(size: tuple[int, ...], shape: tuple[int, int, int]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dig.packages import require
+from dig.packages import is_installed, missing_message
 from dig.training.data.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "train.jsonl"
 EVENTS_NAME = "events.jsonl"
@@ -45,7 +48,11 @@ class RunLog:
         kept = lines_until(path, step)
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
-        require("tensorboard", "train")
+        self._board: Any = None
+        if not is_installed("tensorboard"):
+            # The same figures are in the JSON lines and the grids in a folder: no reason not to train.
+            logger.warning("no logs for TensorBoard: %s", missing_message("tensorboard", "writing them"))
+            return
         # Imported where it is needed: it takes seconds.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -56,12 +63,13 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if value is not None:
+            if value is not None and self._board is not None:
                 self._board.add_scalar(f"train/{name}", value, step)
 
     def image(self, step: int, pixels: Any) -> None:
         """Log a grid of samples, (rows, columns, 3) uint8."""
-        self._board.add_image("samples", pixels, step, dataformats="HWC")
+        if self._board is not None:
+            self._board.add_image("samples", pixels, step, dataformats="HWC")
 
     def event(self, what: str, **details: Any) -> None:
         """Append what happened to the run: it began, went on, stopped."""
@@ -73,10 +81,12 @@ class RunLog:
         """Bring everything written so far onto the disk: before a checkpoint that says these steps are done."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._board.flush()
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         """Write everything out."""
         self.sync()
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()

@@ -10,10 +10,11 @@ Shapes: A parts of a step's batch, B samples of a part.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from dig.model import DiG
 from dig.training.config import TrainConfig
 from dig.training.inputs import StepInputs
 
+logger = logging.getLogger(__name__)
+
 WARMUP_STEPS = 3
 """Steps that run before a graph is captured, so that every kernel is compiled and every buffer there."""
 
@@ -34,7 +37,9 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def use_deterministic_algorithms() -> None:
-    """Tell PyTorch to repeat itself on a GPU; an operation that can't is named in a warning. Before CUDA's first use.
+    """Tell PyTorch to repeat itself on a GPU, or to warn where it can't. Before CUDA's first use.
+
+    Steps of training are stricter: `TrainingStep`.
 
     Atomic additions come in any order, and rounding makes of each order another sum.
     """
@@ -45,27 +50,41 @@ def use_deterministic_algorithms() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+@contextmanager
+def _strictly_deterministic() -> Iterator[None]:
+    """Refuse operations that can't repeat themselves, instead of warning; the mode before comes back.
+
+    Only so does PyTorch's FlashAttention take its deterministic backward pass: while it may warn, it adds in any order.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     """Make every block of a model keep its inputs only, and compute the rest again in the backward pass.
 
     A block is a member of a `ModuleList` whose name ends in ``blocks``, or a module whose name ends in ``block``.
 
     Args:
-        model: Its blocks' ``forward`` is replaced; parameters keep their names.
+        model: Parameters keep their names. Its blocks' ``forward`` is replaced; of DiG on this project's kernels,
+            which doesn't call them, they are marked for `dig.raster`.
         preserve_rng_state: Whether blocks draw random numbers, which must be the same the second time.
 
     Returns:
         How many blocks there are.
 
     Raises:
-        ValueError: The model has none, or doesn't call them one by one.
+        ValueError: The model has none.
     """
     if isinstance(model, DiG) and model.config.recurrence == "triton":
-        raise ValueError(
-            "DiG with recurrence=triton fuses across the borders of its blocks and recomputes inside its kernels what "
-            "is cheap to; its blocks' activations can't be left out one by one. Use recurrence=fla or reference, or "
-            "a larger accumulate"
-        )
+        from dig.raster import recompute_blocks  # here, because it takes triton
+
+        recompute_blocks(model.blocks)
+        return len(model.blocks)
     blocks: list[nn.Module] = []
     for name, child in model.named_children():
         if name.endswith("blocks") and isinstance(child, nn.ModuleList):
@@ -140,6 +159,8 @@ class TrainingStep:
         self._network: Callable[..., Tensor] = torch.compile(model) if config.execution == "compile" else model
         self._inputs: StepInputs | None = None
         self._graph: Any = None
+        self._strict = config.deterministic
+        self._tried = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the run's future depends on, by name; not copies."""
@@ -189,6 +210,40 @@ class TrainingStep:
             return self._network(x, t, y)
 
     def _step(self) -> None:
+        """One step, by deterministic algorithms alone if the first one shows that this model can be trained so."""
+        if not self._strict:
+            self._update()
+            return
+        if self._tried:
+            with _strictly_deterministic():
+                self._update()
+            return
+        self._tried = True
+        cuda = self.device.type == "cuda"
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
+        try:
+            with _strictly_deterministic():
+                self._update()
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0][:200]
+        # It came before the optimizer, so no weight has moved; if it was something else, it comes again. Not in the
+        # handler, where the error would keep the attempt's activations.
+        self._strict = False
+        torch.set_rng_state(random[0])
+        if random[1] is not None:
+            torch.cuda.set_rng_state(random[1], self.device)
+        self._update()
+        logger.warning(
+            "%s can't be trained by deterministic algorithms alone (%s): a run that is gone on with may differ from "
+            "one that wasn't stopped",
+            type(self.model).__name__,
+            reason,
+        )
+
+    def _update(self) -> None:
         """The step itself, a function of tensors that stay where they are."""
         inputs, parts = self._inputs, self.config.accumulate
         assert inputs is not None
@@ -228,7 +283,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # The thread that makes the next inputs pins memory meanwhile, which the default mode forbids every thread.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step()
         self.load(before)
         torch.cuda.set_rng_state(random, self.device)

@@ -137,12 +137,13 @@ class Trainer:
         self._pending = 0  # steps in the sums
         self._pending_timed = 0  # those of them whose time was taken
         self._pending_seconds = 0.0
-        self._resume()
         self._ceiling = None
         if config.device == "cuda":
+            # Before the random states are restored: its operands are random too.
             self._ceiling = registry.ceiling(config.device, config.dtype)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        self._resume()
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
         remove_unfinished(folder / FOLDER)

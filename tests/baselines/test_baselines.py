@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.dis import DiS, DiSConfig
@@ -25,6 +28,28 @@ def test_a_forced_kernel_that_cannot_run_raises() -> None:
     model = create_model("Flash-DiT-S/4", image_size=64, attention="sdpa-cudnn")
     with pytest.raises(RuntimeError, match=r"No (available kernel|viable backend)"):
         model(*example(model))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attn_is_asked_to_repeat_itself(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package's function replaced: what it is called with, and that its layout is the one handed over."""
+    asked: list[bool] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool) -> Tensor:
+        asked.append(deterministic)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    monkeypatch.setattr("baselines.dit.require", lambda *_: SimpleNamespace(flash_attn_func=attend))
+    dit = randomize(create_model("DiT-S/4", image_size=64)).eval()
+    flash = create_model("Flash-DiT-S/4", image_size=64, attention="flash-attn").eval()
+    flash.load_state_dict(dit.state_dict())
+    inputs = example(dit)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert relative_error(flash(*inputs), dit(*inputs)) < 1e-5
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(asked) == {deterministic}
 
 
 def test_selective_scan_is_its_recurrence() -> None:

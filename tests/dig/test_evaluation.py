@@ -124,6 +124,37 @@ def test_worse_samples_measure_worse(classifier: Path, data: Path, tmp_path: Pat
     assert all(math.isfinite(row["distance"]) for row in (clean, noisy, ruined))
 
 
+def test_several_files_at_once_and_a_part_of_each(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """The same numbers as one by one, and as of files that hold no more."""
+    files = [write_npz(tmp_path / f"{count}.npz", data, count, noise=20) for count in (60, 40)]
+    words = ["evaluate", "--data", data, "--classifier", classifier, "--device", "cpu", "--reference", 50]
+
+    def rows(*options: object) -> list[dict[str, Any]]:
+        path = tmp_path / "rows.jsonl"
+        path.unlink(missing_ok=True)
+        result = invoke(*words, *options, "--append", path)
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    together = rows("--samples", files[0], "--samples", files[1])
+    assert together == [*rows("--samples", files[0]), *rows("--samples", files[1])]
+    assert [row["samples"] for row in together] == [60, 40]
+    cut = write_npz(tmp_path / "cut.npz", data, 60, noise=20)
+    with np.load(files[0]) as file:
+        np.savez(cut, arr_0=file["arr_0"][:40], about=file["about"])
+    assert rows("--samples", files[0], "--count", 40) == rows("--samples", cut)
+    for options, message in (
+        (("--count", 50), "fewer than --count 50"),
+        (("--count", 0), "count must be at least 1"),
+    ):
+        result = invoke(*words, "--samples", files[0], "--samples", files[1], *options)
+        assert result.exit_code == 2
+        assert message in result.output
+    result = invoke(*words[:-2], "--samples", files[0], "--samples", files[1])
+    assert result.exit_code == 2
+    assert "different numbers of samples" in result.output
+
+
 def test_inception_is_called_fid_and_its_weights_are_looked_at_first(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -422,6 +422,62 @@ def test_blocks_of_the_baselines_are_found(name: str) -> None:
     assert checkpoint_blocks(model, preserve_rng_state=True) == model.config.depth + (name[:3] == "DiS")
 
 
+def test_steps_are_strictly_deterministic_where_they_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    """An operation that can't repeat itself is warned of once, with its name, and changes neither weights nor draws."""
+
+    def trained_with(hook: Any, **fields: Any) -> tuple[TrainingStep, list[bool]]:
+        torch.manual_seed(3)
+        run = config(**fields)
+        model = small_model()
+        strict: list[bool] = []
+
+        def note(*_: Any) -> None:
+            enabled = torch.are_deterministic_algorithms_enabled()
+            strict.append(enabled and not torch.is_deterministic_algorithms_warn_only_enabled())
+            torch.rand(1)
+            hook()
+
+        model.register_forward_hook(note)
+        step = TrainingStep(run, model, build_loss(run.loss, device="cpu"))
+        torch.manual_seed(4)
+        for i in range(2):
+            step.run(step_inputs(run, step.loss, batch_of(i), 10), 1e-4)
+        return step, strict
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    free, modes = trained_with(lambda: None, deterministic=False)
+    assert modes == [False, False]
+    strict, modes = trained_with(lambda: None)
+    assert modes == [True, True]
+    assert not caplog.records
+    # An operation that PyTorch refuses in this mode, on a CPU too.
+    forced, modes = trained_with(lambda: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    assert modes == [True, False, False]
+    assert len(caplog.records) == 1
+    assert "put_ does not have a deterministic implementation" in caplog.text
+    assert torch.equal(weights(strict), weights(free))
+    assert torch.equal(weights(forced), weights(free))
+    after = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    assert after == before
+
+
+def test_an_error_of_another_kind_comes_through() -> None:
+    step = trained(steps=0)
+    step.model.register_forward_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        step.run(step_inputs(config(), step.loss, batch_of(0), 10), 1e-4)
+
+
+def test_training_does_without_tensorboard(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dig.training.logs.is_installed", lambda module: False)
+    assert train(data, tmp_path, "--steps", "2", "--grid-every", "2", "--grid-steps", "1").exit_code == 0
+    assert "pip install 'dig-diffusion[train]'" in caplog.text
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_labels_are_dropped_by_the_inputs_alone() -> None:
     step = trained(label_dropout=0.0)
     assert step.model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.gpu
 MODELS = ["DiG-S/4", "Flash-DiT-S/4"]
 
 
+@pytest.fixture(autouse=True)
+def _mode() -> Iterator[None]:
+    """What a training run asks of PyTorch stays in the process; other tests should not get it."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> IdxImages:
     return IdxImages(make_fashion(tmp_path_factory.mktemp("fashion")))
@@ -33,7 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> IdxImages:
 def train(folder: Path, data: IdxImages, model: str, steps: int, **fields: Any) -> list[float]:
     """Losses of the steps that the log has so far."""
     name, options = REGISTRY.parse(model, "cuda")
-    spec = ModelSpec(name=name, options=options, input_size=(32, 32), in_channels=1, num_classes=10)
+    side = data.sample_shape[1]
+    spec = ModelSpec(name=name, options=options, input_size=(side, side), in_channels=1, num_classes=10)
     config = TrainConfig(
         model=spec, data=DataSpec.of(data), device="cuda", steps=steps, batch=32, log_every=1, keep=1, **fields
     )
@@ -55,6 +64,24 @@ def test_resumed_is_the_same_bit_for_bit(model: str, execution: str, data: IdxIm
     ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
+
+
+@pytest.mark.parametrize("model", ["DiG-S/2", "Flash-DiT-S/2", "Flash-DiT-S/2:flash-attn"])
+def test_long_sequences_repeat_too(model: str, tmp_path: Path) -> None:
+    """1,024 tokens: attention's backward pass then adds up tiles, in any order unless it is told otherwise."""
+    if model.endswith("flash-attn"):
+        pytest.importorskip("flash_attn")
+    data = IdxImages(make_fashion(tmp_path / "data"), image_size=64)
+    runs = [train(tmp_path / name, data, model, 5, execution="graph") for name in ("first", "second")]
+    assert runs[0] == runs[1]
+    ours, theirs = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def test_recomputed_blocks_are_the_same_bits(data: IdxImages, tmp_path: Path) -> None:
+    """Of DiG on its own kernels, in a graph, whose side stream the recomputation must not disturb."""
+    plain = train(tmp_path / "plain", data, "DiG-S/4", 5, execution="graph")
+    assert train(tmp_path / "again", data, "DiG-S/4", 5, execution="graph", checkpoint_blocks=True) == plain
 
 
 @pytest.mark.parametrize("model", MODELS)

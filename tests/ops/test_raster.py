@@ -11,9 +11,10 @@ from torch import Tensor
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
-from dig.ops.gla.tiles import WIDE_TILES
+from dig.ops.gla.tiles import WIDE_FP32
 from dig.ops.srem import fused as srem
 from dig.ops.swiglu import fused as swiglu
+from dig.training.step import checkpoint_blocks
 from tests.helpers import example, randomize, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,9 +103,12 @@ def test_without_gradients(name: str, batch: int) -> None:
     assert torch.equal(inputs[0], before)
 
 
-def test_it_compiles_as_one_graph() -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_it_compiles_as_one_graph(recomputed: bool) -> None:
     """Forward and backward with no graph break; aot_eager traces all that inductor would, without its compiler."""
     _, kernels = twins(replace(BASE, depth=2))
+    if recomputed:
+        checkpoint_blocks(kernels, preserve_rng_state=False)
     inputs = example(kernels)
     compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
     output = compiled(*inputs)
@@ -121,8 +125,39 @@ def test_it_compiles_as_one_graph() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes these tiles anyway")
 def test_tiles_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs that a GPU would run, every address of theirs checked (`tests/ops/conftest.py`)."""
-    monkeypatch.setattr(launches, "tiles_for", lambda q, v: WIDE_TILES)
+    monkeypatch.setattr(launches, "tiles_for", lambda q, v: WIDE_FP32)
     monkeypatch.setattr(adaln, "tiles_for", lambda x: adaln.TILES[384, x.dtype])
     monkeypatch.setattr(srem, "tiles_for", lambda which, x: srem.TILES[which, x.dtype])
     monkeypatch.setattr(swiglu, "tiles_for", lambda gate_up: swiglu.TILES[gate_up.dtype])
     test_output_and_every_gradient_in_fp32("heads of 36", 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputed_blocks_give_the_same_bits_from_less_memory(autocast: bool, batch: int) -> None:
+    """Output and every gradient; and of what autograd keeps between the passes, what remains is the blocks' inputs."""
+    _, kernels = twins(replace(BASE, depth=3))
+    inputs = example(kernels, batch)
+    parameters = {p.data_ptr() for p in kernels.parameters()}
+    results, kept = [], []
+    for recomputed in (False, True):
+        if recomputed:
+            assert checkpoint_blocks(kernels, preserve_rng_state=False) == 3
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+                output = kernels(*inputs)
+            kept.append(sum(sizes.values()))
+        weight = torch.linspace(-1, 1, output.numel(), device=DEVICE).view_as(output)
+        results.append((output.detach(), gradients_of(kernels, output, weight)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    # What is handed to a block is held by `checkpoint`, where the hooks don't see it.
+    tokens = batch * 15 * BASE.width * (2 if autocast else 4)
+    assert kept[1] + 3 * tokens < kept[0] / 3

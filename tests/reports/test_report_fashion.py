@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from reports.fashion import app, draw, read_runs
+from reports.fashion import RunError, app, draw, read_runs
+from tests.dig.tiny import make_fashion
+from tests.reports.test_report_follow import ROOT, tiny_python
 
 
 def write_run(folder: Path, model: str, **evaluation: Any) -> Path:
@@ -49,6 +52,63 @@ def test_the_figure_draws_the_logs(tmp_path: Path) -> None:
     assert "recurrence=triton, once interrupted" in words
     assert "Two halves of the data are 0.5 apart" in words
     assert "FID" not in words
+
+
+def test_counts_of_samples_are_not_mixed(tmp_path: Path) -> None:
+    """The curve is of the number that all checkpoints have; the last one's larger number is told in words."""
+    file = write_run(tmp_path / "a", "DiG-S/2") / "evaluation.jsonl"
+    last = json.loads(file.read_text().splitlines()[-1])
+    with file.open("a") as stream:
+        stream.write(json.dumps({**last, "samples": 50_000, "distance": 1.25}) + "\n")
+    figure = draw(read_runs(tmp_path)).figure
+    assert list(figure.axes[1].get_lines()[0].get_ydata()) == [40, 39, 38, 37]
+    words = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+    assert "of 10,000 samples from" in words
+    assert "Also measured: DiG-S/2 1.25 at step 1,200 (50,000 samples)" in words
+    write_run(tmp_path / "b", "DiT-S/2", samples=500)
+    with pytest.raises(RunError, match="was not measured with"):
+        draw(read_runs(tmp_path))
+
+
+def test_the_script_goes_on_from_its_report(tmp_path: Path) -> None:
+    """Kill, resume, measure, draw, with a tiny model; on another machine, what the report holds is not done again."""
+    data = make_fashion(tmp_path / "data")
+    settings = {"STEPS": "240", "BATCH": "8", "SAMPLES": "30", "EARLY": "20", "EXECUTION": "eager", "KILL_AFTER": "0"}
+    environment = {**os.environ, **settings, "MODELS": "DiG-S/8", "PYTHON": str(tiny_python(tmp_path))}
+
+    def run(out: Path) -> str:
+        done = subprocess.run(
+            ["bash", "results/fashion/run.sh", str(data), str(out)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "killed; going on" in run(tmp_path / "out")
+    report = tmp_path / "out" / "report"
+    rows = [json.loads(line) for line in (report / "DiG-S" / "evaluation.jsonl").read_text().splitlines()]
+    assert [(row["of"]["step"], row["samples"]) for row in rows] == [
+        (60, 20),
+        (120, 20),
+        (180, 20),
+        (240, 20),
+        (240, 30),
+    ]
+    assert {row["reference"] for row in rows} == {30}
+    assert [run.interruptions for run in read_runs(report)] == [1]
+    assert (report / "DiG-S" / "guided.png").exists()
+    assert CliRunner().invoke(app, [str(report)]).exit_code == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "report.tgz").write_bytes((tmp_path / "out" / "report.tgz").read_bytes())
+    said = run(moved)
+    assert "training" not in said
+    assert "classifier" not in said
+    assert (moved / "report" / "classifier.safetensors").exists()
 
 
 def test_the_command(tmp_path: Path) -> None:

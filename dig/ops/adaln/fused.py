@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
+from dig.ops.aside import aside
 from dig.ops.launch import empty, last_contiguous, on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -244,10 +245,11 @@ def norm_modulate_backward(
             BRANCH=branch is not None, REBUILD=shift is not None,
             num_warps=tiles.backward_warps,
         )  # fmt: skip
-        norm_modulate_finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
-            partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
-            D=D, COLS=columns, ROWS=256, NORM=norm, BRANCH=branch is not None, num_warps=8,
-        )  # fmt: skip
+        with aside(partials, scale, b_weight, dshift, dscale, dgate, dweight):
+            norm_modulate_finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
+                partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
+                D=D, COLS=columns, ROWS=256, NORM=norm, BRANCH=branch is not None, num_warps=8,
+            )  # fmt: skip
     return outputs
 
 

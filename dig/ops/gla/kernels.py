@@ -26,6 +26,9 @@ group of 16, the exponents are at most 8 tokens' decay away from 0 on either sid
 at or above `MIN_LOG2_DECAY`, and the largest factor is e^80, which fp32 and bf16 (same exponent range) can hold with
 room for operands up to several thousand. Pairs outside the group or above the diagonal may overflow to infinity or NaN
 there: they are removed by ``tl.where``, never by a product with 0. fp16 could not hold these factors.
+
+Most chunks need none of that: where all of a chunk's decay is at least 2^-64 in every channel (`is_mild`), one product
+serves all its pairs, with decays measured from the chunk's middle token. Each program looks for itself.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # Tuples of tensors are built up one by one, which to mypy changes their type.
@@ -39,6 +42,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 MIN_LOG2_DECAY = tl.constexpr(-10 * 1.4426950408889634)
 """The least log2 decay of a token: e^-10, see above."""
+
+MILD_LOG2_DECAY = tl.constexpr(-64.0)
+"""The least log2 decay of a chunk whose pairs one product serves: factors of 2^64 leave the operands room both ways."""
 
 UNSPECIALIZED = ["T", "N", "grid_rows", "grid_columns", "order"]
 """Integers that no address needs to be aligned by: one binary serves every length, grid and order."""
@@ -59,6 +65,14 @@ def scan_tokens(first, T, grid_rows, grid_columns, order, C: tl.constexpr):
         # Positions outside, before the first token too, are masked wherever these are used.
         position = (position % grid_rows) * grid_columns + position // grid_rows
     return position.to(tl.int64), present
+
+
+@triton.jit
+def forgotten(tokens, PRECISION: tl.constexpr):
+    """The same, but not to the compiler: it computes addresses again that it would otherwise hold in registers."""
+    if PRECISION == "interpreter":
+        return tokens
+    return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [tokens], dtype=tl.int64, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -164,6 +178,18 @@ def load_sums(sums, chunk, rows, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def load_sum(sums, chunk, row: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """The sums (P,) of one row: of the last, the whole chunk's."""
+    return tl.load(sums + chunk * (C * P) + row * P + tl.arange(0, P))
+
+
+@triton.jit
+def is_mild(sums, chunk, C: tl.constexpr, P: tl.constexpr):
+    """Whether one product serves all pairs of a chunk: see **Exponents** above."""
+    return tl.min(load_sum(sums, chunk, C - 1, C, P), axis=0) >= MILD_LOG2_DECAY
+
+
+@triton.jit
 def middle(rows, level):
     """The last row of the first half of each row's group of ``16 << level``."""
     half = 3 + level
@@ -171,11 +197,28 @@ def middle(rows, level):
 
 
 @triton.jit
-def of_level(i, j, level):
-    """Which pairs of rows j <= i belong to a level: a group's halves for ``16 << level``, and all of it for level 0."""
+def pairs_of(i, j, mild, level):
+    """Which pairs of rows j <= i belong to a level: of a mild chunk all.
+
+    Else those in different halves of a group of ``16 << level``, and for level 0 also those in the same.
+    """
     half = 3 + level
     different = (i >> half) ^ (j >> half)
-    return (different == 1) | ((different == 0) & (level == 0))
+    return tl.where(mild, i >= 0, (different == 1) | ((different == 0) & (level == 0)))
+
+
+@triton.jit
+def pair_factors(sums, chunk, mild, level, C: tl.constexpr, P: tl.constexpr):
+    """Factors (C, P) of queries and keys at a level, from their decays up to the middle of their group or the chunk."""
+    rows = tl.arange(0, C)
+    c = load_sums(sums, chunk, rows, C, P)
+    if mild:
+        x = c - load_sum(sums, chunk, C // 2 - 1, C, P)[None, :]
+    else:
+        x = c - load_sums(sums, chunk, middle(rows, level), C, P)
+    outside = -tl.abs(x)
+    whole = mild | (level == 0)
+    return tl.exp2(tl.where(whole, x, outside)), tl.exp2(tl.where(whole, -x, outside))
 
 
 @triton.jit
@@ -190,54 +233,64 @@ def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def split(x):
-    """Three bf16 tensors whose sum is x, in fp32, to its last bit or two."""
+def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums (C, P) of the rows of x (C, P), fp32, up to and with each.
+
+    As products with 0 and 1 on the matrix units; a scan from thread to thread takes twice the instructions. x is taken
+    apart into bf16 tensors: three for its last bit or two, or where operands are rounded to bf16 anyway (DOT) two, for
+    17 bits of each decay.
+    """
+    rows = tl.arange(0, x.shape[0])
+    which = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     mid = rest.to(tl.bfloat16)
-    return high, mid, (rest - mid.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def sum_rows(which, high, mid, low, PRECISION: tl.constexpr):
-    """Sums (C, P) over the rows that ``which`` (C, C) picks for each row, of a tensor taken apart by `split`.
-
-    As products with 0 and 1 on the matrix units; a scan from thread to thread takes twice the instructions.
-    """
-    which = tl.where(which, 1.0, 0.0)
-    total = product(which, low, tl.bfloat16, PRECISION) + product(which, mid, tl.bfloat16, PRECISION)
+    total = product(which, mid, tl.bfloat16, PRECISION)
+    if tl.float32 == DOT:
+        total += product(which, (rest - mid.to(tl.float32)).to(tl.bfloat16), tl.bfloat16, PRECISION)
     return total + product(which, high, tl.bfloat16, PRECISION)
 
 
 @triton.jit
-def chunk_output(
-    q,
-    k,
-    v,
-    sums,
-    chunk,
-    state,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    LEVELS: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Outputs (C, VP) in fp32 of one chunk: fp32 q and k (C, P), v and the state before the chunk as loaded."""
+def chunk_scores(
+    q, q_t, k, k_t, sums, chunk, tokens, present, scale,
+    K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores (C, C) in fp32 of one chunk's pairs, 0 above the diagonal; q and k point to the head's first rows."""
     rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
-    c = load_sums(sums, chunk, rows, C, P)
     scores = tl.zeros([C, C], tl.float32)
-    for level in tl.static_range(LEVELS):
-        x = c - load_sums(sums, chunk, middle(rows, level), C, P)
-        if level == 0:
-            pairs = product(q * tl.exp2(x), tl.trans(k * tl.exp2(-x)), DOT, PRECISION)
-        else:
-            factor = tl.exp2(-tl.abs(x))
-            pairs = product(q * factor, tl.trans(k * factor), DOT, PRECISION)
-        scores = tl.where(of_level(i, j, level) & (i >= j), pairs, scores)
-    return product(scores, v, DOT, PRECISION) + product(q * tl.exp2(c), state, DOT, PRECISION)
+    mild = is_mild(sums, chunk, C, P)
+    level = 0
+    # What a level reads is read in it, so that no level holds registers for the next.
+    while level < tl.where(mild, 1, LEVELS):
+        q_factor, k_factor = pair_factors(sums, chunk, mild, level, C, P)
+        b_q = load_rows(q, q_t, tokens, present, K, P).to(tl.float32) * scale
+        b_k = load_rows(k, k_t, tokens, present, K, P).to(tl.float32)
+        pairs = product(b_q * q_factor, tl.trans(b_k * k_factor), DOT, PRECISION)
+        scores = tl.where(pairs_of(i, j, mild, level) & (i >= j), pairs, scores)
+        level += 1
+    return scores
+
+
+@triton.jit
+def chunk_output(
+    q, q_t, k, k_t, v, v_t, sums, states, chunk, tokens, present, scale,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs (C, VP) in fp32 of one chunk; q, k and v point to the head's first rows."""
+    DOT: tl.constexpr = v.dtype.element_ty
+    scores = chunk_scores(
+        q, q_t, k, k_t, sums, chunk, tokens, present, scale, K, KP, C, LEVELS, DOT, PRECISION
+    )  # fmt: skip
+    b_v = load_rows(v, v_t, tokens, present, V, VP)
+    offsets, exists = state_tile(K, V, KP, VP)
+    state = tl.load(states + chunk * (K * V) + offsets, mask=exists, other=0.0)
+    queries = load_rows(q, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    queries *= tl.exp2(load_sums(sums, chunk, tl.arange(0, C), C, KP))
+    return product(scores, b_v, DOT, PRECISION) + product(queries, state, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -305,16 +358,13 @@ def local_state_kernel(
     if LOGITS:
         # A logit of 0 where nothing was loaded isn't a decay of 1.
         d = tl.where(present[:, None] & (cols < K)[None, :], d, 0.0)
-    high, mid, low = split(d)
-    c = sum_rows(rows[:, None] >= rows[None, :], high, mid, low, PRECISION)
+    c = running_sums(d, DOT, PRECISION)
     # Rows after the last token too: those are read as the middle of a group.
     tl.store(sums + index * (C * KP) + rows[:, None] * KP + cols[None, :], c)
     if STATES:
         b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
         b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
-        # Not the difference of two sums: what is left of a chunk's end would lose their low bits.
-        after = sum_rows(rows[:, None] < rows[None, :], high, mid, low, PRECISION)
-        keys = b_k * tl.exp2(after)
+        keys = b_k * tl.exp2(tl.sum(d, axis=0)[None, :] - c)
         state = product(tl.trans(keys), b_v, DOT, PRECISION)
         offsets, exists = state_tile(K, V, KP, VP)
         offsets += index * (K * V)
@@ -434,13 +484,10 @@ def output_kernel(
     H = tl.num_programs(0)
     tokens, present = scan_tokens(n * C, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
-    DOT: tl.constexpr = v.dtype.element_ty
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
-    offsets, exists = state_tile(K, V, KP, VP)
-    state = tl.load(states + index * (K * V) + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
+    o = chunk_output(
+        q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, v + b * v_b + h * v_h, v_t, sums, states, index, tokens,
+        present, scale, K, V, KP, VP, C, LEVELS, PRECISION,
+    )  # fmt: skip
     if NORM_GATE:
         cols = tl.arange(0, VP)
         b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)

@@ -26,12 +26,16 @@ from dig.ops.gla.kernels import (
     MIN_LOG2_DECAY,
     UNSPECIALIZED,
     chunk_output,
+    chunk_scores,
+    forgotten,
+    is_mild,
     load_gate,
     load_rows,
+    load_sum,
     load_sums,
     log2_decay,
-    middle,
-    of_level,
+    pair_factors,
+    pairs_of,
     product,
     scan_tokens,
     sigmoid,
@@ -100,14 +104,14 @@ def output_backward_kernel(
     tokens, present = scan_tokens(first, T, grid_rows, grid_columns, order, C)
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
-    b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
-    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
-    offsets, exists = state_tile(K, V, KP, VP)
-    offsets += index * (K * V)
-    state = tl.load(states + offsets, mask=exists, other=0.0)
-    o = chunk_output(b_q, b_k, b_v, sums, index, state, C, KP, LEVELS, DOT, PRECISION)
+    o = chunk_output(
+        q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, v + b * v_b + h * v_h, v_t, sums, states, index, tokens,
+        present, scale, K, V, KP, VP, C, LEVELS, PRECISION,
+    )  # fmt: skip
 
+    # What was read above and is needed below is read again: registers limit how many programs share a multiprocessor.
+    tl.debug_barrier()
+    tokens = forgotten(tokens, PRECISION)
     rows = tl.arange(0, C)
     cols = tl.arange(0, VP)
     b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
@@ -129,12 +133,15 @@ def output_backward_kernel(
     store_rows(do + (b * T * H + h) * V, b_do, H * V, tokens, present, V, VP)
     # From do before it is rounded: the norm makes do orthogonal to o, and where o is little else than this token's own
     # v (the first tokens), the rounding would be all that is left of the product.
+    b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     b_own = tl.sum(b_do * b_v.to(tl.float32), axis=1)
     tl.store(own + (b * T + first + rows) * H + h, b_own, mask=present)
 
+    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
     queries = b_q * tl.exp2(load_sums(sums, index, rows, C, KP))
     gradient = product(tl.trans(queries), b_do, DOT, PRECISION)
-    tl.store(state_gradients + offsets, gradient.to(state_gradients.dtype.element_ty), mask=exists)
+    offsets, exists = state_tile(K, V, KP, VP)
+    tl.store(state_gradients + index * (K * V) + offsets, gradient.to(state_gradients.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -231,61 +238,74 @@ def gradient_kernel(
     rows = tl.arange(0, C)
     i = rows[:, None]
     j = rows[None, :]
-    c = load_sums(sums, index, rows, C, KP)
-    b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+    offsets, exists = state_tile(K, V, KP, VP)
+    states += index * (K * V)
+    state_gradients += index * (K * V)
+
+    # Three parts: v; q and k through the scores; q, k and the decays through the states. What several of them need is
+    # read again and not held: registers are what limits how many programs share a multiprocessor.
+    scores = chunk_scores(
+        q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, sums, index, tokens, present, scale,
+        K, KP, C, LEVELS, DOT, PRECISION,
+    )  # fmt: skip
     b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+    b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
+    b_dv = product(tl.trans(scores), b_do, DOT, PRECISION)
+    dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
+    until_end = tl.exp2(load_sum(sums, index, C - 1, C, KP)[None, :] - load_sums(sums, index, rows, C, KP))
+    b_dv += product(b_k * until_end, dstate, DOT, PRECISION)
+    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, tokens, present, V, VP)
+
+    tl.debug_barrier()
+    tokens = forgotten(tokens, PRECISION)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
     b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
-
-    # Through the scores, group size by group size.
     dscores = product(b_do, tl.trans(b_v), DOT, PRECISION).to(DOT)
-    scores = tl.zeros([C, C], DOT)
     b_dq = tl.zeros([C, KP], tl.float32)
     b_dk = tl.zeros([C, KP], tl.float32)
     b_dc = tl.zeros([C, KP], tl.float32)
+    mild = is_mild(sums, index, C, KP)
+    level = 0
     # A loop that stays one: unrolled, its code outgrows the instruction cache and its addresses the registers.
-    for level in tl.range(0, LEVELS, num_stages=1):
-        x = c - load_sums(sums, index, middle(rows, level), C, KP)
-        outside = -tl.abs(x)
-        q_factor = tl.exp2(tl.where(level == 0, x, outside))
-        k_factor = tl.exp2(tl.where(level == 0, -x, outside))
+    while level < tl.where(mild, 1, LEVELS):
+        b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
+        b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
+        q_factor, k_factor = pair_factors(sums, index, mild, level, C, KP)
         queries = (b_q * q_factor).to(DOT)
         keys = (b_k * k_factor).to(DOT)
-        pairs = of_level(i, j, level)
-        scores = tl.where(pairs & (i >= j), product(queries, tl.trans(keys), DOT, PRECISION).to(DOT), scores)
-        ds = tl.where(pairs & (i > j), dscores, 0.0)
+        ds = tl.where(pairs_of(i, j, mild, level) & (i > j), dscores, 0.0)
         b_dq, b_dk, b_dc = pair_gradients(b_dq, b_dk, b_dc, queries, keys, q_factor, k_factor, ds, DOT, PRECISION)
+        level += 1
 
-    b_dv = product(tl.trans(scores), b_do, DOT, PRECISION)
-
-    # Through the states; after the scores, which need the most registers. What both need is read again, not held.
+    # What comes through the state after the chunk: k's share.
     tl.debug_barrier()
+    tokens = forgotten(tokens, PRECISION)
+    b_own = tl.load(own + (b * T + first + rows) * H + h, mask=present, other=0.0)[:, None]
     b_q = load_rows(q + b * q_b + h * q_h, q_t, tokens, present, K, KP).to(tl.float32) * scale
     b_k = load_rows(k + b * k_b + h * k_h, k_t, tokens, present, K, KP).to(tl.float32)
     b_v = load_rows(v + b * v_b + h * v_h, v_t, tokens, present, V, VP)
+    dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
+    until_end = tl.exp2(load_sum(sums, index, C - 1, C, KP)[None, :] - load_sums(sums, index, rows, C, KP))
+    through_state = product(b_v, tl.trans(dstate), DOT, PRECISION) * until_end
+    b_dc -= b_k * through_state
+    b_dk += through_state + b_own * b_q
+    store_rows(dk + b * T * dk_t + h * K, b_dk, dk_t, tokens, present, K, KP)
+
+    # Through the state before it: q's; and the decays'.
+    tl.debug_barrier()
+    tokens = forgotten(tokens, PRECISION)
     b_do = load_rows(do + b * o_b + h * o_h, o_t, tokens, present, V, VP)
-    c = load_sums(sums, index, rows, C, KP)
-    offsets, exists = state_tile(K, V, KP, VP)
-    offsets += index * (K * V)
     state = tl.load(states + offsets, mask=exists, other=0.0)
     dstate = tl.load(state_gradients + offsets, mask=exists, other=0.0)
-    total = tl.load(sums + index * (C * KP) + (C - 1) * KP + tl.arange(0, KP))
-    until_end = tl.exp2(total[None, :] - c)
-    b_dv += product(b_k * until_end, dstate, DOT, PRECISION)
-    store_rows(dv + b * T * dv_t + h * V, b_dv, dv_t, tokens, present, V, VP)
-    dk_state = product(b_v, tl.trans(dstate), DOT, PRECISION) * until_end
-    dq_state = product(b_do, tl.trans(state), DOT, PRECISION) * tl.exp2(c)
-    through_queries = b_q * dq_state
-    b_dc += through_queries - b_k * dk_state
-    at_start = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1) * tl.exp2(total)
-    at_start += tl.sum(through_queries, axis=0)
-    b_dd = at_start[None, :] - (tl.cumsum(b_dc, axis=0) - b_dc)
-
-    b_own = tl.load(own + (b * T + first + rows) * H + h, mask=present, other=0.0)[:, None]
-    b_dq = (b_dq + dq_state + b_own * b_k) * scale
-    b_dk += dk_state + b_own * b_q
+    through_state = product(b_do, tl.trans(state), DOT, PRECISION) * tl.exp2(load_sums(sums, index, rows, C, KP))
+    b_dq = (b_dq + through_state + b_own * b_k) * scale
     store_rows(dq + b * T * dq_t + h * K, b_dq, dq_t, tokens, present, K, KP)
-    store_rows(dk + b * T * dk_t + h * K, b_dk, dk_t, tokens, present, K, KP)
+    through_state *= b_q
+    b_dc += through_state
+    total = load_sum(sums, index, C - 1, C, KP)
+    at_start = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1) * tl.exp2(total)
+    at_start += tl.sum(through_state, axis=0)
+    b_dd = at_start[None, :] - (tl.cumsum(b_dc, axis=0) - b_dc)
     logits = load_gate(
         decay + b * d_b + h * d_h, decay_weight, decay_bias, d_t, h, tokens, present, K, KP, R, RP, PRECISION
     )

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.aside import aside
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
 from dig.ops.gla.tiles import Tiles, tiles_for
@@ -280,7 +281,6 @@ def run_block_backward(
         )  # fmt: skip
         scan_states(plan, state_gradients, sums, direction=1)
         dbias = gradients_of(plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
-        dnorm = column_sums(dweight, norm_weight.dtype)
-        if gate.bias is None:
-            return dnorm, dbias
-        return dnorm, column_sums(dbias, gate.bias.dtype)
+        with aside(dweight, dbias):
+            dnorm = column_sums(dweight, norm_weight.dtype)
+            return dnorm, dbias if gate.bias is None else column_sums(dbias, gate.bias.dtype)

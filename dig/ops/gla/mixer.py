@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dig.ops.aside import aside
 from dig.ops.gla.launches import DecayGate, Plan, empty_states, plan_of, run_block, run_block_backward
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import check_qkv
@@ -83,7 +84,8 @@ def mixer_backward(
     tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
     with torch.autocast(projected.device.type, enabled=False):
         torch.mm(tokens, decay_weight.to(tokens.dtype), out=as_rows(gradient)[:, -rank:])
-        dweight = weight_gradient(tokens, as_rows(projected)[:, -rank:])
+        with aside(tokens, projected):
+            dweight = weight_gradient(tokens, as_rows(projected)[:, -rank:])
     return gradient, dweight, dbias, dnorm, y
 
 

@@ -51,20 +51,22 @@ class Tiles:
 TileKey = tuple[int, int, torch.dtype, int]
 """K, V, dtype, and the major compute capability."""
 
-DEFAULT_TILES = Tiles()
-NARROW_TILES = Tiles(output_registers=168)
-WIDE_TILES = Tiles(output_warps=8, output_backward_warps=8, gradient_warps=8)
+NARROW_BF16 = Tiles(output_registers=128)
+NARROW_FP32 = Tiles(chunk=16)
+WIDE_BF16 = Tiles(chunk=32, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
+WIDE_FP32 = Tiles(chunk=16, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
 INTERPRETER_TILES = Tiles(scan_lanes=4096)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 TILES: dict[TileKey, Tiles] = {
-    (32, 64, torch.bfloat16, 9): NARROW_TILES,
-    (36, 72, torch.bfloat16, 9): WIDE_TILES,
+    (32, 64, torch.bfloat16, 9): NARROW_BF16,
+    (36, 72, torch.bfloat16, 9): WIDE_BF16,
 }
-"""On NVIDIA GPUs; shapes without an entry take `DEFAULT_TILES`, wider ones `WIDE_TILES`.
+"""On NVIDIA GPUs; other shapes take those of the same dtype for heads up to (32, 64), or for wider ones.
 
 A table, not autotuning: the first call costs no search, and a run repeats exactly. The first entry is the best of
 ``python -m bench.ops.gla --sweep`` on an H100 that was also the best in a whole model, whose tensors are not in the L2
-cache; the second comes from the compiler's counts of registers and spills."""
+cache. The others are the largest chunks at which no kernel keeps registers in memory: where one does while it uses
+Hopper's asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses."""
 
 
 def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
@@ -77,5 +79,9 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
     K, V = q.shape[-1], v.shape[-1]
     if v.device.type == "cpu":
         return INTERPRETER_TILES
-    default = DEFAULT_TILES if K <= 32 and V <= 64 else WIDE_TILES
+    narrow = K <= 32 and V <= 64
+    if v.dtype == torch.float32:
+        default = NARROW_FP32 if narrow else WIDE_FP32
+    else:
+        default = NARROW_BF16 if narrow else WIDE_BF16
     return TILES.get(tile_key(K, V, v.dtype, v.device), default)

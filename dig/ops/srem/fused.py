@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.aside import aside
 from dig.ops.launch import empty, on_device
 from dig.ops.srem import check_shapes
 from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
@@ -226,10 +227,11 @@ def srem_backward(
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
             **plan.constants, SUM_ONLY=sum_only, **plan.options,
         )  # fmt: skip
-        srem_sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](
-            sums, dweight, dbias, dgate, plan.patches, plan.B * plan.patches, *plan.taps,
-            D=plan.D, GATED=gated, STEPS=SUM_STEPS, BD=SUM_CHANNELS, num_warps=4,
-        )  # fmt: skip
+        with aside(sums, dweight, dbias, dgate):
+            srem_sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](
+                sums, dweight, dbias, dgate, plan.patches, plan.B * plan.patches, *plan.taps,
+                D=plan.D, GATED=gated, STEPS=SUM_STEPS, BD=SUM_CHANNELS, num_warps=4,
+            )  # fmt: skip
     return dx, dbranch, dgate, dweight, dbias
 
 

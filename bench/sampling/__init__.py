@@ -1,0 +1,1 @@
+"""How fast models sample: the whole loop over a sampler's steps, models in turns, a row a model and resolution."""

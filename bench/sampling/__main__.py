@@ -1,0 +1,185 @@
+"""``python -m bench.sampling``: how many samples a second models make, in turns on one device."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.cases import ModelChoice
+from bench.environment import describe_environment, gpu_present
+from bench.models import check_resolution, closest, implementation_of, missing_packages, model_name
+from bench.sampling.rows import RowError, SamplingCase, SamplingRow, append_row, compare
+from bench.sampling.run import measure
+
+app = typer.Typer(add_completion=False)
+DEFAULT_MODELS = {"cuda": "DiG:triton:variant=release,Flash-DiT:sdpa-cudnn", "cpu": "DiG:variant=release,Flash-DiT"}
+SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
+"""Those of models that predict noise; random weights can't tell, but Euler's steps are no step of these models'."""
+
+
+def default_batch(resolution: int) -> int:
+    """Samples at once: 32 at 256 pixels down to 4 at 1024, powers of two, the same for every model."""
+    return int(max(1, 2 ** round(5 - 1.5 * math.log2(resolution / 256))))
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: {closest(value, known)}")
+
+
+def _cases(
+    models: str, size: str, patch: int, resolutions: str, batch: int | None, setting: dict[str, Any]
+) -> list[list[SamplingCase]]:
+    """A group for each resolution, a case in it for each model. Raises ValueError on what can't be measured."""
+    choices = [ModelChoice.parse(text) for text in models.split(",") if text.strip()]
+    try:
+        sides = [int(text) for text in resolutions.split(",") if text.strip()]
+    except ValueError:
+        raise ValueError(f"--resolutions takes whole numbers separated by commas; got {resolutions!r}") from None
+    if not choices or not sides:
+        raise ValueError("nothing to measure: --models and --resolutions must name something")
+    for choice in choices:
+        options = dict(choice.options)
+        if setting["device"] == "cpu" and implementation_of(choice.family, options) in choice.family.gpu_only:
+            raise ValueError(f"{choice.family.name} with {options} needs an NVIDIA GPU")
+        if message := missing_packages(choice.family, options):
+            raise ValueError(message)
+    groups = []
+    for resolution in sides:
+        check_resolution(resolution, patch)
+        groups.append(
+            [
+                SamplingCase(
+                    model=model_name(choice.family.name, size, patch),
+                    options=choice.options,
+                    resolution=resolution,
+                    batch=batch or default_batch(resolution),
+                    **setting,
+                )
+                for choice in choices
+            ]
+        )
+    return groups
+
+
+@app.command()
+def sampling(
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Families with options, separated by commas; the last is the peer that the others are compared with. "
+            f"Default on a GPU: {DEFAULT_MODELS['cuda']}."
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Model size: S, B, L or XL.")] = "XL",
+    patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
+    resolutions: Annotated[str, typer.Option(help="Image sides in pixels, separated by commas.")] = "256,1024",
+    sampler: Annotated[str, typer.Option(help=f"{', '.join(SAMPLERS)}.")] = "ddim",
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 50,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.5,
+    cfg_channels: Annotated[str, typer.Option(help="Which noise channels are guided: three or all.")] = "three",
+    batch: Annotated[
+        int | None, typer.Option(help="Samples at once. Default: 32 at 256 pixels down to 4 at 1024.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed batches of each model.")] = 5,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU, fp32 on a CPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    execution: Annotated[
+        str | None, typer.Option(help="graph (all steps as one CUDA graph) or eager. Default: graph on a GPU.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds that a model may take to get ready, and for a batch.")
+    ] = 300.0,
+    out: Annotated[Path, typer.Option(help="File of rows (JSON lines); rows are appended.")] = Path(
+        "out/sampling.jsonl"
+    ),
+) -> None:
+    """Measure how many samples a second models make, from noise to latents; a VAE's decoding is not in it.
+
+    Weights are random, their zeros filled; a batch's time is from drawing its noise until its latents are in the
+    host's memory. One batch before the timed ones compiles, captures and warms up. Models take turns, batch by batch.
+
+    Exit status 1: a model could not be measured; its row says why. 2: bad input.
+    """
+    try:
+        _one_of("device", device, ("auto", "cuda", "cpu"))
+        present = gpu_present()
+        if device == "cuda" and not present:
+            raise ValueError("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
+        where = ("cuda" if present else "cpu") if device == "auto" else device
+        setting: dict[str, Any] = {
+            "sampler": sampler,
+            "steps": steps,
+            "cfg": cfg,
+            "cfg_channels": cfg_channels,
+            "dtype": dtype or ("bf16" if where == "cuda" else "fp32"),
+            "device": where,
+            "execution": execution or ("graph" if where == "cuda" else "eager"),
+        }
+        _one_of("sampler", sampler, SAMPLERS)
+        _one_of("cfg-channels", cfg_channels, ("three", "all"))
+        _one_of("dtype", setting["dtype"], ("bf16", "fp32"))
+        _one_of("execution", setting["execution"], ("graph", "eager"))
+        if where == "cpu" and setting["execution"] == "graph":
+            raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager")
+        for name, value in (("steps", steps), ("repeats", repeats), ("batch", 1 if batch is None else batch)):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1; got {value}")
+        if time_limit <= 0 or not math.isfinite(cfg):
+            raise ValueError("--time-limit must be positive, and --cfg a number")
+        groups = _cases(models or DEFAULT_MODELS[where], size, patch, resolutions, batch, setting)
+    except ValueError as error:
+        _refuse(str(error))
+    console = Console(stderr=True)
+    rows = []
+    try:
+        with console.status("starting") as status:
+            for row in measure(
+                groups,
+                repeats=repeats,
+                time_limit=time_limit,
+                environment=describe_environment(),
+                on_step=status.update,
+            ):
+                append_row(out, row)
+                rows.append(row)
+    except RowError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {len(rows)} rows are in {out}")
+        raise typer.Exit(130) from None
+    Console().print(_table(rows))
+    if any(row.status != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+def _table(rows: list[SamplingRow]) -> Table:
+    case = rows[0].case
+    table = Table(title=f"{case.sampler}, {case.steps} steps, guidance {case.cfg:g}; latents, without decoding")
+    for heading in ("model", "pixels", "at once", "samples/s", "peak GiB", "of the peer's speed"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for entry in compare(rows):
+        row = entry.row
+        memory = "" if row.peak_memory_gib is None else f"{row.peak_memory_gib:.2f}"
+        speed = row.status if row.speed is None else str(row.speed)
+        ratio = "peer" if entry.peer is None else "" if entry.ratio is None else str(entry.ratio)
+        table.add_row(row.case.label, str(row.case.resolution), str(row.case.batch), speed, memory, ratio)
+        if row.message:
+            table.add_row(f"  {row.message[:120]}")
+    return table
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench.sampling")

@@ -1,0 +1,172 @@
+"""``python -m reports.sampling FILE.jsonl``: how fast models sample, as a table and as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import typer
+
+from bench.sampling.rows import Comparison, RowError, SamplingCase, SamplingRow, compare, read_rows
+from reports import drawing
+from reports.drawing import Style
+from reports.figures import Drawing
+from reports.series import STATUS_NAMES
+
+PANELS = 3
+"""Resolutions that a figure has room for."""
+
+app = typer.Typer(add_completion=False)
+
+
+def _where(rows: Sequence[SamplingRow]) -> str:
+    """Device, versions and commit of the rows; of different values, all of them."""
+    parts = []
+    for key, prefix in (("gpu_name", ""), ("torch", "torch "), ("triton", "triton "), ("commit", "commit ")):
+        values = dict.fromkeys(str(row.environment[key]) for row in rows if row.environment.get(key))
+        if key == "gpu_name" and not values:
+            values = dict.fromkeys(str(row.environment.get("cpu")) for row in rows)
+        shown = [value[:10] if key == "commit" else value for value in values]
+        parts += [prefix + " and ".join(shown)] if shown else []
+    return ", ".join(parts)
+
+
+def table(entries: Sequence[Comparison], title: str | None = None) -> str:
+    """The whole of ``sampling.md``."""
+    rows = [entry.row for entry in entries]
+    lines = [
+        f"# {title or 'Samples a second'}",
+        "",
+        f"{_where(rows)}. From noise to latents in the host's memory, without decoding; random weights. Medians, in "
+        "brackets the interval that holds the median with the confidence given. Models took turns, batch by batch: the "
+        "ratio to the peer, the last model of a run, is of batches of the same turn. GiB: the most that torch "
+        "allocated at a time.",
+    ]
+    settings = list(dict.fromkeys(_without_size(row.case) for row in rows))
+    for setting in settings:
+        first = next(row.case for row in rows if _without_size(row.case) == setting)
+        lines += [
+            "",
+            f"## {_setting_words(first)}",
+            "",
+            "| pixels | at once | model | samples/s | confidence | times the peer's speed | GiB |",
+            "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        ]
+        for entry in entries:
+            row = entry.row
+            if _without_size(row.case) != setting:
+                continue
+            speed = STATUS_NAMES.get(row.status, row.status) if row.speed is None else str(row.speed)
+            confidence = "" if row.speed is None else f"{row.speed.confidence:.1%}"
+            ratio = "peer" if entry.peer is None else "" if entry.ratio is None else str(entry.ratio)
+            memory = "" if row.peak_memory_gib is None else f"{row.peak_memory_gib:.2f}"
+            lines.append(
+                f"| {row.case.resolution} | {row.case.batch} | {row.case.label} | {speed} | {confidence} | {ratio} "
+                f"| {memory} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _without_size(case: SamplingCase) -> tuple[Any, ...]:
+    """What a section of the table has in common."""
+    return (case.sampler, case.steps, case.cfg, case.cfg_channels, case.dtype, case.execution, case.device)
+
+
+def _setting_words(case: SamplingCase) -> str:
+    return case.describe().replace(f"{case.batch} at once, ", "")
+
+
+def draw(entries: Sequence[Comparison], title: str | None = None) -> Drawing | None:
+    """Bars of samples a second, a panel for each resolution; None where no row has a speed.
+
+    Of the setting of the last row that has one. Bars end at the median, whiskers at the ends of its interval.
+    """
+    timed = [entry for entry in entries if entry.row.speed is not None]
+    if not timed:
+        return None
+    setting = _without_size(timed[-1].row.case)
+    rows = [entry.row for entry in timed if _without_size(entry.row.case) == setting]
+    sides = sorted({row.case.resolution for row in rows})[:PANELS]
+    styles: dict[str, Style] = {}
+    counts: dict[str, int] = {}
+    for row in rows:
+        if row.case.label not in styles:
+            variant = counts.get(row.case.family, 0)
+            styles[row.case.label] = drawing.style(row.case.family, variant)
+            counts[row.case.family] = variant + 1
+    confidence = min(row.speed.confidence for row in rows if row.speed is not None)
+    caption = (
+        f"{_where(rows)}. {_setting_words(rows[0].case)}. From noise to latents, without decoding; random weights. "
+        f"Whiskers: the interval that holds the median with a confidence of at least {confidence:.1%}."
+    )
+    with mpl.rc_context(dict(drawing.RC)):
+        figure, axes = drawing.assemble(
+            len(sides), title=title or "Samples a second: higher is better", caption=caption, styles=styles
+        )
+        for axis, side in zip(axes, sides, strict=True):
+            here = [row for row in rows if row.case.resolution == side]
+            _draw_bars(axis, here, styles)
+            batches = " and ".join(dict.fromkeys(str(row.case.batch) for row in here))
+            axis.set_title(f"{side} pixels, {batches} at once", loc="left", fontsize=10, fontweight="bold", pad=7)
+        axes[0].set_ylabel("Samples a second", labelpad=5)
+    return Drawing(figure=figure)
+
+
+def _draw_bars(axis: Any, rows: Sequence[SamplingRow], styles: dict[str, Style]) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xticks(range(len(rows)), [row.case.family for row in rows])
+    axis.tick_params(axis="x", length=0)
+    axis.set_xlim(-0.6, max(len(rows), 2) - 0.4)
+    for place, row in enumerate(rows):
+        speed = row.speed
+        assert speed is not None
+        axis.bar(place, speed.median, width=0.7, color=styles[row.case.label].color, gid=f"bar:{row.case.label}")
+        axis.vlines(place, speed.low, speed.high, color=drawing.INK, linewidth=1.5)
+        axis.annotate(
+            f"{speed.median:.3g}", (place, speed.high), xytext=(0, 3), textcoords="offset points", ha="center"
+        )
+    axis.set_ylim(0, 1.12 * max(row.speed.high for row in rows if row.speed is not None))
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl", help="Rows of python -m bench.sampling.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write into. Default: that of the first file.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of table and figure, instead of their own.")] = None,
+) -> None:
+    """Write sampling.md, and draw sampling.png and .svg. Measures nothing.
+
+    Exit status 2: a file cannot be read or written, or there are no rows.
+    """
+    folder = out or files[0].parent
+    try:
+        rows: list[SamplingRow] = []
+        for file in files:
+            found, torn = read_rows(file)
+            rows += found
+            for number in torn:
+                typer.echo(f"warning: {file}, line {number} ends in the middle and is left out", err=True)
+        if not rows:
+            raise RowError(f"{files[0]} holds no rows")
+        entries = compare(rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "sampling.md"
+        path.write_text(table(entries, title), encoding="utf-8")
+        typer.echo(f"wrote {path}")
+        drawn = draw(entries, title)
+        for path in drawn.save(folder, "sampling") if drawn is not None else []:
+            typer.echo(f"wrote {path}")
+    except RowError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"error: cannot write {error.filename or folder}: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m reports.sampling")

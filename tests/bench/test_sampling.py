@@ -1,0 +1,185 @@
+"""Sampling throughput: rows and intervals by hand, then the command with real processes and the smallest models."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.sampling.__main__ import app, default_batch
+from bench.sampling.measure import Contestant
+from bench.sampling.rows import Interval, RowError, SamplingCase, SamplingRow, append_row, compare, read_rows
+from bench.sampling.run import measure
+from dig.diffusion import sample
+from dig.sampling import runner as runs
+
+CASE = SamplingCase(
+    model="Flash-DiT-S/8",
+    options=(("attention", "sdpa-flash"),),
+    resolution=64,
+    steps=2,
+    batch=2,
+    dtype="fp32",
+    device="cpu",
+    execution="eager",
+)
+DIG = replace(CASE, model="DiG-S/8", options=(("recurrence", "reference"),))
+
+
+def row(case: SamplingCase = CASE, *seconds: float, **fields: Any) -> SamplingRow:
+    return SamplingRow(case=case, **{"status": "ok", "run": "1", "seconds": seconds or (1.0,), **fields})
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    assert Interval.of([3.0]) == Interval(median=3, low=3, high=3, confidence=0)
+    five = Interval.of([5, 1, 4, 2, 3])
+    assert (five.median, five.low, five.high, five.confidence) == (3, 1, 5, 0.9375)
+    assert Interval.of(range(1, 7)).confidence == pytest.approx(0.96875)
+    with pytest.raises(ValueError, match="needs values"):
+        Interval.of([])
+    # Twenty values: the 6th and the 15th, of the binomial distribution's tables.
+    twenty = Interval.of(range(1, 21))
+    assert (twenty.low, twenty.high) == (6, 15)
+    draw = random.Random(0)
+    held = 0
+    for _ in range(4000):
+        found = Interval.of([draw.expovariate(1.0) for _ in range(20)])
+        held += found.low <= math.log(2) <= found.high
+    assert held / 4000 == pytest.approx(twenty.confidence, abs=0.01)
+
+
+def test_rows_survive_the_file_and_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "rows" / "a.jsonl"
+    first = row(CASE, 1.0, 2.0, environment={"gpu_name": "H100"}, peak_memory_gib=1.5)
+    append_row(path, first)
+    path.write_bytes(path.read_bytes() + b'{"kind":"samp')
+    failed = row(DIG, status="oom", seconds=(), message="full")
+    append_row(path, failed)
+    assert read_rows(path) == ([first, failed], [2])
+    record = json.loads(path.read_text().splitlines()[0])
+    assert record["samples_per_second"]["median"] == 1.5
+    for line, message in (("{}", "line 1"), ('{"kind":"step","schema":1}', "not a row of sampling")):
+        path.write_text(line + "\n")
+        with pytest.raises(RowError, match=message):
+            read_rows(path)
+    with pytest.raises(ValueError, match="needs seconds"):
+        row(status="ok", seconds=())
+    with pytest.raises(ValueError, match="finite and positive"):
+        row(CASE, 0.0)
+
+
+def test_ratios_are_of_the_same_turn() -> None:
+    """A card that slows down by half between turns changes no ratio; ratios of medians over turns would show it."""
+    ours, theirs = row(DIG, 1.0, 2.0, 4.0), row(CASE, 3.0, 6.0, 12.0)
+    found = compare([ours, theirs])
+    assert [entry.peer for entry in found] == [CASE.label, None]
+    assert found[0].ratio == Interval(median=3, low=3, high=3, confidence=0.75)
+    # Another run's peer, or another setting's, is none.
+    assert compare([ours, row(CASE, 1.0, run="2")])[0].ratio is None
+    assert compare([ours, row(replace(CASE, batch=4), 1.0)])[0].peer is None
+    failed = compare([ours, row(CASE, status="oom", seconds=())])
+    assert (failed[0].peer, failed[0].ratio) == (CASE.label, None)
+    # Measured again, the later row counts.
+    assert [entry.row.run for entry in compare([ours, theirs, row(DIG, 1.0, run="2")])] == ["2", "1"]
+
+
+def test_the_batch_falls_with_the_pixels() -> None:
+    assert [default_batch(side) for side in (256, 512, 1024, 2048, 8192)] == [32, 16, 4, 1, 1]
+
+
+def test_what_is_timed_is_the_guided_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of the right steps, guidance and classes, by `dig.diffusion.sample`; new noise for every batch."""
+    made: list[Any] = []
+    batch = runs.BatchSampler.batch
+    monkeypatch.setattr(runs.BatchSampler, "batch", lambda self, n: made.append(batch(self, n)) or made[-1])
+    contestant = Contestant(replace(DIG, steps=3, cfg=2.0, cfg_channels="all"))
+    assert contestant.sample() > 0
+    assert contestant.sample() > 0
+    model = contestant._sampler._loop.denoiser.model
+    assert all(parameter.any() for parameter in model.parameters())
+    for i, found in enumerate(made):
+        y = torch.tensor([2 * i, 2 * i + 1])
+        arguments: dict[str, Any] = {"sampler": "ddim", "steps": 3, "cfg_channels": "all", "first_index": 2 * i}
+        assert torch.allclose(torch.from_numpy(found), sample(model, y, cfg_scale=2.0, **arguments), atol=1e-3)
+        assert not torch.allclose(torch.from_numpy(found), sample(model, y, cfg_scale=1.0, **arguments), atol=1e-3)
+    assert contestant.peak_memory_gib() is None
+
+
+def test_the_command_measures_in_turns(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    options = ["--models", "DiG,Flash-DiT", "--size", "S", "--patch", "8", "--resolutions", "64", "--device", "cpu"]
+    options += ["--steps", "2", "--repeats", "3", "--batch", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "bench.sampling", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows, torn = read_rows(out)
+    assert not torn
+    assert [r.case for r in rows] == [DIG, CASE]
+    assert all(len(r.seconds) == 3 and r.setup_seconds and r.environment["torch"] for r in rows)
+    assert rows[0].run == rows[1].run
+    assert "commit" in rows[0].environment
+    assert "peer" in done.stdout
+
+
+def test_one_failure_costs_no_other_row(tmp_path: Path) -> None:
+    """Out of memory, too slow, or dead: a row each, and the neighbour's figures are there."""
+    many = replace(CASE, resolution=2**20)  # 17 thousand million tokens: the allocator refuses their positions at once
+    with_many = list(measure([[many], [CASE]], repeats=1, time_limit=120, environment={}))
+    assert [r.status for r in with_many] == ["oom", "ok"]
+    steps: list[str] = []
+    found = list(
+        measure(
+            [[replace(CASE, steps=1000, batch=64), CASE]],
+            repeats=2,
+            time_limit=12,
+            environment={},
+            on_step=steps.append,
+        )
+    )
+    assert {r.status for r in found} == {"timeout", "ok"}
+    assert len(next(r for r in found if r.status == "ok").seconds) == 2
+    assert "the process was killed" in next(r for r in found if r.status == "timeout").message
+    assert not any("batch 1 of 2" in step for step in steps if "1000" in step)
+
+
+def test_samples_that_are_not_finite_are_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    contestant = Contestant(CASE)
+    with torch.no_grad():
+        next(contestant._sampler._loop.denoiser.model.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        contestant.sample()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--models DiGG", "did you mean DiG"),
+        ("--models DiG:triton", "needs an NVIDIA GPU"),
+        ("--models ,", "nothing to measure"),
+        ("--size XXL", "unknown size"),
+        ("--resolutions 100", "not a multiple of 16"),
+        ("--resolutions a", "whole numbers"),
+        ("--sampler euler", "unknown sampler"),
+        ("--cfg-channels two", "unknown cfg-channels"),
+        ("--dtype fp16", "unknown dtype"),
+        ("--execution graph", "needs an NVIDIA GPU"),
+        ("--repeats 0", "--repeats must be at least 1"),
+        ("--batch 0", "--batch must be at least 1"),
+        ("--time-limit 0", "--time-limit must be positive"),
+    ],
+)
+def test_bad_input(options: str, message: str, tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--out", str(tmp_path / "a.jsonl"), *options.split()]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not (tmp_path / "a.jsonl").exists()

@@ -1,0 +1,109 @@
+"""Work beside the critical path changes when it is done, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dig.model import DiG, DiGConfig
+from dig.ops import aside as aside_module
+from dig.ops.aside import aside, mark, side_work, wait
+from tests.helpers import example, randomize
+
+CONFIG = DiGConfig(input_size=(32, 64), depth=3, width=128, heads=2, num_classes=3, recurrence="triton")
+SLOW = 2_000_000
+"""Clock cycles, about a millisecond: longer than the work that it holds up."""
+
+
+def test_outside_of_a_capture_it_is_nothing() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with side_work(device), aside():
+        ones = torch.ones(2, device=device)
+        point = mark()
+    wait(point)
+    assert point is None
+    assert ones.tolist() == [1, 1]
+
+
+def run_step(model: DiG, inputs: tuple[Tensor, ...], weight: Tensor) -> list[Tensor]:
+    """The output and every gradient."""
+    model.zero_grad()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output = model(*inputs)
+    (output.float() * weight).sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def run_forward(model: DiG, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        return [model(*inputs)]
+
+
+def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", ["neither", "side", "main"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("mode", ["train", "forward"])
+def test_a_graph_gives_the_bits_of_the_eager_step(
+    mode: str, variant: str, batch: int, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two streams is held up: what is read too early, or written over too early, would differ."""
+    model = randomize(DiG(replace(CONFIG, variant=variant))).eval().cuda()
+    inputs = example(model, batch)
+    weight = torch.randn(batch, 2 * model.in_channels, *model.input_size, device="cuda")
+
+    def run() -> list[Tensor]:
+        return run_step(model, inputs, weight) if mode == "train" else run_forward(model, inputs)
+
+    expected = [tensor.clone() for tensor in run()]
+    forks = 0
+    fork = aside_module._Scope.fork
+
+    def fork_late(scope: aside_module._Scope) -> None:
+        nonlocal forks
+        forks += 1
+        fork(scope)
+        if late != "neither":
+            with torch.cuda.stream(scope.side if late == "side" else scope.main):
+                torch.cuda._sleep(SLOW)
+
+    monkeypatch.setattr(aside_module._Scope, "fork", fork_late)
+    graph, results = capture(run)
+    assert forks > CONFIG.depth
+    for _ in range(3):
+        for tensor in results:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        for actual, wanted in zip(results, expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_kept_graph_can_be_gone_back_through_again(batch: int) -> None:
+    """A block lets go of what it saved as it goes, but not then."""
+    model = randomize(DiG(replace(CONFIG, input_size=(6, 10), depth=1, width=64, heads=1))).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loss = model(*example(model, batch)).square().mean()
+    loss.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    loss.backward()
+    for parameter, gradient in zip(model.parameters(), once, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
