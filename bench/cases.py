@@ -14,6 +14,7 @@ from bench.models import (
     check_options,
     check_resolution,
     closest,
+    default_implementation,
     find_family,
     implementation_of,
     model_name,
@@ -33,8 +34,12 @@ class ModelChoice:
     options: tuple[tuple[str, str], ...]
 
     @classmethod
-    def parse(cls, text: str) -> ModelChoice:
+    def parse(cls, text: str, device: str = "cpu") -> ModelChoice:
         """Read a family and its options; a word without ``=`` is the family's implementation.
+
+        Args:
+            text: As above.
+            device: ``cuda`` or ``cpu``, which decides on the implementation where the text names none.
 
         Raises:
             UnknownModelError: No such family, option or value; the message offers the closest one.
@@ -46,7 +51,7 @@ class ModelChoice:
             key, separator, value = word.partition("=")
             options.update({key: value} if separator else {family.implementation: word})
         check_options(family, options)
-        options.setdefault(family.implementation, family.options[family.implementation][0])
+        options.setdefault(family.implementation, default_implementation(family, device))
         return cls(family=family, options=tuple(sorted(options.items())))
 
 
@@ -67,7 +72,7 @@ def sweep(
     Raises:
         ValueError: Something cannot be measured; the message says what to write instead.
     """
-    choices = [ModelChoice.parse(text) for text in models]
+    choices = [ModelChoice.parse(text, device) for text in models]
     for axis, given, kind in (("mode", modes, Mode), ("execution", executions, Execution)):
         for value in given:
             if value not in get_args(kind):

@@ -37,6 +37,7 @@ class Family:
         implementation: The option that says which kernel runs the family's heart.
         packages: Value of that option → the import names of the packages it needs.
         gpu_only: Values of that option that need an NVIDIA GPU.
+        on_gpu: Its default on a GPU, where that is not the first value; see `default_implementation`.
         build: (size, shared configuration fields, options) to the model.
     """
 
@@ -47,6 +48,7 @@ class Family:
     implementation: str
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gpu_only: frozenset[str] = frozenset()
+    on_gpu: str | None = None
     build: Callable[[str, dict[str, Any], dict[str, str]], Backbone]
 
 
@@ -87,6 +89,7 @@ FAMILIES: dict[str, Family] = {
             implementation="recurrence",
             packages={"fla": ("fla",), "triton": ("triton",)},
             gpu_only=frozenset({"fla", "triton"}),
+            on_gpu="triton",
             build=_build_dig,
         ),
         Family(
@@ -113,6 +116,7 @@ FAMILIES: dict[str, Family] = {
             implementation="mixer",
             packages={"mamba-ssm": ("mamba_ssm", "causal_conv1d")},
             gpu_only=frozenset({"mamba-ssm"}),
+            on_gpu="mamba-ssm",
             build=_build_dis,
         ),
     )
@@ -170,6 +174,13 @@ def check_options(family: Family, options: Mapping[str, str]) -> None:
             )
 
 
+def default_implementation(family: Family, device: str) -> str:
+    """What runs on a device (``cuda`` or ``cpu``) unless something else is named."""
+    if device == "cuda" and family.on_gpu is not None:
+        return family.on_gpu
+    return family.options[family.implementation][0]
+
+
 def implementation_of(family: Family, options: Mapping[str, str]) -> str:
     """The value that the family's implementation option takes."""
     return options.get(family.implementation, family.options[family.implementation][0])
@@ -207,7 +218,8 @@ def create_model(
         num_classes: Labels; the null label of guidance comes on top.
         in_channels: Channels of the input.
         **options: Of the family, each a word: DiG's recurrence, variant, scan and convolution, DiT's and Flash-DiT's
-            attention, DiS's mixer. Their values are in `FAMILIES`.
+            attention, DiS's mixer. Their values are in `FAMILIES`; an implementation that isn't named is the first of
+            them, which runs on any device.
 
     Returns:
         The module; its ``forward(x, t, y)`` takes x (B, in_channels, height, width), t (B,) and y (B,) int64, and gives

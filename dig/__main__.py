@@ -12,9 +12,6 @@ from dig.registry import Registry
 if TYPE_CHECKING:
     from dig.layers import Backbone
 
-GPU_IMPLEMENTATIONS = {"DiG": "triton", "DiS": "mamba-ssm"}
-"""What runs on a GPU unless something else is named; any other family's default runs there as it is."""
-
 
 def _create(name: str, **arguments: Any) -> Backbone:
     from bench.models import create_model
@@ -29,12 +26,9 @@ def _parse(text: str, device: str) -> tuple[str, dict[str, str]]:
 
     name, *words = text.strip().split(":")
     family, _, _ = parse_name(name)
-    if device == "cuda" and family.name in GPU_IMPLEMENTATIONS:
-        # First, so that what the text names comes after it and wins.
-        words.insert(0, GPU_IMPLEMENTATIONS[family.name])
     # Every option, so that one that was named and one that is the default are the same run.
     options = {option: values[0] for option, values in family.options.items()}
-    options |= dict(ModelChoice.parse(":".join([family.name, *words])).options)
+    options |= dict(ModelChoice.parse(":".join([family.name, *words]), device).options)
     value = options[family.implementation]
     if device == "cpu" and value in family.gpu_only:
         anywhere = [word for word in family.options[family.implementation] if word not in family.gpu_only]

@@ -41,7 +41,7 @@ def _cases(
     models: str, size: str, patch: int, resolutions: str, batch: int | None, setting: dict[str, Any]
 ) -> list[list[SamplingCase]]:
     """A group for each resolution, a case in it for each model. Raises ValueError on what can't be measured."""
-    choices = [ModelChoice.parse(text) for text in models.split(",") if text.strip()]
+    choices = [ModelChoice.parse(text, setting["device"]) for text in models.split(",") if text.strip()]
     try:
         sides = [int(text) for text in resolutions.split(",") if text.strip()]
     except ValueError:

@@ -17,6 +17,15 @@ def test_a_choice_names_family_implementation_and_options() -> None:
     assert dict(ModelChoice.parse("Flash-DiT").options) == {"attention": "sdpa-flash"}
 
 
+def test_the_device_decides_where_nothing_is_named() -> None:
+    assert dict(ModelChoice.parse("DiG", "cpu").options) == {"recurrence": "reference"}
+    assert dict(ModelChoice.parse("DiG", "cuda").options) == {"recurrence": "triton"}
+    assert dict(ModelChoice.parse("DiG:fla", "cuda").options) == {"recurrence": "fla"}
+    assert dict(ModelChoice.parse("Flash-DiT", "cuda").options) == {"attention": "sdpa-flash"}
+    (case,) = sweep(["DiS"], resolutions=(256,))
+    assert dict(case.options) == {"mixer": "mamba-ssm"}
+
+
 def test_sweep_keeps_the_models_of_one_comparison_together() -> None:
     cases = sweep(["DiG", "DiT"], resolutions=(256, 512), modes=("train", "forward"), executions=("eager",))
     assert [(c.resolution, c.mode, c.family) for c in cases[:3]] == [

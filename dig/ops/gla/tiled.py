@@ -76,7 +76,6 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         output_kernel[plan.grid](
             q, k, v, v, v, sums, states, out, *strides_of(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
             **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
-            maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
     return out
 

@@ -21,8 +21,8 @@ class Tiles:
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
-        output_registers: Most registers of a thread of the third of these kernels: fewer let more programs share a
-            multiprocessor. None leaves it to the compiler.
+        output_registers: Most registers of a thread of the third of these kernels, where it norms and gates: fewer let
+            more programs share a multiprocessor. None leaves it to the compiler.
         output_backward_registers: Those of the fourth.
         gradient_registers: Those of the last.
     """
@@ -66,7 +66,8 @@ TILES: dict[TileKey, Tiles] = {
 A table, not autotuning: the first call costs no search, and a run repeats exactly. The first entry is the best of
 ``python -m bench.ops.gla --sweep`` on an H100 that was also the best in a whole model, whose tensors are not in the L2
 cache. The others are the largest chunks at which no kernel keeps registers in memory: where one does while it uses
-Hopper's asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses."""
+Hopper's asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses
+(``python -m bench.ops.registers`` compiles all of them and looks, without a GPU)."""
 
 
 def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
@@ -76,7 +77,8 @@ def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKe
 
 def tiles_for(q: Tensor, v: Tensor) -> Tiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V)."""
-    K, V = q.shape[-1], v.shape[-1]
+    # As plain numbers: with dynamic shapes torch.compile counts in symbols, which no table can look up.
+    K, V = int(q.shape[-1]), int(v.shape[-1])
     if v.device.type == "cpu":
         return INTERPRETER_TILES
     narrow = K <= 32 and V <= 64
