@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from dig.packages import is_installed, missing_message
 
 if TYPE_CHECKING:
+    import torch
+
     from dig.layers import Backbone
 
 PATCHES = (2, 4, 8)
@@ -207,6 +209,7 @@ def create_model(
     input_size: tuple[int, int] | None = None,
     num_classes: int = 1000,
     in_channels: int = 4,
+    device: torch.device | str | None = None,
     **options: str,
 ) -> Backbone:
     """Build a model by name, with fresh weights.
@@ -217,9 +220,10 @@ def create_model(
         input_size: (height, width) of the model's input: any grid, or pixels themselves.
         num_classes: Labels; the null label of guidance comes on top.
         in_channels: Channels of the input.
+        device: Where the model goes, and what decides on its implementation if none is named: DiG's own kernels on a
+            GPU. None leaves it where it is made, with the implementation that runs on any device.
         **options: Of the family, each a word: DiG's recurrence, variant, scan and convolution, DiT's and Flash-DiT's
-            attention, DiS's mixer. Their values are in `FAMILIES`; an implementation that isn't named is the first of
-            them, which runs on any device.
+            attention, DiS's mixer. Their values are in `FAMILIES`.
 
     Returns:
         The module; its ``forward(x, t, y)`` takes x (B, in_channels, height, width), t (B,) and y (B,) int64, and gives
@@ -237,9 +241,11 @@ def create_model(
     if image_size is not None:
         check_resolution(image_size, patch)
         input_size = (image_size // VAE_FACTOR, image_size // VAE_FACTOR)
-    options.setdefault(family.implementation, family.options[family.implementation][0])
+    kind = str(device).partition(":")[0]
+    options.setdefault(family.implementation, default_implementation(family, kind))
     shape = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes, "patch_size": patch}
-    return family.build(size, shape, options)
+    model = family.build(size, shape, options)
+    return model if device is None else model.to(device)
 
 
 def check_resolution(resolution: int, patch: int) -> None:

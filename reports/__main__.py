@@ -9,6 +9,7 @@ import typer
 
 from bench.results import ResultError
 from reports.figures import Drawing, model_size, speed_memory
+from reports.refusing import refusing
 from reports.series import SIZES, read_sweep
 from reports.tables import tables
 
@@ -49,7 +50,7 @@ def report(
 
     Exit status 2: a file cannot be read or written, or there are no rows.
     """
-    try:
+    with refusing(ResultError, folder=out, hint="; choose another --out"):
         sweep = read_sweep(results)
         out.mkdir(parents=True, exist_ok=True)
         for warning in sweep.warnings:
@@ -64,12 +65,6 @@ def report(
         path = out / "tables.md"
         path.write_text(tables(sweep, title=title), encoding="utf-8")
         typer.echo(f"wrote {path}")
-    except ResultError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        typer.echo(f"error: cannot write {error.filename or out}: {error.strerror}; choose another --out", err=True)
-        raise typer.Exit(2) from None
 
 
 def _write(folder: Path, name: str, drawing: Drawing | None, reason: str) -> None:

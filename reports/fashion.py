@@ -20,6 +20,7 @@ import typer
 from reports import drawing
 from reports.drawing import Line, Point, Style
 from reports.figures import Drawing
+from reports.refusing import refusing
 
 LOSS_POINTS = 24
 """A marker for each line of a log would hide the curve: so many windows of lines are drawn."""
@@ -223,15 +224,9 @@ def report(
 
     Exit status 2: a file cannot be read or written, or there are no runs.
     """
-    try:
+    with refusing(RunError, folder=folder):
         for path in draw(read_runs(folder), title).save(folder, "training"):
             typer.echo(f"wrote {path}")
-    except RunError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        typer.echo(f"error: cannot write {error.filename or folder}: {error.strerror}", err=True)
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

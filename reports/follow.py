@@ -21,6 +21,7 @@ from reports import drawing
 from reports.drawing import Line, Point
 from reports.fashion import RunError
 from reports.figures import Drawing
+from reports.refusing import refusing
 
 NAMES = ("reference", "first", "second")
 WINDOW = 20
@@ -247,7 +248,7 @@ def report(
     Exit status 1: the moving averages are further apart than 2%, or the run made twice has not the same bits. 2: a file
     cannot be read or written.
     """
-    try:
+    with refusing(RunError, folder=folder):
         logs = read_logs(folder)
         checkpoints = [last_checkpoint((runs or folder) / name) for name in ("first", "second")]
         verdict = judge(logs, different_tensors(*checkpoints))
@@ -267,12 +268,6 @@ def report(
             with mpl.rc_context(dict(drawing.RC)):
                 drawn = draw(logs, verdict).figure
                 drawn.savefig(folder / "follow.png", dpi=120, metadata={"Software": None})
-    except RunError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        typer.echo(f"error: cannot write {error.filename or folder}: {error.strerror}", err=True)
-        raise typer.Exit(2) from None
     typer.echo(
         f"{first.words} against {reference.words}, {verdict.steps} steps: moving averages of {WINDOW} steps at most "
         f"{verdict.deviation:.3%} apart, up to step {verdict.deviation_step} (bound: {BOUND:.0%})"

@@ -13,6 +13,7 @@ from bench.sampling.rows import Comparison, RowError, SamplingCase, SamplingRow,
 from reports import drawing
 from reports.drawing import Style
 from reports.figures import Drawing
+from reports.refusing import refusing
 from reports.series import STATUS_NAMES
 
 PANELS = 3
@@ -143,7 +144,7 @@ def report(
     Exit status 2: a file cannot be read or written, or there are no rows.
     """
     folder = out or files[0].parent
-    try:
+    with refusing(RowError, folder=folder):
         rows: list[SamplingRow] = []
         for file in files:
             found, torn = read_rows(file)
@@ -160,12 +161,6 @@ def report(
         drawn = draw(entries, title)
         for path in drawn.save(folder, "sampling") if drawn is not None else []:
             typer.echo(f"wrote {path}")
-    except RowError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        typer.echo(f"error: cannot write {error.filename or folder}: {error.strerror}", err=True)
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

@@ -204,3 +204,19 @@ def test_input_of_another_shape_is_refused(family: str) -> None:
     model = create_model(f"{family}-S/8", image_size=64)
     with pytest.raises(ValueError, match=r"x must be \(B, 4, 8, 8\); got \(2, 4, 16, 8\)"):
         model(torch.randn(2, 4, 16, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+
+
+def test_the_device_decides_on_the_implementation() -> None:
+    """The meta device stands for none that has kernels of its own."""
+    assert create_model("DiG-S/8", image_size=64).config.recurrence == "reference"
+    model = create_model("DiG-S/8", image_size=64, device="meta")
+    assert model.config.recurrence == "reference"
+    assert next(model.parameters()).is_meta
+    assert create_model("DiG-S/8", image_size=64, recurrence="triton").config.recurrence == "triton"
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_kernels() -> None:
+    model = create_model("DiG-S/8", image_size=64, device="cuda")
+    assert model.config.recurrence == "triton"
+    assert next(model.parameters()).is_cuda

@@ -1,0 +1,28 @@
+"""How the reports' commands end when a file is not what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+
+@contextmanager
+def refusing(*errors: type[Exception], folder: Path, hint: str = "") -> Iterator[None]:
+    """End with exit status 2 and one message on these errors, and where something in ``folder`` can't be written.
+
+    Args:
+        *errors: Whose messages say what is wrong and what to do.
+        folder: Named where the system doesn't say which file it was.
+        hint: What to do about a file that cannot be written.
+    """
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"error: cannot write {error.filename or folder}: {error.strerror}{hint}", err=True)
+        raise typer.Exit(2) from None
