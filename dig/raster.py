@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,12 @@ def _weights(block: DiGBlock) -> BlockWeights:
     )
 
 
+def _settings(block: DiGBlock, grid: tuple[int, int], order: ScanOrder) -> dict[str, Any]:
+    """What `train_block` and `infer_block` take beside tensors."""
+    norm = "rms" if block.variant == "paper" else "layer"
+    return {"norm": norm, "heads": block.attn.heads, "grid": grid, "order": order}
+
+
 def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, int], orders: list[ScanOrder]) -> Tensor:
     """Run DiG's blocks over tokens that stay in raster order.
 
@@ -115,10 +121,7 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
                 activated,
                 prepared,
                 weights[i],
-                norm="rms" if block.variant == "paper" else "layer",
-                heads=block.attn.heads,
-                grid=grid,
-                order=order,
+                **_settings(block, grid, order),
             )
     return x
 
@@ -138,8 +141,7 @@ def _run_recomputed(
         weights = _weights(block)
         # In here, and not beside the block before: what is handed in is kept until the backward pass.
         prepared = prepare_block(weights, c, x.dtype, fold_gates=False)
-        norm = "rms" if block.variant == "paper" else "layer"
-        return train_block(x, c, prepared, weights, norm=norm, heads=block.attn.heads, grid=grid, order=order)
+        return train_block(x, c, prepared, weights, **_settings(block, grid, order))
 
     for block, order in zip(blocks, orders, strict=True):
         # Blocks draw nothing, so there is no random state to keep, which a CUDA graph couldn't restore.

@@ -206,7 +206,7 @@ def draw(logs: dict[str, Log], verdict: Verdict) -> Drawing:
     caption = (
         f"{first.environment.get('gpu_name') or first.environment.get('cpu')}. Fashion-MNIST, batches of "
         f"{first.config['batch']}, means over {WINDOW} steps. Largest relative distance: {verdict.deviation:.2%} in "
-        f"the {WINDOW} steps up to {verdict.deviation_step}. {repeated}"
+        f"the {WINDOW} steps up to {verdict.deviation_step}; dotted, the {BOUND:.0%} allowed. {repeated}"
     )
     ticks = {float(x): str(x) for x in np.linspace(0, verdict.steps, 4).round().astype(int)}
     with mpl.rc_context(dict(drawing.RC)):

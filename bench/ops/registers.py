@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CAPABILITY = 90
 RANK = 16
 FP32_POINTERS = frozenset({"sums", "own", "weight", "dweight", "decay_bias", "dbias"})
@@ -131,15 +133,10 @@ def _listing(cubin: bytes, option: str) -> str:
 def compile_all() -> Iterator[Compiled]:
     """Compile every kernel that works on chunks, at every entry of the table, forward and backward."""
     from dig.ops.gla import kernels, kernels_backward
-    from dig.ops.gla.tiles import NARROW_BF16, NARROW_FP32, WIDE_BF16, WIDE_FP32
+    from dig.ops.gla.tiles import TILES
 
-    entries = (
-        ("bf16", (32, 64), NARROW_BF16),
-        ("bf16", (36, 72), WIDE_BF16),
-        ("fp32", (32, 64), NARROW_FP32),
-        ("fp32", (36, 72), WIDE_FP32),
-    )
-    for dtype, (K, V), tiles in entries:
+    for (K, V, of), tiles in TILES[CAPABILITY // 10].items():
+        dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[of]
         padded = {"KP": 1 << (K - 1).bit_length(), "VP": 1 << (V - 1).bit_length()}
         shape = {"K": K, "V": V, **padded, "C": tiles.chunk, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         levels = {"LEVELS": tiles.chunk.bit_length() - 4}
@@ -185,7 +182,12 @@ def compile_all() -> Iterator[Compiled]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line for each kernel; 1 if one must not run."""
-    argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args(arguments)
+    argparse.ArgumentParser(
+        prog="python -m bench.ops.registers",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Compiles for compute capability 9.0, half a minute. Exit status 1: a kernel must not run, because "
+        "the compiler gave its matrix products wrong addresses, or spills registers beside such products.",
+    ).parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 replaces the compiler; unset it")
     faulty = 0

@@ -69,11 +69,12 @@ def rate() -> float:
 def test_operation(
     benchmark: Any, rate: float, size: str, operation: str, implementation: str, make: Maker, mode: str
 ) -> None:
-    """Time one operation of one implementation."""
+    """Time one operation of one implementation; a peer that isn't installed is skipped, with what to install."""
     try:
         steps, bytes_moved = make(implementation, mode)
     except ImportError as error:
-        pytest.skip(str(error))  # A peer that is not installed; the reason names it and how to install it.
+        # Peers are optional: the other implementations are timed without them. The message is the reason shown.
+        pytest.skip(str(error))
     graph = capture(steps)
 
     def replay() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dig.ops.gla import gated_linear_attention, launches, recurrent_gla
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.tiled import gla_block, tiled_gla
-from dig.ops.gla.tiles import Tiles
+from dig.ops.gla.tiles import NARROW_BF16, NARROW_FP32, WIDE_BF16, WIDE_FP32, Tiles, choose
 from tests.helpers import relative_error
 
 GPU = torch.cuda.is_available()
@@ -285,3 +285,11 @@ def test_cuda_graph_replays_the_same() -> None:
     graph.replay()
     for a, b in zip(captured, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_other_heads_take_the_next_wider_tiles() -> None:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert choose(32, 64, bf16, 9) == choose(16, 64, bf16, 9) == choose(32, 64, bf16, 12) == NARROW_BF16
+    assert choose(36, 72, bf16, 9) == choose(32, 72, bf16, 9) == choose(64, 128, bf16, 9) == WIDE_BF16
+    assert choose(32, 32, fp32, 9) == NARROW_FP32
+    assert choose(48, 96, fp32, 9) == WIDE_FP32

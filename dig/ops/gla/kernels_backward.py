@@ -1,4 +1,4 @@
-"""Triton kernels of gated linear attention's backward pass; notation and exponents as in `dig.ops.gla.kernels`.
+"""Triton kernels of gated linear attention's backward pass; notation and exponents as in `dig.ops.gla.pieces`.
 
 With D the gradient of the state after a chunk and ``A_ij = q_i . k_j e^{c_i - c_j}`` the scores::
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.gla.kernels import (
+from dig.ops.gla.pieces import (
     MIN_LOG2_DECAY,
     UNSPECIALIZED,
     chunk_output,
@@ -242,8 +242,8 @@ def gradient_kernel(
     states += index * (K * V)
     state_gradients += index * (K * V)
 
-    # Three parts: v; q and k through the scores; q, k and the decays through the states. What several of them need is
-    # read again and not held: registers are what limits how many programs share a multiprocessor.
+    # Four parts: v; q and k through the scores; k through the state after the chunk; q and the decays through the one
+    # before it. What several need is read again and not held: registers limit how many programs share a multiprocessor.
     scores = chunk_scores(
         q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, sums, index, tokens, present, scale,
         K, KP, C, LEVELS, DOT, PRECISION,

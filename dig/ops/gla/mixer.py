@@ -24,7 +24,7 @@ from dig.scan import ScanOrder
 
 
 def order_code(order: ScanOrder) -> int:
-    """As `dig.ops.gla.kernels.scan_tokens` reads it."""
+    """As `dig.ops.gla.pieces.scan_tokens` reads it."""
     return int(order.reversed) + 2 * int(order.transposed)
 
 

@@ -48,20 +48,21 @@ class Tiles:
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 
 
-TileKey = tuple[int, int, torch.dtype, int]
-"""K, V, dtype, and the major compute capability."""
-
 NARROW_BF16 = Tiles(output_registers=128)
 NARROW_FP32 = Tiles(chunk=16)
 WIDE_BF16 = Tiles(chunk=32, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
 WIDE_FP32 = Tiles(chunk=16, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
 INTERPRETER_TILES = Tiles(scan_lanes=4096)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
-TILES: dict[TileKey, Tiles] = {
-    (32, 64, torch.bfloat16, 9): NARROW_BF16,
-    (36, 72, torch.bfloat16, 9): WIDE_BF16,
+TILES: dict[int, dict[tuple[int, int, torch.dtype], Tiles]] = {
+    9: {
+        (32, 64, torch.bfloat16): NARROW_BF16,
+        (36, 72, torch.bfloat16): WIDE_BF16,
+        (32, 64, torch.float32): NARROW_FP32,
+        (36, 72, torch.float32): WIDE_FP32,
+    }
 }
-"""On NVIDIA GPUs; other shapes take those of the same dtype for heads up to (32, 64), or for wider ones.
+"""Major compute capability of an NVIDIA GPU → (K, V, dtype) → tile choices, the narrowest heads first: see `choose`.
 
 A table, not autotuning: the first call costs no search, and a run repeats exactly. The first entry is the best of
 ``python -m bench.ops.gla --sweep`` on an H100 that was also the best in a whole model, whose tensors are not in the L2
@@ -70,20 +71,16 @@ Hopper's asynchronous matrix products, compiled code has been seen to read their
 (``python -m bench.ops.registers`` compiles all of them and looks, without a GPU)."""
 
 
-def tile_key(K: int, V: int, dtype: torch.dtype, device: torch.device) -> TileKey:
-    """The key of `TILES` for heads of these widths."""
-    return K, V, dtype, torch.cuda.get_device_capability(device)[0]
+def choose(K: int, V: int, dtype: torch.dtype, capability: int) -> Tiles:
+    """The first entry of a GPU's table for heads at least as wide, or the widest; other GPUs take Hopper's."""
+    entries = {(k, v): tiles for (k, v, of), tiles in TILES.get(capability, TILES[9]).items() if of == dtype}
+    return next((tiles for (k, v), tiles in entries.items() if k >= K and v >= V), list(entries.values())[-1])
 
 
 def tiles_for(q: Tensor, v: Tensor) -> Tiles:
-    """The tile choices for queries (B, T, H, K) and values (B, T, H, V)."""
-    # As plain numbers: with dynamic shapes torch.compile counts in symbols, which no table can look up.
-    K, V = int(q.shape[-1]), int(v.shape[-1])
+    """The tile choices for queries (B, T, H, K) and values (B, T, H, V), fp32 or bf16."""
     if v.device.type == "cpu":
         return INTERPRETER_TILES
-    narrow = K <= 32 and V <= 64
-    if v.dtype == torch.float32:
-        default = NARROW_FP32 if narrow else WIDE_FP32
-    else:
-        default = NARROW_BF16 if narrow else WIDE_BF16
-    return TILES.get(tile_key(K, V, v.dtype, v.device), default)
+    # As plain numbers: with dynamic shapes torch.compile counts in symbols, which no table can look up.
+    K, V = int(q.shape[-1]), int(v.shape[-1])
+    return choose(K, V, v.dtype, torch.cuda.get_device_capability(v.device)[0])
