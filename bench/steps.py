@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,21 +132,36 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=_stream()):
         result = run()
     return graph.replay, result
 
 
 def warm_up(run: Callable[[], Tensor], device: str) -> None:
-    """Run a few steps on a side stream, as capturing afterwards asks for."""
-    if device == "cpu":
+    """Run a few steps on the stream that capturing afterwards takes."""
+    with capture_stream(device):
         for _ in range(WARMUP_STEPS):
             run()
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def capture_stream(device: str) -> Iterator[None]:
+    """Run what is within on the one stream that this process captures on, and wait for it; nothing on a CPU.
+
+    A graph can't be captured on the default stream. And cuBLAS keeps a workspace, 32 MiB on an H100, for every stream
+    that a thread has called it on, to the end of the process: steps on several streams would be charged with several.
+    """
+    if device == "cpu":
+        yield
         return
-    stream = torch.cuda.Stream()
+    stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARMUP_STEPS):
-            run()
+        yield
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()

@@ -26,7 +26,7 @@ from bench.memory import MemoryMeter
 from bench.models import missing_packages, parse_name
 from bench.nvml import Gpu, Watch
 from bench.results import Case, Mark, Row, Status, utc_now
-from bench.steps import Step, build_step, capture, warm_up
+from bench.steps import Step, build_step, capture, capture_stream, warm_up
 from bench.timing import Sampled, sample
 from dig.packages import MissingPackageError
 
@@ -97,7 +97,8 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
 
     warm_up(step.run, case.device)
     # Before the graph is captured, which may leave no memory for a step beside it.
-    eager = sample(step.run, device=case.device, budget=EAGER) if case.execution == "graph" else None
+    with capture_stream(case.device):
+        eager = sample(step.run, device=case.device, budget=EAGER) if case.execution == "graph" else None
     run, memory = _prepare(step, case, meter)
     clock.append(time.perf_counter())
 
@@ -148,7 +149,8 @@ def _prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], o
         FloatingPointError: The step's result is not finite.
     """
     meter.start()
-    result = step.run()
+    with capture_stream(case.device):
+        result = step.run()
     run: Callable[[], object] = step.run
     if case.execution == "graph":
         del result  # A live result would keep its memory beside that of the graph's.

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
 from dig.ops.aside import aside, mark, side_work, wait
-from dig.ops.gla.mixer import mixer_backward, mixer_forward, order_code
+from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
-from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
+from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weights import gated_weight_gradient, prepare_weights
 from dig.scan import ScanOrder
 
@@ -195,8 +195,9 @@ class RasterBlock(torch.autograd.Function):
         y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, order_code(order), EPS)
         branch1 = _linear(y, o_proj)
         x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, norm2, norm, EPS, x.dtype)
-        gate_up = _linear(h, gate_proj)
-        branch2 = _linear(swiglu_forward(gate_up), down_proj)
+        hidden, gate_up = project_up(h, gate_proj, True)
+        branch2 = _linear(hidden, down_proj)
+        del hidden
         if conv_weight is None or conv_bias is None:
             out = torch.addcmul(x1, gate2.unsqueeze(1).to(x.dtype), branch2)
         else:
@@ -232,6 +233,10 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             masters, (gate1[0], gate2[0]) if one_image else (), x.dtype
         )
     weights_ready = mark()
+    with aside(projected):
+        # Of the recurrence's backward pass the first kernel waits for no gradient.
+        sums = mixer_sums(projected, decay_weight, decay_bias, heads, *grid, order_code(order))
+    sums_ready = mark()
 
     # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
     # its gate being in the weight.
@@ -247,7 +252,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     d_branch = d if one_image else d_branch
     del branch2
     wait(weights_ready)
-    dgate_up, hidden = swiglu_backward(gate_up, _linear_backward(d_branch, down_proj), True)
+    dgate_up, hidden = project_down_backward(d_branch, down_proj, gate_up)
     del gate_up
     with aside(d_branch, hidden):
         if one_image:
@@ -263,11 +268,12 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h))
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
+    wait(sums_ready)
     dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = mixer_backward(
-        projected, decay_weight, decay_bias, head_norm, states, _linear_backward(d_branch, o_proj), heads, *grid,
+        projected, decay_weight, decay_bias, head_norm, states, sums, _linear_backward(d_branch, o_proj), heads, *grid,
         order_code(order), EPS, True,
     )  # fmt: skip
-    del projected, states
+    del projected, states, sums
     with aside(d_branch, y):
         if one_image:
             do_proj, dgate1 = _gated_gradients(d, y, o_master, gate1)
@@ -334,8 +340,8 @@ def infer_block(
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-    gate_up = _linear(h, gate_proj)
-    x[0].addmm_(swiglu_forward(gate_up)[0], down_proj.T)
+    hidden, _ = project_up(h, gate_proj, False)
+    x[0].addmm_(hidden[0], down_proj.T)
     if w.conv_weight is None or w.conv_bias is None:
         return x
     return srem_forward(x, None, None, w.conv_weight, w.conv_bias, *grid, *order)

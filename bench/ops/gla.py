@@ -166,9 +166,10 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
         best.clear()
         for warps, registers in itertools.product(options.warps, options.registers):
             time(KERNELS, chunk=chunk, **dict.fromkeys(WARPS, warps), **dict.fromkeys(REGISTERS, registers or None))
-        for warps, lanes, steps in itertools.product(options.scan_warps, options.scan_lanes, options.scan_steps):
-            if lanes >= 32 * warps:
-                time(["scan_kernel"], chunk=chunk, scan_warps=warps, scan_lanes=lanes, scan_steps=steps)
+        scans = (options.scan_warps, options.scan_lanes, options.scan_groups, options.scan_steps)
+        for choice in itertools.product(*scans):
+            names = ("scan_warps", "scan_lanes", "scan_groups", "scan_steps")
+            time(["scan_kernel"], chunk=chunk, **dict(zip(names, choice, strict=True)))
         for name, (microseconds, taken) in best.items():
             print(f"chunk {chunk}, best: {microseconds:7.1f} µs {name:24} {taken}", flush=True)
 
@@ -183,9 +184,10 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operations", nargs="+", choices=("recurrence", "block"), default=["recurrence", "block"])
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--scan-warps", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--scan-lanes", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--scan-steps", type=int, nargs="+", default=[8, 16, 28])
+    parser.add_argument("--scan-warps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--scan-lanes", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--scan-groups", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--scan-steps", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--registers", type=int, nargs="+", default=[0, 128, 168], help="0 leaves them to the compiler")
     return parse(parser, arguments, or_zero=("registers",))
 

@@ -1,8 +1,8 @@
-"""What the compiler makes of the recurrence's kernels: registers, spills, matrix products. Needs no GPU.
+"""What the compiler makes of the kernels with matrix products: registers, spills, products. Needs no GPU.
 
     python -m bench.ops.registers
 
-compiles every kernel of `dig.ops.gla` at every entry of its table of tiles, for compute capability 9.0, and reads the
+compiles every such kernel of `dig.ops` at every entry of its table of tiles, for compute capability 9.0, and reads the
 machine code with cuobjdump, both of which come with Triton. Exit status 1 if a kernel keeps registers in memory
 (spills) while it uses asynchronous matrix products, or if the code shows the following fault.
 
@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Compiled:
 
     Attributes:
         kernel: Its name.
-        heads: (K, V).
+        sizes: What it is compiled for.
         dtype: ``bf16`` or ``fp32``.
         warps: Of a program.
         registers: Of a thread.
@@ -58,7 +59,7 @@ class Compiled:
     """
 
     kernel: str
-    heads: tuple[int, int]
+    sizes: str
     dtype: str
     warps: int
     registers: int
@@ -97,8 +98,19 @@ def wrong_descriptors(sass: str) -> tuple[str, ...]:
     return tuple(wrong)
 
 
-def _compile(function: Any, *, dtype: str, warps: int, maxnreg: int | None, constants: dict[str, Any]) -> Any:
-    """The kernel as Triton compiles it for aligned arguments, which is how the models call it."""
+def _compile(
+    function: Any, *, sizes: str, dtype: str, constants: dict[str, Any], options: dict[str, Any], blocks: Any = None
+) -> Compiled:
+    """The kernel as Triton compiles it for aligned arguments, which is how the models call it.
+
+    Args:
+        function: The kernel.
+        sizes: Goes into the result.
+        dtype: Of its tensors.
+        constants: Its compile-time arguments.
+        options: Triton's; those that are None are left to it.
+        blocks: Of each argument that is a tensor descriptor, the shape of a tile.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -110,14 +122,31 @@ def _compile(function: Any, *, dtype: str, warps: int, maxnreg: int | None, cons
         if name in constants:
             signature[name], constexprs[(i,)] = "constexpr", constants[name]
             continue
+        if blocks and name in blocks:
+            signature[name] = f"tensordesc<{dtype}{list(blocks[name])}>"
+            continue
         is_stride = re.fullmatch(r"\w+_[bt]", name) is not None
         number = NUMBERS.get(name, "i32" if is_stride or function.params[i].do_not_specialize else None)
         signature[name] = number or ("*fp32" if name in FP32_POINTERS else f"*{dtype}")
         if number is None or is_stride:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
-    options: dict[str, Any] = {"num_warps": warps} | ({"maxnreg": maxnreg} if maxnreg else {})
-    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    given = {name: value for name, value in options.items() if value is not None}
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=given)
+    cubin = compiled.asm["cubin"]
+    usage = re.search(r"REG:(\d+)", _listing(cubin, "-res-usage"))
+    sass = _listing(cubin, "-sass")
+    return Compiled(
+        kernel=function.__name__,
+        sizes=sizes,
+        dtype=dtype,
+        warps=given["num_warps"],
+        registers=int(usage.group(1)) if usage else 0,
+        spills=sass.count("STL"),
+        shared=compiled.metadata.shared,
+        products=sass.count("HGMMA"),
+        wrong=wrong_descriptors(sass),
+    )
 
 
 def _listing(cubin: bytes, option: str) -> str:
@@ -130,7 +159,30 @@ def _listing(cubin: bytes, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def compile_all() -> Iterator[Compiled]:
+def compile_products() -> Iterator[Compiled]:
+    """Compile the kernels of SwiGLU's products, for DiG-S and DiG-XL."""
+    from dig.ops.swiglu import product_kernels, products
+
+    for D, F, table in ((384, 1024, products.NARROW), (1152, 3072, products.WIDE)):
+        for which, tiles in table.items():
+            up = which != "down"
+            function = product_kernels.up_swiglu_kernel if up else product_kernels.down_swiglu_backward_kernel
+            tile, tokens = (tiles.rows, tiles.columns), (tiles.rows, tiles.depth)
+            weight = (tiles.columns, tiles.depth) if up else (tiles.depth, tiles.columns)
+            blocks = dict.fromkeys(("gate_up", "dgate_up", "hidden"), tile)
+            blocks |= {"x": tokens, "dout": tokens, "weight": weight}
+            shape = {"D": D, "F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": tiles.group}
+            yield _compile(
+                function,
+                sizes=f"D {D} F {F}",
+                dtype="bf16",
+                constants=shape | {"KEEP": which == "up"} if up else shape,
+                options=tiles.options,
+                blocks=blocks,
+            )
+
+
+def compile_recurrence() -> Iterator[Compiled]:
     """Compile every kernel that works on chunks, at every entry of the table, forward and backward."""
     from dig.ops.gla import kernels, kernels_backward
     from dig.ops.gla.tiles import TILES
@@ -161,22 +213,12 @@ def compile_all() -> Iterator[Compiled]:
                 for name in function.arg_names
                 if name.endswith("_h")
             }
-            compiled = _compile(
-                function, dtype=dtype, warps=warps, maxnreg=registers, constants=shape | constants | heads
-            )
-            cubin = compiled.asm["cubin"]
-            usage = re.search(r"REG:(\d+)", _listing(cubin, "-res-usage"))
-            sass = _listing(cubin, "-sass")
-            yield Compiled(
-                kernel=function.__name__,
-                heads=(K, V),
+            yield _compile(
+                function,
+                sizes=f"K {K} V {V}",
                 dtype=dtype,
-                warps=warps,
-                registers=int(usage.group(1)) if usage else 0,
-                spills=sass.count("STL"),
-                shared=compiled.metadata.shared,
-                products=sass.count("HGMMA"),
-                wrong=wrong_descriptors(sass),
+                constants=shape | constants | heads,
+                options={"num_warps": warps, "maxnreg": registers},
             )
 
 
@@ -191,11 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 replaces the compiler; unset it")
     faulty = 0
-    for found in compile_all():
+    for found in chain(compile_recurrence(), compile_products()):
         faulty += found.faulty
         verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
         print(
-            f"{found.kernel:24} K {found.heads[0]} V {found.heads[1]} {found.dtype} warps {found.warps} "
+            f"{found.kernel:27} {found.sizes:13} {found.dtype} warps {found.warps} "
             f"registers {found.registers:3} spills {found.spills:3} shared {found.shared / 1024:5.1f} KiB "
             f"HGMMA {found.products:3} {verdict}",
             flush=True,

@@ -36,6 +36,8 @@ class Contestant:
         options: dict[str, Any] = dict(case.options)
         with device:
             model = create_model(case.model, image_size=case.resolution, **options)
+        # Position embeddings are made by NumPy, which knows of no device.
+        model.to(device)
         fill_zeros(model)
         plan = SamplePlan(
             classes=tuple(range(model.num_classes)),

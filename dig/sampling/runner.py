@@ -168,7 +168,8 @@ class BatchSampler:
         torch.cuda.synchronize()
         inputs = (x_T.clone(), y.clone(), None if noise is None else noise.clone())
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # On the stream of the first steps: cuBLAS keeps a workspace for each stream that it has run on.
+        with torch.cuda.graph(self._graph, stream=stream):
             output = self._loop.run(*inputs)
         self._static = (*inputs, output)
 

@@ -284,7 +284,8 @@ class TrainingStep:
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
         # The thread that makes the next inputs pins memory meanwhile, which the default mode forbids every thread.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # And on the stream of the first steps, for cuBLAS keeps a workspace for each stream that it has run on.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._step()
         self.load(before)
         torch.cuda.set_rng_state(random, self.device)

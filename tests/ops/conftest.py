@@ -27,6 +27,51 @@ def _round_bf16_to_nearest() -> None:
     interpreter._convert_float = convert_rounding
 
 
+def _multiply_bf16() -> None:
+    """Make the interpreter's products read bf16 operands as numbers; it multiplies the integers of their bits."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = np.array(operand.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def multiply_numbers(self, a, b, *rest):
+        return multiply(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = multiply_numbers
+
+
+def _scan_rows_at_once() -> None:
+    """Make the interpreter's scans go along one axis and take all else at once; it goes element by element."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def scan(self, inputs):
+        arrays = [np.moveaxis(np.array(tensor.handle.data), self.axis, 0) for tensor in inputs]
+        outputs = [np.empty_like(array) for array in arrays]
+        for i in range(len(arrays[0])):
+            rows = [self.to_tensor(array[i], tensor.dtype) for array, tensor in zip(arrays, inputs, strict=True)]
+            if i:
+                before = (
+                    self.to_tensor(output[i - 1], tensor.dtype) for output, tensor in zip(outputs, inputs, strict=True)
+                )
+                rows = self.combine_fn.fn(*before, *rows)
+            for output, row in zip(outputs, rows, strict=True):
+                output[i] = row.handle.data
+        return [
+            self.to_tensor(np.moveaxis(output, 0, self.axis), tensor.dtype)
+            for output, tensor in zip(outputs, inputs, strict=True)
+        ]
+
+    interpreter.ScanOps.generic_scan = scan
+
+
 def _check_every_address() -> None:
     """Make the interpreter refuse a load or store outside the tensors that the kernel was handed.
 
@@ -34,6 +79,7 @@ def _check_every_address() -> None:
     """
     import numpy as np
     from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     plain = interpreter._interpreter
     hand_over = interpreter.GridExecutor._init_args_hst
@@ -47,13 +93,15 @@ def _check_every_address() -> None:
             argument = waiting.pop()
             if isinstance(argument, tuple | list):
                 waiting.extend(argument)
+            elif isinstance(argument, TensorDescriptor):
+                waiting.append(argument.base)
             elif hasattr(argument, "data_ptr"):
                 storage = argument.untyped_storage()
                 ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
         return handed
 
     def check(pointers, mask, what: str) -> None:
-        addresses = pointers[mask.astype(bool)].astype(np.int64)
+        addresses = pointers[np.asarray(mask).astype(bool)].astype(np.int64)
         inside = np.zeros(addresses.shape, dtype=bool)
         for start, end in ranges:
             inside |= (addresses >= start) & (addresses < end)
@@ -80,4 +128,6 @@ def _check_every_address() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_to_nearest()
+    _multiply_bf16()
+    _scan_rows_at_once()
     _check_every_address()

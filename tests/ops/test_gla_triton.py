@@ -43,7 +43,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    tiles = Tiles(chunk=request.param, scan_lanes=4096, scan_steps=3)
+    tiles = Tiles(chunk=request.param, scan_lanes=128, scan_groups=4, scan_steps=2)
     monkeypatch.setattr(launches, "tiles_for", lambda q, v: tiles)
     return request.param
 

@@ -111,15 +111,26 @@ def local_state_kernel(
 
 
 @triton.jit
-def load_steps(x, g, step, N, backward, exists, SIZE: tl.constexpr, SUMS: tl.constexpr, STEPS: tl.constexpr):
-    """What the chunks at places step .. step+STEPS-1 of a scan add, and their decays: tuples of (LANES,)."""
+def one_after_other(through, added, next_through, next_added):
+    """What two runs of chunks do to a state x together, each of which makes it ``through x + added``."""
+    return through * next_through, next_through * added + next_added
+
+
+@triton.jit
+def load_steps(
+    x, g, first, from_place, N, backward, exists, SIZE: tl.constexpr, SUMS: tl.constexpr, STEPS: tl.constexpr
+):
+    """What chunks add, tuples of (GROUPS, LANES), and their log decays (GROUPS, 1), of STEPS places from ``first`` on.
+
+    Places before from_place count as nothing.
+    """
     added = ()
     decays = ()
     for i in tl.static_range(STEPS):
-        place = step + i
+        place = first + i
         chunk = tl.where(backward == 0, place, N - 1 - place).to(tl.int64)
-        mask = exists & (place < N)
-        added += (tl.load(x + chunk * SIZE, mask=mask, other=0.0),)
+        mask = (place >= from_place) & (place < N)
+        added += (tl.load(x + chunk * SIZE, mask=mask & exists, other=0.0),)
         decays += (tl.load(g + chunk * SUMS, mask=mask, other=0.0),)
     return added, decays
 
@@ -135,38 +146,53 @@ def scan_kernel(
     KP: tl.constexpr,
     C: tl.constexpr,
     LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Turn what chunks add into what has been added before each of them, in place: states (D, B, H, N, K, V).
 
-    Grid (ceil(K V / LANES), B * H, D). With G the last of a chunk's sums, direction 0 goes forward:
-    ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``; direction 1 is its mirror image, which is what the gradient of
-    the state needs. The first of the D entries has the direction given, the next the other.
+    Grid (ceil(V / LANES) K, B * H, D): a program has LANES values of one key channel, which decay together. With G the
+    last of a chunk's sums, direction 0 goes forward: ``x_n <- sum_{m<n} e^{G_{m+1} + ... + G_{n-1}} x_m``; direction 1
+    is its mirror image, which is what the gradient of the state needs. The first of the D entries has the direction
+    given, the next the other.
 
-    Elements of a state do not touch each other, so a thread walks along the chunks by itself with the running state in
-    fp32. Loads don't wait for it: those of STEPS chunks are issued together, and one round before they are needed.
+    A round takes GROUPS groups of STEPS chunks, all of them loaded at once: every chunk of most images. Each group
+    learns what the one before it does to a state as a whole; put together, that is the state which it begins with, and
+    from there it walks along its chunks, in fp32.
     """
-    lanes = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    exists = lanes < K * V
+    channel = tl.program_id(0) // tl.cdiv(V, LANES)
+    lanes = (tl.program_id(0) % tl.cdiv(V, LANES) * LANES + tl.arange(0, LANES))[None, :]
+    exists = lanes < V
+    groups = tl.arange(0, GROUPS)[:, None]
     bh, entry = tl.program_id(1), tl.program_id(2)
     backward = (direction + entry) % 2
     SIZE: tl.constexpr = K * V
     SUMS: tl.constexpr = C * KP
-    x = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * SIZE + lanes
-    g = sums + bh.to(tl.int64) * N * SUMS + (C - 1) * KP + lanes // V
-    carry = tl.zeros([LANES], tl.float32)
-    added, decays = load_steps(x, g, 0, N, backward, exists, SIZE, SUMS, STEPS)
+    x = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * SIZE + channel * V + lanes
+    g = sums + bh.to(tl.int64) * N * SUMS + (C - 1) * KP + channel
+    start = tl.zeros([1, LANES], tl.float32)
     step = 0
     while step < N:
-        next_added, next_decays = load_steps(x, g, step + STEPS, N, backward, exists, SIZE, SUMS, STEPS)
+        first = step + groups * STEPS
+        # Loaded twice, the second time from a cache: a group can't see what another one has in its registers.
+        before_added, before_decays = load_steps(x, g, first - STEPS, step, N, backward, exists, SIZE, SUMS, STEPS)
+        added, decays = load_steps(x, g, first, step, N, backward, exists, SIZE, SUMS, STEPS)
+        through = tl.full([GROUPS, 1], 1.0, tl.float32)
+        total = tl.zeros([GROUPS, LANES], tl.float32)
         for i in tl.static_range(STEPS):
-            place = step + i
+            decay = tl.exp2(before_decays[i])
+            total = decay * total + before_added[i].to(tl.float32)
+            through *= decay
+        through = tl.broadcast_to(through, [GROUPS, LANES])
+        through, total = tl.associative_scan((through, total), 0, one_after_other)
+        carry = through * start + total
+        for i in tl.static_range(STEPS):
+            place = first + i
             chunk = tl.where(backward == 0, place, N - 1 - place).to(tl.int64)
-            tl.store(x + chunk * SIZE, carry.to(states.dtype.element_ty), mask=exists & (place < N))
+            tl.store(x + chunk * SIZE, carry.to(states.dtype.element_ty), mask=(place < N) & exists)
             carry = tl.exp2(decays[i]) * carry + added[i].to(tl.float32)
-        added = next_added
-        decays = next_decays
-        step += STEPS
+        start = tl.sum(tl.where(groups == GROUPS - 1, carry, 0.0), axis=0)[None, :]
+        step += GROUPS * STEPS
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -144,8 +144,7 @@ def local_states(
     """
     entries = 0 if sums_only else 1 if do is None else 2
     states = torch.empty(entries, *plan.state_shape, dtype=v.dtype, device=v.device)
-    rows, columns = plan.N * plan.tiles.chunk, plan.constants["KP"]
-    sums = torch.empty(plan.B, plan.H, rows, columns, dtype=torch.float32, device=v.device)
+    sums = empty_sums(plan, v)
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
     do_or_v = v if do is None else do
     local_state_kernel[plan.grid](
@@ -157,14 +156,28 @@ def local_states(
     return states, sums, own
 
 
+def decay_sums(plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate) -> Tensor:
+    """The sums of the decays alone, as the kernels of the backward pass read them again; q, k and v aren't read."""
+    with on_device(v.device):
+        return local_states(plan, q, k, v, gate, sums_only=True)[1]
+
+
+def empty_sums(plan: Plan, v: Tensor) -> Tensor:
+    """Room for the sums of the decays of every chunk's tokens (B, H, N C, KP) in fp32."""
+    rows, columns = plan.N * plan.tiles.chunk, plan.constants["KP"]
+    return torch.empty(plan.B, plan.H, rows, columns, dtype=torch.float32, device=v.device)
+
+
 def scan_states(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
     K, V = states.shape[-2:]
-    lanes = min(plan.tiles.scan_lanes, triton.next_power_of_2(K * V))
-    scan_kernel[(triton.cdiv(K * V, lanes), plan.B * plan.H, states.shape[0])](
+    lanes, groups = min(plan.tiles.scan_lanes, triton.next_power_of_2(V)), plan.tiles.scan_groups
+    # A power of two, so that images of all sizes share a few binaries.
+    steps = min(plan.tiles.scan_steps, triton.next_power_of_2(triton.cdiv(plan.N, groups)))
+    scan_kernel[(triton.cdiv(V, lanes) * K, plan.B * plan.H, states.shape[0])](
         states, sums, plan.N, direction,
         K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, STEPS=plan.tiles.scan_steps, num_warps=plan.tiles.scan_warps,
+        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps,
     )  # fmt: skip
 
 
@@ -245,6 +258,7 @@ def run_block_backward(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     dg: Tensor,
     y: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The launches of `gla_block`'s backward pass.
 
@@ -263,6 +277,7 @@ def run_block_backward(
             tokens, heads packed.
         dg: Takes g's gradient; likewise.
         y: Takes the forward pass's result again (B, T, H, V), contiguous.
+        sums: Of the decays, from `decay_sums`, where they have been computed already.
 
     Returns:
         The gradients of norm_weight (V,) and of the gate's bias (H K,); of no elements without a bias.
@@ -271,7 +286,8 @@ def run_block_backward(
     do = empty(v)
     dweight = torch.empty(plan.B * plan.N * plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
     with on_device(q.device):
-        _, sums, own = local_states(plan, q, k, v, gate, sums_only=True)
+        sums = decay_sums(plan, q, k, v, gate) if sums is None else sums
+        own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
         state_gradients = empty(states)
         output_backward_kernel[plan.grid](
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,

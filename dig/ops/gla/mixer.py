@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from dig.ops.aside import aside
-from dig.ops.gla.launches import DecayGate, Plan, empty_states, plan_of, run_block, run_block_backward
+from dig.ops.gla.launches import (
+    DecayGate,
+    Plan,
+    decay_sums,
+    empty_states,
+    empty_sums,
+    plan_of,
+    run_block,
+    run_block_backward,
+)
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import check_qkv
 from dig.ops.launch import empty
@@ -55,6 +64,23 @@ def mixer_forward(
     return y.flatten(2), states
 
 
+@torch.library.custom_op("dig::gla_mixer_sums", mutates_args=())
+def mixer_sums(
+    projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
+) -> Tensor:
+    """The sums of the decays that the backward pass begins with, which it needn't wait for any gradient to compute."""
+    plan, qkv, decay, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
+    return decay_sums(plan, *qkv, decay)
+
+
+@mixer_sums.register_fake
+def _(
+    projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
+) -> Tensor:
+    plan, (_, _, v), _, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
+    return empty_sums(plan, v)
+
+
 @torch.library.custom_op("dig::gla_mixer_backward", mutates_args=())
 def mixer_backward(
     projected: Tensor,
@@ -62,6 +88,7 @@ def mixer_backward(
     decay_bias: Tensor,
     norm_weight: Tensor,
     states: Tensor,
+    sums: Tensor | None,
     dy: Tensor,
     heads: int,
     rows: int,
@@ -70,7 +97,10 @@ def mixer_backward(
     eps: float,
     rebuild: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the four tensors, decay_weight's in fp32; with ``rebuild`` the output again, else no elements."""
+    """Gradients of the four tensors, decay_weight's in fp32; with ``rebuild`` the output again, else no elements.
+
+    ``sums`` are `mixer_sums`', or None to compute them here.
+    """
     plan, (q, k, v), decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
     rank = decay_weight.shape[1]
     gradient = empty(projected)
@@ -79,7 +109,7 @@ def mixer_backward(
     y = _rebuilt(projected, norm_weight, heads, rebuild)
     dnorm, dbias = run_block_backward(
         plan, q, k, v, decay, gate, norm_weight, states, dy.unflatten(-1, (heads, -1)), eps,
-        (dq, dk, dv, dlogits), dgate, y if rebuild else None,
+        (dq, dk, dv, dlogits), dgate, y if rebuild else None, sums,
     )  # fmt: skip
     tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
     with torch.autocast(projected.device.type, enabled=False):
@@ -117,6 +147,7 @@ def _(
     decay_bias: Tensor,
     norm_weight: Tensor,
     states: Tensor,
+    sums: Tensor | None,
     dy: Tensor,
     heads: int,
     rows: int,
@@ -140,7 +171,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
-    dprojected, dweight, *others, _ = mixer_backward(*ctx.saved_tensors, dy, *ctx.numbers, False)
+    dprojected, dweight, *others, _ = mixer_backward(*ctx.saved_tensors, None, dy, *ctx.numbers, False)
     return dprojected, dweight.to(ctx.saved_tensors[1].dtype), *others, None, None, None, None, None
 
 

@@ -282,12 +282,13 @@ def chunk_output(
 ):  # fmt: skip
     """Outputs (C, VP) in fp32 of one chunk; q, k and v point to the head's first rows."""
     DOT: tl.constexpr = v.dtype.element_ty
-    scores = chunk_scores(
-        q, q_t, k, k_t, sums, chunk, tokens, present, scale, K, KP, C, LEVELS, DOT, PRECISION
-    )  # fmt: skip
+    # Read before the scores, for which they are not needed, so that they need not be waited for after them.
     b_v = load_rows(v, v_t, tokens, present, V, VP)
     offsets, exists = state_tile(K, V, KP, VP)
     state = tl.load(states + chunk * (K * V) + offsets, mask=exists, other=0.0)
+    scores = chunk_scores(
+        q, q_t, k, k_t, sums, chunk, tokens, present, scale, K, KP, C, LEVELS, DOT, PRECISION
+    )  # fmt: skip
     queries = load_rows(q, q_t, tokens, present, K, KP).to(tl.float32) * scale
     queries *= tl.exp2(load_sums(sums, chunk, tl.arange(0, C), C, KP))
     return product(scores, b_v, DOT, PRECISION) + product(queries, state, DOT, PRECISION)

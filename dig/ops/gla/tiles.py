@@ -17,7 +17,8 @@ class Tiles:
         local_warps: Warps of a program that computes what a chunk adds to the state.
         scan_warps: Warps of a program that scans elements of the state over the chunks.
         scan_lanes: Elements of a program of that.
-        scan_steps: Chunks whose states it loads together.
+        scan_groups: Groups of chunks that it scans beside each other, a power of two.
+        scan_steps: Chunks of a group, at most; a power of two, as which fewer are counted.
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
@@ -29,8 +30,9 @@ class Tiles:
 
     chunk: int = 64
     local_warps: int = 4
-    scan_warps: int = 2
-    scan_lanes: int = 64
+    scan_warps: int = 4
+    scan_lanes: int = 32
+    scan_groups: int = 16
     scan_steps: int = 16
     output_warps: int = 4
     output_backward_warps: int = 4
@@ -48,11 +50,11 @@ class Tiles:
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 
 
-NARROW_BF16 = Tiles(output_registers=128)
+NARROW_BF16 = Tiles()
 NARROW_FP32 = Tiles(chunk=16)
 WIDE_BF16 = Tiles(chunk=32, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
 WIDE_FP32 = Tiles(chunk=16, local_warps=8, output_warps=8, output_backward_warps=8, gradient_warps=8)
-INTERPRETER_TILES = Tiles(scan_lanes=4096)
+INTERPRETER_TILES = Tiles(scan_lanes=128, scan_groups=2)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 TILES: dict[int, dict[tuple[int, int, torch.dtype], Tiles]] = {
     9: {

@@ -36,9 +36,9 @@ class Tiles:
         groups: Groups of columns side by side, a power of two.
         width: Columns of a group, computed by the same thread: a token is loaded (width + 2) / width times.
         rows: Rows that a program walks at most.
-        programs: With fewer programs than this, rows are halved, down to 1: shorter patches then hide more latency than
-            the rows that they share with their neighbours cost. The default is two for each of an H100's 132
-            multiprocessors and a few more.
+        least_rows: Rows that it walks at least, where the grid has them: a patch also reads those next to it.
+        programs: Patches are as short as leaves at most this many programs: an H100's 132 multiprocessors times the
+            programs that each holds at once, so that none begins when the others end.
         warps: Warps of a program. A thread holds channels · groups / (32 · warps) channels, which must be 2 or more:
             bf16 is computed in pairs.
         registers: Most registers of a thread; None leaves it to the compiler.
@@ -48,7 +48,8 @@ class Tiles:
     groups: int = 4
     width: int = 4
     rows: int = 32
-    programs: int = 300
+    least_rows: int = 4
+    programs: int = 600
     warps: int = 4
     registers: int | None = None
 
@@ -69,8 +70,8 @@ Pass = Literal["forward", "backward"]
 TILES: dict[tuple[Pass, torch.dtype], Tiles] = {
     ("forward", torch.bfloat16): Tiles(),
     ("forward", torch.float32): Tiles(),
-    ("backward", torch.bfloat16): Tiles(registers=128),
-    ("backward", torch.float32): Tiles(registers=168),
+    ("backward", torch.bfloat16): Tiles(registers=128, programs=4 * 132),
+    ("backward", torch.float32): Tiles(registers=168, programs=3 * 132),
 }
 """On NVIDIA GPUs, by x's dtype. A table, not autotuning: the first call costs no search, and a run repeats exactly.
 
@@ -126,9 +127,8 @@ def _plan(
     tiles = tiles_for(which, x)
     across = triton.cdiv(grid[1], tiles.groups * tiles.width)
     beside = B * across * triton.cdiv(D, tiles.channels)
-    patch_rows = tiles.rows
-    while patch_rows > 1 and beside * triton.cdiv(grid[0], patch_rows) < tiles.programs:
-        patch_rows //= 2
+    fitting = max(1, tiles.programs // beside)
+    patch_rows = min(tiles.rows, max(tiles.least_rows, triton.cdiv(grid[0], fitting)))
     down = triton.cdiv(grid[0], patch_rows)
     patch_rows = triton.cdiv(grid[0], down)
     bf16 = all(tensor.dtype == torch.bfloat16 for tensor in (x, branch) if tensor is not None)
