@@ -80,6 +80,28 @@ def tests_gpu(session: nox.Session) -> None:
         install(session, "test", extras="train", gpu=True)
         install_peers(session)
     session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+    if not session.posargs:
+        # Those of the kernels run in both places: here compiled, and with larger shapes.
+        cores = str(max(1, min(12, os.cpu_count() or 1)))
+        session.run("python", "-m", "pytest", "-m", "not gpu", "tests/ops", "-n", cores)
+
+
+@nox.session
+def memcheck(session: nox.Session) -> None:
+    """Run the operations' tests under compute-sanitizer's memcheck on a GPU; needs the CUDA toolkit. Exit 1: an error.
+
+    Every tensor has an allocation of its own, so that reading past one is reading past an allocation; that leaves out
+    CUDA graphs, whose memory must not go back, and torch.compile, which brings kernels of its own.
+    """
+    if may_install(session):
+        install(session, "test", extras="train", gpu=True)
+    sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "1")
+    chosen = session.posargs or ["tests/ops", "-q"]
+    session.run(
+        *(*sanitizer, "python", "-m", "pytest", "-k", "not graph", "-p", "no:cacheprovider", *chosen),
+        env={"DIG_SMALL_SHAPES": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        external=True,
+    )
 
 
 @nox.session

@@ -31,7 +31,7 @@ from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_c
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up
-from dig.ops.weights import gated_weight_gradient, prepare_weights
+from dig.ops.weights import gated_weight_gradient, matrix_vector, prepare_weights
 from dig.scan import ScanOrder
 
 EPS = 1e-6
@@ -112,7 +112,10 @@ def prepare_block(weights: BlockWeights, c: Tensor, dtype: torch.dtype, *, fold_
     """
     w = weights
     with torch.no_grad():
-        modulation = adaln(c, w.adaln_weight, w.adaln_bias)
+        if len(c) == 1:
+            modulation = matrix_vector(w.adaln_weight, c[0], w.adaln_bias).unsqueeze(0)
+        else:
+            modulation = adaln(c, w.adaln_weight, w.adaln_bias)
         _, _, gate1, _, _, gate2 = modulation.chunk(6, dim=1)
         masters = (w.in_proj, w.decay_weight, w.gate_proj, w.o_proj, w.down_proj)
         cast_weights = _cast(masters, (gate1[0], gate2[0]) if fold_gates else (), dtype)

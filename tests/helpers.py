@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
+
+LARGE = torch.cuda.is_available() and os.environ.get("DIG_SMALL_SHAPES") != "1"
+"""Whether shapes are those of a GPU's tests: a sanitizer is too slow for them, and Triton's interpreter."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

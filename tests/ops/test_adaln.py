@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dig.ops.adaln import fused, norm_modulate, residual_norm_modulate
 from dig.ops.adaln.fused import MAX_WIDTH, TILES, Tiles, parts_of, tiles_for
-from tests.helpers import relative_error
+from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-LENGTHS = (1, 15, 63, 65, 4097) if GPU else (1, 15, 63, 65)
+LENGTHS = (1, 15, 63, 65, 4097) if LARGE else (1, 15, 63, 65)
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = (torch.float32, torch.bfloat16)
 NORMS = ("rms", "layer")
@@ -106,7 +106,7 @@ def test_matches_fp64(T: int, B: int, dtype: torch.dtype, operation: str, norm: 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", (384, 768, 1024, 1152) if GPU else (384, 1152))
+@pytest.mark.parametrize("D", (384, 768, 1024, 1152) if LARGE else (384, 1152))
 def test_widths_of_the_models(D: int, dtype: torch.dtype, operation: str, norm: str) -> None:
     assert_close(operation, make_inputs(operation, 19, D, B=2, norm=norm, dtype=dtype), norm=norm, dtype=dtype)
 
@@ -139,7 +139,7 @@ def test_fp32_stream_with_bf16_branch_and_modulation(operation: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_long_sums_over_tokens(norm: str) -> None:
     """More partial sums than the last kernel reads at once, from several batch entries."""
-    inputs = make_inputs("norm_modulate", 4097 if GPU else 450, 8, B=3, norm=norm)
+    inputs = make_inputs("norm_modulate", 4097 if LARGE else 450, 8, B=3, norm=norm)
     assert_close("norm_modulate", inputs, norm=norm, dtype=torch.float32)
 
 

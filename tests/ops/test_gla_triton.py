@@ -15,12 +15,12 @@ from dig.ops.gla import gated_linear_attention, launches, recurrent_gla
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.tiled import gla_block, tiled_gla
 from dig.ops.gla.tiles import NARROW_BF16, NARROW_FP32, WIDE_BF16, WIDE_FP32, Tiles, choose
-from tests.helpers import relative_error
+from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-LENGTHS = (1, 15, 63, 64, 65, 1000, 4096) if GPU else (1, 15, 63, 64, 65, 130)
-HEADS = 3 if GPU else 1
+LENGTHS = (1, 15, 63, 64, 65, 1000, 4096) if LARGE else (1, 15, 63, 64, 65, 130)
+HEADS = 3 if LARGE else 1
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = ((32, 64), (36, 72))
@@ -199,7 +199,7 @@ def test_decay_below_the_least_counts_as_the_least() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_memory(dtype: torch.dtype) -> None:
     """Gates near 1: a token is still there at the end of the sequence, and roundings do not add up."""
-    T = 16384 if GPU else 520
+    T = 16384 if LARGE else 520
     inputs = [*qkv(T, 16, 16, H=1, dtype=dtype), torch.full((1, T, 1, 16), -1.0 / T, device=DEVICE)]
     assert_close(tiled_gla, recurrent_gla, inputs)
 

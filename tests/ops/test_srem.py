@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from dig.ops.srem import fused, srem
 from dig.ops.srem.fused import Tiles
 from dig.scan import RASTER, ScanOrder, reorder
-from tests.helpers import relative_error
+from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = (torch.float32, torch.bfloat16)
 ORDERS = [ScanOrder(transposed, reversed) for transposed in (False, True) for reversed in (False, True)]
-GRIDS = [(1, 1), (3, 5), (7, 2), (1, 9), (16, 16)] + ([(37, 1), (33, 63), (112, 112)] if GPU else [])
+GRIDS = [(1, 1), (3, 5), (7, 2), (1, 9), (16, 16)] + ([(37, 1), (33, 63), (112, 112)] if LARGE else [])
 NAMES = ("x", "branch", "gate", "weight", "bias")
 
 
@@ -94,7 +94,7 @@ def test_every_order(order: ScanOrder, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_width_of_a_model(dtype: torch.dtype) -> None:
-    grid = (64, 64) if GPU else (6, 5)
+    grid = (64, 64) if LARGE else (6, 5)
     assert_close(make_inputs(grid, 384, B=2, dtype=dtype), grid, ORDERS[1])
 
 
@@ -111,7 +111,7 @@ def test_convolution_alone(order: ScanOrder, dtype: torch.dtype) -> None:
         Tiles(channels=16, groups=4, width=1, rows=3, programs=1, warps=1),
         Tiles(channels=64, groups=1, width=4, rows=2, programs=1, warps=1),
         Tiles(channels=32, groups=2, width=2, rows=8, programs=20, warps=1),
-        *([Tiles(width=2), Tiles(rows=1), Tiles(channels=128, groups=8, warps=8)] if GPU else []),
+        *([Tiles(width=2), Tiles(rows=1), Tiles(channels=128, groups=8, warps=8)] if LARGE else []),
     ],
     ids=str,
 )

@@ -12,13 +12,13 @@ from torch import Tensor
 from dig.ops.swiglu import products
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.swiglu.reference import reference_swiglu
-from tests.helpers import relative_error
+from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SHAPES = [(1, 1, 8, 128), (1, 65, 72, 256), (2, 150, 200, 128)]
 """B, T, D, F: neither tokens nor width need fill a tile."""
-if GPU:
+if LARGE:
     SHAPES += [(1, 12544, 384, 1024), (3, 4097, 1152, 3072), (1, 70000, 384, 1024)]
 TOLERANCE = 1e-2
 WIDE = {which: products.NARROW[which] for which in ("up", "down")}

@@ -16,10 +16,12 @@ import triton
 from torch import Tensor
 
 from dig.ops.launch import empty, on_device
-from dig.ops.weights.kernels import gated_weight_gradient_kernel, prepare_kernel
+from dig.ops.weights.kernels import gated_weight_gradient_kernel, matrix_vector_kernel, prepare_kernel
 
 ELEMENTS = 4096
 """Elements of a program that copies: 16 of each thread's at 8 warps."""
+VECTOR_ROWS = 8
+"""Rows of a program that multiplies by a vector: 32 elements of each of its 128 threads are read together."""
 
 
 @torch.library.custom_op("dig::prepare_weights", mutates_args=())
@@ -46,6 +48,26 @@ def prepare_weights(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: t
 @prepare_weights.register_fake
 def _(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [empty(weight, dtype) for weight in weights]
+
+
+@torch.library.custom_op("dig::matrix_vector", mutates_args=())
+def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor) -> Tensor:
+    """``weight vector + bias`` (N,) in weight's dtype, summed in fp32: weight (N, M), vector (M,), bias (N,).
+
+    Reading the matrix is all the work, which cuBLAS' kernel for fp32 does at little more than half of a copy's rate.
+    """
+    N, M = weight.shape
+    out = empty(bias, weight.dtype)
+    with on_device(weight.device):
+        matrix_vector_kernel[(triton.cdiv(N, VECTOR_ROWS),)](
+            weight, vector, bias, out, N, M=M, ROWS=VECTOR_ROWS, BLOCK=min(512, triton.next_power_of_2(M)), num_warps=4
+        )
+    return out
+
+
+@matrix_vector.register_fake
+def _(weight: Tensor, vector: Tensor, bias: Tensor) -> Tensor:
+    return empty(bias, weight.dtype)
 
 
 @torch.library.custom_op("dig::gated_weight_gradient", mutates_args=())

@@ -36,6 +36,21 @@ def prepare_kernel(
 
 
 @triton.jit
+def matrix_vector_kernel(weight, vector, bias, out, N, M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS elements of ``weight vector + bias``, in fp32. Grid (ceil(N / ROWS),)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    at = weight + rows.to(tl.int64)[:, None] * M
+    for start in tl.static_range(0, M, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        factor = tl.load(vector + cols, mask=cols < M, other=0.0).to(tl.float32)
+        mask = (rows < N)[:, None] & (cols < M)[None, :]
+        total += tl.load(at + cols[None, :], mask=mask, other=0.0).to(tl.float32) * factor[None, :]
+    value = tl.sum(total, axis=1) + tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(out + rows, value.to(out.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
 def gated_weight_gradient_kernel(product, weight, gate, dweight, dgate, M: tl.constexpr, BLOCK: tl.constexpr):
     """One row of the gradients. Grid (N,)."""
     row = tl.program_id(0)

@@ -1,0 +1,61 @@
+"""What is done to weights before their products, against fp64; under Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dig.ops.weights import gated_weight_gradient, matrix_vector, prepare_weights
+from tests.helpers import LARGE, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 1), (7, 5), (16, 513), (101, 384)] + ([(6912, 1152)] if LARGE else [])
+DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matrix_times_vector(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    N, M = shape
+    weight, vector, bias = random(N, M, dtype=dtype), random(M, dtype=torch.bfloat16), random(N, dtype=dtype)
+    found = matrix_vector(weight, vector, bias)
+    assert found.dtype == dtype
+    assert relative_error(found, weight.double() @ vector.double() + bias.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_copies_with_and_without_gates(shape: tuple[int, int]) -> None:
+    N, M = shape
+    weights, gate = [random(M, 3), random(N, M), random(N, M)], random(N)
+    plain, also_plain, gated = prepare_weights(weights, [gate], torch.bfloat16)
+    assert torch.equal(plain, weights[0].bfloat16())
+    assert torch.equal(also_plain, weights[1].bfloat16())
+    assert torch.equal(gated, (gate[:, None] * weights[2]).bfloat16())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_a_gated_weight(shape: tuple[int, int]) -> None:
+    N, M = shape
+    product, weight, gate = random(N, M), random(N, M), random(N)
+    dweight, dgate = gated_weight_gradient(product, weight, gate)
+    assert relative_error(dweight, gate.double()[:, None] * product.double()) < 1e-6
+    assert relative_error(dgate, (weight.double() * product.double()).sum(1)) < 1e-4
+
+
+def test_operations_are_registered_rightly() -> None:
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(matrix_vector, (random(5, 3), random(3), random(5)), test_utils=checks)
+    torch.library.opcheck(prepare_weights, ([random(5, 3)], [random(5)], torch.bfloat16), test_utils=checks)
+    torch.library.opcheck(gated_weight_gradient, (random(5, 3), random(5, 3), random(5)), test_utils=checks)
