@@ -1,10 +1,12 @@
-"""Triton's interpreter, where `tests/conftest.py` has chosen it, made to round as the hardware does."""
+"""Buffers full of NaN; and Triton's interpreter, where `tests/conftest.py` has chosen it, made to work as a GPU."""
 
 from __future__ import annotations
 
 import os
 
+import pytest
 import torch
+from torch import Tensor
 
 
 def _round_bf16_to_nearest() -> None:
@@ -124,6 +126,18 @@ def _check_every_address() -> None:
 
     interpreter._interpreter = Checked()
     interpreter.GridExecutor._init_args_hst = noting_ranges
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every buffer that an operation allocates with NaN, so that an element which no kernel writes can't pass."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs) -> Tensor:
+        buffer = empty(*args, **kwargs)
+        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

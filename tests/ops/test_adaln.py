@@ -25,16 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 NORMS = ("rms", "layer")
 OPERATIONS = {"norm_modulate": norm_modulate, "residual_norm_modulate": residual_norm_modulate}
 
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        buffer = empty(*args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make_inputs(

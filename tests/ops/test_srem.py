@@ -26,16 +26,7 @@ ORDERS = [ScanOrder(transposed, reversed) for transposed in (False, True) for re
 GRIDS = [(1, 1), (3, 5), (7, 2), (1, 9), (16, 16)] + ([(37, 1), (33, 63), (112, 112)] if LARGE else [])
 NAMES = ("x", "branch", "gate", "weight", "bias")
 
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        buffer = empty(*args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make_inputs(grid: tuple[int, int], D: int = 32, *, B: int = 1, dtype=torch.float32) -> list[Tensor]:

@@ -23,18 +23,10 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = (torch.float32, torch.bfloat16)
 
 # exp of a gate far below 0 overflows, as it should; NumPy, under the interpreter, says so.
-pytestmark = pytest.mark.filterwarnings("ignore:.*overflow encountered in exp:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        buffer = empty(*args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore:.*overflow encountered in exp:RuntimeWarning"),
+]
 
 
 triton_swiglu = partial(swiglu, implementation="triton")

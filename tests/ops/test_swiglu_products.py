@@ -25,20 +25,10 @@ WIDE = {which: products.NARROW[which] for which in ("up", "down")}
 """For what a table leaves to a product and a pass."""
 
 pytestmark = [
+    pytest.mark.usefixtures("poison"),
     pytest.mark.filterwarnings("ignore:.*overflow encountered in exp:RuntimeWarning"),
     pytest.mark.skipif(GPU and torch.cuda.get_device_capability()[0] < 9, reason="the kernels are for Hopper"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        buffer = empty(*args, **kwargs)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture

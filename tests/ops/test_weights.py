@@ -14,11 +14,7 @@ SHAPES = [(1, 1), (7, 5), (16, 513), (101, 384)] + ([(6912, 1152)] if LARGE else
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
