@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,35 @@ def bench_ops(session: nox.Session) -> None:
     options = session.posargs or ["--benchmark-json", "out/ops.json", "--benchmark-columns", "median,iqr,rounds"]
     Path("out").mkdir(exist_ok=True)
     session.run("python", "-m", "pytest", "bench/ops/suite.py", "--benchmark-only", *options)
+
+
+def end_with_status(session: nox.Session, *command: str) -> None:
+    """Run a command whose exit status says more than success or failure, and end nox with that status."""
+    try:
+        session.run(*command)
+    except nox.command.CommandFailed as error:
+        found = re.search(r"\d+", str(error))
+        raise SystemExit(int(found.group()) if found else 1) from None
+
+
+@nox.session
+def profile(session: nox.Session) -> None:
+    """Profile one step into out/profile (page, Chrome trace, every figure): -- --model DiG-S/2:triton --mode train."""
+    if may_install(session):
+        install(session, gpu=HAS_GPU)
+        if HAS_GPU:
+            install_peers(session)
+    session.run("python", "-m", "bench", "profile", *(session.posargs or ["--model", "DiG-S/2"]))
+
+
+@nox.session
+def regression(session: nox.Session) -> None:
+    """Measure the working tree against --base REVISION, in turns: exits 0 (no regression), 1 (one) or 3 (undecided)."""
+    if may_install(session):
+        install(session, gpu=HAS_GPU)
+        if HAS_GPU:
+            install_peers(session)
+    end_with_status(session, "python", "-m", "bench", "regression", *session.posargs)
 
 
 @nox.session

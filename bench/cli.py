@@ -1,21 +1,28 @@
-"""The commands of ``python -m bench``: run, kernels and list."""
+"""The commands of ``python -m bench``: run, kernels and list here; the others in modules of their own."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from bench import cases as case_lists
-from bench.environment import describe_environment, gpu_present
+from bench.capacity_command import capacity
+from bench.choices import choose_device, default_dtype, default_execution
+from bench.compare_command import compare, export
+from bench.environment import ROOT, describe_environment, gpu_present
+from bench.identity import code_hash
+from bench.messages import refuse
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
+from bench.profile_command import profile
+from bench.regression_command import regression
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
-from bench.runner import Sweep, finished_cases, run_sweep
+from bench.runner import Sweep, finished_launches, run_sweep
 from dig.commands.common import progress_bar
 
 app = typer.Typer(
@@ -25,11 +32,8 @@ app = typer.Typer(
 )
 GIB = 2**30
 
-
-def _refuse(message: str) -> NoReturn:
-    """End with exit status 2 and one clear message."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
+for command in (compare, export, regression, capacity, profile):
+    app.command()(command)
 
 
 def _words(text: str) -> list[str]:
@@ -40,24 +44,7 @@ def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(word) for word in _words(text)]
     except ValueError:
-        _refuse(f"{option} takes whole numbers separated by commas; got {text!r}")
-
-
-def _choose_device(device: str) -> str:
-    if device not in ("auto", "cuda", "cpu"):
-        _refuse(f"unknown device {device!r}: choose auto, cuda or cpu")
-    present = gpu_present()
-    if device == "cuda" and not present:
-        _refuse("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
-    return ("cuda" if present else "cpu") if device == "auto" else device
-
-
-def _default_execution(device: str) -> str:
-    return "graph" if device == "cuda" else "eager"
-
-
-def _default_dtype(device: str) -> str:
-    return "bf16" if device == "cuda" else "fp32"
+        refuse(f"{option} takes whole numbers separated by commas; got {text!r}")
 
 
 def _default_models(device: str) -> list[str]:
@@ -98,27 +85,35 @@ def run(
     out: Annotated[Path, typer.Option(help="Results file (JSON lines); rows are appended.")] = Path(
         "out/results.jsonl"
     ),
-    resume: Annotated[bool, typer.Option(help="Skip the cases that the results file has already.")] = False,
+    resume: Annotated[bool, typer.Option(help="Skip what the results file has already.")] = False,
     time_limit: Annotated[
         float, typer.Option(help="Seconds a case may take. fla tunes its kernels for minutes the first time.")
     ] = 600.0,
+    launches: Annotated[
+        int, typer.Option(help="Process launches a case, in rounds of random order; bench compare needs five.")
+    ] = 1,
 ) -> None:
     """Measure cases and append a row for each to the results file.
 
     A case that runs out of memory, takes too long or fails becomes a row with its status. Ctrl-C ends the run with
-    what was measured; --resume goes on from there.
+    what was measured; --resume goes on from there, and leaves alone what was measured with the same code, versions and
+    kind of card.
+
+    A launch whose clock was held down is measured once more when all others are done, for half a minute in all.
     """
     if batch < 1:
-        _refuse(f"--batch must be at least 1; got {batch}")
-    if time_limit <= 0:
-        _refuse(f"--time-limit must be positive; got {time_limit:g}")
-    where = _choose_device(device)
+        refuse(f"--batch must be at least 1; got {batch}")
+    if launches < 1:
+        refuse(f"--launches must be at least 1; got {launches}")
+    if not time_limit > 0:
+        refuse(f"--time-limit must be positive; got {time_limit:g}")
+    where = choose_device(device, present=gpu_present())
     try:
         if suite is not None:
             name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
             selected = case_lists.suite(name)
             if name == "paper" and where == "cpu":
-                _refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
+                refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
         else:
             selected = case_lists.sweep(
                 _words(models) if models is not None else _default_models(where),
@@ -126,35 +121,42 @@ def run(
                 patch=patch,
                 resolutions=_numbers(resolutions, "--resolutions"),
                 modes=cast(Any, _words(modes)),
-                executions=cast(Any, _words(executions or _default_execution(where))),
+                executions=cast(Any, _words(executions or default_execution(where))),
                 batch=batch,
-                dtype=cast(Any, dtype or _default_dtype(where)),
+                dtype=cast(Any, dtype or default_dtype(where)),
                 device=cast(Any, where),
             )
         if not selected:
-            _refuse("nothing to measure: every axis needs at least one value")
+            refuse("nothing to measure: every axis needs at least one value")
         if models is not None:
             _require_packages(selected)
-        _run(selected, out=out, resume=resume, time_limit=time_limit)
+        _run(selected, out=out, resume=resume, time_limit=time_limit, launches=launches)
     except (ValueError, ResultError) as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
 def _require_packages(selected: list[Case]) -> None:
     """Refuse a run that names a model whose package is missing; a suite records it as a row instead."""
     for case in selected:
         if message := missing_packages(parse_name(case.model)[0], dict(case.options)):
-            _refuse(message)
+            refuse(message)
 
 
-def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) -> None:
+def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, launches: int) -> None:
     console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
         if writer.torn_path is not None:
             console.print(f"[yellow]{out} ended inside a row; the torn line was moved to {writer.torn_path}[/yellow]")
-        done = finished_cases(read_results(out).latest()) if resume else frozenset()
-        sweep = Sweep(cases=tuple(selected), done=done, time_limit=time_limit)
-        skipped = len(selected) - len(sweep.remaining)
+        environment = describe_environment()
+        sweep = Sweep(
+            cases=tuple(selected),
+            launches=launches,
+            done=finished_launches(read_results(out).rows) if resume else frozenset(),
+            time_limit=time_limit,
+            code=code_hash(ROOT),
+            environment=environment,
+        )
+        skipped = len(selected) * launches - len(sweep.remaining)
         console.print(
             f"{len(sweep.remaining)} cases to measure into {out}" + (f", {skipped} done before" if skipped else "")
         )
@@ -168,12 +170,12 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float) ->
                 rows = run_sweep(
                     sweep,
                     writer,
-                    environment=describe_environment(),
                     on_start=lambda case: progress.update(task, description=case.describe()),
                 )
                 for row in rows:
                     measured += 1
-                    progress.advance(task)
+                    if "measured-again" not in row.marks:
+                        progress.advance(task)
                     progress.console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print(f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume")
@@ -187,10 +189,10 @@ def _line(row: Row) -> str:
         return f"{row.case.describe()}: {row.status}: {row.message}"
     peak = row.memory.peak if row.memory else None
     memory = f"{peak / GIB:.2f} GiB" if peak else "memory unknown"
+    marks = f" [{', '.join(row.marks)}]" if row.marks else ""
     share = f", {row.ceiling_share:.0%} of the matmul ceiling" if row.ceiling_share else ""
-    return (
-        f"{row.case.describe()}: {row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s, {memory}{share}"
-    )
+    speed = f"{row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s"
+    return f"{row.case.describe()}: {speed}, {memory}{share}{marks}"
 
 
 @app.command()
@@ -207,7 +209,7 @@ def kernels(
     top: Annotated[int, typer.Option(help="Rows to print.")] = 25,
 ) -> None:
     """Print where a step's device time goes, kernel by kernel (operator by operator on a CPU)."""
-    where = _choose_device(device)
+    where = choose_device(device, present=gpu_present())
     try:
         (case,) = case_lists.sweep(
             [model],
@@ -215,14 +217,14 @@ def kernels(
             patch=patch,
             resolutions=[resolution],
             modes=cast(Any, [mode]),
-            executions=cast(Any, [execution or _default_execution(where)]),
+            executions=cast(Any, [execution or default_execution(where)]),
             batch=batch,
-            dtype=cast(Any, dtype or _default_dtype(where)),
+            dtype=cast(Any, dtype or default_dtype(where)),
             device=cast(Any, where),
         )
         _require_packages([case])
     except ValueError as error:
-        _refuse(str(error))
+        refuse(str(error))
     from bench.kernels import kernels_of_case
 
     found = kernels_of_case(case)

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.nvml import Gpu
 from dig.packages import DISTRIBUTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,37 +53,17 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu() -> dict[str, Any]:
-    """Name, UUID and driver of GPU 0 as NVML sees it, or nothing where there is none."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # pynvml raises its own errors, which exist only where it imports.
-        return {}
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return {
-            "gpu_name": pynvml.nvmlDeviceGetName(handle),
-            "gpu_uuid": pynvml.nvmlDeviceGetUUID(handle),
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-        }
-    except pynvml.NVMLError:
-        return {}
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def gpu_present() -> bool:
     """Say whether NVML finds an NVIDIA GPU, without starting CUDA in this process."""
-    return bool(_gpu())
+    return Gpu.open() is not None
 
 
 def describe_environment() -> dict[str, Any]:
     """What the ``environment`` field of a row holds; a key is None or absent where there is nothing to say."""
+    gpu = Gpu.open()
     return {
         **_commit(),
-        **_gpu(),
+        **(gpu.describe() if gpu is not None else {}),
         "torch": _version("torch"),
         "triton": _version("triton"),
         "packages": {name: version for name in sorted(DISTRIBUTIONS.values()) if (version := _version(name))},

@@ -38,6 +38,24 @@ def _short(name: str) -> str:
     return name if len(name) <= 100 else name[:60] + " … " + name[-37:]
 
 
+def kernel_names(run: Callable[[], object], device: str) -> set[str]:
+    """Full names of the kernels (``cuda``) or operators (``cpu``) of one call; empty where CUPTI sees nothing."""
+    return {key for key, _, _ in _profile(run, steps=1, device=device)}
+
+
+def _profile(run: Callable[[], object], *, steps: int, device: str) -> list[tuple[str, int, float]]:
+    """Name, calls and microseconds of everything that ran, all steps together."""
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        for _ in range(steps):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    averages: list[Any] = list(profiler.key_averages())
+    times = [(x.self_device_time_total if device == "cuda" else x.self_cpu_time_total) for x in averages]
+    return [(x.key, x.count, us) for x, us in zip(averages, times, strict=True) if us > 0]
+
+
 def profile_kernels(run: Callable[[], object], *, steps: int, device: str) -> list[KernelTime]:
     """Profile ``steps`` calls of a warmed-up step.
 
@@ -49,20 +67,11 @@ def profile_kernels(run: Callable[[], object], *, steps: int, device: str) -> li
     Returns:
         By falling time.
     """
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        for _ in range(steps):
-            run()
-        if device == "cuda":
-            torch.cuda.synchronize()
     events: dict[str, list[float]] = {}
-    for event in profiler.key_averages():
-        average: Any = event
-        us = average.self_device_time_total if device == "cuda" else average.self_cpu_time_total
-        if us > 0:
-            total = events.setdefault(_short(average.key), [0.0, 0.0])
-            total[0] += average.count / steps
-            total[1] += us / steps
+    for name, count, us in _profile(run, steps=steps, device=device):
+        total = events.setdefault(_short(name), [0.0, 0.0])
+        total[0] += count / steps
+        total[1] += us / steps
     found = [KernelTime(name=name, calls=calls, us=us) for name, (calls, us) in events.items()]
     return sorted(found, key=lambda kernel: kernel.us, reverse=True)
 

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bench.results import Memory
-
-
-def _nvml_used(device: int = 0) -> tuple[int | None, int]:
-    """Bytes that NVML ascribes to this process (None where it hides process ids), and bytes used on the device."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device)
-        used = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid() and process.usedGpuMemory:
-                return int(process.usedGpuMemory), used
-        return None, used
-    finally:
-        pynvml.nvmlShutdown()
+from bench.ledgers import Memory
+from bench.nvml import Gpu
 
 
 def _reset_peak_resident() -> None:
@@ -50,10 +35,29 @@ class MemoryMeter:
     reads at the end is the peak.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, gpu: Gpu | None = None) -> None:
         self.device = device
-        self.before = _nvml_used()[1] if device == "cuda" else 0
+        self._gpu = gpu
+        self._before = gpu.used() if gpu is not None else None
         self.resident: int | None = None
+        self.context: int | None = None
+        if device == "cuda":
+            torch.zeros(1, device=device)
+            torch.cuda.synchronize()
+            taken, _ = self._process()
+            self.context = None if taken is None else max(0, taken - torch.cuda.memory_reserved())
+
+    def _process(self) -> tuple[int | None, str | None]:
+        """Bytes of this process on the device, and where the figure is from."""
+        if self._gpu is None:
+            return None, None
+        own = self._gpu.own_bytes()
+        if own is not None:
+            return own, "nvml-process"
+        used = self._gpu.used()
+        if used is None or self._before is None:
+            return None, None
+        return max(0, used - self._before), "nvml-device-delta"
 
     def built(self) -> None:
         """Note what model and inputs take, before the first step."""
@@ -70,18 +74,36 @@ class MemoryMeter:
         else:
             _reset_peak_resident()
 
-    def read(self, model: nn.Module) -> Memory:
-        """The ledger of everything since `start`."""
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    def read(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Memory:
+        """The ledger of everything since `start`; the last step's gradients are still there."""
+        parameters = _bytes(model.parameters())
+        gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
+        states = [] if optimizer is None else [x for state in optimizer.state.values() for x in state.values()]
+        kept = _bytes(x for x in states if isinstance(x, Tensor))
         if self.device == "cpu":
-            return Memory(parameters=parameters, process_peak=_peak_resident(), process_source="vm-hwm")
+            return Memory(
+                parameters=parameters,
+                gradients=gradients,
+                optimizer=kept,
+                process_peak=_peak_resident(),
+                process_source="vm-hwm",
+            )
         torch.cuda.synchronize()
-        process, used = _nvml_used()
+        process, source = self._process()
+        peak = torch.cuda.max_memory_allocated()
         return Memory(
             parameters=parameters,
+            gradients=gradients,
+            optimizer=kept,
             resident=self.resident,
-            allocator_peak=torch.cuda.max_memory_allocated(),
+            activations=None if self.resident is None else max(0, peak - self.resident - kept),
+            allocator_peak=peak,
             reserved_peak=torch.cuda.max_memory_reserved(),
-            process_peak=process if process is not None else max(0, used - self.before),
-            process_source="nvml-process" if process is not None else "nvml-device-delta",
+            context=self.context,
+            process_peak=process,
+            process_source=source,
         )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)

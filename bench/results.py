@@ -6,6 +6,7 @@ too, with its status; a reader therefore never has to guess why a point is missi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,13 +18,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-SCHEMA = 1
+from bench.decoding import decode_dataclass, parse_json
+from bench.ledgers import Checks, Clocks, Memory, Timing
+from bench.migrations import SCHEMA, to_present
 
 Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
 Mode = Literal["train", "forward"]
 Execution = Literal["eager", "graph", "compile"]
 Dtype = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
+Mark = Literal["throttled", "shared-gpu", "unsteady", "unwatched", "unverified", "memory-kept", "measured-again"]
+"""What a reader should know before trusting a row's times: the clock was held down in most readings; another process
+was on the GPU; warm-up did not settle; NVML could not be asked; the profiler saw no kernels to check; the case before
+it had not given its memory back; the launch was throttled before, and is here once more (and throttled again where it
+carries that mark too).
+"""
 
 
 def utc_now() -> str:
@@ -95,33 +104,6 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes. None where the device has no such counter.
-
-    Attributes:
-        parameters: Weights, as stored.
-        resident: Allocated before the first step: weights, buffers, inputs.
-        allocator_peak: The most that torch's CUDA allocator handed out during the steps, the resident part included.
-        reserved_peak: The most that this allocator held from the driver.
-        process_peak: The whole process: NVML's figure on a GPU (context and libraries included), resident set on a CPU.
-        process_source: Where process_peak is from: ``nvml-process``, ``nvml-device-delta`` (where the container hides
-            process ids: the device's used memory, less what was used before the process started) or ``vm-hwm``.
-    """
-
-    parameters: int
-    resident: int | None = None
-    allocator_peak: int | None = None
-    reserved_peak: int | None = None
-    process_peak: int | None = None
-    process_source: str | None = None
-
-    @property
-    def peak(self) -> int | None:
-        """The figure that plots and tables show: the allocator's peak on a GPU, the process's on a CPU."""
-        return self.allocator_peak if self.allocator_peak is not None else self.process_peak
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """One case and what came of it.
 
@@ -139,6 +121,12 @@ class Row:
         seconds: Wall time by phase: ``start`` (imports, model, inputs), ``warmup``, ``measure``.
         environment: Commit, versions and device, by `bench.environment`.
         started_at: ISO 8601, UTC.
+        launch: Which process launch of its case this is, from 0: launches are what intervals are taken over.
+        key: Content address of case, code and environment, by `bench.identity`; empty where it was not recorded.
+        marks: Reasons to doubt the times (`Mark`); a marked row is kept and shown as marked.
+        timing: How the samples came to be, and where a step's time goes.
+        clocks: SM clock, throttling and other processes during the samples; None without NVML.
+        checks: What the fairness gate found.
     """
 
     case: Case
@@ -154,6 +142,12 @@ class Row:
     stop_reason: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    launch: int = 0
+    key: str = ""
+    marks: tuple[Mark, ...] = ()
+    timing: Timing | None = None
+    clocks: Clocks | None = None
+    checks: Checks | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError where status and samples contradict each other."""
@@ -163,6 +157,8 @@ class Row:
             raise ValueError("samples_ms must be there exactly if status is ok")
         if not all(math.isfinite(x) and x > 0 for x in self.samples_ms):
             raise ValueError("samples_ms must be finite and positive")
+        if self.launch < 0:
+            raise ValueError(f"launch must not be negative; got {self.launch}")
 
     @property
     def median_ms(self) -> float | None:
@@ -197,25 +193,25 @@ class Row:
             ResultError: Not a row of this schema; the message says what is wrong.
         """
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise ResultError(f"not JSON: {error}") from None
-        if not isinstance(record, dict) or "schema" not in record:
+        if not isinstance(record, dict):
             raise ResultError("not a result row: it has no schema version")
-        schema = record.pop("schema")
-        if schema != SCHEMA:
-            raise ResultError(f"schema {schema!r} is not the one this version reads ({SCHEMA}); update the project")
         try:
-            case = dict(record.pop("case"))
-            case["options"] = tuple(dict(case["options"]).items())
-            memory = record.pop("memory")
-            return cls(
-                case=Case(**case),
-                memory=None if memory is None else Memory(**memory),
-                samples_ms=tuple(float(x) for x in record.pop("samples_ms")),
-                **record,
-            )
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            record = to_present(record)
+        except ValueError as error:
+            raise ResultError(str(error)) from None
+        try:
+            case = record.get("case")
+            if isinstance(case, dict) and isinstance(options := case.get("options"), dict):
+                if not all(isinstance(value, str) for value in options.values()):
+                    raise ValueError("case.options must be words")
+                record["case"] = {**case, "options": [list(pair) for pair in options.items()]}
+            elif not isinstance(case, dict) or "options" in case:
+                raise ValueError("case.options must be an object")
+            return decode_dataclass(cls, record, "row")
+        except ValueError as error:
             raise ResultError(f"not a result row: {error}") from None
 
 
@@ -271,7 +267,8 @@ class ResultsWriter:
         self.torn_path: Path | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
+            # Unbuffered, so that a failed write leaves nothing behind that closing the file would try to write again.
+            self._file = path.open("a+b", buffering=0)
         except OSError as error:
             raise ResultError(f"cannot write {path}: {error.strerror}; choose another --out") from None
         try:
@@ -295,10 +292,24 @@ class ResultsWriter:
         self._file.truncate(whole)
 
     def write(self, row: Row) -> None:
-        """Append one row and wait until it is on the disk."""
-        self._file.write(row.to_json().encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append one row and wait until it is on the disk.
+
+        Raises:
+            ResultError: It could not be written whole (a full disk, most often); the file is as it was before.
+        """
+        whole = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(row.to_json().encode() + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)
+            raise ResultError(
+                f"cannot write {self.path}: {error.strerror}; the rows before are whole. Make room, then go on with "
+                "--resume"
+            ) from None
 
     def close(self) -> None:
         """Close the file and let others write it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,35 @@ class Step:
     Attributes:
         model: The model, on its device, weights in fp32.
         run: One step, with nothing prepared: the eager form.
+        optimizer: Of a training step.
+        inputs: SHA-256 of what the step is given.
     """
 
     model: Backbone
     run: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer | None = None
+    inputs: str
+
+
+def make_inputs(model: Backbone, batch: int) -> tuple[list[Tensor], str]:
+    """Latents x, noise (both (B, C, h, w)), timesteps t and labels y (both (B,)), and their SHA-256; on the CPU.
+
+    They are drawn by a generator of their own, on the CPU, from a fixed seed: every model of a comparison gets the same
+    numbers on every device, whatever building it drew before.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (batch, model.in_channels, *model.input_size)
+    inputs = [
+        torch.randn(shape, generator=generator),
+        torch.randn(shape, generator=generator),
+        torch.randint(0, 1000, (batch,), generator=generator),
+        torch.randint(0, model.num_classes, (batch,), generator=generator),
+    ]
+    digest = hashlib.sha256()
+    for tensor in inputs:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return inputs, digest.hexdigest()
 
 
 def build_step(case: Case) -> Step:
@@ -57,10 +83,8 @@ def build_step(case: Case) -> Step:
         model = create_model(case.model, image_size=case.resolution, **options)
     model.to(device)
     fill_zeros(model)
-    x = torch.randn(case.batch, model.in_channels, *model.input_size, device=device)
-    noise = torch.randn_like(x)
-    t = torch.randint(0, 1000, (case.batch,), device=device)
-    y = torch.randint(0, model.num_classes, (case.batch,), device=device)
+    inputs, digest = make_inputs(model, case.batch)
+    x, noise, t, y = (tensor.to(device) for tensor in inputs)
     network: Callable[..., Tensor] = torch.compile(model) if case.execution == "compile" else model
 
     def autocast() -> contextlib.AbstractContextManager[object]:
@@ -75,11 +99,16 @@ def build_step(case: Case) -> Step:
             with torch.no_grad(), autocast():
                 return network(x, t, y)
 
-        return Step(model=model, run=forward)
+        return Step(model=model, run=forward, inputs=digest)
 
     model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, weight_decay=0.0, fused=True, capturable=case.execution == "graph"
+        # Capturable also where the case is eager: its step is replayed as a graph beside it, by the same fused kernel.
+        model.parameters(),
+        lr=1e-4,
+        weight_decay=0.0,
+        fused=True,
+        capturable=case.device == "cuda" and case.execution != "compile",
     )
 
     def train() -> Tensor:
@@ -92,7 +121,7 @@ def build_step(case: Case) -> Step:
         optimizer.step()
         return loss.detach()
 
-    return Step(model=model, run=train)
+    return Step(model=model, run=train, optimizer=optimizer, inputs=digest)
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

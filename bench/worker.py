@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.flops import step_flops
-from bench.jobs import Budget, CaseJob, CeilingJob
+from bench.gate import check_against_reference, check_kernels, tune_without_timing
+from bench.jobs import Budget, CaseJob, CeilingJob, GateJob, Job, ProbeJob
+from bench.kernels import kernel_names
+from bench.ledgers import Checks, Memory, Timing
 from bench.memory import MemoryMeter
 from bench.models import missing_packages, parse_name
-from bench.results import Case, Row, utc_now
-from bench.steps import build_step, capture, capture_stream, warm_up
-from bench.timing import sample
+from bench.nvml import Gpu, Watch
+from bench.results import Case, Mark, Row, Status, utc_now
+from bench.steps import Step, build_step, capture, capture_stream, warm_up
+from bench.timing import Sampled, sample
 from dig.packages import MissingPackageError
 
 CEILING_SIDE = {"cuda": 8192, "cpu": 1024}
 _PR_SET_PDEATHSIG = 1
+
+
+EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
+"""How long the step is timed in the execution that is not the case's."""
 
 
 def measure_ceiling(job: CeilingJob) -> float:
@@ -32,8 +43,9 @@ def measure_ceiling(job: CeilingJob) -> float:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job.dtype]
     side = CEILING_SIDE[job.device]
     a, b = torch.randn(2, side, side, device=job.device).to(dtype).unbind(0)
-    times, _ = sample(lambda: a @ b, device=job.device, budget=Budget(settle_s=0.2, min_samples=10, target_s=0.3))
-    return 2 * side**3 / (sorted(times)[len(times) // 2] / 1000)
+    budget = Budget(settle_s=0.2, settle_max_s=0.2, min_samples=10, target_s=0.3)
+    found = sample(lambda: a @ b, device=job.device, budget=budget)
+    return 2 * side**3 / (found.interval.median / 1000)
 
 
 def _versions(case: Case) -> dict[str, Any]:
@@ -52,67 +64,197 @@ def measure_case(job: CaseJob) -> Row:
     case, started_at = job.case, utc_now()
     environment = {**job.environment, **_versions(case)}
 
-    def failed(status: Any, message: str) -> Row:
-        return Row(case=case, status=status, started_at=started_at, message=message, environment=environment)
+    def failed(status: Status, message: str) -> Row:
+        return Row(
+            case=case,
+            status=status,
+            started_at=started_at,
+            message=message,
+            environment=environment,
+            launch=job.launch,
+            key=job.key,
+        )
 
     missing = missing_packages(parse_name(case.model)[0], dict(case.options))
     if missing:
         return failed("unsupported", missing)
     try:
         return _measure(job, started_at, environment)
-    except MissingPackageError as error:
-        return failed("unsupported", str(error))
-    except torch.OutOfMemoryError as error:
-        return failed("oom", str(error).split("\n")[0])
-    except MemoryError as error:
-        return failed("oom", str(error) or "out of host memory")
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        # cuDNN, cuBLAS and the CPU allocator report a full memory as a plain RuntimeError.
-        full = any(word in text.lower() for word in ("out of memory", "can't allocate memory", "alloc_failed"))
         traceback.print_exc()
-        return failed("oom" if full else "error", text)
+        return failed(*_failure(error))
 
 
 def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> Row:
     case = job.case
     clock = [time.perf_counter()]
-    meter = MemoryMeter(case.device)
+    gpu = Gpu.open() if case.device == "cuda" else None
+    watch = Watch(gpu)  # Before CUDA starts here: what is on the card now is somebody else's.
+    meter = MemoryMeter(case.device, gpu)
     step = build_step(case)
     meter.built()
     clock.append(time.perf_counter())
 
     warm_up(step.run, case.device)
-    meter.start()
+    # Before the graph is captured, which may leave no memory for a step beside it.
     with capture_stream(case.device):
-        result = step.run()
-    run: Any = step.run
-    if case.execution == "graph":
-        del result  # A live result would keep its memory beside that of the graph's.
-        run, result = capture(step.run)
-        run()
-    memory = meter.read(step.model)
-    if not torch.isfinite(result).all():
-        raise FloatingPointError("the step's result is not finite")
+        eager = sample(step.run, device=case.device, budget=EAGER) if case.execution == "graph" else None
+    run, memory = _prepare(step, case, meter)
     clock.append(time.perf_counter())
 
-    samples, stop_reason = sample(run, device=case.device, budget=job.budget)
+    flush = _l2_flush(memory.allocator_peak) if case.device == "cuda" else None
+    found = sample(run, device=case.device, budget=job.budget, watch=watch, flush=flush)
     clock.append(time.perf_counter())
+
+    names = kernel_names(run, case.device)
+    # No names at all: CUPTI is not allowed here, and the row says that nobody checked.
+    checks = Checks(
+        inputs=step.inputs,
+        tokens=step.model.grid[0] * step.model.grid[1],
+        kernels=check_kernels(case, names) if names else (),
+    )
+    marks: list[Mark] = watch.marks() if case.device == "cuda" else []
+    if found.warmup == "bound":
+        marks.append("unsteady")
+    if not names:
+        marks.append("unverified")
+    graph_ms = _graph_ms(step.run) if case.device == "cuda" and case.execution == "eager" else None
     start, warmup, measure = (after - before for before, after in pairwise(clock))
     return Row(
         case=case,
         status="ok",
         started_at=started_at,
-        samples_ms=tuple(round(x, 5) for x in samples),
+        samples_ms=tuple(round(x, 5) for x in found.samples_ms),
         memory=memory,
         parameters=sum(p.numel() for p in step.model.parameters() if p.requires_grad),
         flops=step_flops(step.model, batch=case.batch, mode=case.mode),
         matmul_ceiling=job.matmul_ceiling,
         implementations=step.model.implementations,
-        stop_reason=stop_reason,
+        stop_reason=found.stop_reason,
         seconds={"start": round(start, 3), "warmup": round(warmup, 3), "measure": round(measure, 3)},
         environment=environment,
+        launch=job.launch,
+        key=job.key,
+        marks=tuple(marks),
+        timing=_timing(case, found, eager=eager, graph_ms=graph_ms, flushed=flush is not None),
+        clocks=watch.clocks() if case.device == "cuda" else None,
+        checks=checks,
     )
+
+
+def _prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], object], Memory]:
+    """The memory pass: one step, captured where the case is a graph; what to time, and the ledger.
+
+    Raises:
+        FloatingPointError: The step's result is not finite.
+    """
+    meter.start()
+    with capture_stream(case.device):
+        result = step.run()
+    run: Callable[[], object] = step.run
+    if case.execution == "graph":
+        del result  # A live result would keep its memory beside that of the graph's.
+        run, result = capture(step.run)
+        run()
+    memory = meter.read(step.model, step.optimizer)
+    if not torch.isfinite(result).all():
+        raise FloatingPointError("the step's result is not finite")
+    return run, memory
+
+
+def _l2_flush(working_set: int | None) -> Callable[[], object] | None:
+    """What overwrites the L2 cache, for a case whose data would stay in it from one step to the next; else None."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    if working_set is None or working_set > 2 * cache:
+        return None
+    return torch.empty(2 * cache, dtype=torch.int8, device="cuda").zero_
+
+
+def _graph_ms(run: Callable[[], Tensor]) -> float | None:
+    """The step replayed as a graph; None where it cannot be captured, or does not fit twice."""
+    try:
+        replay, _ = capture(run)
+        replay()
+        return sample(replay, device="cuda", budget=EAGER).interval.median
+    except RuntimeError:  # torch.OutOfMemoryError is one
+        return None
+
+
+def _timing(case: Case, found: Sampled, *, eager: Sampled | None, graph_ms: float | None, flushed: bool) -> Timing:
+    interval = found.interval
+    eager_ms = interval.median if case.execution == "eager" else (eager.interval.median if eager else None)
+    graph_ms = interval.median if case.execution == "graph" else graph_ms
+    share = None if eager_ms is None or graph_ms is None else max(0.0, 1 - graph_ms / eager_ms)
+    return Timing(
+        warmup=found.warmup,
+        warmup_steps=found.warmup_steps,
+        ci_low=interval.low,
+        ci_high=interval.high,
+        host_ms=found.host_ms,
+        eager_ms=eager_ms,
+        graph_ms=graph_ms,
+        launch_share=share,
+        l2_flushed=flushed,
+    )
+
+
+def agree(job: GateJob) -> dict[str, Any]:
+    """The gate's comparison on a small input; ``{}`` where the case's model is the reference itself.
+
+    Nothing is raised for what a model can do wrong: ``status`` and ``message`` say it.
+    """
+    tune_without_timing()
+    try:
+        found = check_against_reference(job.case)
+    except Exception as error:
+        traceback.print_exc()
+        status, message = _failure(error)
+        return {"status": status, "message": message}
+    return {} if found is None else dataclasses.asdict(found)
+
+
+def probe(job: ProbeJob) -> dict[str, Any]:
+    """Run a step as often as its memory needs to settle; the ledger, or ``status`` and ``message``."""
+    try:
+        if job.limit is not None:
+            _limit_memory(job.case.device, job.limit)
+        gpu = Gpu.open() if job.case.device == "cuda" else None
+        meter = MemoryMeter(job.case.device, gpu)
+        step = build_step(job.case)
+        meter.built()
+        warm_up(step.run, job.case.device)
+        _, memory = _prepare(step, job.case, meter)
+    except Exception as error:
+        traceback.print_exc()
+        status, message = _failure(error)
+        return {"status": status, "message": message}
+    return {"status": "ok", **dataclasses.asdict(memory)}
+
+
+def _limit_memory(device: str, limit: int) -> None:
+    """Let this process take so many bytes: of the device through torch's allocator, of the host's address space."""
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
+        return
+    import resource
+
+    # What is mapped already, code and libraries, is not the case's.
+    mapped = os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + limit, mapped + limit))
+
+
+def _failure(error: Exception) -> tuple[Status, str]:
+    """A row's status and message for what a case raised."""
+    if isinstance(error, MissingPackageError):
+        return "unsupported", str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "oom", str(error).split("\n")[0]
+    if isinstance(error, MemoryError):
+        return "oom", str(error) or "out of host memory"
+    text = f"{type(error).__name__}: {error}"
+    # cuDNN, cuBLAS and the CPU allocator report a full memory as a plain RuntimeError.
+    full = any(word in text.lower() for word in ("out of memory", "can't allocate memory", "alloc_failed"))
+    return "oom" if full else "error", text
 
 
 def _die_with_parent() -> None:
@@ -123,11 +265,19 @@ def _die_with_parent() -> None:
         return  # Not Linux: the harness's own clean-up is all there is.
 
 
-def worker_main(connection: Connection, job: CaseJob | CeilingJob, errors: str) -> None:
+def _answer(job: Job) -> Any:
+    if isinstance(job, CaseJob):
+        return measure_case(job).to_json()
+    if isinstance(job, GateJob):
+        return agree(job)
+    return probe(job) if isinstance(job, ProbeJob) else measure_ceiling(job)
+
+
+def worker_main(connection: Connection, job: Job, errors: str) -> None:
     """Entry of the worker process.
 
     Args:
-        connection: Takes the one answer: a row as JSON, or a float.
+        connection: Takes the one answer; `bench.jobs` says what it is.
         job: What to do.
         errors: Path of a file that takes what the process prints to stderr, for the message of a crash.
     """
@@ -139,6 +289,5 @@ def worker_main(connection: Connection, job: CaseJob | CeilingJob, errors: str) 
             os.dup2(stderr.fileno(), 2)
     except FileNotFoundError:
         return  # The harness was interrupted while this process started, and has removed the folder: nobody waits.
-    answer = measure_case(job).to_json() if isinstance(job, CaseJob) else measure_ceiling(job)
-    connection.send(answer)
+    connection.send(_answer(job))
     connection.close()

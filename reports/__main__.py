@@ -22,7 +22,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULTS.jsonl",
-            help="Results files of the benchmark. If a case was measured twice on a machine, the last row counts.",
+            help="Results files of the benchmark. Of a launch measured twice on a machine, the last row counts; "
+            "several launches of a case are shown as their median and range.",
         ),
     ],
     out: Annotated[

@@ -23,11 +23,13 @@ from reports.series import (
     EXECUTION_NAMES,
     MODE_NAMES,
     STATUS_NAMES,
+    Launches,
     Selection,
     Series,
     Setting,
     Sweep,
     is_assumed,
+    launches_of,
     select,
     size_rank,
     span,
@@ -202,7 +204,7 @@ def _lines(
 
 
 def _speed_point(row: Row, x: float) -> Point | None:
-    fast, slow = np.percentile(row.samples_ms, [10, 90])
+    fast, slow = row.spread_ms if isinstance(row, Launches) else np.percentile(row.samples_ms, [10, 90])
     images = 1000 * row.case.batch
     fps = row.fps
     assert fps is not None
@@ -226,7 +228,7 @@ def _caption(sweep: Sweep, setting: Setting, rows: Sequence[Row]) -> str:
     lines = [
         f"{setting.where} · {span([row.started_at[:10] for row in timed])} · {setting.dtype} · batch {setting.batch}"
         f" · {_LONG_MODE_NAMES[setting.mode]} · {EXECUTION_NAMES[setting.execution]}",
-        f"Points: median of {span([len(row.samples_ms) for row in timed])} steps. Bars: 10th to 90th percentile.",
+        _points(timed),
     ]
     with_points = {Series.of(row) for row in timed}
     reasons: dict[str, set[str]] = {}
@@ -239,6 +241,18 @@ def _caption(sweep: Sweep, setting: Setting, rows: Sequence[Row]) -> str:
     if any(is_assumed(row.case) for row in rows):
         lines.append(ASSUMED_NOTE)
     return "\n".join(lines)
+
+
+def _points(timed: Sequence[Row]) -> str:
+    """What points and bars are: of steps, or of launches where any case has several."""
+    several = [row for row in timed if isinstance(row, Launches)]
+    if not several:
+        return f"Points: median of {span([len(row.samples_ms) for row in timed])} steps. Bars: 10th to 90th percentile."
+    of_steps = "; of one launch, 10th to 90th percentile of its steps" if len(several) < len(timed) else ""
+    return (
+        f"Points: median over {span([launches_of(row) for row in timed])} process launches of each one's median step. "
+        f"Bars: fastest to slowest launch{of_steps}."
+    )
 
 
 def _notes(selection: Selection) -> tuple[str, ...]:

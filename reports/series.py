@@ -5,10 +5,12 @@ Figures and tables take names, order and grouping from here, so that a series is
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 from bench.results import Case, Device, Dtype, Execution, Mode, ResultError, Row, read_results
@@ -125,6 +127,63 @@ class Setting:
         return f"{MODE_NAMES[self.mode]}, {EXECUTION_NAMES[self.execution]}, {self.dtype}, batch {self.batch}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Launches(Row):
+    """Several process launches of one case on one machine, as one row.
+
+    Its time is the median over launches of each one's median step; ``samples_ms`` holds the steps of all, ``memory``
+    the largest peak, ``marks`` those of any launch. The rest is of the last launch that has times.
+
+    Attributes:
+        launch_ms: Median milliseconds of each launch that has times.
+        failed: Launches without times.
+    """
+
+    launch_ms: tuple[float, ...]
+    failed: int = 0
+
+    @property
+    def median_ms(self) -> float:
+        """Median milliseconds over launches."""
+        return median(self.launch_ms)
+
+    @property
+    def spread_ms(self) -> tuple[float, float]:
+        """The fastest and the slowest launch, in milliseconds."""
+        return min(self.launch_ms), max(self.launch_ms)
+
+
+def launches_of(row: Row) -> int:
+    """How many launches with times a row stands for."""
+    return len(row.launch_ms) if isinstance(row, Launches) else int(row.status == "ok")
+
+
+def merge_launches(rows: Iterable[Row]) -> Row:
+    """One row for all launches of a case on a machine.
+
+    Only launches of the same measurement as the last row's (`Row.key`: code, versions, budget) are taken, and of each
+    the last row; where none of them has times, it is the last row as it is.
+
+    Args:
+        rows: Of one case on one machine, at least one, in the order they were measured.
+    """
+    given = list(rows)
+    latest = {row.launch: row for row in given if row.key == given[-1].key}
+    good = [row for row in latest.values() if row.status == "ok"]
+    if len(latest) == 1 or not good:
+        return given[-1]
+    last = good[-1]
+    fields = {f.name: getattr(last, f.name) for f in dataclasses.fields(Row)}
+    fields["samples_ms"] = tuple(ms for row in good for ms in row.samples_ms)
+    fields["memory"] = max((row.memory for row in good), key=lambda m: (m.peak or 0) if m is not None else 0)
+    fields["marks"] = tuple(dict.fromkeys(mark for row in good for mark in row.marks))
+    return Launches(
+        **fields,
+        launch_ms=tuple(ms for row in good if (ms := row.median_ms) is not None),
+        failed=len(latest) - len(good),
+    )
+
+
 def machine(row: Row) -> str:
     """Name of the GPU, or of the processor where the case ran on the CPU."""
     if row.case.device == "cuda":
@@ -165,14 +224,16 @@ class Sweep:
 
 
 def read_sweep(paths: list[Path]) -> Sweep:
-    """Read results files. Of a case measured twice on one machine, the row read last counts.
+    """Read results files. Of a launch measured twice on one machine, the row read last counts.
+
+    Launches of one case become one row (`merge_launches`).
 
     Two GPUs' rows of one case both stay, to be told apart.
 
     Raises:
         ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.
     """
-    merged: dict[tuple[Case, str], Row] = {}
+    found: dict[tuple[Case, str], list[Row]] = {}
     warnings = []
     for path in paths:
         results = read_results(path)
@@ -183,14 +244,14 @@ def read_sweep(paths: list[Path]) -> Sweep:
                 raise ResultError(
                     f"{path}: {row.case.model!r} is no model name; expected family, size and patch, such as DiG-S/2"
                 ) from None
-            merged[row.case, machine(row)] = row
+            found.setdefault((row.case, machine(row)), []).append(row)
         if results.torn:
             warnings.append(
                 f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
             )
-    if not merged:
+    if not found:
         raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
-    return Sweep(rows=tuple(merged.values()), warnings=tuple(warnings))
+    return Sweep(rows=tuple(map(merge_launches, found.values())), warnings=tuple(warnings))
 
 
 @dataclass(frozen=True, kw_only=True)

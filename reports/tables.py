@@ -14,6 +14,7 @@ from reports.series import (
     EXECUTIONS,
     MODES,
     STATUS_NAMES,
+    Launches,
     Series,
     Setting,
     Sweep,
@@ -29,6 +30,10 @@ _PREAMBLE = (
     "of the whole process on a CPU. The speed of the fastest DiG is given in multiples of the fastest attention model. "
     f"Numbers have three significant digits. {MISSING}: not measured."
 )
+_LAUNCHES_NOTE = (
+    "A time with brackets is the median over several process launches of each one's median step; the brackets hold the "
+    "fastest and the slowest launch, and, where some failed, how many of how many have a time."
+)
 
 
 def number(value: float) -> str:
@@ -42,6 +47,8 @@ def number(value: float) -> str:
 def tables(sweep: Sweep, *, title: str | None = None) -> str:
     """The whole of ``tables.md``."""
     parts = [f"# {_plain(title or 'Results')}", _PREAMBLE]
+    if any(isinstance(row, Launches) for row in sweep.rows):
+        parts.append(_LAUNCHES_NOTE)
     machines: dict[tuple[bool, str], list[Row]] = {}
     for row in sweep.rows:
         machines.setdefault((row.case.device != "cuda", Setting.of(row).where), []).append(row)
@@ -119,10 +126,21 @@ def _setting_rank(setting: Setting) -> tuple[int, int, str, int]:
     return (MODES.index(setting.mode), EXECUTIONS.index(setting.execution), setting.dtype, setting.batch)
 
 
+def _milliseconds(row: Row) -> str:
+    """A row's time; of several launches with their range, and with how many of them have a time if not all."""
+    text = number(row.median_ms or 0)
+    if not isinstance(row, Launches):
+        return text
+    low, high = map(number, row.spread_ms)
+    count = len(row.launch_ms)
+    some = f"; {count} of {count + row.failed}" if row.failed else ""
+    return f"{text} [{low}, {high}{some}]"
+
+
 def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
     def cell(row: Row) -> str:
         peak = row.memory.peak if row.memory is not None else None
-        return f"{number(row.median_ms or 0)} · {number(peak / GIB) if peak else MISSING}"
+        return f"{_milliseconds(row)} · {number(peak / GIB) if peak else MISSING}"
 
     frame = _frame(sweep, rows, cell)
     table = _pivot(sweep, frame, ["resolution"])
@@ -136,7 +154,7 @@ def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
     def cell(row: Row) -> str:
         share = row.ceiling_share
         percent = MISSING if share is None else f"{number(100 * share)}%"
-        return f"{number(row.median_ms or 0)} · {number(row.fps or 0)} · {percent}"
+        return f"{_milliseconds(row)} · {number(row.fps or 0)} · {percent}"
 
     ceilings = sorted(row.matmul_ceiling / 1e12 for row in rows if row.matmul_ceiling)
     head = "Cells: ms · FPS · share of the measured matmul ceiling"

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import sweep
+from bench.checkouts import copy_tree
+from bench.environment import ROOT
+from bench.jobs import Budget, GateJob
 from bench.models import create_model
+from bench.nvml import Gpu
 from bench.results import ResultsWriter, read_results
-from bench.runner import Sweep, run_sweep
+from bench.runner import Sweep, run_job, run_sweep
+from bench.side import Side
 from dig.model import DiG, DiGConfig
 from dig.ops.gla import gated_linear_attention
 from tests.helpers import example, randomize, relative_error
@@ -98,8 +103,8 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
     cases = sweep(["Flash-DiT:sdpa-cudnn"], resolutions=(128,), modes=(mode,), executions=("graph", "eager", "compile"))
     path = tmp_path / "results.jsonl"
     with ResultsWriter(path) as writer:
-        run = Sweep(cases=tuple(cases), done=frozenset(), time_limit=420)
-        rows = list(run_sweep(run, writer, environment={}, on_start=lambda case: None))
+        run = Sweep(cases=tuple(cases), time_limit=420)
+        rows = list(run_sweep(run, writer, on_start=lambda case: None))
     assert [row.case for row in rows] == cases
     assert {row.case: row.message for row in rows if row.status != "ok"} == {}
     for row in read_results(path).rows:
@@ -107,13 +112,66 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
         assert row.memory.allocator_peak > row.memory.resident > 0
         assert row.memory.process_peak >= row.memory.allocator_peak
         assert row.matmul_ceiling > 1e14
+        assert row.memory.context > 0
+        assert row.memory.activations > 0
+        assert row.checks.reference == "DiT-S/2"
+        assert row.checks.kernels
+        assert row.clocks.readings > 0
+        assert row.timing.host_ms > 0
+        if row.case.execution != "compile":
+            assert min(row.timing.graph_ms, row.timing.eager_ms) > 0
         print(row.case.describe(), f"{row.median_ms:.3f} ms", dict(row.seconds), row.memory)
+
+
+@pytest.mark.parametrize("mode", ["train", "forward"])
+@pytest.mark.parametrize(
+    "model",
+    ["DiG:triton", "DiG:fla", "DiG:triton:variant=release", "DiG:fla:variant=release", "DiS:mamba-ssm",
+     "Flash-DiT:sdpa-cudnn", "Flash-DiT:sdpa-flash", "Flash-DiT:flash-attn"],
+)  # fmt: skip
+def test_every_implementation_passes_the_gate_with_room(model: str, mode: str) -> None:
+    (case,) = sweep([model], resolutions=(256,), modes=(mode,))
+    answer = run_job(GateJob(case=case), time_limit=420)
+    print(case.describe(), answer)
+    assert answer.get("message") is None
+    assert answer["error"] < answer["bound"] / 1.5
+    assert (answer["gradients_off"] is None) == (mode == "forward")
+    assert (answer["gradients_off"] or 0.0) < 0.08
+
+
+@pytest.mark.parametrize("model", ["DiG:triton", "DiG:fla", "DiT", "DiS:mamba-ssm", "Flash-DiT:flash-attn"])
+def test_the_kernels_of_every_family_are_known_by_their_names(model: str, tmp_path: Path) -> None:
+    with ResultsWriter(tmp_path / "results.jsonl") as writer:
+        run = Sweep(cases=tuple(sweep([model], resolutions=(128,), modes=("forward",))), time_limit=420)
+        (row,) = run_sweep(run, writer, on_start=lambda case: None)
+    assert row.status == "ok", row.message
+    print(row.checks)
+    assert row.checks.kernels
+    assert "unverified" not in row.marks
 
 
 def test_out_of_device_memory_is_a_row(tmp_path: Path) -> None:
     cases = sweep(["DiT"], resolutions=(2048,), batch=16, executions=("eager",), modes=("forward",))
     with ResultsWriter(tmp_path / "results.jsonl") as writer:
-        run = Sweep(cases=tuple(cases), done=frozenset(), time_limit=120)
-        (row,) = run_sweep(run, writer, environment={}, on_start=lambda case: None)
+        run = Sweep(cases=tuple(cases), time_limit=120)
+        (row,) = run_sweep(run, writer, on_start=lambda case: None)
     assert row.status == "oom"
     assert "out of memory" in row.message.lower()
+
+
+def test_a_kernel_that_hangs_is_ended_and_its_memory_is_back_before_the_next_case(tmp_path: Path) -> None:
+    stuck = copy_tree(ROOT, tmp_path / "stuck", "stuck")
+    layers = stuck.root / "dig" / "layers.py"
+    spin = "\n_call = Backbone.__call__\n\ndef _stuck(self, x, *rest):\n    if x.shape[-1] == 32:\n"
+    spin += "        torch.cuda._sleep(10**12)\n    return _call(self, x, *rest)\n\nBackbone.__call__ = _stuck\n"
+    layers.write_text(layers.read_text() + spin)
+    cases = sweep(["DiT"], resolutions=(256, 128), modes=("forward",))
+    card = Gpu.open()
+    assert card is not None
+    before = card.used()
+    with Side(stuck, time_limit=40) as side:
+        hung, row = (side.measure(case, budget=Budget(), launch=0) for case in cases)
+    assert hung.status == "timeout"
+    assert row.status == "ok", row.message
+    assert "memory-kept" not in row.marks
+    assert card.used() < before + (128 << 20)

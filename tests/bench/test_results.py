@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.results import Case, Memory, ResultError, ResultsWriter, Row, read_results
+from bench.ledgers import Checks, Clocks, Memory, Timing
+from bench.results import Case, ResultError, ResultsWriter, Row, read_results
 
 
 def make_row(**changes: object) -> Row:
@@ -99,8 +104,138 @@ def test_a_damaged_row_is_an_error_or_the_same_row(position: int, junk: str) -> 
 
 
 def test_newer_schema_is_refused() -> None:
-    with pytest.raises(ResultError, match="update the project"):
-        Row.from_json(make_row().to_json().replace('"schema":1', '"schema":99'))
+    line = make_row().to_json().replace('"schema":2', '"schema":3')
+    with pytest.raises(ResultError, match=r"schema 3 is newer than .* \(2\); update the project"):
+        Row.from_json(line)
+
+
+@pytest.mark.parametrize("version", ["0", "-1", "true", "1.0", '"2"', "null"])
+def test_what_is_no_version_is_refused(version: str) -> None:
+    with pytest.raises(ResultError, match="is no version of a result row"):
+        Row.from_json(make_row().to_json().replace('"schema":2', f'"schema":{version}'))
+
+
+def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
+    line = (
+        '{"schema":1,"case":{"model":"DiG-S/2","options":{"recurrence":"fla"},"resolution":256,"batch":1,"mode":"train",'
+        '"execution":"graph","dtype":"bf16","device":"cuda"},"status":"ok","started_at":"2026-11-23T19:22:53+00:00",'
+        '"message":"","samples_ms":[5.5,5.4],"memory":{"parameters":1,"resident":2,"allocator_peak":3,'
+        '"reserved_peak":4,"process_peak":5,"process_source":"nvml-process"},"parameters":7,"flops":8,'
+        '"matmul_ceiling":1e14,"implementations":{"recurrence":"fla"},"stop_reason":"samples",'
+        '"seconds":{"start":4.9},"environment":{"commit":"888"}}'
+    )
+    row = Row.from_json(line)
+    assert (row.launch, row.key, row.marks, row.timing) == (0, "", ("unwatched",), None)
+    assert (row.memory.allocator_peak, row.memory.gradients) == (3, None)
+    assert row.samples_ms == (5.5, 5.4)
+    assert Row.from_json(row.to_json()) == row
+    with pytest.raises(ResultError, match="a row of schema 1 has no field 'marks'"):
+        Row.from_json(line.replace('"message":""', '"marks":[]'))
+
+
+def test_every_published_row_can_be_read() -> None:
+    rows = read_results(Path(__file__).parents[2] / "results" / "h100.jsonl").rows
+    assert len(rows) >= 130
+    assert all(Row.from_json(row.to_json()) == row for row in rows)
+
+
+WHOLE = make_row(
+    launch=2,
+    key="ab",
+    marks=("throttled",),
+    timing=Timing(warmup="steady", warmup_steps=9, ci_low=1.9, ci_high=2.1, eager_ms=3.0),
+    clocks=Clocks(readings=4, sm_mhz_min=1, throttled={"hw-thermal": 0.5}),
+    checks=Checks(inputs="00", tokens=4096, kernels=("flash_fwd",), reference_error=0.01),
+)
+
+
+def _leaves(value: object, path: tuple = ()) -> list[tuple]:
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in _leaves(value[key], (*path, key))]
+    if isinstance(value, list):
+        return [leaf for i in range(len(value)) for leaf in _leaves(value[i], (*path, i))]
+    return [path]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.data(), JSON_VALUES)
+def test_a_field_of_another_type_is_refused_or_kept_as_it_is(data: st.DataObject, value: object) -> None:
+    record = json.loads(WHOLE.to_json())
+    *path, last = data.draw(st.sampled_from(_leaves(record)))
+    place = record
+    for step in path:
+        place = place[step]
+    old, place[last] = place[last], value
+    try:
+        row = Row.from_json(json.dumps(record))
+    except ResultError:
+        return
+    again = json.loads(row.to_json())
+    assert _same(again, record), (path, last, old)
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal, and of the same types, but that a whole number may stand for a float."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b and (type(a) is type(b) or {type(a), type(b)} == {int, float})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: "[" * 100_000,
+        lambda line: line.replace('"launch":2', '"launch":2,"launch":3'),
+        lambda line: line.replace("[2.0,", "[NaN,"),
+        lambda line: line.replace("[2.0,", f"[1{'0' * 400},"),
+        lambda line: line.replace('"launch":2', '"lunch":2'),
+        lambda line: line.replace('"launch":2', '"launch":-2'),
+        lambda line: line.replace('"options":{"recurrence":"fla"}', '"options":{"recurrence":1}'),
+    ],
+)
+def test_lines_that_would_crash_or_mislead_a_trusting_reader(damage: Callable[[str], str]) -> None:
+    line = WHOLE.to_json()
+    assert damage(line) != line
+    with pytest.raises(ResultError):
+        Row.from_json(damage(line))
+
+
+def test_a_full_disk_leaves_whole_rows_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.jsonl"
+    with ResultsWriter(path) as writer:
+        writer.write(make_row())
+        before = path.read_bytes()
+        file = writer._file
+
+        class Full:
+            """Takes half of what it is given, once, and then nothing, as a disk does that fills up."""
+
+            room = 1
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(file, name)
+
+            def write(self, content: bytes) -> int:
+                if not self.room:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.room -= 1
+                return file.write(content[: len(content) // 2])
+
+        monkeypatch.setattr(writer, "_file", Full())
+        with pytest.raises(ResultError, match="No space left on device; the rows before are whole"):
+            writer.write(make_row())
+        assert path.read_bytes() == before
+        monkeypatch.setattr(writer, "_file", file)
+        writer.write(WHOLE)
+    assert read_results(path).rows == (make_row(), WHOLE)
 
 
 def test_a_torn_line_is_set_aside_and_nothing_else_lost(tmp_path: Path) -> None:

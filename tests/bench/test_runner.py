@@ -7,27 +7,29 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.jobs import Budget
+from bench import runner, worker
+from bench.jobs import Budget, CaseJob, GateJob
+from bench.ledgers import Clocks
 from bench.results import Case, ResultsWriter, Row, read_results
-from bench.runner import Sweep, WorkerError, finished_cases, run_job, run_sweep
+from bench.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
 
-QUICK = Budget(settle_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
+QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
 
 
 def small(model: str = "DiT-S/8", **changes: object) -> Case:
     return Case(**{"model": model, "resolution": 64, "mode": "forward", "dtype": "fp32", "device": "cpu", **changes})
 
 
-def measure(
-    cases: list[Case], path: Path, *, time_limit: float = 120, done: frozenset[Case] = frozenset()
-) -> list[Row]:
-    sweep = Sweep(cases=tuple(cases), done=done, time_limit=time_limit, budget=QUICK)
+def measure(cases: list[Case], path: Path, *, time_limit: float = 120, launches: int = 1) -> list[Row]:
+    environment = {"commit": "abc"}
+    sweep = Sweep(cases=tuple(cases), launches=launches, time_limit=time_limit, budget=QUICK, environment=environment)
     with ResultsWriter(path) as writer:
-        return list(run_sweep(sweep, writer, environment={"commit": "abc"}, on_start=lambda case: None))
+        return list(run_sweep(sweep, writer, on_start=lambda case: None))
 
 
 def children(process_id: int) -> set[int]:
@@ -207,14 +209,117 @@ def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
     assert [pid for pid in descendants if alive(pid)] == []
 
 
-def test_resume_repeats_what_failed_for_the_moment() -> None:
+def test_resume_repeats_what_failed_for_the_moment_and_what_other_code_measured() -> None:
     cases = [small(resolution=64 * i) for i in (1, 2, 3, 4, 5)]
     statuses = ["ok", "oom", "unsupported", "timeout", "error"]
-    rows = {
-        case: Row(case=case, status=status, started_at="", samples_ms=(1.0,) if status == "ok" else ())
+    sweep = Sweep(cases=tuple(cases), time_limit=1, code="a", environment={"torch": "2.13", "commit": "1"})
+    rows = [
+        Row(
+            case=case,
+            status=status,
+            started_at="",
+            samples_ms=(1.0,) if status == "ok" else (),
+            key=sweep.key(case),
+        )
         for case, status in zip(cases, statuses, strict=True)
-    }
-    assert finished_cases(rows) == frozenset(cases[:3])
+    ]
+    done = finished_launches([*rows, replace(rows[0], key="")])
+
+    def left(**changes: object) -> list[Case]:
+        return [launch.case for launch in replace(sweep, done=done, **changes).remaining]
+
+    assert left() == cases[3:]
+    assert left(environment={"torch": "2.13", "commit": "2"}) == cases[3:]
+    assert left(code="b") == cases
+    assert left(environment={"torch": "2.14"}) == cases
+    assert left(budget=QUICK) == cases
+    assert len(left(launches=2)) == 7
+
+
+def test_rounds_hold_every_case_once_in_an_order_of_their_own() -> None:
+    cases = tuple(small(resolution=64 * i) for i in range(1, 9))
+    order = Sweep(cases=cases, launches=3, time_limit=1).remaining
+    rounds = [[launch.case for launch in order if launch.number == number] for number in range(3)]
+    assert [launch.number for launch in order] == [0] * 8 + [1] * 8 + [2] * 8
+    assert rounds[0] == list(cases)
+    assert all(set(found) == set(cases) for found in rounds)
+    assert rounds[1] != rounds[0] != rounds[2] != rounds[1]
+
+
+HOT = Clocks(readings=4, throttled={"hw-thermal": 1.0})
+CAPPED = Clocks(readings=4, throttled={"sw-power-cap": 1.0})
+
+
+def again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, looks: dict[int, list[tuple[Clocks | None, str]]], seconds: float = 60
+) -> list[Row]:
+    """Runs a sweep over cases of these resolutions, whose launches are written down: clocks and status of each look."""
+    cases = tuple(small(resolution=resolution) for resolution in looks)
+
+    def look(self: Referee, job: CaseJob) -> Row:
+        clocks, status = looks[job.case.resolution].pop(0)
+        good = status == "ok"
+        return Row(
+            case=job.case,
+            status=status,
+            started_at="",
+            samples_ms=(1.0,) if good else (),
+            marks=("throttled",) if clocks is not None and good else (),
+            clocks=clocks,
+        )
+
+    monkeypatch.setattr(Referee, "measure", look)
+    with ResultsWriter(path) as writer:
+        rows = list(run_sweep(Sweep(cases=cases, time_limit=1, again_s=seconds), writer, on_start=lambda case: None))
+    assert read_results(path).rows == tuple(rows)
+    return rows
+
+
+def test_throttled_launches_are_measured_once_more_and_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = {64: [(CAPPED, "ok"), (CAPPED, "ok")], 128: [(None, "ok")], 192: [(HOT, "ok"), (None, "ok")]}
+    rows = again(tmp_path / "a.jsonl", monkeypatch, looks)
+    assert [row.case.resolution for row in rows] == [64, 128, 192, 192, 64]
+    assert [row.marks for row in rows[3:]] == [("measured-again",), ("throttled", "measured-again")]
+    assert looks == {64: [], 128: [], 192: []}
+
+
+def test_a_second_look_that_fails_or_comes_too_late_leaves_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = again(tmp_path / "a.jsonl", monkeypatch, {64: [(HOT, "ok"), (HOT, "error")]})
+    assert [(row.status, row.marks) for row in rows] == [("ok", ("throttled",))]
+    rows = again(tmp_path / "b.jsonl", monkeypatch, {64: [(HOT, "ok"), (None, "ok")]}, seconds=0)
+    assert [(row.status, row.marks) for row in rows] == [("ok", ("throttled",))]
+
+
+def test_a_kernel_that_is_not_the_cases_leaves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    monkeypatch.setattr(worker, "kernel_names", lambda run, device: timed.append(run) or {"aten::mm", "flash_fwd"})
+    row = worker.measure_case(CaseJob(case=small(), budget=QUICK, environment={}, matmul_ceiling=None, key="k"))
+    assert len(timed) == 1
+    assert (row.status, row.samples_ms, row.median_ms, row.timing) == ("error", (), None, None)
+    assert "is not what its name says: flash_fwd ran" in row.message
+    assert finished_launches([row]) == frozenset()
+    assert Row.from_json(row.to_json()) == row
+
+
+def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    answers = {"train": {"reference": "r", "gradients_off": 0.0}, "forward": {"reference": "r"}}
+
+    def answer(job: GateJob, *, time_limit: float) -> dict:
+        asked.append(job.case.mode)
+        return answers[job.case.mode]
+
+    monkeypatch.setattr(runner, "run_job", answer)
+    referee = Referee(time_limit=1)
+    for mode in ("forward", "train", "forward", "train"):
+        assert referee._agreement(small(mode=mode)) == (answers["train"] if "train" in asked else answers["forward"])
+    assert asked == ["forward", "train"]
+    answers["train"] = {"status": "error", "message": "gradients"}
+    referee = Referee(time_limit=1)
+    assert "message" in referee._agreement(small(mode="train"))
+    assert "message" not in referee._agreement(small(mode="forward"))
 
 
 def test_a_job_that_cannot_start_is_an_error() -> None:

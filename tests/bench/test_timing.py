@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -14,23 +15,36 @@ from bench.timing import sample
 
 
 def test_stops_on_time() -> None:
-    budget = Budget(settle_s=0.0, min_samples=2, target_s=0.05, max_samples=1000)
-    samples, reason = sample(lambda: time.sleep(0.01), device="cpu", budget=budget)
-    assert reason == "time"
-    assert 2 <= len(samples) <= 15
-    assert min(samples) >= 10
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, width=0.0, min_samples=2, target_s=0.05, max_samples=1000)
+    found = sample(lambda: time.sleep(0.01), device="cpu", budget=budget)
+    assert found.stop_reason == "time"
+    assert 2 <= len(found.samples_ms) <= 15
+    assert min(found.samples_ms) >= 10
 
 
 def test_stops_on_samples() -> None:
-    budget = Budget(settle_s=0.0, min_samples=2, target_s=100, max_samples=7)
-    samples, reason = sample(lambda: time.sleep(0.001), device="cpu", budget=budget)
-    assert (len(samples), reason) == (7, "samples")
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, width=0.0, min_samples=2, target_s=100, max_samples=7)
+    found = sample(lambda: time.sleep(0.001), device="cpu", budget=budget)
+    assert (len(found.samples_ms), found.stop_reason) == (7, "samples")
 
 
 def test_a_slow_step_still_gets_its_fewest_samples() -> None:
-    budget = Budget(settle_s=0.0, min_samples=3, target_s=0.0, max_samples=10)
-    samples, _ = sample(lambda: time.sleep(0.02), device="cpu", budget=budget)
-    assert len(samples) >= 3
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, target_s=0.0, max_samples=10)
+    assert len(sample(lambda: time.sleep(0.02), device="cpu", budget=budget).samples_ms) >= 3
+
+
+def test_a_step_longer_than_the_warm_up_is_not_unsteady_for_that() -> None:
+    budget = Budget(settle_s=0.01, settle_max_s=0.02, steady=0.5, min_samples=1, least_s=0.0, target_s=0.0)
+    found = sample(lambda: time.sleep(0.15), device="cpu", budget=budget)
+    assert (found.warmup, found.warmup_steps) == ("steady", 4)
+
+
+def test_warm_up_ends_at_its_bound_where_steps_do_not_settle() -> None:
+    lengths = (0.05 * 1.1**n for n in itertools.count())
+    budget = Budget(settle_s=0.0, settle_max_s=0.3, steady=0.01, min_samples=1, least_s=0.0, target_s=0.0)
+    found = sample(lambda: time.sleep(next(lengths)), device="cpu", budget=budget)
+    assert found.warmup == "bound"
+    assert found.warmup_steps < 30
 
 
 @pytest.mark.parametrize("change", [{"min_samples": 0}, {"min_samples": 9, "max_samples": 3}, {"target_s": -1}])

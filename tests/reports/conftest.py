@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench.results import Case, Memory, Row
+from bench.ledgers import Memory
+from bench.results import Case, Row
 
 GPU = {"gpu_name": "NVIDIA H100 80GB HBM3", "driver": "580.82", "torch": "2.11.0", "commit": "0123456789abcdef"}
 CPU = {"cpu": "AMD EPYC 9654", "torch": "2.13.0"}
@@ -15,7 +16,17 @@ GIB = 2**30
 
 def build_row(model: str = "DiG-S/2", resolution: int = 1024, ms: float | None = 10.0, **changes: Any) -> Row:
     """A row; ``ms`` is every sample, or the samples; ``gib`` its peak; a status other than ok leaves both out."""
-    row_fields = {"status", "flops", "matmul_ceiling", "environment", "implementations", "started_at"}
+    row_fields = {
+        "status",
+        "flops",
+        "matmul_ceiling",
+        "environment",
+        "implementations",
+        "started_at",
+        "launch",
+        "key",
+        "marks",
+    }
     gib = changes.pop("gib", 2.0)
     samples = changes.pop("samples_ms", (ms, ms, ms))
     row = {k: changes.pop(k) for k in list(changes) if k in row_fields}

@@ -5,10 +5,10 @@ import math
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from bench.results import Memory
+from bench.ledgers import Memory
 from reports.drawing import log_ticks, style
 from reports.figures import Drawing, model_size, speed_memory
-from reports.series import Sweep
+from reports.series import Sweep, merge_launches
 
 GIB = 2**30
 FLASH = {"options": (("attention", "sdpa-cudnn"),)}
@@ -62,6 +62,22 @@ def test_bars_run_from_the_10th_to_the_90th_percentile(make_row):
     speed, _ = speed_memory(Sweep(rows=(row,))).figure.axes
     ((low, high),) = [segment[:, 1] for segment in artist(speed, "spread:DiG").get_segments()]
     assert (low, high) == (pytest.approx(4000 / 19), pytest.approx(4000 / 11))
+
+
+def test_bars_of_several_launches_run_from_the_fastest_to_the_slowest(make_row):
+    several = merge_launches([make_row(ms=ms, launch=i) for i, ms in enumerate((10.0, 12.5, 11.0))])
+    drawing = speed_memory(Sweep(rows=(several,)))
+    speed, memory = drawing.figure.axes
+    assert points(speed, "DiG") == [(1024, pytest.approx(1000 / 11))]
+    assert points(memory, "DiG") == [(1024, 2)]
+    ((low, high),) = [segment[:, 1] for segment in artist(speed, "spread:DiG").get_segments()]
+    assert (low, high) == (pytest.approx(80), pytest.approx(100))
+    words = figure_words(drawing)
+    assert "Points: median over 3 process launches" in words
+    assert "Bars: fastest to slowest launch." in words
+    mixed = figure_words(speed_memory(Sweep(rows=(several, make_row("DiT-S/2", ms=40.0)))))
+    assert "median over 1 to 3 process launches" in mixed
+    assert "of one launch, 10th to 90th percentile" in mixed
 
 
 def test_oom_is_a_cross_beyond_the_data(rows):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bench.results import ResultError
-from reports.series import Series, Setting, read_sweep, select, series_labels, span
+from reports.series import Launches, Series, Setting, launches_of, read_sweep, select, series_labels, span
 
 BOTH = ("train", "forward")
 
@@ -89,6 +89,44 @@ def test_the_last_row_of_a_case_counts_but_two_machines_stay_apart(make_row, wri
     first = write_rows([make_row(ms=10.0), make_row(ms=11.0)], "a.jsonl")
     second = write_rows([make_row(ms=5.0, environment={"gpu_name": "NVIDIA H200"})], "b.jsonl")
     assert [row.median_ms for row in read_sweep([first, second]).rows] == [11.0, 5.0]
+
+
+def launches(make_row, times, **changes):
+    return [make_row(ms=ms, launch=i, **changes) for i, ms in enumerate(times)]
+
+
+def test_launches_become_one_row_with_their_median_and_range(make_row, write_rows):
+    rows = [*launches(make_row, (10.0, 12.0, 11.0)), make_row(ms=10.5, launch=0), make_row("DiT-S/2", ms=40.0)]
+    dig, dit = read_sweep([write_rows(rows)]).rows
+    assert isinstance(dig, Launches)
+    assert (dig.median_ms, dig.spread_ms, dig.failed, launches_of(dig)) == (11.0, (10.5, 12.0), 0, 3)
+    assert dig.fps == pytest.approx(1000 / 11)
+    assert len(dig.samples_ms) == 9
+    assert not isinstance(dit, Launches)
+    assert launches_of(dit) == 1
+
+
+def test_launches_of_two_files_add_up_and_the_largest_peak_is_shown(make_row, write_rows):
+    first = write_rows(launches(make_row, (10.0, 12.0), marks=("throttled",)), "a.jsonl")
+    second = write_rows([make_row(ms=11.0, launch=2, gib=3.0)], "b.jsonl")
+    (row,) = read_sweep([first, second]).rows
+    assert (row.median_ms, row.memory.peak, row.marks) == (11.0, 3 * 2**30, ("throttled",))
+
+
+def test_launches_of_other_code_are_not_mixed_in(make_row, write_rows):
+    old = launches(make_row, (10.0, 10.1, 10.2), key="old")
+    (row,) = read_sweep([write_rows([*old, make_row(ms=5.0, launch=0, key="new")])]).rows
+    assert (row.median_ms, row.key) == (5.0, "new")
+    (row,) = read_sweep([write_rows([make_row(ms=5.0, launch=4, key="new"), *old])]).rows
+    assert (row.median_ms, launches_of(row)) == (10.1, 3)
+
+
+def test_failed_launches_are_counted_and_all_failed_is_a_failure(make_row, write_rows):
+    failed = [make_row(status="timeout", launch=i) for i in (2, 3)]
+    (row,) = read_sweep([write_rows([*launches(make_row, (10.0, 12.0)), *failed])]).rows
+    assert (row.status, row.median_ms, row.failed) == ("ok", 11.0, 2)
+    (row,) = read_sweep([write_rows(failed)]).rows
+    assert (row.status, row.median_ms) == ("timeout", None)
 
 
 def test_a_torn_last_line_is_a_warning(make_row, write_rows):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports.series import Sweep
+from reports.series import Sweep, merge_launches
 from reports.tables import environment, number, tables
 
 
@@ -94,6 +94,16 @@ Cells: ms · FPS · share of the measured matmul ceiling (700 TFLOP/s).
         .replace("| - |", "| \N{EN DASH} |")
         .replace("· -\\*", "· \N{EN DASH}\\*")
     )
+
+
+def test_several_launches_show_their_range_and_how_many_failed(make_row):
+    times = [make_row(ms=ms, launch=i) for i, ms in enumerate((10.0, 12.5, 11.0))]
+    text = tables(Sweep(rows=(merge_launches(times),)))
+    assert "| 1024 | 11.0 [10.0, 12.5] · 2.00 |" in text
+    assert "fastest and the slowest launch" in text
+    some = merge_launches([*times, make_row(status="timeout", launch=3)])
+    assert "11.0 [10.0, 12.5; 3 of 4] · 2.00" in tables(Sweep(rows=(some,)))
+    assert "slowest launch" not in tables(Sweep(rows=(times[0],)))
 
 
 def test_sizes_and_resolutions_are_in_their_own_order(make_row):

@@ -1,0 +1,280 @@
+"""Two sides' rows, case by case: verdicts on time and memory, the status they add up to, and a summary in Markdown.
+
+The statuses are those of the gate: 0 no regression, 1 a regression, 3 nothing measured or inconclusive. A case that ran
+on neither side says nothing about the change, and counts for none of them: it is listed. No torch here.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import Literal
+
+from bench.results import Case, Row
+from bench.statistics import LEAST_LAUNCHES, Interval, Verdict, judge, ratio_interval
+
+NO_REGRESSION, REGRESSION, INCONCLUSIVE = 0, 1, 3
+MEMORY_EFFECT = 0.01
+"""The least change of a memory peak that counts: allocators repeat to the byte, rounding of blocks aside."""
+RESIDENT_EFFECT = 0.1
+"""The same on a CPU, where the peak is the process's resident set, with all of Python and torch in it."""
+
+LASTING = frozenset({"oom", "unsupported"})
+"""Statuses that are a property of case and machine; a timeout or an error may have been the moment's."""
+
+Metric = Literal["time", "memory"]
+Outcome = Verdict | Literal["unmeasured"]
+WORDS: Mapping[Metric, Mapping[Outcome, str]] = {
+    "time": {"faster": "faster", "same": "same", "slower": "**slower**"},
+    "memory": {"faster": "smaller", "same": "same", "slower": "**larger**"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What counts as a difference.
+
+    Attributes:
+        time: Least relative difference of times, above 0.
+        memory: The same of memory peaks.
+        noise: The runner's noise floor (`bench.statistics.noise_floor`), or None where it was not measured. A least
+            effect is never below it; and it stands in for the interval where a side has too few launches.
+    """
+
+    time: float = 0.02
+    memory: float = MEMORY_EFFECT
+    noise: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on thresholds that cannot be."""
+        if self.time <= 0 or self.memory <= 0:
+            raise ValueError("a least effect must be above 0")
+        if self.noise is not None and self.noise < 0:
+            raise ValueError(f"a noise floor must not be negative; got {self.noise}")
+
+    @property
+    def least_time(self) -> float:
+        """The least effect on time that is used: the chosen one, or the noise floor where that is larger."""
+        return max(self.time, self.noise or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One case under one metric.
+
+    Attributes:
+        case: Which.
+        metric: ``time`` (milliseconds) or ``memory`` (bytes of the peak).
+        base, change: Geometric mean over launches; None where a side has none.
+        launches: Of base and change.
+        interval: Of change over base; None where there is none to give.
+        verdict: As `judge` has it; ``ambiguous`` without an interval; ``unmeasured`` where there was nothing to compare
+            and nothing to lose: the case ran on neither side, or does not fit the machine on the base's.
+        note: Why there is no number, or what to know about it.
+        broken: The base has a number and the change has none, where it should: that is a regression.
+    """
+
+    case: Case
+    metric: Metric
+    base: float | None = None
+    change: float | None = None
+    launches: tuple[int, int] = (0, 0)
+    interval: Interval | None = None
+    verdict: Outcome = "ambiguous"
+    note: str = ""
+    broken: bool = False
+
+
+def compare_rows(base: Iterable[Row], change: Iterable[Row], thresholds: Thresholds) -> list[Finding]:
+    """Compare two sides, case by case, in the base's order; a case that only one side has is left out.
+
+    Rows of both sides that have the same set of launch numbers are taken as rounds, launch i beside launch i.
+    """
+    sides = [_by_case(base), _by_case(change)]
+    return [
+        finding
+        for case in sides[0]
+        if case in sides[1]
+        for finding in _compare_case(case, sides[0][case], sides[1][case], thresholds)
+    ]
+
+
+def _by_case(rows: Iterable[Row]) -> dict[Case, list[Row]]:
+    """Each case's launches, the last row of every launch."""
+    latest: dict[tuple[Case, int], Row] = {}
+    for row in rows:
+        latest[row.case, row.launch] = row
+    found: dict[Case, list[Row]] = {}
+    for (case, _), row in sorted(latest.items(), key=lambda item: item[0][1]):
+        found.setdefault(case, []).append(row)
+    order = {row.case: None for row in latest.values()}
+    return {case: found[case] for case in order}
+
+
+def _compare_case(case: Case, base: list[Row], change: list[Row], thresholds: Thresholds) -> list[Finding]:
+    good = [[row for row in rows if row.status == "ok"] for rows in (base, change)]
+    if not good[0] or not good[1]:
+        return [_missing(case, base, change, good)]
+    hashes = {row.checks.inputs for rows in good for row in rows if row.checks is not None}
+    if len(hashes) > 1:
+        return [Finding(case=case, metric="time", note="the sides were given other inputs, so they are not comparable")]
+    findings = []
+    lost = [len(rows) - len(ok) for rows, ok in zip((base, change), good, strict=True)]
+    for metric in ("time", "memory"):
+        figures = [[(row.launch, x) for row in rows if (x := _figure(row, metric))] for rows in good]
+        finding = _judge(case, metric, figures, thresholds)
+        if finding is not None:
+            findings.append(finding)
+    if lost[1] > lost[0]:
+        failed = next(row for row in change if row.status != "ok")
+        note = f"{lost[1]} of {len(change)} launches of the change failed ({failed.status}: {failed.message:.120})"
+        findings.append(Finding(case=case, metric="time", note=note, broken=True))
+    return findings
+
+
+def _missing(case: Case, base: list[Row], change: list[Row], good: Sequence[list[Row]]) -> Finding:
+    """What to say of a case that has no number on one side or on both."""
+    words = [f"{row.status}{f': {row.message:.120}' if row.message else ''}" for row in (base[0], change[0])]
+    if good[0]:
+        return Finding(case=case, metric="time", note=f"the change failed: {words[1]}", broken=True)
+    if not good[1]:
+        note = f"neither side ran; the base: {words[0]}; the change: {words[1]}"
+        return Finding(case=case, metric="time", note=note, verdict="unmeasured")
+    # A base that failed by chance may hide a regression; one that cannot run here hides none.
+    lasting = all(row.status in LASTING for row in base)
+    return Finding(
+        case=case,
+        metric="time",
+        note=f"the base failed ({words[0]}), the change did not",
+        verdict="unmeasured" if lasting else "ambiguous",
+    )
+
+
+def _figure(row: Row, metric: Metric) -> float | None:
+    if metric == "time":
+        return row.median_ms
+    return float(row.memory.peak) if row.memory is not None and row.memory.peak else None
+
+
+def _judge(
+    case: Case, metric: Metric, figures: Sequence[list[tuple[int, float]]], thresholds: Thresholds
+) -> Finding | None:
+    values = [[x for _, x in side] for side in figures]
+    if not values[0] or not values[1]:
+        return None
+    effect = thresholds.least_time if metric == "time" else thresholds.memory
+    if metric == "memory" and case.device == "cpu":
+        effect = max(effect, RESIDENT_EFFECT)
+    base, change = geometric_mean(values[0]), geometric_mean(values[1])
+    launches = (len(values[0]), len(values[1]))
+    interval, note = None, ""
+    if min(launches) >= LEAST_LAUNCHES:
+        paired = [launch for launch, _ in figures[0]] == [launch for launch, _ in figures[1]]
+        interval = ratio_interval(values[0], values[1], paired=paired)
+    elif metric == "memory" and case.device == "cuda":
+        # The allocator of a GPU hands out the same blocks in every launch: one is enough.
+        interval = Interval(ratio=change / base, low=change / base, high=change / base)
+    elif metric == "time" and thresholds.noise is not None:
+        spread = 1 + thresholds.noise
+        interval = Interval(ratio=change / base, low=change / base / spread, high=change / base * spread)
+        note = "interval from the noise floor"
+    else:
+        note = f"needs {LEAST_LAUNCHES} launches a side" + (" or a noise floor" if metric == "time" else "")
+    return Finding(
+        case=case,
+        metric=metric,
+        base=base,
+        change=change,
+        launches=launches,
+        interval=interval,
+        verdict="ambiguous" if interval is None else judge(interval, effect),
+        note=note,
+    )
+
+
+def ambiguous_cases(findings: Iterable[Finding]) -> list[Case]:
+    """The cases that more launches may decide, each once."""
+    return list(dict.fromkeys(f.case for f in findings if f.verdict == "ambiguous" and f.interval is not None))
+
+
+def exit_status(findings: Sequence[Finding]) -> int:
+    """1 where anything got worse; else 3 where anything is undecided or nothing was compared; else 0."""
+    if any(f.broken or f.verdict == "slower" for f in findings):
+        return REGRESSION
+    compared = [f for f in findings if f.verdict != "unmeasured"]
+    if not compared or any(f.verdict == "ambiguous" for f in compared):
+        return INCONCLUSIVE
+    return NO_REGRESSION
+
+
+HEADLINES = {
+    NO_REGRESSION: "No regression",
+    REGRESSION: "Regression",
+    INCONCLUSIVE: "Inconclusive: nothing got worse for certain, and not everything is certain",
+}
+
+
+def to_markdown(
+    findings: Sequence[Finding], thresholds: Thresholds, *, title: str, notes: Sequence[str] = (), verdict: bool = True
+) -> str:
+    """A summary: headline, a table with what changed first, and how it was judged.
+
+    Args:
+        findings: By `compare_rows`.
+        thresholds: What they were judged by.
+        title: What was compared.
+        notes: Lines below the table: machine, versions, marks.
+        verdict: Whether the headline says what the findings add up to.
+    """
+    unmeasured = sum(f.verdict == "unmeasured" for f in findings)
+    headline = "Nothing was measured" if unmeasured == len(findings) else HEADLINES[exit_status(findings)]
+    lines = [f"## {f'{headline}: ' if verdict else ''}{cell(title)}", ""]
+    if findings:
+        lines += ["| case | | base | change | change / base (95%) | launches | verdict |"]
+        lines += ["| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+        rank = {"slower": 1, "ambiguous": 2, "unmeasured": 3, "faster": 4, "same": 5}
+        lines += [_line(f) for f in sorted(findings, key=lambda f: 0 if f.broken else rank[f.verdict])]
+    lines += ["", f"Time counts from {thresholds.least_time:.1%}, memory from {thresholds.memory:.1%}."]
+    if thresholds.noise is not None:
+        lines[-1] += f" The runner's noise floor is {thresholds.noise:.2%}."
+    else:
+        lines[-1] += " The runner's noise floor was not given."
+    if unmeasured:
+        lines.append(f"- cases that could not be compared, and count for nothing: {unmeasured}")
+    lines += [f"- {cell(note)}" for note in notes]
+    return "\n".join(lines) + "\n"
+
+
+def cell(text: str) -> str:
+    """Text that can neither leave its table cell nor become markup: messages hold what code under test says."""
+    flat = " ".join(text.split())
+    return html.escape(flat, quote=False).translate({ord(mark): f"&#{ord(mark)};" for mark in "|`@[]*_#!\\"})
+
+
+def _line(finding: Finding) -> str:
+    def figure(x: float | None) -> str:
+        if x is None:
+            return ""
+        return f"{x:.4g} ms" if finding.metric == "time" else f"{x / 2**30:.3f} GiB"
+
+    i = finding.interval
+    ratio = "" if i is None else f"{i.ratio:.4f} [{i.low:.4f}, {i.high:.4f}]"
+    verdict = "**broken**" if finding.broken else WORDS[finding.metric].get(finding.verdict, finding.verdict)
+    note = f": {cell(finding.note)}" if finding.note else ""
+    launches = f"{finding.launches[0]} + {finding.launches[1]}" if any(finding.launches) else ""
+    return (
+        f"| {cell(finding.case.describe())} | {finding.metric} | {figure(finding.base)} | {figure(finding.change)} | "
+        f"{ratio} | {launches} | {verdict}{note} |"
+    )
+
+
+def marks_of(*sides: Iterable[Row]) -> list[str]:
+    """One line for each mark that rows carry, with how many launches' last rows carry it."""
+    counts: dict[str, int] = {}
+    for side in sides:
+        for row in {(row.case, row.launch): row for row in side}.values():
+            for mark in row.marks:
+                counts[mark] = counts.get(mark, 0) + 1
+    return [f"{count} launches are marked {mark}" for mark, count in sorted(counts.items())]

@@ -1,0 +1,102 @@
+"""JSON to dataclasses, strictly: a value of another type than its field's is an error, never a guess. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return record
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON: no NaN or Infinity, and no name twice in an object, for either would be read as somebody's guess.
+
+    Raises:
+        ValueError: Not such JSON, or nested too deeply to be a row.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+@cache
+def _fields(kind: Any) -> Mapping[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def decode_dataclass(kind: type[T], value: Any, where: str) -> T:
+    """Build a dataclass from what `json.loads` gave; absent fields take their defaults, unknown ones are refused.
+
+    Args:
+        kind: The dataclass.
+        value: A dict.
+        where: Name of the value, for messages.
+
+    Raises:
+        ValueError: A field is missing, unknown, of another type, or refused by the dataclass itself.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object; got {value!r:.80}")
+    fields = _fields(typing.cast(Any, kind))
+    if unknown := value.keys() - fields.keys():
+        raise ValueError(f"{where} has a field that this schema does not know: {min(unknown)!r:.80}")
+    try:
+        return kind(**{name: decode(fields[name], value[name], f"{where}.{name}") for name in value})
+    except TypeError as error:  # a field without a default is absent
+        raise ValueError(f"{where}: {error}") from None
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """One value as the type that a field declares: numbers, words, dataclasses, tuples, mappings and unions with None.
+
+    Raises:
+        ValueError: It is of another type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return decode(inner, value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return decode_dataclass(kind, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list; got {value!r:.80}")
+        return tuple(decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None and origin is not Literal:  # a Mapping from names
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object; got {value!r:.80}")
+        return {name: decode(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if kind is float and type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    elif (origin is Literal and type(value) is str and value in arguments) or type(value) is kind:
+        return value
+    expected = f"one of {', '.join(map(str, arguments))}" if origin is Literal else f"of type {kind.__name__}"
+    raise ValueError(f"{where} must be {expected}; got {value!r:.80}")

@@ -1,0 +1,65 @@
+"""The least work of an operation: floating-point operations and bytes, from its name and the shapes it was given.
+
+Both are lower bounds: every input read once, the output of known operations written once. A share of the roofline made
+from them can be too low, where an operation must do more, and never too high.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ITEM_BYTES = {
+    "float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2, "long int": 8, "int": 4, "bool": 1, "unsigned char": 1,
+}  # fmt: skip
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """FLOPs (two a multiply-add) and bytes."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def least_us(self, flop_rate: float, byte_rate: float) -> float:
+        """Microseconds that a machine with these rates (each per second) needs at least."""
+        return 1e6 * max(self.flops / flop_rate, self.bytes / byte_rate)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
+
+
+def _products(name: str, shapes: Sequence[Shape]) -> tuple[float, float]:
+    """FLOPs and elements of the output of a matrix product or an attention; zeros for anything else."""
+    matrices = [s for s in shapes if len(s) >= 2]
+    if name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm") and len(matrices) >= 2:
+        a, b = matrices[-2:]
+        output = math.prod(a[:-1]) * b[-1]
+        return 2.0 * output * a[-1], output
+    if "scaled_dot_product" in name and "attention" in name:
+        heads = [s for s in shapes if len(s) == 4]
+        backward = "backward" in name
+        # Forwards q, k, v; backwards the output's gradient first. (B, H, T, K) each.
+        if len(heads) >= 3 + backward:
+            q, k, v = heads[backward : 3 + backward]
+            pairs = math.prod(q[:3]) * k[2]
+            forward = 2.0 * pairs * (q[3] + v[3])
+            return (2.5 if backward else 1.0) * forward, math.prod(q[:3]) * (v[3] if not backward else 3 * q[3])
+    return 0.0, 0.0
+
+
+def cost_of(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> Cost:
+    """The least cost of one call of an operator.
+
+    Args:
+        name: As the dispatcher calls it: ``aten::mm``.
+        shapes: Of its tensor arguments; empty for other arguments.
+        types: Of its arguments, as the profiler names them: ``float``, ``c10::BFloat16``.
+    """
+    tensors = [(s, ITEM_BYTES[t]) for s, t in zip(shapes, types, strict=False) if s and t in ITEM_BYTES]
+    read = sum(math.prod(s) * size for s, size in tensors)
+    flops, output = _products(name, [s for s, _ in tensors])
+    return Cost(flops=flops, bytes=read + output * (tensors[0][1] if tensors else 0))

@@ -1,0 +1,224 @@
+"""Two results files: verdicts, exit statuses, and a summary that cannot be broken by what it quotes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bench import cli
+from bench.compare import Thresholds, ambiguous_cases, cell, compare_rows, exit_status, marks_of, to_markdown
+from bench.ledgers import Checks, Memory
+from bench.results import Case, Row
+
+CASE = Case(model="DiG-S/2", resolution=256)
+STEADY = (10.0, 10.01, 9.99, 10.02, 9.98)
+runner = CliRunner()
+
+
+def rows(times: Sequence[float], *, case: Case = CASE, peak: int = 10**9, **changes: object) -> list[Row]:
+    memory = Memory(parameters=1, allocator_peak=peak)
+    return [
+        Row(case=case, status="ok", started_at="", samples_ms=(ms,), memory=memory, launch=i, **changes)
+        for i, ms in enumerate(times)
+    ]
+
+
+def scaled(factor: float) -> list[float]:
+    return [factor * ms for ms in STEADY]
+
+
+def failed(status: str = "error", message: str = "broke") -> list[Row]:
+    return [Row(case=CASE, status=status, started_at="", message=message)]
+
+
+def write(path: Path, content: Sequence[Row]) -> str:
+    path.write_text("".join(row.to_json() + "\n" for row in content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "time", "memory", "status"),
+    [
+        (rows(scaled(1.0)), "same", "same", 0),
+        (rows(scaled(1.05)), "slower", "same", 1),
+        (rows(scaled(0.9)), "faster", "same", 0),
+        (rows(scaled(1.0), peak=11 * 10**8), "same", "slower", 1),
+        (rows(scaled(1.0), peak=9 * 10**8), "same", "faster", 0),
+        (rows([10.0, 10.6, 9.6, 10.5, 9.9]), "ambiguous", "same", 3),
+        (rows([10.5]), "ambiguous", "same", 3),
+        (rows([10.5], peak=2 * 10**9), "ambiguous", "slower", 1),
+    ],
+)
+def test_verdicts_and_status(change: list[Row], time: str, memory: str, status: int) -> None:
+    findings = compare_rows(rows(STEADY), change, Thresholds())
+    assert {f.metric: f.verdict for f in findings} == {"time": time, "memory": memory}
+    assert exit_status(findings) == status
+
+
+def test_a_change_that_fails_where_the_base_ran_is_a_regression() -> None:
+    (finding,) = compare_rows(rows(STEADY), failed("oom", "CUDA out of memory"), Thresholds())
+    assert exit_status([finding]) == 1
+    assert "the change failed: oom: CUDA out of memory" in finding.note
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "alone", "beside", "words"),
+    [
+        (failed("oom", "full"), failed("oom", "full"), 3, 0, "neither side ran; the base: oom: full; the change: oom"),
+        (failed("oom"), failed("error"), 3, 0, "neither side ran"),
+        (failed("timeout"), failed("timeout"), 3, 0, "neither side ran"),
+        (failed("oom"), rows(STEADY), 3, 0, "the base failed (oom: broke), the change did not"),
+        (failed("error"), rows(STEADY), 3, 3, "the base failed (error: broke), the change did not"),
+        (rows(STEADY), failed("oom"), 1, 1, "the change failed"),
+    ],
+)
+def test_a_case_without_two_sides_counts_only_where_it_may_hide_something(
+    base: list[Row], change: list[Row], alone: int, beside: int, words: str
+) -> None:
+    findings = compare_rows(base, change, Thresholds())
+    assert words in findings[0].note
+    assert exit_status(findings) == alone
+    other = Case(model="DiT-S/2", resolution=256)
+    more = [compare_rows(rows(STEADY, case=other), rows(scaled(f), case=other), Thresholds()) for f in (1.0, 1.05)]
+    assert exit_status([*findings, *more[0]]) == beside
+    assert exit_status([*findings, *more[1]]) == 1
+
+
+def test_the_summary_lists_what_ran_on_neither_side() -> None:
+    other = Case(model="DiT-S/2", resolution=256)
+    same = [*rows(STEADY, case=other)]
+    findings = compare_rows([*failed("oom"), *same], [*failed("oom"), *same], Thresholds())
+    text = to_markdown(findings, Thresholds(), title="a against b")
+    assert text.startswith("## No regression: ")
+    assert "unmeasured: neither side ran" in text
+    assert "count for nothing: 1" in text
+    alone = to_markdown(findings[:1], Thresholds(), title="a against b")
+    assert alone.startswith("## Nothing was measured: ")
+
+
+def test_launches_of_the_change_that_fail_are_not_passed_over() -> None:
+    change = rows(STEADY[:4])
+    change.append(Row(case=CASE, status="error", started_at="", message="not finite", launch=4))
+    findings = compare_rows(rows(STEADY), change, Thresholds())
+    assert exit_status(findings) == 1
+    assert "1 of 5 launches of the change failed" in findings[-1].note
+
+
+def test_other_inputs_are_not_comparable() -> None:
+    sides = [rows(STEADY, checks=Checks(inputs=digest, tokens=4)) for digest in ("aa", "bb")]
+    (finding,) = compare_rows(*sides, Thresholds())
+    assert "other inputs" in finding.note
+    assert exit_status([finding]) == 3
+
+
+def test_a_noise_floor_stands_in_for_launches_and_raises_the_least_effect() -> None:
+    one = Thresholds(noise=0.01)
+    assert [f.verdict for f in compare_rows(rows([10.0]), rows([10.5]), one)] == ["slower", "same"]
+    loud = Thresholds(noise=0.08)
+    assert loud.least_time == 0.08
+    assert compare_rows(rows(STEADY), rows(scaled(1.05)), loud)[0].verdict == "same"
+
+
+def test_only_undecided_numbers_are_worth_measuring_again() -> None:
+    noisy = compare_rows(rows(STEADY), rows([10.0, 10.6, 9.6, 10.5, 9.9]), Thresholds())
+    assert ambiguous_cases(noisy) == [CASE]
+    assert ambiguous_cases(compare_rows(failed(), failed(), Thresholds())) == []
+
+
+def test_the_summary_says_what_changed_first_and_escapes_what_it_quotes() -> None:
+    evil = "| x | </details> <script>alert(1)</script> ](http://x) `@someone\n\n# heading"
+    other = Case(model="DiT-S/2", resolution=256)
+    findings = compare_rows(
+        [*rows(STEADY), *rows(STEADY, case=other)], [*failed(message=evil), *rows(STEADY, case=other)], Thresholds()
+    )
+    text = to_markdown(findings, Thresholds(), title="a against b", notes=[evil])
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert text.startswith("## Regression: ")
+    assert {line.count("|") for line in table} == {8}
+    assert "broken" in table[2]
+    assert not {"<script>", "](http", "@someone", "\n# heading"} & {
+        part for part in ("<script>", "](http", "@someone", "\n# heading") if part in text
+    }
+    assert cell("a_b*c") == "a&#95;b&#42;c"
+
+
+def test_marks_are_counted_by_launch_and_only_of_rows_that_count() -> None:
+    hot = rows(STEADY, marks=("throttled",))
+    cooled = [replace(hot[0], marks=("measured-again",))]
+    assert marks_of([*hot, *cooled], hot) == [
+        "1 launches are marked measured-again",
+        "9 launches are marked throttled",
+    ]
+    assert marks_of(rows(STEADY), []) == []
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.05, 1), (0.9, 0)])
+def test_the_command_ends_with_the_status(factor: float, status: int, tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.jsonl", rows(STEADY)), write(tmp_path / "b.jsonl", rows(scaled(factor)))]
+    result = runner.invoke(cli.app, ["compare", *files, "--out", str(tmp_path / "s.md")])
+    assert result.exit_code == status, result.output
+    assert (tmp_path / "s.md").read_text() == result.output
+    assert "DiG-S/2" in result.output
+
+
+def test_nothing_in_common_is_inconclusive(tmp_path: Path) -> None:
+    other = Case(model="DiT-S/2", resolution=256)
+    files = [write(tmp_path / "a.jsonl", rows(STEADY)), write(tmp_path / "b.jsonl", rows(STEADY, case=other))]
+    result = runner.invoke(cli.app, ["compare", *files])
+    assert result.exit_code == 3
+    assert "Nothing was measured" in result.output
+    assert "1 cases are only in a.jsonl" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--least-effect", "two"], "--least-effect takes a percentage"),
+        (["--least-effect", "0"], "--least-effect takes a percentage"),
+        (["--noise", "200%"], "--noise takes a percentage"),
+        (["--out", "/nowhere/s.md"], "cannot write"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(STEADY))
+    result = runner.invoke(cli.app, ["compare", path, path, *options])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    newer = tmp_path / "b.jsonl"
+    newer.write_text(rows(STEADY)[0].to_json().replace('"schema":2', '"schema":9') + "\n")
+    path = write(tmp_path / "a.jsonl", rows(STEADY))
+    for other, message in ((tmp_path / "absent", "cannot read"), (newer, "update the project to read the file")):
+        result = runner.invoke(cli.app, ["compare", path, str(other)])
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_export_keeps_the_figures(format: str, tmp_path: Path) -> None:
+    content = [*rows(STEADY, marks=("throttled",), environment={"gpu_name": "H100"}), *failed("oom")]
+    path = write(tmp_path / "a.jsonl", content)
+    result = runner.invoke(cli.app, ["export", path, "--format", format])
+    assert result.exit_code == 0, result.output
+    read = {"parquet": pd.read_parquet, "csv": pd.read_csv}[format]
+    frame = read(tmp_path / f"a.{format}")
+    assert list(frame["median_ms"][:5]) == list(STEADY)
+    assert list(frame["status"]) == ["ok"] * 5 + ["oom"]
+    assert frame["memory.allocator_peak"][0] == 10**9
+    assert frame["marks"][0] == "throttled"
+    assert frame["case.model"][0] == "DiG-S/2"
+    assert frame["environment.gpu_name"][0] == "H100"
+
+
+def test_export_refuses_other_formats(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(STEADY))
+    assert "choose parquet or csv" in runner.invoke(cli.app, ["export", path, "--format", "xls"]).output
+    empty = write(tmp_path / "empty.jsonl", [])
+    assert "holds no rows" in runner.invoke(cli.app, ["export", empty]).output

@@ -1,0 +1,143 @@
+"""Profiles: what the trace says is what the page shows, and nothing on it is markup that was not meant."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import cli
+from bench.profile_page import page, thin
+from bench.profiles import Entry, Profile, memory_timeline, read_events
+from bench.results import Case
+from bench.roofline import Cost, cost_of
+
+CASE = Case(model="DiG-S/8", resolution=64, device="cpu", dtype="fp32")
+
+
+def op(name: str, start: float, us: float, external: int, **arguments: object) -> dict:
+    found = {"External id": external, **arguments}
+    return {"ph": "X", "cat": "cpu_op", "name": name, "ts": start, "dur": us, "tid": 1, "args": found}
+
+
+def kernel(name: str, us: float, external: int) -> dict:
+    return {"ph": "X", "cat": "kernel", "name": name, "ts": 0, "dur": us, "args": {"External id": external}}
+
+
+def test_an_operator_keeps_what_its_callees_leave() -> None:
+    events = [op("outer", 0, 10, 1), op("inner", 2, 5, 2), op("leaf", 3, 1, 3), op("outer", 20, 4, 4)]
+    operations, kernels = read_events(events, device="cpu")
+    assert {name: (calls, us) for name, (calls, us, _) in operations.items()} == {
+        "outer": (2, 9.0),
+        "inner": (1, 4.0),
+        "leaf": (1, 1.0),
+    }
+    assert kernels == operations
+
+
+def test_kernels_belong_to_the_operation_that_launched_them_and_none_is_lost() -> None:
+    shapes = {"Input Dims": [[64, 32], [32, 16]], "Input type": ["float", "float"]}
+    events = [op("aten::mm", 0, 9, 7, **shapes), kernel("gemm", 6, 7), kernel("reduce", 2, 7), kernel("stray", 3, 99)]
+    operations, kernels = read_events(events, device="cuda")
+    assert operations["aten::mm"][:2] == (1, 8.0)
+    assert kernels["gemm"] == (1, 6.0, Cost(flops=2 * 64 * 32 * 16, bytes=4 * (64 * 32 + 32 * 16 + 64 * 16)))
+    assert kernels["reduce"][2] == Cost()
+    assert kernels["stray"][:2] == (1, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "flops"),
+    [
+        ("aten::addmm", [[16], [64, 32], [32, 16]], 2 * 64 * 32 * 16),
+        ("aten::bmm", [[3, 64, 32], [3, 32, 16]], 3 * 2 * 64 * 32 * 16),
+        ("aten::_scaled_dot_product_cudnn_attention", [[2, 6, 50, 64]] * 3, 2 * 2 * 6 * 50 * 50 * 128),
+        ("aten::_scaled_dot_product_flash_attention_backward", [[2, 6, 50, 64]] * 5, 5 * 2 * 6 * 50 * 50 * 128),
+        ("aten::add", [[10], [10]], 0),
+    ],
+)
+def test_least_work(name: str, shapes: list[list[int]], flops: int) -> None:
+    cost = cost_of(name, [*shapes, []], [*["c10::BFloat16"] * len(shapes), "Scalar"])
+    assert cost.flops == flops
+    assert cost.bytes >= 2 * sum(len(s) for s in shapes)
+    assert Cost(flops=1e6, bytes=10).least_us(1e12, 1e12) == pytest.approx(1.0)
+
+
+def test_memory_is_a_running_sum_of_one_device() -> None:
+    def change(ts: float, size: int, kind: int = 1) -> dict:
+        return {"name": "[memory]", "ts": ts, "args": {"Bytes": size, "Device Type": kind}}
+
+    events = [change(1e6, 100), change(3e6, -40), change(2e6, 10), change(2e6, 5, kind=0)]
+    assert memory_timeline(events, device="cuda") == ((0.0, 100), (1.0, 110), (2.0, 70))
+    assert memory_timeline([], device="cuda") == ()
+
+
+def test_thinning_keeps_every_peak() -> None:
+    points = [(float(i), 1000 if i == 777 else i % 7) for i in range(5000)]
+    assert len(thin(points, 100)) <= 100
+    assert (777.0, 1000) in thin(points, 100)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_the_page_escapes_names_and_fetches_nothing() -> None:
+    evil = 'void k<int>"><script src=//x></script><img onerror=a()>'
+    entry = Entry(name=evil, calls=1, us=5.0, share=0.5)
+    found = Profile(
+        case=Case(model="DiG-S/8", resolution=64),
+        operations=(entry,),
+        kernels=(entry,),
+        memory=((0.0, 5), (1.0, 0)),
+        flop_rate=1e12,
+        byte_rate=1e11,
+        wall_us=9.0,
+    )
+    tags = Tags()
+    html = page(found, {"gpu_name": evil, "torch": evil})
+    tags.feed(html)
+    assert not {"script", "img", "link", "iframe", "int"} & tags.found
+    assert not {"src", "href", "onerror"} & tags.attributes
+    assert "color-scheme: light dark" in html
+
+
+def test_a_real_profile(tmp_path: Path) -> None:
+    options = ["--model", "DiT-S/8", "--resolution", "64", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "profile", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "aten::addmm" in done.stdout
+    found = json.loads((tmp_path / "profile.json").read_text())
+    names = {entry["name"] for entry in found["operations"]}
+    assert {"aten::addmm", "aten::mm", "aten::_fused_adamw_"} <= names
+    assert max(size for _, size in found["memory"]) > 10 * 2**20
+    # An operator's own times add up to no more than the step.
+    assert sum(entry["us"] for entry in found["operations"]) <= found["wall_us"]
+    assert "aten::addmm" in (tmp_path / "index.html").read_text()
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "DiG-S2"], "is not a model name"),
+        (["--model", "DiG-S/2", "--resolution", "100"], "not a multiple of 16"),
+        (["--model", "DiG-S/2", "--mode", "x", "--device", "cpu"], "unknown mode"),
+        (["--model", "DiG-S/2", "--device", "cpu", "--out", "/dev/null/x"], "cannot write"),
+    ],
+)
+def test_bad_input(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli.app, ["profile", *options])
+    assert result.exit_code == 2, result.output
+    assert message in result.output
