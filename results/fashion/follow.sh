@@ -7,8 +7,8 @@
 #   bash results/fashion/follow.sh DATA OUT        DATA holds Fashion-MNIST's four idx files; OUT gets everything
 #
 # Ends with what `python -m reports.follow OUT/report` says; its exit status is 1 where a bound fails. What is small lies
-# in OUT/report and OUT/report.tgz. MODEL, STEPS, BATCH, LEARNING_RATE, IMPLEMENTATION, DTYPE, EXECUTION and PYTHON may be set. Run
-# again, it makes what is missing.
+# in OUT/report and OUT/report.tgz. MODEL, STEPS, BATCH, LEARNING_RATE, IMPLEMENTATION, DTYPE, EXECUTION and PYTHON may
+# be set. Run again, it makes what is missing.
 set -euo pipefail
 data=$1 out=$2
 python=${PYTHON:-python}
