@@ -103,7 +103,7 @@ def test_heads_of_the_paper_variant(T: int, dtype: torch.dtype) -> None:
     assert_close(tiled_gla, recurrent_gla, [*qkv(T, 36, 72, dtype=dtype), decays(T, 36, dtype=dtype)])
 
 
-# Compiled, chunks of 128 keep registers in memory beside asynchronous products (bench.ops.registers says "must not run").
+# Compiled, chunks of 128 keep registers in memory beside asynchronous products: bench.ops.registers refuses that.
 @pytest.mark.parametrize("chunk", [16, 32] if GPU else [16, 32, 128], indirect=True)
 def test_other_chunk_lengths(chunk: int) -> None:
     T = 2 * chunk + 1
