@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dig.ops.adaln import norm_modulate
-from dig.ops.aside import aside, mark, side_work, wait
+from dig.ops.aside import aside, mark, runs_beside, side_work, wait
 from dig.raster_block import BlockWeights, Prepared, adaln, infer_block, prepare_block, train_block
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from dig.model import DiGBlock
     from dig.scan import ScanOrder
 
+_SHARE = 24576
+"""Tokens times programs that prepare a block's weights beside the block before; found by `bench.ops.prepare`."""
+_MOST = 48
+"""More programs than this are not few: everything is better prepared at once."""
 _RECOMPUTED = "recomputed"
 """Attribute of a block: whether its activations are computed again in the backward pass."""
 
@@ -110,11 +114,13 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
     weights = [_weights(block) for block in blocks]
     with side_work(x.device):
         # A block's modulation and weights are prepared while the one before it runs; two blocks' are there at a time.
+        # Nothing runs beside the first one's, nor outside of a capture beside any.
+        programs = programs_beside(x.shape[0] * x.shape[1]) if runs_beside() else None
         upcoming = _prepare_aside(weights[0], activated, x.dtype, fold_gates)
         for i, (block, order) in enumerate(zip(blocks, orders, strict=True)):
             prepared, ready = upcoming
             if i + 1 < len(blocks):
-                upcoming = _prepare_aside(weights[i + 1], activated, x.dtype, fold_gates)
+                upcoming = _prepare_aside(weights[i + 1], activated, x.dtype, fold_gates, programs)
             wait(ready)
             x = run(
                 x,
@@ -149,12 +155,25 @@ def _run_recomputed(
     return x
 
 
+def programs_beside(tokens: int) -> int | None:
+    """How many programs prepare a block's weights in the time that the block before takes; None: all at once.
+
+    A block's weights take memory traffic in proportion to their number, and its products multiply each by every token:
+    how many multiprocessors the former needs while the latter lasts depends on the tokens alone.
+
+    Args:
+        tokens: Of all images.
+    """
+    programs = max(2, _SHARE // tokens)
+    return programs if programs <= _MOST else None
+
+
 def _prepare_aside(
-    weights: BlockWeights, c: Tensor, dtype: torch.dtype, fold_gates: bool
+    weights: BlockWeights, c: Tensor, dtype: torch.dtype, fold_gates: bool, programs: int | None = None
 ) -> tuple[Prepared, torch.cuda.Event | None]:
     """`prepare_block` beside the critical path, and what to wait for before its result is read."""
     with aside(c):
-        prepared = prepare_block(weights, c, dtype, fold_gates=fold_gates)
+        prepared = prepare_block(weights, c, dtype, fold_gates=fold_gates, programs=programs)
     return prepared, mark()
 
 

@@ -101,7 +101,9 @@ def _or_masters(products: Sequence[Tensor | None], masters: Sequence[Tensor | No
     return tuple(cast(Tensor, master if product is None else product) for product, master in pairs)
 
 
-def prepare_block(weights: BlockWeights, c: Tensor, dtype: torch.dtype, *, fold_gates: bool) -> Prepared:
+def prepare_block(
+    weights: BlockWeights, c: Tensor, dtype: torch.dtype, *, fold_gates: bool, programs: int | None = None
+) -> Prepared:
     """Compute a block's modulation, and its weights in the dtype of its products; without a gradient.
 
     Args:
@@ -109,16 +111,17 @@ def prepare_block(weights: BlockWeights, c: Tensor, dtype: torch.dtype, *, fold_
         c: (B, D), the condition after its SiLU.
         dtype: Of the products.
         fold_gates: Whether the two output projections are multiplied by their gates, which takes B = 1.
+        programs: At most so many of each kernel, so that others can run beside it; all at once without.
     """
     w = weights
     with torch.no_grad():
         if len(c) == 1:
-            modulation = matrix_vector(w.adaln_weight, c[0], w.adaln_bias).unsqueeze(0)
+            modulation = matrix_vector(w.adaln_weight, c[0], w.adaln_bias, programs).unsqueeze(0)
         else:
             modulation = adaln(c, w.adaln_weight, w.adaln_bias)
         _, _, gate1, _, _, gate2 = modulation.chunk(6, dim=1)
         masters = (w.in_proj, w.decay_weight, w.gate_proj, w.o_proj, w.down_proj)
-        cast_weights = _cast(masters, (gate1[0], gate2[0]) if fold_gates else (), dtype)
+        cast_weights = _cast(masters, (gate1[0], gate2[0]) if fold_gates else (), dtype, programs)
     products = (None if copy is master else copy for copy, master in zip(cast_weights, masters, strict=True))
     return Prepared(modulation=modulation, products=tuple(products))
 
@@ -141,13 +144,16 @@ def _adaln_backward(dmodulation: Tensor, c: Tensor, weight: Tensor) -> tuple[Ten
         return torch.mm(dmodulation, weight).to(c.dtype), dweight, dmodulation.sum(0)
 
 
-def _cast(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _cast(
+    weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype, programs: int | None = None
+) -> list[Tensor]:
     """`prepare_weights`, of those that aren't there already as they have to be."""
     ungated = len(weights) - len(gates)
     todo = [i for i, weight in enumerate(weights) if i >= ungated or weight.dtype != dtype]
     done = list(weights)
     if todo:
-        for i, copy in zip(todo, prepare_weights([weights[i] for i in todo], list(gates), dtype), strict=True):
+        copies = prepare_weights([weights[i] for i in todo], list(gates), dtype, programs)
+        for i, copy in zip(todo, copies, strict=True):
             done[i] = copy
     return done
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,14 +153,19 @@ def report(row: dict[str, Any], start: str, path: Path | None) -> None:
 
 
 @contextmanager
-def use_tiles(module: ModuleType, tiles: object) -> Iterator[None]:
-    """Let every call of a module's ``tiles_for`` give these tile choices."""
-    saved: Any = module.__dict__["tiles_for"]
-    module.__dict__["tiles_for"] = lambda *_: tiles
+def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Let a name of a module mean something else."""
+    saved: Any = module.__dict__[name]
+    module.__dict__[name] = value
     try:
         yield
     finally:
-        module.__dict__["tiles_for"] = saved
+        module.__dict__[name] = saved
+
+
+def use_tiles(module: ModuleType, tiles: object) -> AbstractContextManager[None]:
+    """Let every call of a module's ``tiles_for`` give these tile choices."""
+    return replaced(module, "tiles_for", lambda *_: tiles)
 
 
 def parser_for(program: str, description: str | None, implementations: Iterable[str]) -> argparse.ArgumentParser:

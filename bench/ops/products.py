@@ -16,31 +16,18 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.ops.common import Step, capture, parse, replay_times, require_gpu, set_count
+from bench.ops.common import Step, capture, parse, replaced, replay_times, require_gpu, set_count
 from dig.ops.swiglu import products
 from dig.ops.swiglu.products import ProductTiles, project_down_backward, project_up
 
 IMPLEMENTATIONS = ("fused", "apart")
 SHAPES = ((4096, 384), (12544, 384), (16384, 384), (4096, 1152), (16384, 1152))
 """(T, D)."""
-
-
-@contextmanager
-def replaced(name: str, value: object) -> Iterator[None]:
-    """Let a name of `dig.ops.swiglu.products` mean something else."""
-    saved: Any = products.__dict__[name]
-    products.__dict__[name] = value
-    try:
-        yield
-    finally:
-        products.__dict__[name] = saved
 
 
 def make_steps(T: int, D: int, which: str) -> tuple[list[Step], int, int]:
@@ -89,7 +76,7 @@ def choices() -> Iterator[ProductTiles]:
 def sweep(T: int, D: int, which: str, samples: int) -> None:
     """Print the time of every choice."""
     for tiles in choices():
-        with replaced("tiles_for", lambda *_, tiles=tiles: tiles):
+        with replaced(products, "tiles_for", lambda *_, tiles=tiles: tiles):
             try:
                 us = time_of(make_steps(T, D, which)[0], samples)
             except Exception as error:
@@ -125,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
             sweep(T, D, which, options.samples)
         for implementation in options.implementations:
             tables = {"fused": (products.NARROW, products.WIDE), "apart": ({}, {})}[implementation]
-            with replaced("NARROW", tables[0]), replaced("WIDE", tables[1]):
+            with replaced(products, "NARROW", tables[0]), replaced(products, "WIDE", tables[1]):
                 steps, size, flops = make_steps(T, D, which)
                 us = time_of(steps, options.samples)
             row = {"T": T, "D": D, "pass": which, "implementation": implementation, "us": us}

@@ -82,7 +82,7 @@ def aside(*reads: Tensor | None) -> AbstractContextManager[None]:
         *reads: The tensors that it reads or writes and that were allocated outside; they are held until the end of
             `side_work`.
     """
-    if torch.compiler.is_compiling() or not _scopes.open:
+    if not runs_beside():
         return nullcontext()
     return _fork(_scopes.open[-1], reads)
 
@@ -95,9 +95,14 @@ def _fork(scope: _Scope, reads: tuple[Tensor | None, ...]) -> Iterator[None]:
         yield
 
 
+def runs_beside() -> bool:
+    """Whether `aside` puts work on a second stream here."""
+    return not torch.compiler.is_compiling() and bool(_scopes.open)
+
+
 def mark() -> torch.cuda.Event | None:
     """A point that `wait` can wait for: the end of all that is aside so far. None where nothing is."""
-    if torch.compiler.is_compiling() or not _scopes.open:
+    if not runs_beside():
         return None
     return _scopes.open[-1].side.record_event()
 

@@ -4,6 +4,11 @@ Autocast casts every weight by a launch of its own. Here a block's weights take 
 on a layer's output, ``y = gate ⊙ (W x)``, can act on the rows of W instead when one condition serves all tokens; then
 neither ``W x`` nor its gradient is a tensor of T rows that anything has to read or write.
 
+**Beside matrix products.** A program of cuBLAS' takes a multiprocessor whole, and starts on none where another kernel's
+programs still come and go. A copy of many small programs therefore takes turns with the products instead of running
+beside them. Told to take few programs, both kernels here keep to as many multiprocessors and leave the others alone:
+each program walks over its share, with enough loads in flight to be worth its multiprocessor.
+
 Shapes: N rows and M columns of a weight.
 """
 
@@ -18,55 +23,68 @@ from torch import Tensor
 from dig.ops.launch import empty, on_device
 from dig.ops.weights.kernels import gated_weight_gradient_kernel, matrix_vector_kernel, prepare_kernel
 
-ELEMENTS = 4096
-"""Elements of a program that copies: 16 of each thread's at 8 warps."""
-VECTOR_ROWS = 8
-"""Rows of a program that multiplies by a vector: 32 elements of each of its 128 threads are read together."""
+WIDE = (4096, 8)
+"""Elements that a program copies at a time, and its warps, where all programs run at once."""
+FEW = (16384, 32)
+"""The same where few programs walk over everything: 64 KiB in flight on a multiprocessor."""
+VECTOR_TILE = (32, 512, 16)
+"""Rows and columns that a program multiplies by a vector at a time, and its warps: 32 elements of each thread's are
+read together. The same however many programs there are, so that the sums are added in one order.
+"""
 
 
 @torch.library.custom_op("dig::prepare_weights", mutates_args=())
-def prepare_weights(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def prepare_weights(
+    weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype, programs: int | None = None
+) -> list[Tensor]:
     """Copies of the weights (N, M) in ``dtype``, the rows of the last ones multiplied by gates (N,), one each.
 
-    Everything is contiguous. The products with the gates are rounded once, from fp32.
+    Everything is contiguous. The products with the gates are rounded once, from fp32. With ``programs`` the kernel has
+    at most so many, and leaves the card's other multiprocessors alone.
     """
     copies = [empty(weight, dtype) for weight in weights]
     sizes = tuple(weight.numel() for weight in weights)
     ungated = len(weights) - len(gates)
     columns = tuple(1 if i < ungated else weight.shape[-1] for i, weight in enumerate(weights))
-    programs = sum(triton.cdiv(size, ELEMENTS) for size in sizes)
+    elements, warps = WIDE if programs is None else FEW
+    blocks = sum(triton.cdiv(size, elements) for size in sizes)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
     with on_device(weights[0].device):
-        prepare_kernel[(programs,)](
-            tuple(weights), factors, tuple(copies), SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=ELEMENTS,
-            num_warps=8,
+        prepare_kernel[(blocks if programs is None else min(programs, blocks),)](
+            tuple(weights), factors, tuple(copies), SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=elements,
+            num_warps=warps,
         )  # fmt: skip
     return copies
 
 
 @prepare_weights.register_fake
-def _(weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _(
+    weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype, programs: int | None = None
+) -> list[Tensor]:
     return [empty(weight, dtype) for weight in weights]
 
 
 @torch.library.custom_op("dig::matrix_vector", mutates_args=())
-def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor) -> Tensor:
+def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | None = None) -> Tensor:
     """``weight vector + bias`` (N,) in weight's dtype, summed in fp32: weight (N, M), vector (M,), bias (N,).
 
     Reading the matrix is all the work, which cuBLAS' kernel for fp32 does at little more than half of a copy's rate.
+    ``programs``: as of `prepare_weights`.
     """
     N, M = weight.shape
     out = empty(bias, weight.dtype)
+    rows, columns, warps = VECTOR_TILE
+    blocks = triton.cdiv(N, rows)
     with on_device(weight.device):
-        matrix_vector_kernel[(triton.cdiv(N, VECTOR_ROWS),)](
-            weight, vector, bias, out, N, M=M, ROWS=VECTOR_ROWS, BLOCK=min(512, triton.next_power_of_2(M)), num_warps=4
+        matrix_vector_kernel[(blocks if programs is None else min(programs, blocks),)](
+            weight, vector, bias, out, N, M=M, ROWS=rows, BLOCK=min(columns, triton.next_power_of_2(M)), num_warps=warps
         )
     return out
 
 
 @matrix_vector.register_fake
-def _(weight: Tensor, vector: Tensor, bias: Tensor) -> Tensor:
+def _(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | None = None) -> Tensor:
     return empty(bias, weight.dtype)
 
 

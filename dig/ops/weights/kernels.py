@@ -20,34 +20,39 @@ def prepare_kernel(
 ):
     """Copy every tensor of a tuple; from the one at UNGATED on, times its row's element of its gate.
 
-    Grid (sum of ceil(size / BLOCK),): the programs of the first tensor, then those of the second, and so on.
+    Grid (P,), any P. The blocks of all tensors are counted through, and a program takes every P-th: a grid of as many
+    programs as there are blocks gives each one.
     """
-    program = tl.program_id(0)
+    block = tl.program_id(0)
     for i in tl.static_range(len(SIZES)):
-        programs = tl.cdiv(SIZES[i], BLOCK)
-        if (program >= 0) & (program < programs):
-            at = program * BLOCK + tl.arange(0, BLOCK)
+        blocks = tl.cdiv(SIZES[i], BLOCK)
+        while block < blocks:
+            at = block * BLOCK + tl.arange(0, BLOCK)
             mask = at < SIZES[i]
             value = tl.load(weights[i] + at, mask=mask, other=0.0).to(tl.float32)
             if i >= UNGATED:
                 value *= tl.load(gates[i] + at // COLUMNS[i], mask=mask, other=0.0).to(tl.float32)
             tl.store(copies[i] + at, value.to(copies[i].dtype.element_ty), mask=mask)
-        program -= programs
+            block += tl.num_programs(0)
+        block -= blocks
 
 
 @triton.jit
 def matrix_vector_kernel(weight, vector, bias, out, N, M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """ROWS elements of ``weight vector + bias``, in fp32. Grid (ceil(N / ROWS),)."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    at = weight + rows.to(tl.int64)[:, None] * M
-    for start in tl.static_range(0, M, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        factor = tl.load(vector + cols, mask=cols < M, other=0.0).to(tl.float32)
-        mask = (rows < N)[:, None] & (cols < M)[None, :]
-        total += tl.load(at + cols[None, :], mask=mask, other=0.0).to(tl.float32) * factor[None, :]
-    value = tl.sum(total, axis=1) + tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(out + rows, value.to(out.dtype.element_ty), mask=rows < N)
+    """``weight vector + bias`` in fp32, ROWS elements at a time. Grid (P,), any P up to ceil(N / ROWS)."""
+    first = tl.program_id(0) * ROWS
+    while first < N:
+        rows = first + tl.arange(0, ROWS)
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        at = weight + rows.to(tl.int64)[:, None] * M
+        for start in tl.static_range(0, M, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            factor = tl.load(vector + cols, mask=cols < M, other=0.0).to(tl.float32)
+            mask = (rows < N)[:, None] & (cols < M)[None, :]
+            total += tl.load(at + cols[None, :], mask=mask, other=0.0).to(tl.float32) * factor[None, :]
+        value = tl.sum(total, axis=1) + tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+        tl.store(out + rows, value.to(out.dtype.element_ty), mask=rows < N)
+        first += tl.num_programs(0) * ROWS
 
 
 @triton.jit

@@ -1,0 +1,118 @@
+"""Time a model's step with its weights prepared in different ways beside the products, all ways in one run.
+
+    python -m bench.ops.prepare                                     # DiG-XL/2's forward pass at 1024
+    python -m bench.ops.prepare --model DiG-S/2:triton:variant=release --resolution 1792 --mode train
+
+A kernel beside others cannot be judged by itself: what counts is the step. Each choice is a CUDA graph of the whole
+step, as the benchmark captures it; the graphs take turns, so that the card's clock is the same for all, and the figure
+is the median of their rounds. ``programs`` is what `dig.raster.programs_beside` gives, ``elements`` and ``warps`` are
+`dig.ops.weights.FEW`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench.choices import one_case
+from bench.ops.common import parse, replaced, require_gpu
+from bench.steps import build_step, capture, warm_up
+from dig import raster
+from dig.ops import weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a block's weights are prepared; without programs by as many as there are blocks of elements."""
+
+    programs: int | None
+    elements: int = weights.FEW[0]
+    warps: int = weights.FEW[1]
+
+    def __str__(self) -> str:
+        if self.programs is None:
+            return "all programs at once"
+        return f"{self.programs:3d} programs, {self.elements:5d} elements, {self.warps:2d} warps"
+
+
+@contextmanager
+def chosen(choice: Choice) -> Iterator[None]:
+    """Let models prepare their weights so."""
+    with ExitStack() as stack:
+        stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs))
+        stack.enter_context(replaced(weights, "FEW", (choice.elements, choice.warps)))
+        yield
+
+
+def milliseconds(replay: Callable[[], None], times: int) -> float:
+    """Of one replay, of several that are enqueued together."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / times
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ops.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="DiG-XL/2:triton:variant=release", help="model name, options after colons")
+    parser.add_argument("--resolution", type=int, default=1024, help="image side in pixels")
+    parser.add_argument("--mode", choices=("train", "forward"), default="forward")
+    parser.add_argument("--batch", type=int, default=1, help="images a step")
+    parser.add_argument("--programs", type=int, nargs="+", default=[2, 4, 6, 8, 12, 16, 24, 32, 48])
+    parser.add_argument("--elements", type=int, nargs="+", default=[weights.FEW[0]])
+    parser.add_argument("--warps", type=int, nargs="+", default=[weights.FEW[1]])
+    parser.add_argument("--rounds", type=int, default=12, help="turns a median is taken of")
+    parser.add_argument("--replays", type=int, default=8, help="steps a turn")
+    parser.add_argument("--json", type=Path, help="append one JSON line for each choice to this file")
+    options = parse(parser, arguments)
+    require_gpu("bench.ops.prepare")
+    case = one_case(
+        options.model, resolution=options.resolution, mode=options.mode, execution="graph", batch=options.batch,
+        dtype="bf16", device="cuda",
+    )  # fmt: skip
+    choices = [Choice(programs=None)]
+    choices += [
+        Choice(programs=p, elements=e, warps=w)
+        for e in options.elements
+        for w in options.warps
+        for p in options.programs
+    ]
+    step = build_step(case)
+    warm_up(step.run, case.device)
+    graphs = []
+    for choice in choices:
+        with chosen(choice):
+            warm_up(step.run, case.device)
+            graphs.append(capture(step.run)[0])
+    times: list[list[float]] = [[] for _ in choices]
+    draw = random.Random(0)
+    for turn in range(options.rounds + 1):
+        for index in draw.sample(range(len(choices)), len(choices)):
+            ms = milliseconds(graphs[index], options.replays)
+            if turn:  # The first round warms the card up.
+                times[index].append(ms)
+    print(f"{case.describe()} on {torch.cuda.get_device_name()}", flush=True)
+    for choice, taken in zip(choices, times, strict=True):
+        print(f"{choice!s:45} {statistics.median(taken):8.3f} ms  ({min(taken):.3f} to {max(taken):.3f})", flush=True)
+        if options.json is not None:
+            row = {"case": asdict(case), "choice": asdict(choice), "ms": statistics.median(taken), "samples_ms": taken}
+            with options.json.open("a") as file:
+                file.write(json.dumps(row | {"device": torch.cuda.get_device_name()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
