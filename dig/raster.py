@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from dig.model import DiGBlock
     from dig.scan import ScanOrder
 
-_SHARE = 24576
-"""Tokens times programs that prepare a block's weights beside the block before; found by `bench.ops.prepare`."""
-_MOST = 48
-"""More programs than this are not few: everything is better prepared at once."""
+_FEW_TOKENS = 1024
+"""Up to here a block is too short to hide its successor's weights by working on every multiprocessor for a while."""
+_FEW_PROGRAMS = 32
+_MANY_PROGRAMS: int | None = None
 _RECOMPUTED = "recomputed"
 """Attribute of a block: whether its activations are computed again in the backward pass."""
 
@@ -111,25 +112,74 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
     fold_gates = not torch.is_grad_enabled() and len(x) == 1
     run = infer_block if fold_gates else train_block
     activated = F.silu(c)
-    weights = [_weights(block) for block in blocks]
     with side_work(x.device):
-        # A block's modulation and weights are prepared while the one before it runs; two blocks' are there at a time.
-        # Nothing runs beside the first one's, nor outside of a capture beside any.
-        programs = programs_beside(x.shape[0] * x.shape[1]) if runs_beside() else None
-        upcoming = _prepare_aside(weights[0], activated, x.dtype, fold_gates)
+        ahead = _Ahead([_weights(block) for block in blocks], activated, x, fold_gates)
         for i, (block, order) in enumerate(zip(blocks, orders, strict=True)):
-            prepared, ready = upcoming
-            if i + 1 < len(blocks):
-                upcoming = _prepare_aside(weights[i + 1], activated, x.dtype, fold_gates, programs)
-            wait(ready)
+            prepared = ahead.take(i)
             x = run(
                 x,
                 activated,
                 prepared,
-                weights[i],
+                ahead.weights[i],
+                meanwhile=partial(ahead.prepare, i + 1) if ahead.beside and i + 1 < len(blocks) else None,
                 **_settings(block, grid, order),
             )
     return x
+
+
+def programs_beside(tokens: int) -> int | None:
+    """How many programs prepare a block's weights beside the block before; None: all at once.
+
+    Found by `bench.ops.prepare`: with few tokens the products leave most multiprocessors idle or short of work, and a
+    few of them are enough for the weights; with many, cuBLAS' tiles are as many as there are multiprocessors, so that
+    each one taken away costs a product twice its time.
+
+    Args:
+        tokens: Of all images.
+    """
+    return _FEW_PROGRAMS if tokens <= _FEW_TOKENS else _MANY_PROGRAMS
+
+
+class _Ahead:
+    """Prepares the blocks' modulations and weights: beside the block before where `aside` is, else when asked for.
+
+    Args:
+        weights: Of all blocks.
+        c: (B, D), the condition after its SiLU.
+        x: (B, T, D), the tokens.
+        fold_gates: As of `prepare_block`.
+    """
+
+    def __init__(self, weights: list[BlockWeights], c: Tensor, x: Tensor, fold_gates: bool) -> None:
+        self.weights = weights
+        self.beside = runs_beside()
+        self._c, self._dtype, self._fold_gates = c, x.dtype, fold_gates
+        self._programs = programs_beside(x.shape[0] * x.shape[1])
+        self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
+        if self.beside:
+            self.prepare(0, alone=True)
+
+    def prepare(self, i: int, *, alone: bool = False) -> None:
+        """Launch what block i needs; ``alone``: nothing worth the room runs beside it."""
+        with aside(self._c):
+            prepared = prepare_block(
+                self.weights[i],
+                self._c,
+                self._dtype,
+                fold_gates=self._fold_gates,
+                programs=None if alone else self._programs,
+            )
+        self._upcoming = prepared, mark()
+
+    def take(self, i: int) -> Prepared:
+        """What block i needs, once it is there."""
+        if self._upcoming is None:
+            self.prepare(i, alone=True)
+        assert self._upcoming is not None
+        prepared, ready = self._upcoming
+        self._upcoming = None
+        wait(ready)
+        return prepared
 
 
 def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -153,28 +203,6 @@ def _run_recomputed(
         # Blocks draw nothing, so there is no random state to keep, which a CUDA graph couldn't restore.
         x = cast(Tensor, checkpoint(run, x, c, block, order, use_reentrant=False, preserve_rng_state=False))
     return x
-
-
-def programs_beside(tokens: int) -> int | None:
-    """How many programs prepare a block's weights in the time that the block before takes; None: all at once.
-
-    A block's weights take memory traffic in proportion to their number, and its products multiply each by every token:
-    how many multiprocessors the former needs while the latter lasts depends on the tokens alone.
-
-    Args:
-        tokens: Of all images.
-    """
-    programs = max(2, _SHARE // tokens)
-    return programs if programs <= _MOST else None
-
-
-def _prepare_aside(
-    weights: BlockWeights, c: Tensor, dtype: torch.dtype, fold_gates: bool, programs: int | None = None
-) -> tuple[Prepared, torch.cuda.Event | None]:
-    """`prepare_block` beside the critical path, and what to wait for before its result is read."""
-    with aside(c):
-        prepared = prepare_block(weights, c, dtype, fold_gates=fold_gates, programs=programs)
-    return prepared, mark()
 
 
 def run_final_layer(layer: FinalLayer, x: Tensor, c: Tensor) -> Tensor:

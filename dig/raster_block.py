@@ -17,7 +17,7 @@ Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -178,8 +178,8 @@ class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order.
 
     Arguments: x (B, T, D) in the dtype of the products; the condition after its SiLU, c (B, D); norm (``rms`` or
-    ``layer``), heads, (rows, columns) of the grid, the scan order; then modulation and products as in `Prepared`, of
-    which nothing is differentiated, and the weights as in `BlockWeights`.
+    ``layer``), heads, (rows, columns) of the grid, the scan order; meanwhile as of `train_block`; then modulation and
+    products as in `Prepared`, of which nothing is differentiated, and the weights as in `BlockWeights`.
     Differentiable once.
     """
 
@@ -192,6 +192,7 @@ class RasterBlock(torch.autograd.Function):
         heads: int,
         grid: tuple[int, int],
         order: ScanOrder,
+        meanwhile: Callable[[], None] | None,
         *tensors: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
@@ -201,6 +202,8 @@ class RasterBlock(torch.autograd.Function):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         h, stats1 = norm_modulate_forward(x, shift1, scale1, norm1, norm, EPS, x.dtype)
         projected = _linear(h, in_proj)
+        if meanwhile is not None:
+            meanwhile()
         y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, order_code(order), EPS)
         branch1 = _linear(y, o_proj)
         x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, norm2, norm, EPS, x.dtype)
@@ -299,7 +302,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     gradients = (din_proj, ddecay_weight, dgate_proj, do_proj, ddown)
     dnorms = (None if norm1 is None else dnorm1, None if norm2 is None else dnorm2)
     return (
-        dx, dc, None, None, None, None, *(None,) * PREPARED,
+        dx, dc, None, None, None, None, None, *(None,) * PREPARED,
         *(g.to(w.dtype) for g, w in zip(gradients, masters, strict=True)),
         ddecay_bias, dhead_norm, *dnorms, dconv_weight, dconv_bias, *dadaln,
     )  # fmt: skip
@@ -315,14 +318,18 @@ def train_block(
     heads: int,
     grid: tuple[int, int],
     order: ScanOrder,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """`RasterBlock` by names; ``prepared`` without folded gates.
+
+    ``meanwhile`` is called once the recurrence comes next: its kernels, which wait for each other more than for memory,
+    leave room for work aside, and the products leave none.
 
     Returns:
         (B, T, D) in x's dtype.
     """
     tensors = (prepared.modulation, *prepared.products, *weights.in_order())
-    out: Tensor = RasterBlock.apply(x, c, norm, heads, grid, order, *tensors)
+    out: Tensor = RasterBlock.apply(x, c, norm, heads, grid, order, meanwhile, *tensors)
     return out
 
 
@@ -336,6 +343,7 @@ def infer_block(
     heads: int,
     grid: tuple[int, int],
     order: ScanOrder,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as `train_block`, but with folded gates.
 
@@ -346,6 +354,8 @@ def infer_block(
     in_proj, decay_weight, gate_proj, o_proj, down_proj = prepared.or_masters(w)
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
     projected = _linear(h, in_proj)
+    if meanwhile is not None:
+        meanwhile()
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)

@@ -24,9 +24,10 @@ from dig.ops.launch import empty, on_device
 from dig.ops.weights.kernels import gated_weight_gradient_kernel, matrix_vector_kernel, prepare_kernel
 
 WIDE = (4096, 8)
-"""Elements that a program copies at a time, and its warps, where all programs run at once."""
+"""Elements that a program copies at a time, and its warps."""
 FEW = (16384, 32)
-"""The same where few programs walk over everything: 64 KiB in flight on a multiprocessor."""
+"""The same for at most `FEW_PROGRAMS`, each with a multiprocessor to itself: 64 KiB in flight."""
+FEW_PROGRAMS = 64
 VECTOR_TILE = (32, 512, 16)
 """Rows and columns that a program multiplies by a vector at a time, and its warps: 32 elements of each thread's are
 read together. The same however many programs there are, so that the sums are added in one order.
@@ -46,7 +47,7 @@ def prepare_weights(
     sizes = tuple(weight.numel() for weight in weights)
     ungated = len(weights) - len(gates)
     columns = tuple(1 if i < ungated else weight.shape[-1] for i, weight in enumerate(weights))
-    elements, warps = WIDE if programs is None else FEW
+    elements, warps = WIDE if programs is None or programs > FEW_PROGRAMS else FEW
     blocks = sum(triton.cdiv(size, elements) for size in sizes)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
