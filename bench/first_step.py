@@ -5,7 +5,7 @@
 
 What torch and Triton keep on the disk is kept in a new, empty folder, so that every kernel is compiled (and tuned,
 where it tunes itself) as by whoever runs the model for the first time. Prints the seconds of building model and inputs,
-and of the first two steps, each until the device is done. The driver's own cache of what it compiles from PTX is left alone.
+and of the first two steps, each until the device is done. The driver's own cache of compiled code is left alone.
 """
 
 from __future__ import annotations

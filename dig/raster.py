@@ -13,7 +13,6 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,7 +22,16 @@ from torch.utils.checkpoint import checkpoint
 
 from dig.ops.adaln import norm_modulate
 from dig.ops.aside import aside, mark, runs_beside, side_work, wait
-from dig.raster_block import BlockWeights, Prepared, adaln, infer_block, prepare_block, train_block
+from dig.raster_block import (
+    BlockWeights,
+    Prepared,
+    Rider,
+    adaln,
+    infer_block,
+    modulation_of,
+    prepare_block,
+    train_block,
+)
 
 if TYPE_CHECKING:
     from dig.layers import FinalLayer, PatchEmbed
@@ -31,9 +39,8 @@ if TYPE_CHECKING:
     from dig.scan import ScanOrder
 
 _FEW_TOKENS = 1024
-"""Up to here a block is too short to hide its successor's weights by working on every multiprocessor for a while."""
 _FEW_PROGRAMS = 32
-_MANY_PROGRAMS: int | None = None
+"""How many programs prepare weights beside a block with at most so many tokens: see `programs_beside`."""
 _RECOMPUTED = "recomputed"
 """Attribute of a block: whether its activations are computed again in the backward pass."""
 
@@ -110,20 +117,17 @@ def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, in
         return _run_recomputed(blocks, x, F.silu(c), grid, orders)
     # Gates can act on weights instead of tokens where one condition serves all of them, and no gradient asks for both.
     fold_gates = not torch.is_grad_enabled() and len(x) == 1
-    run = infer_block if fold_gates else train_block
     activated = F.silu(c)
     with side_work(x.device):
         ahead = _Ahead([_weights(block) for block in blocks], activated, x, fold_gates)
         for i, (block, order) in enumerate(zip(blocks, orders, strict=True)):
             prepared = ahead.take(i)
-            x = run(
-                x,
-                activated,
-                prepared,
-                ahead.weights[i],
-                meanwhile=partial(ahead.prepare, i + 1) if ahead.beside and i + 1 < len(blocks) else None,
-                **_settings(block, grid, order),
-            )
+            ahead.begin(i + 1)
+            settings = _settings(block, grid, order)
+            if fold_gates:
+                x = infer_block(x, activated, prepared, ahead.weights[i], rider=ahead.rider, **settings)
+            else:
+                x = train_block(x, activated, prepared, ahead.weights[i], **settings)
     return x
 
 
@@ -137,11 +141,14 @@ def programs_beside(tokens: int) -> int | None:
     Args:
         tokens: Of all images.
     """
-    return _FEW_PROGRAMS if tokens <= _FEW_TOKENS else _MANY_PROGRAMS
+    return _FEW_PROGRAMS if tokens <= _FEW_TOKENS else None
 
 
 class _Ahead:
-    """Prepares the blocks' modulations and weights: beside the block before where `aside` is, else when asked for.
+    """Prepares a block's modulation and weights while the block before it runs; two blocks' are there at a time.
+
+    In the order of preference: in the earlier block's product upwards (`Rider`; the modulation aside), aside, or only
+    when they are asked for.
 
     Args:
         weights: Of all blocks.
@@ -152,34 +159,42 @@ class _Ahead:
 
     def __init__(self, weights: list[BlockWeights], c: Tensor, x: Tensor, fold_gates: bool) -> None:
         self.weights = weights
-        self.beside = runs_beside()
+        self.rider: Rider | None = None
         self._c, self._dtype, self._fold_gates = c, x.dtype, fold_gates
         self._programs = programs_beside(x.shape[0] * x.shape[1])
+        self._ride = fold_gates and not torch.compiler.is_compiling() and all(Rider.fits(w, x) for w in weights)
         self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
-        if self.beside:
-            self.prepare(0, alone=True)
 
-    def prepare(self, i: int, *, alone: bool = False) -> None:
-        """Launch what block i needs; ``alone``: nothing worth the room runs beside it."""
-        with aside(self._c):
-            prepared = prepare_block(
-                self.weights[i],
-                self._c,
-                self._dtype,
-                fold_gates=self._fold_gates,
-                programs=None if alone else self._programs,
-            )
-        self._upcoming = prepared, mark()
+    def begin(self, i: int) -> None:
+        """Begin with what block i needs, if there is one; the block before it is launched next."""
+        self.rider = None
+        if i == len(self.weights):
+            return
+        if self._ride:
+            with aside(self._c):
+                modulation = modulation_of(self.weights[i], self._c)
+            self.rider = Rider(self.weights[i], modulation, mark())
+        elif runs_beside():
+            self._prepare(i, self._programs)
 
     def take(self, i: int) -> Prepared:
         """What block i needs, once it is there."""
+        if self.rider is not None and self.rider.prepared is not None:
+            return self.rider.prepared
         if self._upcoming is None:
-            self.prepare(i, alone=True)
+            self._prepare(i, None)
         assert self._upcoming is not None
         prepared, ready = self._upcoming
         self._upcoming = None
         wait(ready)
         return prepared
+
+    def _prepare(self, i: int, programs: int | None) -> None:
+        with aside(self._c):
+            prepared = prepare_block(
+                self.weights[i], self._c, self._dtype, fold_gates=self._fold_gates, programs=programs
+            )
+        self._upcoming = prepared, mark()
 
 
 def recompute_blocks(blocks: Iterable[nn.Module]) -> None:

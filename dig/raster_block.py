@@ -17,7 +17,7 @@ Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from dig.ops.aside import aside, mark, side_work, wait
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
-from dig.ops.swiglu.products import project_down_backward, project_up
+from dig.ops.swiglu.products import project_down_backward, project_up, project_up_preparing, rides
 from dig.ops.weights import gated_weight_gradient, matrix_vector, prepare_weights
 from dig.scan import ScanOrder
 
@@ -77,6 +77,11 @@ class BlockWeights:
         """The fields' values."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def masters(self) -> tuple[Tensor, ...]:
+        """The weights of the products, those that take a gate last: the first five fields."""
+        return self.in_proj, self.decay_weight, self.gate_proj, self.o_proj, self.down_proj
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -101,6 +106,41 @@ def _or_masters(products: Sequence[Tensor | None], masters: Sequence[Tensor | No
     return tuple(cast(Tensor, master if product is None else product) for product, master in pairs)
 
 
+class Rider:
+    """The weights of a block that are prepared in the one before, by its product upwards: `project_up_preparing`.
+
+    Args:
+        weights: The later block's.
+        modulation: The later block's (1, 6D), which has the gates that go into its weights.
+        ready: When the modulation is there.
+    """
+
+    def __init__(self, weights: BlockWeights, modulation: Tensor, ready: torch.cuda.Event | None) -> None:
+        self._weights, self._modulation, self._ready = weights, modulation, ready
+        self.prepared: Prepared | None = None
+
+    @staticmethod
+    def fits(weights: BlockWeights, h: Tensor) -> bool:
+        """Whether such weights ride in the product upwards of tokens like h (B, T, D)."""
+        return rides(h, weights.down_proj.shape[1], weights.masters, 2)
+
+    def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
+        """SwiGLU's result (B, T, F) from h (B, T, D) and the earlier block's weight (2F, D); fills in ``prepared``."""
+        wait(self._ready)
+        _, _, gate1, _, _, gate2 = self._modulation.chunk(6, dim=1)
+        hidden, *copies = project_up_preparing(h, weight, self._weights.masters, [gate1[0], gate2[0]])
+        self.prepared = Prepared(modulation=self._modulation, products=tuple(copies))
+        return hidden
+
+
+def modulation_of(weights: BlockWeights, c: Tensor, programs: int | None = None) -> Tensor:
+    """A block's modulation (B, 6D) without a gradient; c and programs as of `prepare_block`."""
+    with torch.no_grad():
+        if len(c) == 1:
+            return matrix_vector(weights.adaln_weight, c[0], weights.adaln_bias, programs).unsqueeze(0)
+        return adaln(c, weights.adaln_weight, weights.adaln_bias)
+
+
 def prepare_block(
     weights: BlockWeights, c: Tensor, dtype: torch.dtype, *, fold_gates: bool, programs: int | None = None
 ) -> Prepared:
@@ -113,14 +153,9 @@ def prepare_block(
         fold_gates: Whether the two output projections are multiplied by their gates, which takes B = 1.
         programs: At most so many of each kernel, so that others can run beside it; all at once without.
     """
-    w = weights
+    modulation, masters = modulation_of(weights, c, programs), weights.masters
+    _, _, gate1, _, _, gate2 = modulation.chunk(6, dim=1)
     with torch.no_grad():
-        if len(c) == 1:
-            modulation = matrix_vector(w.adaln_weight, c[0], w.adaln_bias, programs).unsqueeze(0)
-        else:
-            modulation = adaln(c, w.adaln_weight, w.adaln_bias)
-        _, _, gate1, _, _, gate2 = modulation.chunk(6, dim=1)
-        masters = (w.in_proj, w.decay_weight, w.gate_proj, w.o_proj, w.down_proj)
         cast_weights = _cast(masters, (gate1[0], gate2[0]) if fold_gates else (), dtype, programs)
     products = (None if copy is master else copy for copy, master in zip(cast_weights, masters, strict=True))
     return Prepared(modulation=modulation, products=tuple(products))
@@ -178,8 +213,8 @@ class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order.
 
     Arguments: x (B, T, D) in the dtype of the products; the condition after its SiLU, c (B, D); norm (``rms`` or
-    ``layer``), heads, (rows, columns) of the grid, the scan order; meanwhile as of `train_block`; then modulation and
-    products as in `Prepared`, of which nothing is differentiated, and the weights as in `BlockWeights`.
+    ``layer``), heads, (rows, columns) of the grid, the scan order; then modulation and products as in `Prepared`, of
+    which nothing is differentiated, and the weights as in `BlockWeights`.
     Differentiable once.
     """
 
@@ -192,7 +227,6 @@ class RasterBlock(torch.autograd.Function):
         heads: int,
         grid: tuple[int, int],
         order: ScanOrder,
-        meanwhile: Callable[[], None] | None,
         *tensors: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
@@ -202,8 +236,6 @@ class RasterBlock(torch.autograd.Function):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         h, stats1 = norm_modulate_forward(x, shift1, scale1, norm1, norm, EPS, x.dtype)
         projected = _linear(h, in_proj)
-        if meanwhile is not None:
-            meanwhile()
         y, states = mixer_forward(projected, decay_weight, decay_bias, head_norm, heads, *grid, order_code(order), EPS)
         branch1 = _linear(y, o_proj)
         x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, norm2, norm, EPS, x.dtype)
@@ -302,7 +334,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     gradients = (din_proj, ddecay_weight, dgate_proj, do_proj, ddown)
     dnorms = (None if norm1 is None else dnorm1, None if norm2 is None else dnorm2)
     return (
-        dx, dc, None, None, None, None, None, *(None,) * PREPARED,
+        dx, dc, None, None, None, None, *(None,) * PREPARED,
         *(g.to(w.dtype) for g, w in zip(gradients, masters, strict=True)),
         ddecay_bias, dhead_norm, *dnorms, dconv_weight, dconv_bias, *dadaln,
     )  # fmt: skip
@@ -318,18 +350,14 @@ def train_block(
     heads: int,
     grid: tuple[int, int],
     order: ScanOrder,
-    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """`RasterBlock` by names; ``prepared`` without folded gates.
-
-    ``meanwhile`` is called once the recurrence comes next: its kernels, which wait for each other more than for memory,
-    leave room for work aside, and the products leave none.
 
     Returns:
         (B, T, D) in x's dtype.
     """
     tensors = (prepared.modulation, *prepared.products, *weights.in_order())
-    out: Tensor = RasterBlock.apply(x, c, norm, heads, grid, order, meanwhile, *tensors)
+    out: Tensor = RasterBlock.apply(x, c, norm, heads, grid, order, *tensors)
     return out
 
 
@@ -343,23 +371,21 @@ def infer_block(
     heads: int,
     grid: tuple[int, int],
     order: ScanOrder,
-    meanwhile: Callable[[], None] | None = None,
+    rider: Rider | None = None,
 ) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as `train_block`, but with folded gates.
 
-    **x is overwritten.**
+    **x is overwritten.** With a rider, the next block's weights are prepared too.
     """
     w = weights
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
     in_proj, decay_weight, gate_proj, o_proj, down_proj = prepared.or_masters(w)
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
     projected = _linear(h, in_proj)
-    if meanwhile is not None:
-        meanwhile()
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-    hidden, _ = project_up(h, gate_proj, False)
+    hidden = project_up(h, gate_proj, False)[0] if rider is None else rider.project_up(h, gate_proj)
     x[0].addmm_(hidden[0], down_proj.T)
     if w.conv_weight is None or w.conv_bias is None:
         return x

@@ -5,14 +5,13 @@
 
 A kernel beside others cannot be judged by itself: what counts is the step. Each choice is a CUDA graph of the whole
 step, as the benchmark captures it; the graphs take turns, so that the card's clock is the same for all, and the figure
-is the median of their rounds. What is tried: where in a block the next one's weights begin to be prepared, how many
-programs do it (`dig.raster.programs_beside`), and the tile of adaLN's product (`dig.ops.weights.VECTOR_TILE`).
+is the median of their rounds. What is tried: weights that ride in the product upwards (`dig.raster_block.Rider`, where
+it takes them), and how many programs prepare them aside (`dig.raster.programs_beside`).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import statistics
@@ -20,34 +19,31 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.choices import one_case
 from bench.ops.common import parse, replaced, require_gpu
 from bench.steps import build_step, capture, warm_up
 from dig import raster, raster_block
-from dig.ops import weights
-
-PLACES = {"recurrence": "mixer_forward", "start": "norm_modulate_forward", "up": "project_up"}
-"""Where in a block the next one's weights begin to be prepared: before the first call of this operation."""
-VECTOR_TILES = {"16": weights.VECTOR_TILE, "4": (8, 512, 4)}
-"""By warps."""
+from dig.ops.swiglu import products
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a block's weights are prepared; by 0 programs: by as many as there are blocks of elements."""
+    """How a block's weights are prepared while the one before it runs.
 
-    place: str
+    Attributes:
+        riding: Rows of a share of the weights in each step of the product upwards; 0: none rides there.
+        programs: How many prepare them aside, where none rides; 0: as many as there is work for.
+    """
+
+    riding: int
     programs: int
-    vector: str = "16"
 
     def __str__(self) -> str:
-        programs = f"{self.programs:4d} programs" if self.programs else "all at once"
-        return f"{self.place:10}  vector by {self.vector:>2} warps  {programs}"
+        few = f"aside, {self.programs} programs" if self.programs else "aside, all at once"
+        return f"riding, {self.riding} rows" if self.riding else few
 
 
 @contextmanager
@@ -55,30 +51,10 @@ def chosen(choice: Choice) -> Iterator[None]:
     """Let models prepare their weights so."""
     with ExitStack() as stack:
         stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
-        stack.enter_context(replaced(weights, "VECTOR_TILE", VECTOR_TILES[choice.vector]))
-        # What the model would call at its own place waits here until the operation is called.
-        waiting: list[Callable[[], None]] = []
-
-        def postpone(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def run_after(*tensors: Any, meanwhile: Callable[[], None] | None, **settings: Any) -> Tensor:
-                if meanwhile is not None:
-                    waiting.append(meanwhile)
-                return run(*tensors, meanwhile=None, **settings)
-
-            return run_after
-
-        def before(operation: Callable[..., Any]) -> Callable[..., Any]:
-            def operate(*arguments: Any) -> Any:
-                while waiting:
-                    waiting.pop()()
-                return operation(*arguments)
-
-            return operate
-
-        for name in ("infer_block", "train_block"):
-            stack.enter_context(replaced(raster, name, postpone(getattr(raster, name))))
-        operation = PLACES[choice.place]
-        stack.enter_context(replaced(raster_block, operation, before(getattr(raster_block, operation))))
+        if choice.riding:
+            stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
+        else:
+            stack.enter_context(replaced(raster_block, "rides", lambda *_: False))
         yield
 
 
@@ -102,22 +78,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=1024, help="image side in pixels")
     parser.add_argument("--mode", choices=("train", "forward"), default="forward")
     parser.add_argument("--batch", type=int, default=1, help="images a step")
-    parser.add_argument("--programs", type=int, nargs="+", default=[0, 8, 16, 24, 32, 48], help="0: all at once")
-    parser.add_argument("--vectors", nargs="+", choices=VECTOR_TILES, default=["16"], help="warps of adaLN's product")
-    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
+    parser.add_argument("--programs", type=int, nargs="+", default=[0, 16, 32, 64], help="0: all at once")
+    parser.add_argument("--riding", type=int, nargs="*", default=[8, 16], help="rows of a share in a product")
     parser.add_argument("--rounds", type=int, default=12, help="turns a median is taken of")
     parser.add_argument("--replays", type=int, default=8, help="steps a turn")
     parser.add_argument("--json", type=Path, help="append one JSON line for each choice to this file")
-    options = parse(parser, arguments, or_zero=("programs",))
+    options = parse(parser, arguments, or_zero=("programs", "riding"))
     require_gpu("bench.ops.prepare")
     case = one_case(
         options.model, resolution=options.resolution, mode=options.mode, execution="graph", batch=options.batch,
         dtype="bf16", device="cuda",
     )  # fmt: skip
-    choices = [
-        Choice(place=place, vector=vector, programs=programs)
-        for place, vector, programs in itertools.product(options.places, options.vectors, options.programs)
-    ]
+    ways = [(rows, 0) for rows in options.riding] + [(0, programs) for programs in options.programs]
+    choices = [Choice(riding=riding, programs=programs) for riding, programs in ways]
     step = build_step(case)
     warm_up(step.run, case.device)
     graphs = []
@@ -134,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
                 times[index].append(ms)
     print(f"{case.describe()} on {torch.cuda.get_device_name()}", flush=True)
     for choice, taken in zip(choices, times, strict=True):
-        print(f"{choice!s:45} {statistics.median(taken):8.3f} ms  ({min(taken):.3f} to {max(taken):.3f})", flush=True)
+        print(f"{choice!s:22} {statistics.median(taken):8.3f} ms  ({min(taken):.3f} to {max(taken):.3f})", flush=True)
         if options.json is not None:
             row = {"case": asdict(case), "choice": asdict(choice), "ms": statistics.median(taken), "samples_ms": taken}
             with options.json.open("a") as file:

@@ -99,7 +99,14 @@ def wrong_descriptors(sass: str) -> tuple[str, ...]:
 
 
 def _compile(
-    function: Any, *, sizes: str, dtype: str, constants: dict[str, Any], options: dict[str, Any], blocks: Any = None
+    function: Any,
+    *,
+    sizes: str,
+    dtype: str,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    blocks: Any = None,
+    lists: Any = None,
 ) -> Compiled:
     """The kernel as Triton compiles it for aligned arguments, which is how the models call it.
 
@@ -110,20 +117,26 @@ def _compile(
         constants: Its compile-time arguments.
         options: Triton's; those that are None are left to it.
         blocks: Of each argument that is a tensor descriptor, the shape of a tile.
+        lists: Of each argument that is a tuple of tensors, their dtype and number.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constexprs: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name], constexprs[(i,)] = "constexpr", constants[name]
             continue
         if blocks and name in blocks:
             signature[name] = f"tensordesc<{dtype}{list(blocks[name])}>"
+            continue
+        if lists and name in lists:
+            of, number_of = lists[name]
+            signature[name] = (f"*{of}",) * number_of
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(number_of)}
             continue
         is_stride = re.fullmatch(r"\w+_[bt]", name) is not None
         number = NUMBERS.get(name, "i32" if is_stride or function.params[i].do_not_specialize else None)
@@ -160,10 +173,17 @@ def _listing(cubin: bytes, option: str) -> str:
 
 
 def compile_products() -> Iterator[Compiled]:
-    """Compile the kernels of SwiGLU's products, for DiG-S and DiG-XL."""
+    """Compile the kernels of SwiGLU's products, for DiG-S and DiG-XL; the latter also with weights that ride along."""
     from dig.ops.swiglu import product_kernels, products
 
-    for D, F, table in ((384, 1024, products.NARROW), (1152, 3072, products.WIDE)):
+    masters = [(3 * 1152 + RANK, 1152), (576, RANK), (2 * 3072, 1152), (1152, 1152), (1152, 3072)]
+    riding = {"masters": ("fp32", 5), "gates": ("fp32", 2), "copies": ("bf16", 5)}
+    alone = dict.fromkeys(riding, ("bf16", 1))
+    for D, F, table, lists, shares in (
+        (384, 1024, products.NARROW, alone, products.NO_SHARES),
+        (1152, 3072, products.WIDE, alone, products.NO_SHARES),
+        (1152, 3072, products.WIDE, riding, products.shares_of(masters, 2)),
+    ):
         for which, tiles in table.items():
             up = which != "down"
             function = product_kernels.up_swiglu_kernel if up else product_kernels.down_swiglu_backward_kernel
@@ -174,11 +194,12 @@ def compile_products() -> Iterator[Compiled]:
             shape = {"D": D, "F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": tiles.group}
             yield _compile(
                 function,
-                sizes=f"D {D} F {F}",
+                sizes=f"D {D} F {F}" + (" riding" if lists is riding else ""),
                 dtype="bf16",
-                constants=shape | {"KEEP": which == "up"} if up else shape,
+                constants=shape | (shares or {}) | {"KEEP": which == "up"} if up else shape,
                 options=tiles.options,
                 blocks=blocks,
+                lists=lists,
             )
 
 
@@ -237,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faulty += found.faulty
         verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
         print(
-            f"{found.kernel:27} {found.sizes:13} {found.dtype} warps {found.warps} "
+            f"{found.kernel:27} {found.sizes:18} {found.dtype} warps {found.warps} "
             f"registers {found.registers:3} spills {found.spills:3} shared {found.shared / 1024:5.1f} KiB "
             f"HGMMA {found.products:3} {verdict}",
             flush=True,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dig import raster_block
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
 from dig.ops.gla.tiles import WIDE_FP32
 from dig.ops.srem import fused as srem
 from dig.ops.swiglu import fused as swiglu
+from dig.ops.swiglu import products
 from dig.training.step import checkpoint_blocks
 from tests.helpers import example, randomize, relative_error
 
@@ -101,6 +104,31 @@ def test_without_gradients(name: str, batch: int) -> None:
     # Gates multiply weights in one and tokens in the other, so roundings differ.
     assert relative_error(output, kernels(*inputs)) < 1e-5
     assert torch.equal(inputs[0], before)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_weights_that_ride_change_no_bit(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next block's weights, copied in a block's product upwards or by a kernel of their own."""
+    wide = products.ProductTiles(rows=128, columns=128, stages=4)
+    monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
+    _, kernels = twins(replace(BASE, width=128, heads=2, depth=3, variant=variant))
+    inputs = example(kernels, 1)
+    ridden = 0
+    prepare = raster_block.project_up_preparing
+
+    def count(*arguments: Any) -> list[Tensor]:
+        nonlocal ridden
+        ridden += products.rides(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3]))
+        return prepare(*arguments)
+
+    monkeypatch.setattr(raster_block, "project_up_preparing", count)
+    outputs = []
+    for narrowest in (0, 1000):
+        monkeypatch.setattr(products, "NARROW_D", narrowest)
+        with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+            outputs.append(kernels(*inputs))
+    assert ridden == 2
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.swiglu import products
-from dig.ops.swiglu.products import project_down_backward, project_up
+from dig.ops.swiglu.products import project_down_backward, project_up, project_up_preparing
 from dig.ops.swiglu.reference import reference_swiglu
 from tests.helpers import LARGE, relative_error
 
@@ -95,6 +95,46 @@ def test_down_matches_fp64(shape: tuple[int, ...], launches: list[str]) -> None:
     assert launches == ["down_swiglu_backward_kernel"]
 
 
+RIDING = [
+    [(24, 128), (3, 128), (20, 256), (9, 384)],  # Rows that fill no share, several shares across.
+    [(1, 128), (128, 1), (8, 128)],  # A weight whose rows are no share's.
+]
+if LARGE:
+    RIDING += [[(3472, 1152), (576, 16), (6144, 1152), (1152, 1152), (1152, 3072)]]
+
+
+@pytest.mark.parametrize("T", [65, *([5000] if LARGE else [])])
+@pytest.mark.parametrize("gated", [0, 1, 2])
+@pytest.mark.parametrize("shapes", RIDING, ids=lambda shapes: str(len(shapes)))
+def test_weights_are_copied_in_the_product(
+    shapes: list[tuple[int, int]], gated: int, T: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product's bits are those without, the copies' those of a cast: also where there are more than ride along."""
+    monkeypatch.setattr(products, "NARROW_D", 0)
+    x, weight = random(1, T, 200), random(256, 200) / 14
+    masters = [random(*shape, dtype=torch.float32) for shape in shapes]
+    gates = [random(len(master), dtype=torch.float32) for master in masters[len(masters) - gated :]]
+    hidden, *copies = project_up_preparing(x, weight, masters, gates)
+    assert launches == ["up_swiglu_kernel"]
+    assert torch.equal(hidden, project_up(x, weight, False)[0])
+    for i, (copy, master) in enumerate(zip(copies, masters, strict=True)):
+        factor = 1.0 if i < len(masters) - gated else gates[i - len(masters)][:, None]
+        assert torch.equal(copy, (factor * master).bfloat16()), i
+
+
+def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "NARROW_D", 0)
+    x, weight, gate = random(1, 9, 200), random(256, 200) / 14, random(6, dtype=torch.float32)
+    for masters in (
+        [random(6, 100, dtype=torch.float32)],
+        [random(6, 128)],
+        [random(128, 6, dtype=torch.float32).T],
+    ):
+        _, copy = project_up_preparing(x, weight, masters, [gate])
+        assert torch.equal(copy, (gate[:, None] * masters[0]).bfloat16())
+    assert launches == ["up_swiglu_kernel"] * 3
+
+
 @pytest.mark.parametrize("value", [-1000.0, 1000.0])
 def test_extreme_gates_are_finite(value: float, launches: list[str]) -> None:
     x, weight = torch.ones(1, 9, 8, device=DEVICE).bfloat16(), random(256, 8)
@@ -146,8 +186,12 @@ def test_torch_compile_traces_both() -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("operation", [project_up, project_down_backward])
+@pytest.mark.parametrize("operation", [project_up, project_up_preparing, project_down_backward])
 def test_operations_are_registered_rightly(operation) -> None:
     x = random(1, 5, 8)
-    arguments = (x, random(64, 8), True) if operation is project_up else (x, random(8, 32), random(1, 5, 64))
+    arguments = {
+        project_up: (x, random(64, 8), True),
+        project_up_preparing: (x, random(64, 8), [random(3, 4, dtype=torch.float32)], [random(3, dtype=torch.float32)]),
+        project_down_backward: (x, random(8, 32), random(1, 5, 64)),
+    }[operation]
     torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))

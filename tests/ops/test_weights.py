@@ -50,6 +50,35 @@ def test_gradients_of_a_gated_weight(shape: tuple[int, int]) -> None:
     assert relative_error(dgate, (weight.double() * product.double()).sum(1)) < 1e-4
 
 
+def test_strides_do_not_matter() -> None:
+    def apart(tensor: Tensor) -> Tensor:
+        return tensor.T.contiguous().T if tensor.dim() == 2 else torch.stack([tensor, tensor], 1)[:, 0]
+
+    weight, product, vector, gate = random(7, 5), random(7, 5), random(5), random(7)
+    for operation, arguments in (
+        (matrix_vector, (weight, vector, gate)),
+        (gated_weight_gradient, (product, weight, gate)),
+    ):
+        for found, expected in zip(operation(*map(apart, arguments)), operation(*arguments), strict=True):
+            assert torch.equal(found, expected)
+    (copy,) = prepare_weights([apart(weight)], [apart(gate)], torch.bfloat16)
+    assert torch.equal(copy, (gate[:, None] * weight).bfloat16())
+
+
+@pytest.mark.parametrize("programs", [1, 3, 100])
+def test_the_number_of_programs_does_not_matter(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, gate, vector, bias = [random(40, 8), random(70, 300), random(9, 300)], random(9), random(300), random(70)
+    monkeypatch.setattr("dig.ops.weights.FEW", (1024, 4))
+    for found, expected in zip(
+        prepare_weights(weights, [gate], torch.bfloat16, programs),
+        prepare_weights(weights, [gate], torch.bfloat16),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    found = matrix_vector(weights[1], vector, bias, programs)
+    assert torch.equal(found, matrix_vector(weights[1], vector, bias))
+
+
 def test_operations_are_registered_rightly() -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(matrix_vector, (random(5, 3), random(3), random(5)), test_utils=checks)

@@ -4,6 +4,11 @@ Shapes: M tokens, D width, F inner width of SwiGLU. A program computes BM tokens
 
 Operands come through tensor descriptors, which Hopper's copy engine reads tiles by: rows past the end are read as 0 and
 not written.
+
+**Shares.** A product leaves the memory idle: its operands come from the L2 cache. Work that only moves bytes can ride
+in it, a share of R by C elements in each step along the sum, so that a load has a step of the matrix units' work to
+arrive in. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first share
+of each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -30,20 +35,101 @@ def tile_corner(M, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: t
     return (first + inside % height) * BM, inside // height * BN
 
 
+@triton.jit
+def choose(share, matrices, STARTS: tl.constexpr):
+    """The matrix that a share is of. By arithmetic: branches would break the loop that they are in into pieces."""
+    chosen = matrices[0]
+    for i in tl.static_range(1, len(matrices)):
+        chosen = tl.where(share >= STARTS[i], matrices[i], chosen)
+    return chosen
+
+
+@triton.jit
+def place_share(
+    share, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    """In the matrix that a share is of: its first element, the distance of rows, its first row, and rows from there."""
+    first, distance, row, rows = 0, 0, 0, 0
+    for i in tl.static_range(len(ROWS)):
+        here = share >= STARTS[i]
+        inside = share - STARTS[i]
+        down = inside // (COLUMNS[i] // C)
+        first = tl.where(here, down * (R * COLUMNS[i]) + (inside - down * (COLUMNS[i] // C)) * C, first)
+        distance = tl.where(here, COLUMNS[i], distance)
+        row = tl.where(here, down * R, row)
+        rows = tl.where(here, ROWS[i], rows)
+    return first, distance, row, tl.where(share < STARTS[len(ROWS)], rows - row, 0)
+
+
+@triton.jit
+def share_tile(first, distance, left, R: tl.constexpr, C: tl.constexpr):
+    """Offsets (R, C) of a share's elements, and which exist."""
+    row = tl.arange(0, R)[:, None]
+    return first + row * distance + tl.arange(0, C)[None, :], row < left
+
+
+@triton.jit
+def load_share(
+    share, masters, gates,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, GATE_STARTS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A share (R, C) of the masters, each row's element (R,) of the gate, and where it lies, for `store_share`."""
+    first, distance, row, left = place_share(share, ROWS, COLUMNS, STARTS, R, C)
+    offsets, exists = share_tile(first, distance, left, R, C)
+    value = tl.load(choose(share, masters, STARTS) + offsets, mask=exists, other=0.0)
+    rows = tl.arange(0, R)
+    gated = (rows < left) & (share >= GATE_STARTS[0])
+    factor = tl.load(choose(share, gates, GATE_STARTS) + row + rows, mask=gated, other=1.0)
+    return value, factor, first, distance, left
+
+
+@triton.jit
+def store_share(share, loaded, copies, STARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Write what `load_share` gave, multiplied, in the copies' type; nothing where there was nothing."""
+    value, factor, first, distance, left = loaded
+    offsets, exists = share_tile(first, distance, left, R, C)
+    product = value.to(tl.float32) * factor.to(tl.float32)[:, None]
+    tl.store(choose(share, copies, STARTS) + offsets, product.to(copies[0].dtype.element_ty), mask=exists)
+
+
 @triton.jit(do_not_specialize=["M"])
 def up_swiglu_kernel(
-    x, weight, gate_up, hidden, M,
+    x, weight, gate_up, hidden, masters, gates, copies, M,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     KEEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, GATE_STARTS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Hidden (M, F) from x (M, D) and weight (2F, D); with KEEP also gate_up (M, 2F), the product itself."""
+    """Hidden (M, F) from x (M, D) and weight (2F, D); with KEEP also gate_up (M, 2F), the product itself.
+
+    Beside it, where ROWS are given, copies of the masters (N, M) in another type, the rows of the last of them
+    multiplied by gates (N,): in shares, see above.
+    """
+    RIDES: tl.constexpr = len(ROWS) > 0
     row, column = tile_corner(M, F, BM, BN, GROUP)
     gate = tl.zeros((BM, BN), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
+    share = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if RIDES:
+        loaded = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
     for k in range(0, D, BK):
+        if RIDES:
+            arriving = load_share(share + programs, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
         tokens = x.load([row, k])
         gate = tl.dot(tokens, weight.load([column, k]).T, gate)
         up = tl.dot(tokens, weight.load([F + column, k]).T, up)
+        if RIDES:
+            # What was asked for a step ago: used any earlier, it would be waited for before the products.
+            store_share(share, loaded, copies, STARTS, R, C)
+            loaded = arriving
+            share += programs
+    if RIDES:
+        while share < STARTS[len(ROWS)]:
+            store_share(share, loaded, copies, STARTS, R, C)
+            share += programs
+            loaded = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
     # Rounded first, as the product by itself would be: the backward pass begins with the rounded values.
     dtype: tl.constexpr = hidden.dtype
     rounded_gate = gate.to(dtype)

@@ -7,13 +7,19 @@ that its gradient goes back through ends with SwiGLU's backward pass, so that by
     forward     6 instead of 10 (writes gate, up, hidden), 2 where gate and up aren't kept
     backward   10 instead of 14 (reads gate and up; writes their gradients and hidden)
 
+**What rides along.** The product upwards is the longest of a forward pass, and leaves the memory idle. Without
+gradients, the copies of the next block's weights in the products' dtype, which move bytes and nothing else, are made in
+it: beside it they would wait for multiprocessors, each of which a program of a product has to itself.
+
 Shapes: M tokens, D width, F inner width of SwiGLU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 import triton
@@ -24,6 +30,7 @@ from dig.ops.launch import empty, on_device
 from dig.ops.linear import as_rows
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
 from dig.ops.swiglu.product_kernels import down_swiglu_backward_kernel, up_swiglu_kernel
+from dig.ops.weights import prepare_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,10 @@ Both are what was fastest of ``python -m bench.ops.products --sweep`` on an H100
 1152 and T = 4096."""
 LEAST_TOKENS = 2048
 """With fewer, tiles of these sizes leave multiprocessors without work."""
+SHARE = (8, 128)
+"""Rows and columns of a weight that a program copies in a step along the sum: 16 bytes of each of its 256 threads."""
+NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_STARTS": (0,), "R": 1, "C": 1}
+"""What `up_swiglu_kernel` is told where nothing rides."""
 
 
 def tiles_for(which: Pass, tokens: Tensor, F: int) -> ProductTiles | None:
@@ -103,21 +114,38 @@ def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     Returns:
         Hidden (B, T, F), and gate_up (B, T, 2F), without ``keep`` of no elements.
     """
-    F, D = len(weight) // 2, x.shape[-1]
+    F = len(weight) // 2
     t = tiles_for("up" if keep else "up alone", x, F)
     if t is None:
         with torch.autocast(x.device.type, enabled=False):
             gate_up = torch.mm(as_rows(x), weight.T).view(*x.shape[:-1], 2 * F)
         return swiglu_forward(gate_up), gate_up if keep else x.new_empty(0)
     hidden, gate_up = _empty_up(x, weight, keep)
+    # A pointer that a kernel does not touch can be anything.
+    _launch_up(t, x, weight, gate_up if keep else hidden, hidden, ((x,), (x,), (x,)), NO_SHARES, KEEP=keep)
+    return hidden, gate_up
+
+
+def _launch_up(
+    t: ProductTiles,
+    x: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    hidden: Tensor,
+    copied: tuple[tuple[Tensor, ...], ...],
+    shares: dict[str, Any],
+    **constants: Any,
+) -> None:
+    """Launch `up_swiglu_kernel`; copied are its masters, gates and copies, shares the constants about those."""
+    D, F = x.shape[-1], len(weight) // 2
     M, tile = x.numel() // D, (t.rows, t.columns)
     with on_device(x.device):
         up_swiglu_kernel[_grid(t, M, F)](
-            _descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth),
-            _descriptor(gate_up if keep else hidden, *tile), _descriptor(hidden, *tile), M,
-            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, KEEP=keep, **t.options,
+            _descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
+            _descriptor(hidden, *tile), *copied, M,
+            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **constants, **shares,
+            **t.options,
         )  # fmt: skip
-    return hidden, gate_up
 
 
 @project_up.register_fake
@@ -128,6 +156,66 @@ def _empty_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         torch.empty(*x.shape[:-1], double // 2, dtype=x.dtype, device=x.device),
         torch.empty(shape, dtype=x.dtype, device=x.device),
     )
+
+
+def shares_of(shapes: Sequence[tuple[int, int]], gated: int) -> dict[str, Any] | None:
+    """How weights (N, M), the last ``gated`` of them with gates, are cut into shares; None where sizes don't fit."""
+    rows, columns = SHARE
+    # Without a gate, nothing asks for a weight's own rows.
+    ungated = len(shapes) - gated
+    cut = [(N * M // columns, columns) if i < ungated else (N, M) for i, (N, M) in enumerate(shapes)]
+    whole = all(a * b == N * M and b % columns == 0 for (a, b), (N, M) in zip(cut, shapes, strict=True))
+    if not whole or max(N * M for N, M in shapes) >= 2**31:
+        return None
+    counts = [triton.cdiv(N, rows) * (M // columns) for N, M in cut]
+    starts = (0, *accumulate(counts))
+    return {
+        "ROWS": tuple(N for N, _ in cut),
+        "COLUMNS": tuple(M for _, M in cut),
+        "STARTS": starts,
+        # Where no weight has a gate, no share is as far as this.
+        "GATE_STARTS": starts[ungated:-1] or starts[-1:],
+        "R": rows,
+        "C": columns,
+    }
+
+
+def rides(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
+    """Whether `project_up_preparing` copies these weights in its product: contiguous, in fp32, beside a wide one."""
+    fits = tiles_for("up alone", x, F) is not None and x.shape[-1] > NARROW_D
+    plain = all(master.dtype == torch.float32 and master.is_contiguous() for master in masters)
+    return fits and plain and shares_of([(len(w), w.numel() // len(w)) for w in masters], gated) is not None
+
+
+@torch.library.custom_op("dig::project_up_preparing", mutates_args=())
+def project_up_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """`project_up` without keeping, and `dig.ops.weights.prepare_weights` in x's dtype: in one kernel where it `rides`.
+
+    Args:
+        x: (B, T, D), contiguous.
+        weight: (2F, D), contiguous, in x's dtype.
+        masters: Weights (N, M) to copy.
+        gates: Of the last ones, (N,) each, contiguous.
+
+    Returns:
+        Hidden (B, T, F), and the copies.
+    """
+    F = len(weight) // 2
+    if not rides(x, F, masters, len(gates)):
+        return [project_up(x, weight, False)[0], *prepare_weights(masters, gates, x.dtype)]
+    t = tiles_for("up alone", x, F)
+    shares = shares_of([(len(w), w.numel() // len(w)) for w in masters], len(gates))
+    assert t is not None
+    assert shares is not None
+    hidden, *copies = _empty_preparing(x, weight, masters, gates)
+    copied = (tuple(masters), tuple(gates) or tuple(masters[:1]), tuple(copies))
+    _launch_up(t, x, weight, hidden, hidden, copied, shares, KEEP=False)
+    return [hidden, *copies]
+
+
+@project_up_preparing.register_fake
+def _empty_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    return [_empty_up(x, weight, False)[0], *(empty(master, x.dtype) for master in masters)]
 
 
 @torch.library.custom_op("dig::project_down_backward", mutates_args=())

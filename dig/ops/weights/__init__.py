@@ -28,10 +28,16 @@ WIDE = (4096, 8)
 FEW = (16384, 32)
 """The same for at most `FEW_PROGRAMS`, each with a multiprocessor to itself: 64 KiB in flight."""
 FEW_PROGRAMS = 64
-VECTOR_TILE = (32, 512, 16)
+VECTOR_WIDE = (8, 512, 4)
 """Rows and columns that a program multiplies by a vector at a time, and its warps: 32 elements of each thread's are
-read together. The same however many programs there are, so that the sums are added in one order.
+read together.
 """
+VECTOR_FEW = (32, 512, 16)
+"""The same for at most `FEW_PROGRAMS`. A row is a warp's in both, so the sums are added in one order."""
+
+
+def _few(programs: int | None) -> bool:
+    return programs is not None and programs <= FEW_PROGRAMS
 
 
 @torch.library.custom_op("dig::prepare_weights", mutates_args=())
@@ -43,11 +49,12 @@ def prepare_weights(
     Everything is contiguous. The products with the gates are rounded once, from fp32. With ``programs`` the kernel has
     at most so many, and leaves the card's other multiprocessors alone.
     """
+    weights, gates = [weight.contiguous() for weight in weights], [gate.contiguous() for gate in gates]
     copies = [empty(weight, dtype) for weight in weights]
     sizes = tuple(weight.numel() for weight in weights)
     ungated = len(weights) - len(gates)
     columns = tuple(1 if i < ungated else weight.shape[-1] for i, weight in enumerate(weights))
-    elements, warps = WIDE if programs is None or programs > FEW_PROGRAMS else FEW
+    elements, warps = FEW if _few(programs) else WIDE
     blocks = sum(triton.cdiv(size, elements) for size in sizes)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
@@ -75,7 +82,8 @@ def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | 
     """
     N, M = weight.shape
     out = empty(bias, weight.dtype)
-    rows, columns, warps = VECTOR_TILE
+    weight, vector, bias = weight.contiguous(), vector.contiguous(), bias.contiguous()
+    rows, columns, warps = VECTOR_FEW if _few(programs) else VECTOR_WIDE
     blocks = triton.cdiv(N, rows)
     with on_device(weight.device):
         matrix_vector_kernel[(blocks if programs is None else min(programs, blocks),)](
@@ -95,6 +103,7 @@ def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tupl
 
     ``dW = gate ⊙ product`` by rows and ``dgate_i = sum_j W_ij product_ij``; product (N, M) in fp32.
     """
+    product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
     dweight, dgate = empty(weight), empty(gate)
     N, M = weight.shape
     with on_device(weight.device):
