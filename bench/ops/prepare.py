@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=("train", "forward"), default="forward")
     parser.add_argument("--batch", type=int, default=1, help="images a step")
     parser.add_argument("--programs", type=int, nargs="+", default=[0, 16, 32, 64], help="0: all at once")
-    parser.add_argument("--riding", type=int, nargs="*", default=[8, 16], help="rows of a share in a product")
+    parser.add_argument("--riding", type=int, nargs="*", default=[16, 32], help="rows of a share in a product")
     parser.add_argument("--rounds", type=int, default=12, help="turns a median is taken of")
     parser.add_argument("--replays", type=int, default=8, help="steps a turn")
     parser.add_argument("--json", type=Path, help="append one JSON line for each choice to this file")

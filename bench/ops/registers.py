@@ -182,7 +182,7 @@ def compile_products() -> Iterator[Compiled]:
     for D, F, table, lists, shares in (
         (384, 1024, products.NARROW, alone, products.NO_SHARES),
         (1152, 3072, products.WIDE, alone, products.NO_SHARES),
-        (1152, 3072, products.WIDE, riding, products.shares_of(masters, 2)),
+        (1152, 3072, products.WIDE, riding, products.shares_of(masters, 2, programs=768, steps=18)),
     ):
         for which, tiles in table.items():
             up = which != "down"

@@ -109,7 +109,8 @@ def test_without_gradients(name: str, batch: int) -> None:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 def test_weights_that_ride_change_no_bit(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next block's weights, copied in a block's product upwards or by a kernel of their own."""
-    wide = products.ProductTiles(rows=128, columns=128, stages=4)
+    wide = products.ProductTiles(rows=128, columns=128, depth=16, stages=4)
+    monkeypatch.setattr(products, "SHARE", (128, 128))
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
     _, kernels = twins(replace(BASE, width=128, heads=2, depth=3, variant=variant))
     inputs = example(kernels, 1)

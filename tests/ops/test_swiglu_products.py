@@ -96,7 +96,7 @@ def test_down_matches_fp64(shape: tuple[int, ...], launches: list[str]) -> None:
 
 
 RIDING = [
-    [(24, 128), (3, 128), (20, 256), (9, 384)],  # Rows that fill no share, several shares across.
+    [(40, 128), (3, 128), (20, 256), (9, 384)],  # Rows that fill no share, several shares across.
     [(1, 128), (128, 1), (8, 128)],  # A weight whose rows are no share's.
 ]
 if LARGE:
@@ -111,7 +111,7 @@ def test_weights_are_copied_in_the_product(
 ) -> None:
     """The product's bits are those without, the copies' those of a cast: also where there are more than ride along."""
     monkeypatch.setattr(products, "NARROW_D", 0)
-    x, weight = random(1, T, 200), random(256, 200) / 14
+    x, weight = random(1, T, 600), random(768, 600) / 24
     masters = [random(*shape, dtype=torch.float32) for shape in shapes]
     gates = [random(len(master), dtype=torch.float32) for master in masters[len(masters) - gated :]]
     hidden, *copies = project_up_preparing(x, weight, masters, gates)
@@ -133,6 +133,20 @@ def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], m
         _, copy = project_up_preparing(x, weight, masters, [gate])
         assert torch.equal(copy, (gate[:, None] * masters[0]).bfloat16())
     assert launches == ["up_swiglu_kernel"] * 3
+
+
+@pytest.mark.parametrize(("programs", "steps"), [(768, 18), (3072, 18), (128, 18), (24, 18), (4, 200), (7, 10), (3, 4)])
+def test_shares_fit_into_the_steps(programs: int, steps: int) -> None:
+    """Every program comes to write all of its shares within its steps, else nothing rides."""
+    shares = products.shares_of([(3472, 1152), (1152, 1152)], 1, programs=programs, steps=steps)
+    each = -(-(-(-3472 * 9 // 32) + 36 * 9) // programs)
+    if each > steps:
+        assert shares is None
+    else:
+        assert shares is not None
+        assert each * shares["EVERY"] <= steps
+        assert shares["STARTS"] == (0, 977, 977 + 324)
+        assert shares["GATE_STARTS"] == (977,)
 
 
 @pytest.mark.parametrize("value", [-1000.0, 1000.0])

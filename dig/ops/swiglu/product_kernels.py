@@ -6,9 +6,10 @@ Operands come through tensor descriptors, which Hopper's copy engine reads tiles
 not written.
 
 **Shares.** A product leaves the memory idle: its operands come from the L2 cache. Work that only moves bytes can ride
-in it, a share of R by C elements in each step along the sum, so that a load has a step of the matrix units' work to
-arrive in. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first share
-of each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
+in it, in shares of R by C elements: at every EVERY-th step along the sum a program writes the share that it asked for
+that many steps before, and asks for its next one. Steps in between are for it to arrive, and spread what its addresses
+take. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first share of
+each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -99,37 +100,28 @@ def up_swiglu_kernel(
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, GATE_STARTS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """Hidden (M, F) from x (M, D) and weight (2F, D); with KEEP also gate_up (M, 2F), the product itself.
 
-    Beside it, where ROWS are given, copies of the masters (N, M) in another type, the rows of the last of them
-    multiplied by gates (N,): in shares, see above.
+    Beside it, unless EVERY is 0, copies of the masters (N, M) in another type, the rows of the last of them multiplied
+    by gates (N,): in shares, see above, of which a program has at most D / BK / EVERY.
     """
-    RIDES: tl.constexpr = len(ROWS) > 0
     row, column = tile_corner(M, F, BM, BN, GROUP)
     gate = tl.zeros((BM, BN), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
     share = tl.program_id(0)
-    programs = tl.num_programs(0)
-    if RIDES:
-        loaded = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
+    if EVERY > 0:
+        held = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
     for k in range(0, D, BK):
-        if RIDES:
-            arriving = load_share(share + programs, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
         tokens = x.load([row, k])
         gate = tl.dot(tokens, weight.load([column, k]).T, gate)
         up = tl.dot(tokens, weight.load([F + column, k]).T, up)
-        if RIDES:
-            # What was asked for a step ago: used any earlier, it would be waited for before the products.
-            store_share(share, loaded, copies, STARTS, R, C)
-            loaded = arriving
-            share += programs
-    if RIDES:
-        while share < STARTS[len(ROWS)]:
-            store_share(share, loaded, copies, STARTS, R, C)
-            share += programs
-            loaded = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
+        if EVERY > 0:  # noqa: SIM102 - what is known when compiling, and what isn't
+            if (k // BK) % EVERY == EVERY - 1:
+                store_share(share, held, copies, STARTS, R, C)
+                share += tl.num_programs(0)
+                held = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
     # Rounded first, as the product by itself would be: the backward pass begins with the rounded values.
     dtype: tl.constexpr = hidden.dtype
     rounded_gate = gate.to(dtype)

@@ -78,9 +78,9 @@ Both are what was fastest of ``python -m bench.ops.products --sweep`` on an H100
 1152 and T = 4096."""
 LEAST_TOKENS = 2048
 """With fewer, tiles of these sizes leave multiprocessors without work."""
-SHARE = (8, 128)
-"""Rows and columns of a weight that a program copies in a step along the sum: 16 bytes of each of its 256 threads."""
-NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_STARTS": (0,), "R": 1, "C": 1}
+SHARE = (32, 128)
+"""Rows and columns of a weight that are copied together: 16 elements of each of a program's 256 threads."""
+NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_STARTS": (0,), "R": 1, "C": 1, "EVERY": 0}
 """What `up_swiglu_kernel` is told where nothing rides."""
 
 
@@ -158,8 +158,11 @@ def _empty_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-def shares_of(shapes: Sequence[tuple[int, int]], gated: int) -> dict[str, Any] | None:
-    """How weights (N, M), the last ``gated`` of them with gates, are cut into shares; None where sizes don't fit."""
+def shares_of(shapes: Sequence[tuple[int, int]], gated: int, *, programs: int, steps: int) -> dict[str, Any] | None:
+    """How weights (N, M) are shared among programs that have so many steps; None where they don't fit.
+
+    The last ``gated`` of the weights have gates.
+    """
     rows, columns = SHARE
     # Without a gate, nothing asks for a weight's own rows.
     ungated = len(shapes) - gated
@@ -169,6 +172,9 @@ def shares_of(shapes: Sequence[tuple[int, int]], gated: int) -> dict[str, Any] |
         return None
     counts = [triton.cdiv(N, rows) * (M // columns) for N, M in cut]
     starts = (0, *accumulate(counts))
+    every = steps // triton.cdiv(starts[-1], programs)
+    if not every:
+        return None
     return {
         "ROWS": tuple(N for N, _ in cut),
         "COLUMNS": tuple(M for _, M in cut),
@@ -177,14 +183,26 @@ def shares_of(shapes: Sequence[tuple[int, int]], gated: int) -> dict[str, Any] |
         "GATE_STARTS": starts[ungated:-1] or starts[-1:],
         "R": rows,
         "C": columns,
+        "EVERY": every,
     }
 
 
 def rides(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
     """Whether `project_up_preparing` copies these weights in its product: contiguous, in fp32, beside a wide one."""
-    fits = tiles_for("up alone", x, F) is not None and x.shape[-1] > NARROW_D
+    return _riding(x, F, masters, gated) is not None
+
+
+def _riding(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tuple[ProductTiles, dict[str, Any]] | None:
+    """Tiles of the product, and the constants of the shares; None where nothing `rides`."""
+    t = tiles_for("up alone", x, F)
     plain = all(master.dtype == torch.float32 and master.is_contiguous() for master in masters)
-    return fits and plain and shares_of([(len(w), w.numel() // len(w)) for w in masters], gated) is not None
+    if t is None or x.shape[-1] <= NARROW_D or not plain:
+        return None
+    D = x.shape[-1]
+    (programs,) = _grid(t, x.numel() // D, F)
+    shapes = [(len(w), w.numel() // len(w)) for w in masters]
+    shares = shares_of(shapes, gated, programs=programs, steps=triton.cdiv(D, t.depth))
+    return None if shares is None else (t, shares)
 
 
 @torch.library.custom_op("dig::project_up_preparing", mutates_args=())
@@ -200,13 +218,10 @@ def project_up_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], g
     Returns:
         Hidden (B, T, F), and the copies.
     """
-    F = len(weight) // 2
-    if not rides(x, F, masters, len(gates)):
+    riding = _riding(x, len(weight) // 2, masters, len(gates))
+    if riding is None:
         return [project_up(x, weight, False)[0], *prepare_weights(masters, gates, x.dtype)]
-    t = tiles_for("up alone", x, F)
-    shares = shares_of([(len(w), w.numel() // len(w)) for w in masters], len(gates))
-    assert t is not None
-    assert shares is not None
+    t, shares = riding
     hidden, *copies = _empty_preparing(x, weight, masters, gates)
     copied = (tuple(masters), tuple(gates) or tuple(masters[:1]), tuple(copies))
     _launch_up(t, x, weight, hidden, hidden, copied, shares, KEEP=False)
