@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _FEW_TOKENS = 1024
 """Up to here a block is too short to hide its successor's weights by working on every multiprocessor for a while."""
 _FEW_PROGRAMS = 32
-_MANY_PROGRAMS: int | None = None
+_MANY_PROGRAMS: int | None = 528
 _RECOMPUTED = "recomputed"
 """Attribute of a block: whether its activations are computed again in the backward pass."""
 

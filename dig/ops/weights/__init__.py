@@ -28,7 +28,7 @@ WIDE = (4096, 8)
 FEW = (16384, 32)
 """The same for at most `FEW_PROGRAMS`, each with a multiprocessor to itself: 64 KiB in flight."""
 FEW_PROGRAMS = 64
-VECTOR_TILE = (32, 512, 16)
+VECTOR_TILE = (8, 512, 4)
 """Rows and columns that a program multiplies by a vector at a time, and its warps: 32 elements of each thread's are
 read together. The same however many programs there are, so that the sums are added in one order.
 """
