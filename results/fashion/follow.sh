@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does DiG on this project's kernels in bf16 learn as the reference in fp32 does, and the same way twice? Trains DiG-S/2 on
 # Fashion-MNIST for 300 steps: the reference in fp32, and the kernels in bf16 two times from the same seed. On an H100
-# that should take about three minutes; no run may take longer than its limit. The learning rate is low and gradients are
+# that takes two minutes; no run may take longer than its limit. The learning rate is low and gradients are
 # clipped: at 1e-4 training amplifies roundings until two runs in fp32 are 8% apart (docs/performance.md).
 #
 #   bash results/fashion/follow.sh DATA OUT        DATA holds Fashion-MNIST's four idx files; OUT gets everything
