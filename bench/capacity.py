@@ -1,8 +1,8 @@
 """What fits: the largest batch at a resolution, the largest resolution at a batch, by bisection. No torch here.
 
-Each probe is a process of its own that runs the case's step as often as its memory needs to settle. Bisection takes for
-granted that what does not fit does not fit larger either; a probe that fails in another way than by memory ends the
-search with its message, for then nothing is known.
+The peaks of what fits say where to look first. Each probe is a process of its own that runs the case's step as often as
+its memory needs to settle. Bisection takes for granted that what does not fit does not fit larger either; a probe that
+fails in another way than by memory ends the search with its message, for then nothing is known.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 from bench.jobs import ProbeJob
 from bench.models import VAE_FACTOR
+from bench.nvml import Gpu
 from bench.results import Case
 from bench.runner import WorkerError, run_job
 
+CONTEXT = 600 << 20
+"""About what CUDA takes of a GPU for a process, in bytes."""
 MOST_BATCH = 1 << 16
 MOST_RESOLUTION = 1 << 14
 
@@ -63,46 +66,82 @@ def probe_case(case: Case, *, limit: int | None, time_limit: float) -> Probe:
     return Probe(case=case, fits=fits, peak=(answer["allocator_peak"] or answer["process_peak"]) if fits else None)
 
 
-def largest_that_fits(fits: Callable[[int], bool], *, most: int) -> tuple[int, bool]:
+def room_on_gpu() -> int | None:
+    """Bytes that a process' tensors may take on the GPU as it is now; None where NVML does not say."""
+    gpu = Gpu.open()
+    used, total = (None, None) if gpu is None else (gpu.used(), gpu.total())
+    return None if used is None or total is None else total - used - CONTEXT
+
+
+def largest_that_fits(
+    peak_of: Callable[[int], int | None], *, most: int, room: int | None = None, power: int = 1
+) -> tuple[int, bool]:
     """The largest n from 1 to ``most`` that fits, 0 where none does, and whether ``most`` itself fits.
 
-    Doubles until something does not fit, then halves the gap: about 2 log2(n) tries, few of them far too large.
+    Halves the gap between what fits and what does not, but first looks where the peaks of what fits point to: they grow
+    about linearly, so that a few tries are enough where there is room for hundreds. A look that leaves more than half
+    of the gap is followed by a halving, so that no more than 2 log2(n) tries are ever needed.
+
+    Args:
+        peak_of: Tries n; its peak in bytes where it fits, 0 where nobody knows the peak, None where it does not fit.
+        most: Where the search ends.
+        room: Bytes that there are, as far as they are known.
+        power: The peak grows with n to this power.
     """
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    if low == most:
-        return most, True
-    high = min(high, most + 1)
+    fitting: list[tuple[int, int]] = []
+    low, high, halve = 0, most + 1, False
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        gap = high - low
+        grown = (low + high) // 2 if high <= most else max(1, 2 * low)
+        n = grown if halve else _extrapolated(fitting, room, power) or grown
+        # As long as nothing failed, what lies far beyond the tried is no more than a direction.
+        n = min(max(n, low + 1), high - 1, max(1, 8 * low) if high > most else high - 1)
+        peak = peak_of(n)
+        if peak is None:
+            high = n
+        else:
+            low = n
+            fitting.append((n, peak))
+        halve = high <= most and not halve and 2 * (high - low) > gap
     return low, low == most
 
 
+def _extrapolated(fitting: list[tuple[int, int]], room: int | None, power: int) -> int | None:
+    """Where the line through the last two peaks reaches the room; None where it does not."""
+    if room is None or len(fitting) < 2:
+        return None
+    (n, before), (m, peak) = sorted(fitting)[-2:]
+    slope = (peak - before) / (m**power - n**power)
+    return int((m**power + (room - peak) / slope) ** (1 / power)) if slope > 0 and room > peak else None
+
+
 def _search(
-    case_of: Callable[[int], Case], *, most: int, probe: Callable[[Case], Probe]
+    case_of: Callable[[int], Case], *, most: int, probe: Callable[[Case], Probe], room: int | None, power: int
 ) -> tuple[int, bool, list[Probe]]:
     probes: list[Probe] = []
 
-    def fits(n: int) -> bool:
+    def peak_of(n: int) -> int | None:
         probes.append(probe(case_of(n)))
-        return probes[-1].fits
+        return (probes[-1].peak or 0) if probes[-1].fits else None
 
-    largest, bounded = largest_that_fits(fits, most=most)
+    largest, bounded = largest_that_fits(peak_of, most=most, room=room, power=power)
     return largest, bounded, probes
 
 
-def largest_batch(case: Case, probe: Callable[[Case], Probe], *, most: int = MOST_BATCH) -> Capacity:
-    """The largest batch of a case's model at its resolution."""
-    largest, bounded, probes = _search(lambda n: replace(case, batch=n), most=most, probe=probe)
+def largest_batch(
+    case: Case, probe: Callable[[Case], Probe], *, most: int = MOST_BATCH, room: int | None = None
+) -> Capacity:
+    """The largest batch of a case's model at its resolution; ``room``: bytes that there are, which spares tries."""
+    largest, bounded, probes = _search(lambda n: replace(case, batch=n), most=most, probe=probe, room=room, power=1)
     return Capacity(largest=largest or None, probes=tuple(probes), bounded=bounded)
 
 
-def largest_resolution(case: Case, probe: Callable[[Case], Probe], *, most: int = MOST_RESOLUTION) -> Capacity:
-    """The largest side in pixels of a case's model at its batch, in whole patches."""
+def largest_resolution(
+    case: Case, probe: Callable[[Case], Probe], *, most: int = MOST_RESOLUTION, room: int | None = None
+) -> Capacity:
+    """The largest side in pixels of a case's model at its batch, in whole patches; ``room`` as above."""
     step = VAE_FACTOR * case.patch
     largest, bounded, probes = _search(
-        lambda n: replace(case, resolution=n * step), most=max(1, most // step), probe=probe
+        lambda n: replace(case, resolution=n * step), most=max(1, most // step), probe=probe, room=room, power=2
     )
     return Capacity(largest=largest * step or None, probes=tuple(probes), bounded=bounded)

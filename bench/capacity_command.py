@@ -19,6 +19,7 @@ from bench.capacity import (
     largest_batch,
     largest_resolution,
     probe_case,
+    room_on_gpu,
 )
 from bench.choices import one_case
 from bench.messages import refuse
@@ -64,9 +65,13 @@ def capacity(
             _append(out, found)
         return found
 
+    room = room_on_gpu() if limit is None else int(limit * GIB)
     searches: list[tuple[str, Callable[[], Capacity]]] = [
-        (f"largest batch at {resolution}px", lambda: largest_batch(case, probe, most=most_batch)),
-        (f"largest resolution at batch {batch}", lambda: largest_resolution(case, probe, most=most_resolution)),
+        (f"largest batch at {resolution}px", lambda: largest_batch(case, probe, most=most_batch, room=room)),
+        (
+            f"largest resolution at batch {batch}",
+            lambda: largest_resolution(case, probe, most=most_resolution, room=room),
+        ),
     ]
     console.print(case.describe(), highlight=False)
     answers = []

@@ -48,7 +48,7 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _default_models(device: str) -> list[str]:
-    return list(case_lists.PEERS) if device == "cuda" else list(FAMILIES)
+    return list(case_lists.COMPARED) if device == "cuda" else list(FAMILIES)
 
 
 @app.command()
@@ -63,8 +63,8 @@ def run(
         str | None,
         typer.Option(
             help="Families with options, separated by commas: DiG, DiG:fla, DiG:fla:variant=release, "
-            "Flash-DiT:sdpa-cudnn. Default: every model of the paper on its fastest published kernels (GPU), or on the "
-            "reference implementations (CPU)."
+            "Flash-DiT:sdpa-cudnn. Default: DiG on this project's kernels and every model of the paper on its fastest "
+            "published ones (GPU), or every model on its reference implementation (CPU)."
         ),
     ] = None,
     sizes: Annotated[str, typer.Option(help="Model sizes, separated by commas.")] = "S",

@@ -50,6 +50,10 @@ recurrence without its decay or in the other direction).
 """
 
 
+REPLAY_ERROR = 1e-2
+"""Of a graph's output, relative to the eager step's: the same kernels on the same numbers."""
+
+
 class GateError(RuntimeError):
     """A case is not what its name says; the message says in what."""
 
@@ -179,6 +183,20 @@ def check_against_reference(case: Case) -> Agreement | None:
             f"{case.model} differs from its reference ({label}) by {error:.2g} on a small input, {bound:.2g} is allowed"
         )
     return Agreement(reference=label, error=error, bound=bound, gradients_off=off)
+
+
+def check_replay(eager: Tensor, replayed: Tensor) -> None:
+    """Compare a forward pass' output as launched eagerly with what its CUDA graph writes, from the same inputs.
+
+    A graph keeps addresses: of memory that was reused, or an input that was replaced, it reads what is there by then.
+    (A training step moves the weights, so that its next result is another one anyway.)
+
+    Raises:
+        GateError: They differ by more than kernels that add in another order do.
+    """
+    error = _error(replayed.float().cpu(), eager)
+    if not error <= REPLAY_ERROR:
+        raise GateError(f"its CUDA graph computes something else than its eager step: they differ by {error:.2g}")
 
 
 def tune_without_timing() -> None:

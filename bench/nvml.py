@@ -90,6 +90,13 @@ class Gpu:
         info = _quietly(pynvml.nvmlDeviceGetMemoryInfo, self._handle)
         return None if info is None else int(info.used)
 
+    def total(self) -> int | None:
+        """Bytes of the device."""
+        import pynvml
+
+        info = _quietly(pynvml.nvmlDeviceGetMemoryInfo, self._handle)
+        return None if info is None else int(info.total)
+
     def processes(self) -> dict[int, int] | None:
         """Process id → bytes (0 where NVML does not say), as NVML numbers them; None where it refuses."""
         import pynvml

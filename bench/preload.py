@@ -11,6 +11,9 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # A training step of plain attention at 1792 pixels fits on an 80 GB card only if the allocator does not fragment it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-for name in ("torch._dynamo", "triton", "bench.worker"):
+# The last of them are what fla and mamba-ssm spend half of their own imports on, which start CUDA and must not be here.
+for name in (
+    "torch._dynamo", "triton", "bench.worker", "einops", "transformers.generation.utils", "transformers.modeling_utils",
+):  # fmt: skip
     with contextlib.suppress(ImportError):  # A worker that needs the missing one says so in its row.
         importlib.import_module(name)

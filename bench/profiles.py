@@ -112,7 +112,8 @@ def read_events(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple
     """Calls, microseconds and least work by operation and by kernel, from a Chrome trace's events.
 
     On a CPU an operator is its own kernel, and its time is what its callees leave. The work of an operation that
-    launches several kernels is put down to the longest.
+    launches several kernels is put down to the longest, if that takes most of the time (a product, and a sum of its
+    parts); else nobody knows which kernel does what.
     """
     events = list(events)
     found = [e for e in events if e.get("cat") == "cpu_op" and e.get("ph") == "X"]
@@ -132,7 +133,8 @@ def read_events(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple
         _count(operations, op["name"], us, cost)
         longest = max(ran, key=lambda e: e["dur"], default=None)
         for event in ran:
-            _count(kernels, event["name"], event["dur"], cost if event is longest else Cost())
+            does_it = event is longest and 2 * event["dur"] >= us
+            _count(kernels, event["name"], event["dur"], cost if does_it else Cost())
     for event in (e for rest in launched.values() for e in rest):
         _count(kernels, event["name"], event["dur"], Cost())
     return operations, (operations if device == "cpu" else kernels)

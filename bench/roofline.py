@@ -14,6 +14,9 @@ ITEM_BYTES = {
     "float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2, "long int": 8, "int": 4, "bool": 1, "unsigned char": 1,
 }  # fmt: skip
 
+PARTLY_READ = frozenset({"dig::gla_mixer_sums"})
+"""Operators that read a few columns of their inputs: what they move at least, shapes alone don't say."""
+
 Shape = Sequence[int]
 
 
@@ -39,6 +42,14 @@ def _products(name: str, shapes: Sequence[Shape]) -> tuple[float, float]:
         a, b = matrices[-2:]
         output = math.prod(a[:-1]) * b[-1]
         return 2.0 * output * a[-1], output
+    if name in ("dig::project_up", "dig::project_up_preparing") and len(matrices) >= 2:
+        # x (B, T, D) and weight (2F, D) to hidden (B, T, F).
+        x, weight = matrices[:2]
+        return 2.0 * math.prod(x) * weight[0], math.prod(x[:-1]) * weight[0] / 2
+    if name == "dig::project_down_backward" and len(matrices) >= 3:
+        # dout (B, T, D), weight (D, F) and gate_up (B, T, 2F) to the gradient of gate_up, and hidden (B, T, F).
+        dout, weight = matrices[:2]
+        return 2.0 * math.prod(dout) * weight[1], 3.0 * math.prod(dout[:-1]) * weight[1]
     if "scaled_dot_product" in name and "attention" in name:
         heads = [s for s in shapes if len(s) == 4]
         backward = "backward" in name
@@ -59,6 +70,8 @@ def cost_of(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> Cost:
         shapes: Of its tensor arguments; empty for other arguments.
         types: Of its arguments, as the profiler names them: ``float``, ``c10::BFloat16``.
     """
+    if name in PARTLY_READ:
+        return Cost()
     tensors = [(s, ITEM_BYTES[t]) for s, t in zip(shapes, types, strict=False) if s and t in ITEM_BYTES]
     read = sum(math.prod(s) * size for s, size in tensors)
     flops, output = _products(name, [s for s, _ in tensors])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.flops import step_flops
-from bench.gate import check_against_reference, check_kernels, tune_without_timing
+from bench.gate import check_against_reference, check_kernels, check_replay, tune_without_timing
 from bench.jobs import Budget, CaseJob, CeilingJob, GateJob, Job, ProbeJob
 from bench.kernels import kernel_names
 from bench.ledgers import Checks, Memory, Timing
@@ -147,18 +147,23 @@ def _prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], o
 
     Raises:
         FloatingPointError: The step's result is not finite.
+        GateError: The graph's result is another than that of the step launched eagerly.
     """
     meter.start()
     with capture_stream(case.device):
         result = step.run()
     run: Callable[[], object] = step.run
+    eager: Tensor | None = None
     if case.execution == "graph":
+        eager = result.float().cpu()
         del result  # A live result would keep its memory beside that of the graph's.
         run, result = capture(step.run)
         run()
     memory = meter.read(step.model, step.optimizer)
     if not torch.isfinite(result).all():
         raise FloatingPointError("the step's result is not finite")
+    if eager is not None and case.mode == "forward":
+        check_replay(eager, result)
     return run, memory
 
 

@@ -1,11 +1,17 @@
-"""How long the suite paper takes on an H100, from the published rows and the budgets as they are now."""
+"""How long the suite paper takes on an H100, from the published rows and the budgets as they are now.
+
+DiG on this project's kernels is not among those rows: its cases are taken to need the steps of DiG on fla's, which are
+longer, and what its own rows say of building and warming up.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -18,12 +24,17 @@ from bench.timing import BLOCK_S
 from bench.worker import EAGER
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "h100.jsonl"
+OWN = PUBLISHED.with_name("h100-triton.jsonl")
 PROCESS_S = 0.35
 """What a case takes beside its row's seconds: start times of the published rows less their seconds."""
 PROFILE_S = 0.7
-"""Starting the profiler once, with one step in it; not measured yet."""
+"""Starting the profiler once, with one step in it: with `PROCESS_S`, what lies between rows beside their seconds."""
 GATE_S = 3.0
-"""A comparison with the reference, beside the process and its imports; not measured yet."""
+"""A comparison with the reference, beside the process: 0.8 to 5.1 s of S/2 and XL/2 on an H100, 2.8 in the mean."""
+IMPORTED_S = 2.0
+"""What fla and mamba-ssm no longer import in every process, since `bench.preload` does: half of about 5 s. (On two CPU
+cores, importing fla takes 4.9 s after it and 9.6 s without.)
+"""
 TUNING_S = 120.0
 """What fla tunes on one bare machine beyond the published rows, whose two machines had seen S and XL before, and B
 twice.
@@ -72,30 +83,41 @@ def estimate(sampled: Callable[[Row, Budget], float]) -> tuple[float, int]:
     Args:
         sampled: Seconds that sampling a row's step takes under a budget.
     """
-    latest = read_results(PUBLISHED).latest()
-    rows = [row for row in latest.values() if row.status == "ok"]
+    latest = list(read_results(PUBLISHED).latest().values())
+    latest += [own_kernels(row) for row in latest if dict(row.case.options).get("recurrence") == "fla"]
+    rows = [row for row in latest if row.status == "ok"]
     gates = {(row.case.model, row.case.options): row.seconds["start"] for row in rows if row.case.family != "DiT"}
     total = TUNING_S + Sweep(cases=(), time_limit=1).again_s
     total += sum(PROCESS_S + start + GATE_S for start in gates.values())
     for row in rows:
         step = row.median_ms / 1000
         beside = eager_step(row, rows) if row.case.execution == "graph" else step
-        total += PROCESS_S + row.seconds["start"] + row.seconds["warmup"] + sampling(beside, EAGER)
+        imported = IMPORTED_S if set(dict(row.case.options).values()) & {"fla", "mamba-ssm"} else 0.0
+        total += PROCESS_S + row.seconds["start"] - imported + row.seconds["warmup"] + sampling(beside, EAGER)
         total += sampled(row, BUDGETS["cuda"]) + PROFILE_S + step
     return total, len(latest)
+
+
+def own_kernels(row: Row) -> Row:
+    """The case on this project's kernels, from its row on fla's."""
+    measured = [other for other in read_results(OWN).rows if other.timing is not None]
+    seconds = {name: median(other.seconds[name] for other in measured) for name in ("start", "warmup")}
+    return replace(
+        row, case=replace(row.case, options=(("recurrence", "triton"), ("variant", "release"))), seconds=seconds
+    )
 
 
 def at_most(row: Row, budget: Budget) -> float:
     return sampling(row.median_ms / 1000, budget)
 
 
-def test_the_paper_suite_takes_less_than_22_minutes_on_an_h100() -> None:
+def test_the_paper_suite_takes_less_than_25_minutes_on_an_h100() -> None:
     seconds, cases = estimate(replayed)
     bound, _ = estimate(at_most)
     print(f"{seconds / MINUTE:.1f} minutes, at most {bound / MINUTE:.1f}")
     assert cases == len(paper_suite())
     assert seconds < bound
-    assert seconds < 22 * MINUTE
+    assert seconds < 24 * MINUTE
     assert bound < 25 * MINUTE
 
 
@@ -103,4 +125,4 @@ def test_more_sampling_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     before, _ = estimate(at_most)
     monkeypatch.setitem(BUDGETS, "cuda", Budget(target_s=10.0))
     after, _ = estimate(at_most)
-    assert after > before + 130 * 7
+    assert after > before + 156 * 7

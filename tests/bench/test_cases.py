@@ -38,10 +38,10 @@ def test_sweep_keeps_the_models_of_one_comparison_together() -> None:
 
 def test_paper_suite_is_both_figures_and_the_eager_probes() -> None:
     cases = paper_suite()
-    assert len(set(cases)) == len(cases) == 130
+    assert len(set(cases)) == len(cases) == 156
     graph_s = Counter((c.resolution, c.mode) for c in cases if c.execution == "graph" and c.size == "S")
-    assert graph_s == {(r, m): 5 for r in PAPER_RESOLUTIONS for m in ("train", "forward")}
-    assert Counter(c.size for c in cases if c.size != "S") == {"B": 10, "L": 10, "XL": 10}
+    assert graph_s == {(r, m): 6 for r in PAPER_RESOLUTIONS for m in ("train", "forward")}
+    assert Counter(c.size for c in cases if c.size != "S") == {"B": 12, "L": 12, "XL": 12}
     assert {c.resolution for c in cases if c.execution == "eager"} == {1024, 1792}
     assert {(c.device, c.dtype, c.batch) for c in cases} == {("cuda", "bf16", 1)}
 

@@ -195,6 +195,14 @@ def test_the_gate_runs_every_tile_once_and_times_none(tmp_path: Path) -> None:
     assert done.stdout.strip() == f"{16 + 32 + 64 + 16} {{'SIZE': 16}}", done.stderr
 
 
+def test_a_replay_that_is_not_the_eager_step_is_found_out() -> None:
+    eager = torch.randn(1, 8, 4, 4)
+    gate.check_replay(eager, (eager * (1 + 1e-3 * torch.randn_like(eager))).bfloat16())
+    for wrong in (eager.roll(1, -1), torch.zeros_like(eager), 1.05 * eager, torch.full_like(eager, float("nan"))):
+        with pytest.raises(GateError, match="computes something else than its eager step"):
+            gate.check_replay(eager, wrong)
+
+
 def test_all_families_get_the_same_inputs_whatever_they_drew_before() -> None:
     digests = {
         build_step(Case(model=f"{family}-S/8", resolution=64, dtype="fp32", device="cpu", mode="forward")).inputs

@@ -58,6 +58,8 @@ def test_kernels_belong_to_the_operation_that_launched_them_and_none_is_lost() -
         ("aten::_scaled_dot_product_cudnn_attention", [[2, 6, 50, 64]] * 3, 2 * 2 * 6 * 50 * 50 * 128),
         ("aten::_scaled_dot_product_flash_attention_backward", [[2, 6, 50, 64]] * 5, 5 * 2 * 6 * 50 * 50 * 128),
         ("aten::add", [[10], [10]], 0),
+        ("dig::project_up", [[2, 50, 32], [128, 32]], 2 * 2 * 50 * 32 * 128),
+        ("dig::project_down_backward", [[2, 50, 32], [32, 64], [2, 50, 128]], 2 * 2 * 50 * 32 * 64),
     ],
 )
 def test_least_work(name: str, shapes: list[list[int]], flops: int) -> None:
@@ -65,6 +67,16 @@ def test_least_work(name: str, shapes: list[list[int]], flops: int) -> None:
     assert cost.flops == flops
     assert cost.bytes >= 2 * sum(len(s) for s in shapes)
     assert Cost(flops=1e6, bytes=10).least_us(1e12, 1e12) == pytest.approx(1.0)
+
+
+def test_no_share_is_made_of_work_that_nobody_knows() -> None:
+    """Of an operator that reads some columns of its inputs, and of kernels that share an operator's work."""
+    shapes = {"Input Dims": [[64, 32], [32, 16]], "Input type": ["float", "float"]}
+    events = [op("aten::mm", 0, 9, 7, **shapes), kernel("a", 3, 7), kernel("b", 2, 7), kernel("c", 2, 7)]
+    operations, kernels = read_events(events, device="cuda")
+    assert operations["aten::mm"][2].flops
+    assert {name: cost for name, (_, _, cost) in kernels.items()} == dict.fromkeys("abc", Cost())
+    assert cost_of("dig::gla_mixer_sums", [[1, 64, 208], [32, 16]], ["c10::BFloat16"] * 2) == Cost()
 
 
 def test_memory_is_a_running_sum_of_one_device() -> None:

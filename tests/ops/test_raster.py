@@ -106,13 +106,12 @@ def test_without_gradients(name: str, batch: int) -> None:
     assert torch.equal(inputs[0], before)
 
 
-@pytest.mark.parametrize("variant", ["paper", "release"])
-def test_weights_that_ride_change_no_bit(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next block's weights, copied in a block's product upwards or by a kernel of their own."""
     wide = products.ProductTiles(rows=128, columns=128, depth=16, stages=4)
     monkeypatch.setattr(products, "SHARE", (128, 128))
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
-    _, kernels = twins(replace(BASE, width=128, heads=2, depth=3, variant=variant))
+    _, kernels = twins(replace(BASE, width=128, heads=2, depth=3, variant="release"))
     inputs = example(kernels, 1)
     ridden = 0
     prepare = raster_block.project_up_preparing
@@ -135,7 +134,7 @@ def test_weights_that_ride_change_no_bit(variant: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_it_compiles_as_one_graph(recomputed: bool) -> None:
     """Forward and backward with no graph break; aot_eager traces all that inductor would, without its compiler."""
-    _, kernels = twins(replace(BASE, depth=2))
+    _, kernels = twins(replace(BASE, depth=1 if recomputed else 2))
     if recomputed:
         checkpoint_blocks(kernels, preserve_rng_state=False)
     inputs = example(kernels)
@@ -165,13 +164,13 @@ def test_tiles_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputed_blocks_give_the_same_bits_from_less_memory(autocast: bool, batch: int) -> None:
     """Output and every gradient; and of what autograd keeps between the passes, what remains is the blocks' inputs."""
-    _, kernels = twins(replace(BASE, depth=3))
+    _, kernels = twins(replace(BASE, depth=2))
     inputs = example(kernels, batch)
     parameters = {p.data_ptr() for p in kernels.parameters()}
     results, kept = [], []
     for recomputed in (False, True):
         if recomputed:
-            assert checkpoint_blocks(kernels, preserve_rng_state=False) == 3
+            assert checkpoint_blocks(kernels, preserve_rng_state=False) == 2
         sizes: dict[int, int] = {}
 
         def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
@@ -189,4 +188,4 @@ def test_recomputed_blocks_give_the_same_bits_from_less_memory(autocast: bool, b
     assert torch.equal(results[0][1], results[1][1])
     # What is handed to a block is held by `checkpoint`, where the hooks don't see it.
     tokens = batch * 15 * BASE.width * (2 if autocast else 4)
-    assert kept[1] + 3 * tokens < kept[0] / 3
+    assert kept[1] + 2 * tokens < kept[0] / 3
