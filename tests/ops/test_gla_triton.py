@@ -113,8 +113,8 @@ def test_other_chunk_lengths(chunk: int) -> None:
 
 @pytest.mark.parametrize("chunk", [16], indirect=True)
 def test_scan_longer_than_its_block(chunk: int) -> None:
-    """More chunks than the scan takes at once: 64 in one product, the rest after it."""
-    T = 66 * chunk + 5
+    """More chunks than the scan takes in a round, which is 8 here: two whole rounds, and one in part."""
+    T = 18 * chunk + 5
     inputs = [*qkv(T, 16, 16, H=1), decays(T, 16, H=1) / 64]
     assert_close(tiled_gla, recurrent_gla, inputs)
 

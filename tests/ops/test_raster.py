@@ -92,8 +92,7 @@ def test_bf16_gradients(batch: int) -> None:
     assert relative_error(gradients_of(kernels, actual, weight), true_gradients) < 1.5 * expected
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("name", "batch"), [*((name, 1) for name in CASES), ("release, three blocks", 2)])
 def test_without_gradients(name: str, batch: int) -> None:
     """The pass that overwrites its tokens gives what the one that keeps them gives, and leaves the input alone."""
     _, kernels = twins(CASES[name])
@@ -111,7 +110,7 @@ def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
     wide = products.ProductTiles(rows=128, columns=128, depth=16, stages=4)
     monkeypatch.setattr(products, "SHARE", (128, 128))
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
-    _, kernels = twins(replace(BASE, width=128, heads=2, depth=3, variant="release"))
+    _, kernels = twins(replace(BASE, width=128, heads=2, depth=2, variant="release"))
     inputs = example(kernels, 1)
     ridden = 0
     prepare = raster_block.project_up_preparing
@@ -127,7 +126,7 @@ def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(products, "NARROW_D", narrowest)
         with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
             outputs.append(kernels(*inputs))
-    assert ridden == 2
+    assert ridden == 1
     assert torch.equal(*outputs)
 
 
@@ -157,11 +156,10 @@ def test_tiles_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaln, "tiles_for", lambda x: adaln.TILES[384, x.dtype])
     monkeypatch.setattr(srem, "tiles_for", lambda which, x: srem.TILES[which, x.dtype])
     monkeypatch.setattr(swiglu, "tiles_for", lambda gate_up: swiglu.TILES[gate_up.dtype])
-    test_output_and_every_gradient_in_fp32("heads of 36", 2)
+    test_output_and_every_gradient_in_fp32("heads of 36", 1)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("autocast", "batch"), [(False, 1), (True, 2)])
 def test_recomputed_blocks_give_the_same_bits_from_less_memory(autocast: bool, batch: int) -> None:
     """Output and every gradient; and of what autograd keeps between the passes, what remains is the blocks' inputs."""
     _, kernels = twins(replace(BASE, depth=2))
