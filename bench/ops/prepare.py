@@ -6,12 +6,13 @@
 A kernel beside others cannot be judged by itself: what counts is the step. Each choice is a CUDA graph of the whole
 step, as the benchmark captures it; the graphs take turns, so that the card's clock is the same for all, and the figure
 is the median of their rounds. What is tried: weights that ride in the product upwards (`dig.raster_block.Rider`, where
-it takes them), and how many programs prepare them aside (`dig.raster.programs_beside`).
+it takes them), and how many programs prepare the rest, or all, aside (`dig.raster.programs_beside`).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -35,15 +36,15 @@ class Choice:
 
     Attributes:
         riding: Rows of a share of the weights in each step of the product upwards; 0: none rides there.
-        programs: How many prepare them aside, where none rides; 0: as many as there is work for.
+        programs: How many prepare them aside, where none rides, or else adaLN's modulation alone; 0: all at once.
     """
 
     riding: int
     programs: int
 
     def __str__(self) -> str:
-        few = f"aside, {self.programs} programs" if self.programs else "aside, all at once"
-        return f"riding, {self.riding} rows" if self.riding else few
+        what = f"riding, {self.riding} rows; modulation" if self.riding else "all"
+        return f"{what} aside, {f'by {self.programs} programs' if self.programs else 'at once'}"
 
 
 @contextmanager
@@ -52,6 +53,7 @@ def chosen(choice: Choice) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
         if choice.riding:
+            stack.enter_context(replaced(raster, "_MODULATION_PROGRAMS", choice.programs or None))
             stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
         else:
             stack.enter_context(replaced(raster_block, "rides", lambda *_: False))
@@ -79,17 +81,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=("train", "forward"), default="forward")
     parser.add_argument("--batch", type=int, default=1, help="images a step")
     parser.add_argument("--programs", type=int, nargs="+", default=[0, 16, 32, 64], help="0: all at once")
-    parser.add_argument("--riding", type=int, nargs="*", default=[16, 32], help="rows of a share in a product")
+    parser.add_argument("--riding", type=int, nargs="*", default=[32], help="rows of a share in a product")
+    parser.add_argument(
+        "--modulation", type=int, nargs="+", default=[0, 4, 5, 6, 8], help="programs where weights ride"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="turns a median is taken of")
     parser.add_argument("--replays", type=int, default=8, help="steps a turn")
     parser.add_argument("--json", type=Path, help="append one JSON line for each choice to this file")
-    options = parse(parser, arguments, or_zero=("programs", "riding"))
+    options = parse(parser, arguments, or_zero=("programs", "modulation"))
     require_gpu("bench.ops.prepare")
     case = one_case(
         options.model, resolution=options.resolution, mode=options.mode, execution="graph", batch=options.batch,
         dtype="bf16", device="cuda",
     )  # fmt: skip
-    ways = [(rows, 0) for rows in options.riding] + [(0, programs) for programs in options.programs]
+    ways = [*itertools.product(options.riding, options.modulation), *itertools.product([0], options.programs)]
     choices = [Choice(riding=riding, programs=programs) for riding, programs in ways]
     step = build_step(case)
     warm_up(step.run, case.device)
@@ -107,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
                 times[index].append(ms)
     print(f"{case.describe()} on {torch.cuda.get_device_name()}", flush=True)
     for choice, taken in zip(choices, times, strict=True):
-        print(f"{choice!s:22} {statistics.median(taken):8.3f} ms  ({min(taken):.3f} to {max(taken):.3f})", flush=True)
+        print(f"{choice!s:50} {statistics.median(taken):8.3f} ms  ({min(taken):.3f} to {max(taken):.3f})", flush=True)
         if options.json is not None:
             row = {"case": asdict(case), "choice": asdict(choice), "ms": statistics.median(taken), "samples_ms": taken}
             with options.json.open("a") as file:
