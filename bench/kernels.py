@@ -6,6 +6,7 @@ case, and in graph execution the replay of its graph, so that the times are thos
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +33,9 @@ class KernelTime:
     us: float
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A kernel's name without return type, namespace noise and arguments."""
-    name = name.removeprefix("void ").partition("(")[0]
+    name = re.sub(r"^void |^std::enable_if<.*?>::type |\(anonymous namespace\)::", "", name).partition("(")[0]
     return name if len(name) <= 100 else name[:60] + " … " + name[-37:]
 
 
@@ -69,7 +70,7 @@ def profile_kernels(run: Callable[[], object], *, steps: int, device: str) -> li
     """
     events: dict[str, list[float]] = {}
     for name, count, us in _profile(run, steps=steps, device=device):
-        total = events.setdefault(_short(name), [0.0, 0.0])
+        total = events.setdefault(short_name(name), [0.0, 0.0])
         total[0] += count / steps
         total[1] += us / steps
     found = [KernelTime(name=name, calls=calls, us=us) for name, (calls, us) in events.items()]

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from bench.kernels import short_name
 from bench.profiles import Entry, Profile
 
 TOP = 40
@@ -23,7 +24,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; font-family: ui-monospace, monospace;
   font-size: .85em; }
-meter { width: 5rem; } svg { width: 100%; height: auto; }
+td:not(:first-child) { white-space: nowrap; } meter { width: 5rem; } svg { width: 100%; height: auto; }
 polyline { fill: none; stroke: var(--bar); stroke-width: 1.5; }
 text { fill: currentColor; font-size: 12px; } small { opacity: .75; }
 </style></head><body>
@@ -36,14 +37,16 @@ with the profiler's own cost, {{ "%.2f"|format(busy / 1000) }} ms of it {{ where
 {% for heading, entries, rest in sections %}
 <h2>{{ heading }}</h2>
 <table><tr><th>name</th><th>calls</th><th>µs</th><th>share of the step</th><th>of the roofline</th></tr>
-{% for e in entries %}<tr><td>{{ e.name }}</td><td>{{ e.calls }}</td><td>{{ "%.1f"|format(e.us) }}</td>
+{% for e in entries %}<tr><td title="{{ e.name }}">{{ short(e.name) }}</td>
+<td>{{ e.calls }}</td><td>{{ "%.1f"|format(e.us) }}</td>
 <td><meter min="0" max="1" value="{{ e.us / busy }}"></meter> {{ "%.1f%%"|format(100 * e.us / busy) }}</td>
 <td>{% if e.share is not none %}{{ "%.0f%%"|format(100 * e.share) }}{% endif %}</td></tr>
 {% endfor %}</table>
 {% if rest %}<p><small>and {{ rest }} more</small></p>{% endif %}
 {% endfor %}
-<p><small>Of the roofline: the least time for the least work (each input read once, products counted in full) at the
-measured ceilings, over the time taken. Where a part of the work is not known, the share is too low.</small></p>
+<p><small>Names are cut at their arguments; the full one shows where the pointer rests. Of the roofline: the least time
+for the least work (each input read once, products counted in full) at the measured ceilings, over the time taken. Where
+a part of the work is not known, the share is too low; where nothing is, there is none.</small></p>
 <h2>Memory over the step</h2>
 {% if line %}<svg viewBox="0 0 1000 260" role="img" aria-label="Allocated bytes over time">
 <polyline points="{{ line }}"/>
@@ -91,5 +94,6 @@ def page(profile: Profile, environment: dict[str, Any]) -> str:
             line=line,
             top=top,
             mib=MIB,
+            short=short_name,
         )
     )

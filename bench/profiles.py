@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.jobs import Budget, CeilingJob
 from bench.results import Case, Device
-from bench.roofline import Cost, cost_of
+from bench.roofline import Cost, cost_of, kernel_costs
 from bench.steps import build_step, warm_up
 from bench.timing import sample
 from bench.worker import measure_ceiling
@@ -113,7 +113,7 @@ def read_events(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple
 
     On a CPU an operator is its own kernel, and its time is what its callees leave. The work of an operation that
     launches several kernels is put down to the longest, if that takes most of the time (a product, and a sum of its
-    parts); else nobody knows which kernel does what.
+    parts), or to each what is known of it (DiG's recurrence); else nobody knows which kernel does what.
     """
     events = list(events)
     found = [e for e in events if e.get("cat") == "cpu_op" and e.get("ph") == "X"]
@@ -132,9 +132,10 @@ def read_events(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple
         cost = cost_of(op["name"], op["args"].get("Input Dims", []), op["args"].get("Input type", []))
         _count(operations, op["name"], us, cost)
         longest = max(ran, key=lambda e: e["dur"], default=None)
+        parts = kernel_costs(op["name"], op["args"].get("Input Dims", []), op["args"].get("Input type", []))
         for event in ran:
-            does_it = event is longest and 2 * event["dur"] >= us
-            _count(kernels, event["name"], event["dur"], cost if does_it else Cost())
+            does_it = not parts and event is longest and 2 * event["dur"] >= us
+            _count(kernels, event["name"], event["dur"], cost if does_it else parts.get(event["name"], Cost()))
     for event in (e for rest in launched.values() for e in rest):
         _count(kernels, event["name"], event["dur"], Cost())
     return operations, (operations if device == "cpu" else kernels)
@@ -162,9 +163,10 @@ def _self_times(operators: list[Mapping[str, Any]]) -> dict[int, float]:
 def memory_timeline(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple[tuple[float, int], ...]:
     """Seconds and bytes since the first allocation that the trace saw, one point for each allocation and release."""
     kind = 1 if device == "cuda" else 0
-    changes = [e for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == kind]
+    found = [e for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == kind]
+    changes = sorted(found, key=lambda e: e["ts"])  # A trace lists them thread by thread: autograd's is not the step's.
     level, points = 0, []
-    for event in sorted(changes, key=lambda e: e["ts"]):
+    for event in changes:
         level += event["args"]["Bytes"]
         points.append(((event["ts"] - changes[0]["ts"]) / 1e6, level))
     return tuple(points)

@@ -14,6 +14,10 @@ ITEM_BYTES = {
     "float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2, "long int": 8, "int": 4, "bool": 1, "unsigned char": 1,
 }  # fmt: skip
 
+LIST_BYTES = {"dig::prepare_weights": 6.0}
+"""Of operators on lists of tensors, whose dtypes the profiler does not tell, bytes for each element of the first list:
+fp32 weights, copied to bf16.
+"""
 PARTLY_READ = frozenset({"dig::gla_mixer_sums"})
 """Operators that read a few columns of their inputs: what they move at least, shapes alone don't say."""
 
@@ -67,12 +71,41 @@ def cost_of(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> Cost:
 
     Args:
         name: As the dispatcher calls it: ``aten::mm``.
-        shapes: Of its tensor arguments; empty for other arguments.
+        shapes: Of its tensor arguments, lists of them for lists of tensors; empty for other arguments.
         types: Of its arguments, as the profiler names them: ``float``, ``c10::BFloat16``.
     """
     if name in PARTLY_READ:
         return Cost()
+    if name in LIST_BYTES and shapes:
+        elements = sum(math.prod(s) for s in shapes[0] if isinstance(s, Sequence))
+        return Cost(bytes=LIST_BYTES[name] * elements)
     tensors = [(s, ITEM_BYTES[t]) for s, t in zip(shapes, types, strict=False) if s and t in ITEM_BYTES]
     read = sum(math.prod(s) * size for s, size in tensors)
     flops, output = _products(name, [s for s, _ in tensors])
     return Cost(flops=flops, bytes=read + output * (tensors[0][1] if tensors else 0))
+
+
+def kernel_costs(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> dict[str, Cost]:
+    """Of an operator whose kernels share its work: the least cost of each, by the kernel's name; empty for others.
+
+    DiG's recurrence with its decays, norm and output gate (`dig.ops.gla.mixer`): slices of the projection's output that
+    a kernel reads, what it writes, and going back the states between chunks and the sums of the decays.
+    """
+    if name not in ("dig::gla_mixer", "dig::gla_mixer_backward") or len(shapes) < 2:
+        return {}
+    (batch, tokens, width), (keys, rank) = shapes[:2]
+    values = (width - rank - 2 * keys) / 2
+    element = ITEM_BYTES.get(types[0], 2) * batch * tokens
+    if name == "dig::gla_mixer":
+        return {
+            "local_state_kernel": Cost(bytes=element * (keys + values + rank)),
+            "output_kernel": Cost(bytes=element * (2 * keys + 3 * values)),
+        }
+    states, sums = (math.prod(shape) * ITEM_BYTES.get(of, 2) for shape, of in zip(shapes[4:6], types[4:6], strict=True))
+    return {
+        # q, k, v, g and dy; do, dg and the output again; states and their gradients.
+        "output_backward_kernel": Cost(bytes=element * (2 * keys + 6 * values) + 2 * states + sums),
+        # q, k, v and do; the gradients of q, k, v and of the decays.
+        "gradient_kernel": Cost(bytes=element * (5 * keys + 3 * values) + 2 * states + sums),
+        "scan_kernel": Cost(bytes=2 * states),
+    }

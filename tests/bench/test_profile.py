@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import cli
+from bench.kernels import short_name
 from bench.profile_page import page, thin
 from bench.profiles import Entry, Profile, memory_timeline, read_events
 from bench.results import Case
-from bench.roofline import Cost, cost_of
+from bench.roofline import Cost, cost_of, kernel_costs
 
 CASE = Case(model="DiG-S/8", resolution=64, device="cpu", dtype="fp32")
 
@@ -79,13 +80,49 @@ def test_no_share_is_made_of_work_that_nobody_knows() -> None:
     assert cost_of("dig::gla_mixer_sums", [[1, 64, 208], [32, 16]], ["c10::BFloat16"] * 2) == Cost()
 
 
+def test_lists_of_tensors_count_by_element() -> None:
+    dims = [[[384, 16], [192]], [[384, 16], [192]], [], []]
+    assert cost_of("dig::prepare_weights", dims, ["TensorList"] * 2).bytes == 6 * (384 * 16 + 192)
+
+
+def test_kernels_of_the_recurrence_have_work_of_their_own() -> None:
+    """Shapes as the profiler gave them for DiG-S/2 at 1792 pixels; docs/performance.md counts the same bytes."""
+    dims = [[1, 12544, 1168], [192, 16], [192], [64], [1, 1, 6, 196, 32, 64], [1, 6, 12544, 32], [1, 12544, 384]]
+    types = ["c10::BFloat16", "c10::BFloat16", "float", "float", "c10::BFloat16", "float", "c10::BFloat16"]
+    shapes = {"Input Dims": dims, "Input type": types}
+    kernels = ("output_backward_kernel", "scan_kernel", "gradient_kernel")
+    events = [op("dig::gla_mixer_backward", 0, 9, 7, **shapes), *(kernel(name, 50, 7) for name in kernels)]
+    _, found = read_events(events, device="cuda")
+    costs = {name: cost.bytes / 1e6 for name, (_, _, cost) in found.items()}
+    assert costs["gradient_kernel"] == pytest.approx(77, rel=0.1)
+    assert costs["output_backward_kernel"] == pytest.approx(87, rel=0.1)
+    assert costs["scan_kernel"] == pytest.approx(10, rel=0.1)
+    forward = kernel_costs("dig::gla_mixer", dims[:4], types[:4])
+    assert forward["output_kernel"].bytes / 1e6 == pytest.approx(2 * 12.544 * (2 * 192 + 3 * 384) / 1e3)
+    assert kernel_costs("aten::mm", [[4, 4], [4, 4]], ["float", "float"]) == {}
+
+
 def test_memory_is_a_running_sum_of_one_device() -> None:
     def change(ts: float, size: int, kind: int = 1) -> dict:
         return {"name": "[memory]", "ts": ts, "args": {"Bytes": size, "Device Type": kind}}
 
-    events = [change(1e6, 100), change(3e6, -40), change(2e6, 10), change(2e6, 5, kind=0)]
+    events = [change(3e6, -40), change(1e6, 100), change(2e6, 10), change(2e6, 5, kind=0)]
     assert memory_timeline(events, device="cuda") == ((0.0, 100), (1.0, 110), (2.0, 70))
     assert memory_timeline([], device="cuda") == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("gradient_kernel", "gradient_kernel"),
+        ("void at::(anonymous namespace)::cat<at::(anonymous namespace)::T<4>>(char*)", "at::cat<at::T<4>>"),
+        ("std::enable_if<!(false), void>::type gemvx::kernel<int, 8>(Params<int>)", "gemvx::kernel<int, 8>"),
+        ("void flash::flash_fwd_kernel<Traits<64>>(Params)", "flash::flash_fwd_kernel<Traits<64>>"),
+    ],
+)  # fmt: skip
+def test_short_names_still_tell_kernels_apart(name: str, short: str) -> None:
+    assert short_name(name) == short
+    assert len(short_name("void k<" + "x, " * 200 + ">(int)")) <= 100
 
 
 def test_thinning_keeps_every_peak() -> None:
