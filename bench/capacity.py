@@ -69,8 +69,8 @@ def probe_case(case: Case, *, limit: int | None, time_limit: float) -> Probe:
 def room_on_gpu() -> int | None:
     """Bytes that a process' tensors may take on the GPU as it is now; None where NVML does not say."""
     gpu = Gpu.open()
-    used, total = (None, None) if gpu is None else (gpu.used(), gpu.total())
-    return None if used is None or total is None else total - used - CONTEXT
+    free = None if gpu is None else gpu.free()
+    return None if free is None else free - CONTEXT
 
 
 def largest_that_fits(

@@ -16,6 +16,7 @@ from bench.capacity_command import capacity
 from bench.choices import choose_device, default_dtype, default_execution
 from bench.compare_command import compare, export
 from bench.environment import ROOT, describe_environment, gpu_present
+from bench.first_step import first_step
 from bench.identity import code_hash
 from bench.messages import refuse
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 GIB = 2**30
 
-for command in (compare, export, regression, capacity, profile):
+for command in (compare, export, regression, capacity, profile, first_step):
     app.command()(command)
 
 

@@ -1,48 +1,39 @@
-"""How long the first step of a model takes on a machine that has compiled nothing yet.
-
-    python -m bench.first_step                                          # DiG-S/2's training step at 1792
-    python -m bench.first_step --model DiG-S/2:fla --resolution 256
-
-What torch and Triton keep on the disk is kept in a new, empty folder, so that every kernel is compiled (and tuned,
-where it tunes itself) as by whoever runs the model for the first time. Prints the seconds of building model and inputs,
-and of the first two steps, each until the device is done. The driver's own cache of compiled code is left alone.
-"""
+"""``python -m bench first-step``: what compiling costs whoever runs a model first. torch is imported late."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
 from itertools import pairwise
+from typing import Annotated
+
+import typer
+
+from bench.choices import one_case
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.first_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="DiG-S/2:triton:variant=release", help="model name, options after colons")
-    parser.add_argument("--resolution", type=int, default=1792, help="image side in pixels")
-    parser.add_argument("--mode", choices=("train", "forward"), default="train")
-    parser.add_argument("--batch", type=int, default=1, help="images a step")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    options = parser.parse_args(arguments)
+def first_step(
+    model: Annotated[str, typer.Option(help="Model name, options after colons: DiG-S/2:fla.")] = (
+        "DiG-S/2:triton:variant=release"
+    ),
+    resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 1792,
+    mode: Annotated[str, typer.Option(help="train or forward.")] = "train",
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+) -> None:
+    """Time the first step of a model on a machine that has compiled nothing yet.
+
+    What torch and Triton keep on the disk is kept in a new, empty folder, so that every kernel is compiled, and tuned
+    where it tunes itself. Prints the seconds of building model and inputs, and of the first two steps, launched
+    eagerly, each until the device is done. The driver's own cache of compiled code is left alone.
+    """
+    case = one_case(model, resolution=resolution, mode=mode, execution="eager", batch=batch, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory(prefix="dig-first-step-") as folder:
         # Before torch and Triton are imported: they read these once.
         os.environ |= {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         os.environ["FLA_CACHE_RESULTS"] = "0"
-        from bench.choices import one_case
-
-        case = one_case(
-            options.model,
-            resolution=options.resolution,
-            mode=options.mode,
-            execution="eager",
-            batch=options.batch,
-            dtype=None,
-            device=options.device,
-        )
         import torch
 
         from bench.steps import build_step
@@ -61,9 +52,5 @@ def main(arguments: list[str] | None = None) -> None:
             tick()
         build, first, second = (after - before for before, after in pairwise(clock))
         where = torch.cuda.get_device_name() if case.device == "cuda" else "cpu"
-        print(f"{case.describe()} on {where}, {os.cpu_count()} cores, nothing compiled before:")
-        print(f"model and inputs {build:.1f} s, first step {first:.1f} s, second step {second:.3f} s")
-
-
-if __name__ == "__main__":
-    main()
+        typer.echo(f"{case.describe()} on {where}, {os.cpu_count()} cores, nothing compiled before:")
+        typer.echo(f"model and inputs {build:.1f} s, first step {first:.1f} s, second step {second:.3f} s")

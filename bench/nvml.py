@@ -83,19 +83,20 @@ class Gpu:
             "driver": _quietly(pynvml.nvmlSystemGetDriverVersion),
         }
 
+    def _memory(self) -> Any:
+        import pynvml
+
+        return _quietly(pynvml.nvmlDeviceGetMemoryInfo, self._handle)
+
     def used(self) -> int | None:
         """Bytes in use on the device, all processes together."""
-        import pynvml
-
-        info = _quietly(pynvml.nvmlDeviceGetMemoryInfo, self._handle)
+        info = self._memory()
         return None if info is None else int(info.used)
 
-    def total(self) -> int | None:
-        """Bytes of the device."""
-        import pynvml
-
-        info = _quietly(pynvml.nvmlDeviceGetMemoryInfo, self._handle)
-        return None if info is None else int(info.total)
+    def free(self) -> int | None:
+        """Bytes that nobody uses."""
+        info = self._memory()
+        return None if info is None else int(info.free)
 
     def processes(self) -> dict[int, int] | None:
         """Process id → bytes (0 where NVML does not say), as NVML numbers them; None where it refuses."""

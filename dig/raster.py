@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 _FEW_TOKENS = 1024
 _FEW_PROGRAMS = 32
 """How many programs prepare weights beside a block with at most so many tokens: see `programs_beside`."""
-_MODULATION_PROGRAMS: int | None = None
-"""How many programs compute a block's modulation beside the block before, where its weights ride; None: all at once."""
 _RECOMPUTED = "recomputed"
 """Attribute of a block: whether its activations are computed again in the backward pass."""
 
@@ -174,7 +172,7 @@ class _Ahead:
             return
         if self._ride:
             with aside(self._c):
-                modulation = modulation_of(self.weights[i], self._c, _MODULATION_PROGRAMS)
+                modulation = modulation_of(self.weights[i], self._c)
             self.rider = Rider(self.weights[i], modulation, mark())
         elif runs_beside():
             self._prepare(i, self._programs)

@@ -224,8 +224,9 @@ def draw(logs: dict[str, Log], verdict: Verdict) -> Drawing:
                 axis, drawn, title=title, x_label="Step", y_label=label, x_ticks=ticks, failures_at="top"
             )
         axes[1].axhline(BOUND, color=drawing.SOFT_INK, linewidth=1, linestyle=":")
-        # Where everything stays well below the bound, its line is to be seen all the same.
-        axes[1].set_ylim(top=max(axes[1].get_ylim()[1], 1.5 * BOUND))
+        # However far everything stays from the bound, its line is to be seen.
+        low, high = axes[1].get_ylim()
+        axes[1].set_ylim(min(low, BOUND / 1.5), max(high, 1.5 * BOUND))
     return Drawing(figure=figure)
 
 

@@ -17,7 +17,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor
+
+from bench.choices import one_case
+from bench.results import Case
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = ("forward", "forward+backward")
@@ -195,6 +199,16 @@ def parse(
         if numbers and min(numbers) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     return options
+
+
+def case_for(model: str, *, resolution: int, mode: str, batch: int) -> Case:
+    """The case of a model's step as a CUDA graph in bf16; ends the program with one message where there is none."""
+    try:
+        return one_case(
+            model, resolution=resolution, mode=mode, execution="graph", batch=batch, dtype="bf16", device="cuda"
+        )
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
 
 
 def require_gpu(program: str) -> None:

@@ -19,12 +19,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.choices import one_case
-from bench.ops.common import parse, replaced, require_gpu
+from bench.ops.common import case_for, parse, replaced, require_gpu
 from bench.steps import build_step, capture, warm_up
 from dig import raster, raster_block
 from dig.ops.swiglu import products
@@ -53,7 +53,8 @@ def chosen(choice: Choice) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
         if choice.riding:
-            stack.enter_context(replaced(raster, "_MODULATION_PROGRAMS", choice.programs or None))
+            by_programs = partial(raster_block.modulation_of, programs=choice.programs or None)
+            stack.enter_context(replaced(raster, "modulation_of", by_programs))
             stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
         else:
             stack.enter_context(replaced(raster_block, "rides", lambda *_: False))
@@ -90,10 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="append one JSON line for each choice to this file")
     options = parse(parser, arguments, or_zero=("programs", "modulation"))
     require_gpu("bench.ops.prepare")
-    case = one_case(
-        options.model, resolution=options.resolution, mode=options.mode, execution="graph", batch=options.batch,
-        dtype="bf16", device="cuda",
-    )  # fmt: skip
+    case = case_for(options.model, resolution=options.resolution, mode=options.mode, batch=options.batch)
     ways = [*itertools.product(options.riding, options.modulation), *itertools.product([0], options.programs)]
     choices = [Choice(riding=riding, programs=programs) for riding, programs in ways]
     step = build_step(case)

@@ -31,7 +31,14 @@ def test_options_are_checked(program: str, capsys: pytest.CaptureFixture[str]) -
     assert module.options_of([]).samples == 50
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+def test_ways_to_prepare_weights_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("bench.ops.prepare").main(["--programs", "-1"])
+    assert stopped.value.code == 2
+    assert "--programs must be at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "bench.ops.prepare"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_it_says_so(program: str) -> None:
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):

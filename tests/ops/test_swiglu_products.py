@@ -96,24 +96,30 @@ def test_down_matches_fp64(shape: tuple[int, ...], launches: list[str]) -> None:
 
 
 RIDING = [
-    [(40, 128), (3, 128), (20, 256), (9, 384)],  # Rows that fill no share, several shares across.
-    [(1, 128), (128, 1), (8, 128)],  # A weight whose rows are no share's.
+    ((65, 600, 384), [(40, 128), (3, 128), (20, 256), (9, 384)]),  # Rows that fill no share, several shares across.
+    ((65, 600, 384), [(128, 1), (1, 128), (8, 128)]),  # A weight whose rows are no share's: only without a gate.
 ]
+"""(T, D, F) of the product, and the weights."""
 if LARGE:
-    RIDING += [[(3472, 1152), (576, 16), (6144, 1152), (1152, 1152), (1152, 3072)]]
+    RIDING += [((4096, 1152, 3072), [(3472, 1152), (576, 16), (6144, 1152), (1152, 1152), (1152, 3072)])]
 
 
-@pytest.mark.parametrize("T", [65, *([5000] if LARGE else [])])
 @pytest.mark.parametrize("gated", [0, 1, 2])
-@pytest.mark.parametrize("shapes", RIDING, ids=lambda shapes: str(len(shapes)))
+@pytest.mark.parametrize(("product", "shapes"), RIDING, ids=lambda value: str(len(value)))
 def test_weights_are_copied_in_the_product(
-    shapes: list[tuple[int, int]], gated: int, T: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+    product: tuple[int, int, int],
+    shapes: list[tuple[int, int]],
+    gated: int,
+    launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The product's bits are those without, the copies' those of a cast: also where there are more than ride along."""
+    """The product's bits are those without, the copies' those of a cast."""
     monkeypatch.setattr(products, "NARROW_D", 0)
-    x, weight = random(1, T, 600), random(768, 600) / 24
+    T, D, F = product
+    x, weight = random(1, T, D), random(2 * F, D) / D**0.5
     masters = [random(*shape, dtype=torch.float32) for shape in shapes]
     gates = [random(len(master), dtype=torch.float32) for master in masters[len(masters) - gated :]]
+    assert products.rides(x, F, masters, gated)
     hidden, *copies = project_up_preparing(x, weight, masters, gates)
     assert launches == ["up_swiglu_kernel"]
     assert torch.equal(hidden, project_up(x, weight, False)[0])
@@ -130,6 +136,7 @@ def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], m
         [random(6, 128)],
         [random(128, 6, dtype=torch.float32).T],
     ):
+        assert not products.rides(x, 128, masters, 1)
         _, copy = project_up_preparing(x, weight, masters, [gate])
         assert torch.equal(copy, (gate[:, None] * masters[0]).bfloat16())
     assert launches == ["up_swiglu_kernel"] * 3

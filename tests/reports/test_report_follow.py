@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from reports.follow import WINDOW, app, moving_average
+from reports.follow import BOUND, WINDOW, app, draw, judge, moving_average, read_logs
 from tests.dig.tiny import make_fashion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +65,14 @@ def test_equal_runs_pass(tmp_path: Path) -> None:
     assert (tmp_path / "follow.png").stat().st_size > 10_000
     content = json.loads((tmp_path / "follow.json").read_text())
     assert (content["steps"], content["deviation"], content["tensors"], content["bound"]) == (300, 0, 0, 0.02)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.001, 0.5])
+def test_the_bound_is_to_be_seen_however_far_the_runs_are_from_it(shift: float, tmp_path: Path) -> None:
+    logs = read_logs(write_runs(tmp_path, curve() * (1 + shift)))
+    axis = draw(logs, judge(logs, [])).figure.axes[1]
+    low, high = axis.get_ylim()
+    assert low < BOUND < high
 
 
 @pytest.mark.parametrize(("shift", "code"), [(0.019, 0), (0.021, 1)])

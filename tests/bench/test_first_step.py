@@ -1,0 +1,30 @@
+"""The first step of a model where nothing is compiled: in a process of its own, which is what it measures."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "bench", "first-step", "--device", "cpu", "--mode", "forward", "--resolution", "64"]
+
+
+def test_it_says_what_the_steps_take() -> None:
+    done = subprocess.run([*COMMAND, "--model", "DiT-S/8"], capture_output=True, text=True, check=True)
+    assert re.search(r"model and inputs \d+\.\d s, first step \d+\.\d s, second step \d+\.\d{3} s", done.stdout)
+    assert "DiT-S/8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "DiT-S8"], "is not a model name"),
+        (["--model", "DiT-S/8", "--batch", "0"], "batch must be a whole number of at least 1"),
+    ],
+)
+def test_bad_input(options: list[str], message: str) -> None:
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stdout + done.stderr
