@@ -29,6 +29,7 @@ from dig.raster_block import (
     adaln,
     infer_block,
     modulation_of,
+    modulations_of,
     prepare_block,
     train_block,
 )
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 _FEW_TOKENS = 1024
 _FEW_PROGRAMS = 32
 """How many programs prepare weights beside a block with at most so many tokens: see `programs_beside`."""
+_TOGETHER = True
+"""Whether all modulations are computed by one launch before the first block, where weights ride."""
 _RECOMPUTED = "recomputed"
 """Attribute of a block: whether its activations are computed again in the backward pass."""
 
@@ -164,13 +167,17 @@ class _Ahead:
         self._programs = programs_beside(x.shape[0] * x.shape[1])
         self._ride = fold_gates and not torch.compiler.is_compiling() and all(Rider.fits(w, x) for w in weights)
         self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
+        # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
+        self._modulations = modulations_of(weights, c) if self._ride and _TOGETHER else None
 
     def begin(self, i: int) -> None:
         """Begin with what block i needs, if there is one; the block before it is launched next."""
         self.rider = None
         if i == len(self.weights):
             return
-        if self._ride:
+        if self._modulations is not None:
+            self.rider = Rider(self.weights[i], self._modulations[i : i + 1], None)
+        elif self._ride:
             with aside(self._c):
                 modulation = modulation_of(self.weights[i], self._c)
             self.rider = Rider(self.weights[i], modulation, mark())
@@ -190,9 +197,15 @@ class _Ahead:
         return prepared
 
     def _prepare(self, i: int, programs: int | None) -> None:
-        with aside(self._c):
+        modulation = None if self._modulations is None else self._modulations[i : i + 1]
+        with aside(self._c, modulation):
             prepared = prepare_block(
-                self.weights[i], self._c, self._dtype, fold_gates=self._fold_gates, programs=programs
+                self.weights[i],
+                self._c,
+                self._dtype,
+                fold_gates=self._fold_gates,
+                programs=programs,
+                modulation=modulation,
             )
         self._upcoming = prepared, mark()
 

@@ -31,7 +31,7 @@ from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_c
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up, project_up_preparing, rides
-from dig.ops.weights import gated_weight_gradient, matrix_vector, prepare_weights
+from dig.ops.weights import gated_weight_gradient, matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
 
 EPS = 1e-6
@@ -141,8 +141,20 @@ def modulation_of(weights: BlockWeights, c: Tensor, programs: int | None = None)
         return adaln(c, weights.adaln_weight, weights.adaln_bias)
 
 
+def modulations_of(weights: Sequence[BlockWeights], c: Tensor) -> Tensor:
+    """The modulations (L, 6D) of L blocks for one image, c (1, D), without a gradient: in one launch."""
+    with torch.no_grad():
+        return matrix_vectors([w.adaln_weight for w in weights], c[0], [w.adaln_bias for w in weights])
+
+
 def prepare_block(
-    weights: BlockWeights, c: Tensor, dtype: torch.dtype, *, fold_gates: bool, programs: int | None = None
+    weights: BlockWeights,
+    c: Tensor,
+    dtype: torch.dtype,
+    *,
+    fold_gates: bool,
+    programs: int | None = None,
+    modulation: Tensor | None = None,
 ) -> Prepared:
     """Compute a block's modulation, and its weights in the dtype of its products; without a gradient.
 
@@ -152,8 +164,10 @@ def prepare_block(
         dtype: Of the products.
         fold_gates: Whether the two output projections are multiplied by their gates, which takes B = 1.
         programs: At most so many of each kernel, so that others can run beside it; all at once without.
+        modulation: (B, 6D), where it is there already.
     """
-    modulation, masters = modulation_of(weights, c, programs), weights.masters
+    modulation = modulation_of(weights, c, programs) if modulation is None else modulation
+    masters = weights.masters
     _, _, gate1, _, _, gate2 = modulation.chunk(6, dim=1)
     with torch.no_grad():
         cast_weights = _cast(masters, (gate1[0], gate2[0]) if fold_gates else (), dtype, programs)

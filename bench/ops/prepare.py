@@ -36,13 +36,16 @@ class Choice:
 
     Attributes:
         riding: Rows of a share of the weights in each step of the product upwards; 0: none rides there.
-        programs: How many prepare them aside, where none rides, or else adaLN's modulation alone; 0: all at once.
+        programs: How many prepare them aside, where none rides, or else adaLN's modulation alone; 0: all at once; -1,
+            with riding: all blocks' modulations by one launch before the first.
     """
 
     riding: int
     programs: int
 
     def __str__(self) -> str:
+        if self.programs < 0:
+            return f"riding, {self.riding} rows; all modulations first"
         what = f"riding, {self.riding} rows; modulation" if self.riding else "all"
         return f"{what} aside, {f'by {self.programs} programs' if self.programs else 'at once'}"
 
@@ -53,6 +56,7 @@ def chosen(choice: Choice) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
         if choice.riding:
+            stack.enter_context(replaced(raster, "_TOGETHER", choice.programs < 0))
             by_programs = partial(raster_block.modulation_of, programs=choice.programs or None)
             stack.enter_context(replaced(raster, "modulation_of", by_programs))
             stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
@@ -92,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(parser, arguments, or_zero=("programs", "modulation"))
     require_gpu("bench.ops.prepare")
     case = case_for(options.model, resolution=options.resolution, mode=options.mode, batch=options.batch)
-    ways = [*itertools.product(options.riding, options.modulation), *itertools.product([0], options.programs)]
+    ways = [*itertools.product(options.riding, [-1, *options.modulation]), *itertools.product([0], options.programs)]
     choices = [Choice(riding=riding, programs=programs) for riding, programs in ways]
     step = build_step(case)
     warm_up(step.run, case.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dig.ops.weights import gated_weight_gradient, matrix_vector, prepare_weights
+from dig.ops.weights import gated_weight_gradient, matrix_vector, matrix_vectors, prepare_weights
 from tests.helpers import LARGE, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +50,14 @@ def test_gradients_of_a_gated_weight(shape: tuple[int, int]) -> None:
     assert relative_error(dgate, (weight.double() * product.double()).sum(1)) < 1e-4
 
 
+def test_layers_together_give_the_bits_of_each_alone() -> None:
+    weights, vector, biases = [random(70, 300) for _ in range(5)], random(300), [random(70) for _ in range(5)]
+    for found, weight, bias in zip(matrix_vectors(weights, vector, biases), weights, biases, strict=True):
+        assert torch.equal(found, matrix_vector(weight, vector, bias))
+    with pytest.raises(ValueError, match="of one shape and dtype"):
+        matrix_vectors([*weights, random(3, 300)], vector, biases)
+
+
 def test_strides_do_not_matter() -> None:
     def apart(tensor: Tensor) -> Tensor:
         return tensor.T.contiguous().T if tensor.dim() == 2 else torch.stack([tensor, tensor], 1)[:, 0]
@@ -81,6 +89,7 @@ def test_the_number_of_programs_does_not_matter(programs: int, monkeypatch: pyte
 
 def test_operations_are_registered_rightly() -> None:
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(matrix_vector, (random(5, 3), random(3), random(5)), test_utils=checks)
+    layers = [random(5, 3), random(5, 3)], random(3), [random(5), random(5)]
+    torch.library.opcheck(matrix_vectors, layers, test_utils=checks)
     torch.library.opcheck(prepare_weights, ([random(5, 3)], [random(5)], torch.bfloat16), test_utils=checks)
     torch.library.opcheck(gated_weight_gradient, (random(5, 3), random(5, 3), random(5)), test_utils=checks)

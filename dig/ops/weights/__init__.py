@@ -73,28 +73,41 @@ def _(
     return [empty(weight, dtype) for weight in weights]
 
 
-@torch.library.custom_op("dig::matrix_vector", mutates_args=())
-def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | None = None) -> Tensor:
-    """``weight vector + bias`` (N,) in weight's dtype, summed in fp32: weight (N, M), vector (M,), bias (N,).
+@torch.library.custom_op("dig::matrix_vectors", mutates_args=())
+def matrix_vectors(
+    weights: Sequence[Tensor], vector: Tensor, biases: Sequence[Tensor], programs: int | None = None
+) -> Tensor:
+    """``weight vector + bias`` of L layers, (L, N) in the weights' dtype, summed in fp32.
 
-    Reading the matrix is all the work, which cuBLAS' kernel for fp32 does at little more than half of a copy's rate.
-    ``programs``: as of `prepare_weights`.
+    Weights are (N, M), all of one shape and dtype, vector (M,), biases (N,).
+    Reading the matrices is all the work, which cuBLAS' kernel for fp32 does at little more than half of a copy's rate.
+    ``programs``: for each layer, as of `prepare_weights`.
     """
-    N, M = weight.shape
-    out = empty(bias, weight.dtype)
-    weight, vector, bias = weight.contiguous(), vector.contiguous(), bias.contiguous()
+    shape, dtype = weights[0].shape, weights[0].dtype
+    if any(weight.shape != shape or weight.dtype != dtype for weight in weights):
+        raise ValueError(f"all weights must be of one shape and dtype; the first is {tuple(shape)}, {dtype}")
+    weights, biases = [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
+    N, M = shape
+    out = torch.empty(len(weights), N, dtype=dtype, device=vector.device)
     rows, columns, warps = VECTOR_FEW if _few(programs) else VECTOR_WIDE
     blocks = triton.cdiv(N, rows)
-    with on_device(weight.device):
-        matrix_vector_kernel[(blocks if programs is None else min(programs, blocks),)](
-            weight, vector, bias, out, N, M=M, ROWS=rows, BLOCK=min(columns, triton.next_power_of_2(M)), num_warps=warps
-        )
+    with on_device(vector.device):
+        matrix_vector_kernel[(blocks if programs is None else min(programs, blocks), len(weights))](
+            tuple(weights), vector.contiguous(), tuple(biases), out, N,
+            M=M, ROWS=rows, BLOCK=min(columns, triton.next_power_of_2(M)), num_warps=warps,
+        )  # fmt: skip
     return out
 
 
-@matrix_vector.register_fake
-def _(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | None = None) -> Tensor:
-    return empty(bias, weight.dtype)
+@matrix_vectors.register_fake
+def _(weights: Sequence[Tensor], vector: Tensor, biases: Sequence[Tensor], programs: int | None = None) -> Tensor:
+    return torch.empty(len(weights), len(weights[0]), dtype=weights[0].dtype, device=vector.device)
+
+
+def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | None = None) -> Tensor:
+    """`matrix_vectors` of one layer: (N,)."""
+    product: Tensor = matrix_vectors([weight], vector, [bias], programs)
+    return product[0]
 
 
 @torch.library.custom_op("dig::gated_weight_gradient", mutates_args=())

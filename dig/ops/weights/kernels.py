@@ -38,8 +38,17 @@ def prepare_kernel(
 
 
 @triton.jit
-def matrix_vector_kernel(weight, vector, bias, out, N, M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``weight vector + bias`` in fp32, ROWS elements at a time. Grid (P,), any P up to ceil(N / ROWS)."""
+def matrix_vector_kernel(weights, vector, biases, out, N, M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``weight vector + bias`` of every weight (N, M) and bias (N,) of tuples, in fp32, ROWS elements at a time.
+
+    Grid (P, L), any P up to ceil(N / ROWS), of L weights; out (L, N) contiguous.
+    """
+    layer = tl.program_id(1)
+    weight = weights[0]
+    bias = biases[0]
+    for i in tl.static_range(1, len(weights)):
+        weight = tl.where(layer == i, weights[i], weight)
+        bias = tl.where(layer == i, biases[i], bias)
     first = tl.program_id(0) * ROWS
     while first < N:
         rows = first + tl.arange(0, ROWS)
@@ -51,7 +60,7 @@ def matrix_vector_kernel(weight, vector, bias, out, N, M: tl.constexpr, ROWS: tl
             mask = (rows < N)[:, None] & (cols < M)[None, :]
             total += tl.load(at + cols[None, :], mask=mask, other=0.0).to(tl.float32) * factor[None, :]
         value = tl.sum(total, axis=1) + tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
-        tl.store(out + rows, value.to(out.dtype.element_ty), mask=rows < N)
+        tl.store(out + layer * N + rows, value.to(out.dtype.element_ty), mask=rows < N)
         first += tl.num_programs(0) * ROWS
 
 
