@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ops.common import case_for, parse, replaced, require_gpu
+from bench.ops.common import case_for, in_turns, parse, replaced, require_gpu
 from bench.steps import build_step, capture, warm_up
 from dig import raster, raster_block
 from dig.ops.swiglu import products
@@ -65,17 +64,6 @@ def chosen(choice: Choice) -> Iterator[None]:
         yield
 
 
-def milliseconds(replay: Callable[[], None], times: int) -> float:
-    """Of one replay, of several that are enqueued together."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(
@@ -105,13 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         with chosen(choice):
             warm_up(step.run, case.device)
             graphs.append(capture(step.run)[0])
-    times: list[list[float]] = [[] for _ in choices]
-    draw = random.Random(0)
-    for turn in range(options.rounds + 1):
-        for index in draw.sample(range(len(choices)), len(choices)):
-            ms = milliseconds(graphs[index], options.replays)
-            if turn:  # The first round warms the card up.
-                times[index].append(ms)
+    times = in_turns(graphs, options.rounds, options.replays)
     print(f"{case.describe()} on {torch.cuda.get_device_name()}", flush=True)
     for choice, taken in zip(choices, times, strict=True):
         print(f"{choice!s:50} {statistics.median(taken):8.3f} ms  ({min(taken):.3f} to {max(taken):.3f})", flush=True)

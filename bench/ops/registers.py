@@ -55,7 +55,7 @@ class Compiled:
         spills: Instructions that store a register to memory.
         shared: Bytes of shared memory of a program.
         products: Asynchronous matrix products (HGMMA) in the code.
-        wrong: Instructions that `wrong_descriptors` found.
+        wrong: Instructions that `wrong_descriptors` or `hasty_accesses` found.
     """
 
     kernel: str
@@ -98,6 +98,17 @@ def wrong_descriptors(sass: str) -> tuple[str, ...]:
     return tuple(wrong)
 
 
+def hasty_accesses(sass: str) -> tuple[str, ...]:
+    """Instructions of a kernel that may be launched early (`dig.ops.chain`) and touch memory before it has waited."""
+    hasty: list[str] = []
+    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass):
+        if "ACQBULK" in match.group(2):
+            return tuple(hasty)
+        if re.search(r"\b(LDG|STG|LD\.E|ST\.E|ATOM|RED|UTMA|UBLKCP)", match.group(2)):
+            hasty.append(f"{match.group(1)}: {match.group(2).strip()}")
+    return ("it never waits",)
+
+
 def _compile(
     function: Any,
     *,
@@ -123,6 +134,7 @@ def _compile(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = constants | ({"CHAINED": True} if "CHAINED" in function.arg_names else {})
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -158,7 +170,7 @@ def _compile(
         spills=sass.count("STL"),
         shared=compiled.metadata.shared,
         products=sass.count("HGMMA"),
-        wrong=wrong_descriptors(sass),
+        wrong=wrong_descriptors(sass) + (hasty_accesses(sass) if "CHAINED" in constants else ()),
     )
 
 

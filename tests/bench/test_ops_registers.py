@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.ops.registers import Compiled, wrong_descriptors
+from bench.ops.registers import Compiled, hasty_accesses, wrong_descriptors
 
 # From a listing of gradient_kernel whose products read wrong operands on an H100.
 FAULT = """
@@ -32,6 +32,20 @@ def test_a_base_that_is_written_in_between_is_none() -> None:
     assert not wrong_descriptors(
         FAULT.replace("UIADD3.X UR15, UR4", "UIADD3.X UR15, UR5").replace("UIADD3.X UR19, UR4", "UIADD3.X UR19, URZ")
     )
+
+
+WAITING = """
+        /*0050*/                   PREEXIT ;
+        /*0060*/                   ACQBULK ;
+        /*0070*/                   LDG.E.128 R4, desc[UR8][R2.64] ;
+"""
+
+
+def test_memory_touched_before_the_wait_is_found() -> None:
+    assert hasty_accesses(WAITING) == ()
+    load = "        /*0040*/                   @!P0 LDG.E R8, desc[UR8][R2.64] ;\n"
+    assert hasty_accesses(load + WAITING) == ("0040: @!P0 LDG.E R8, desc[UR8][R2.64]",)
+    assert hasty_accesses(WAITING.replace("ACQBULK", "NOP")) == ("it never waits",)
 
 
 def test_what_must_not_run() -> None:

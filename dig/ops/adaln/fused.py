@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
 from dig.ops.aside import aside
+from dig.ops.chain import chained
 from dig.ops.launch import empty, last_contiguous, on_device
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -165,7 +166,7 @@ def _forward(
             x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
             D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
-            num_warps=tiles.warps,
+            num_warps=tiles.warps, **chained(x.device, early=branch is not None),
         )  # fmt: skip
     return x_new, h, stats
 
@@ -243,7 +244,7 @@ def norm_modulate_backward(
             *b_dx_new.stride()[:2], *dh.stride()[:2], T,
             D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=dx_new is not None,
             BRANCH=branch is not None, REBUILD=shift is not None,
-            num_warps=tiles.backward_warps,
+            num_warps=tiles.backward_warps, **chained(x.device),
         )  # fmt: skip
         with aside(partials, scale, b_weight, dshift, dscale, dgate, dweight):
             norm_modulate_finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](

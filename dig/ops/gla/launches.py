@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.aside import aside
+from dig.ops.chain import chained
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
 from dig.ops.gla.tiles import Tiles, tiles_for
@@ -151,7 +152,7 @@ def local_states(
         q, k, v, *gate.tensors, do_or_v, sums, states, own, *strides_of(q, k, v), *gate.strides, *strides_of(do_or_v),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
-        num_warps=plan.tiles.local_warps,
+        num_warps=plan.tiles.local_warps, **chained(v.device, early=not sums_only),
     )  # fmt: skip
     return states, sums, own
 
@@ -177,7 +178,7 @@ def scan_states(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> 
     scan_kernel[(triton.cdiv(V, lanes) * K, plan.B * plan.H, states.shape[0])](
         states, sums, plan.N, direction,
         K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps,
+        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps, **chained(states.device),
     )  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def gradients_of(
         *strides_of(q, k, v), *gate.strides, *strides_of(do), *(output.stride(1) for output in outputs),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
-        maxnreg=plan.tiles.gradient_registers,
+        maxnreg=plan.tiles.gradient_registers, **chained(q.device),
     )  # fmt: skip
     return dbias
 
@@ -239,7 +240,7 @@ def run_block(
             q, k, v, g, norm_weight, sums, states, out, *strides_of(q, k, v, g),
             plan.T, plan.N, *plan.walk, plan.scale, eps,
             **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
-            maxnreg=plan.tiles.output_registers,
+            maxnreg=plan.tiles.output_registers, **chained(q.device),
         )  # fmt: skip
     return out, states
 
@@ -293,7 +294,7 @@ def run_block_backward(
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,
             *strides_of(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
             **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
-            maxnreg=plan.tiles.output_backward_registers,
+            maxnreg=plan.tiles.output_backward_registers, **chained(q.device),
         )  # fmt: skip
         scan_states(plan, state_gradients, sums, direction=1)
         dbias = gradients_of(plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.chain import chained
 from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.launches import (
     DecayGate,
@@ -76,6 +77,7 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         output_kernel[plan.grid](
             q, k, v, v, v, sums, states, out, *strides_of(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
             **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
+            **chained(q.device),
         )  # fmt: skip
     return out
 

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.aside import aside
+from dig.ops.chain import chained
 from dig.ops.launch import empty, on_device
 from dig.ops.srem import check_shapes
 from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
@@ -191,7 +192,7 @@ def srem_forward(
         srem_forward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, bias, y,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, **plan.options,
+            **plan.constants, **plan.options, **chained(x.device),
         )  # fmt: skip
     return y
 
@@ -225,7 +226,7 @@ def srem_backward(
         srem_backward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, SUM_ONLY=sum_only, **plan.options,
+            **plan.constants, SUM_ONLY=sum_only, **plan.options, **chained(x.device, early=False),
         )  # fmt: skip
         with aside(sums, dweight, dbias, dgate):
             srem_sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](

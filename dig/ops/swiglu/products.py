@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dig.ops.chain import chained
 from dig.ops.launch import empty, on_device
 from dig.ops.linear import as_rows
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
@@ -144,7 +145,7 @@ def _launch_up(
             _descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
             _descriptor(hidden, *tile), *copied, M,
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **constants, **shares,
-            **t.options,
+            **t.options, **chained(x.device, early=not shares["EVERY"]),
         )  # fmt: skip
 
 
@@ -259,6 +260,7 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
             _descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),
             _descriptor(dgate_up, *tile), _descriptor(hidden, *tile), M,
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **t.options,
+            **chained(dout.device, early=False),
         )  # fmt: skip
     return dgate_up, hidden
 
