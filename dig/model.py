@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, H heads, K and V key and value width of a he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -280,13 +280,11 @@ class DiG(Backbone):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict noise and covariance: see `Backbone.forward`."""
         self.check_input(x)
-        c = self.t_embedder(t) + self.y_embedder(y)
         if self.config.recurrence == "triton":
-            from dig.raster import embed_patches, run_blocks, run_final_layer
+            from dig.raster import run_model
 
-            x = embed_patches(self.x_embedder, x, cast(Tensor, self.pos_embed))
-            x = run_blocks(cast(list[DiGBlock], list(self.blocks)), x, c, self.grid, self.orders)
-            return unpatchify(run_final_layer(self.final_layer, x, c), self.grid, self.patch_size)
+            return unpatchify(run_model(self, x, t, y), self.grid, self.patch_size)
+        c = self.t_embedder(t) + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
         # The last block hands its tokens over in raster order, whatever the depth and the shape of the grid.
         for block, source, target in zip(self.blocks, self.orders, [*self.orders[1:], RASTER], strict=True):

@@ -5,7 +5,8 @@ raster order through the whole model: the recurrence walks them in the block's o
 is turned instead of the grid. What SREM moves in `dig.model.DiGBlock.forward`, nothing moves here. The algebra is
 exact; the parameters are the same.
 
-What is fused crosses the blocks' borders: a pass over the tokens ends with the norm that the next product reads.
+What is fused crosses the blocks' borders: a pass over the tokens ends with the norm that the next product reads. What
+needs no tokens, the condition, modulations and the first block's weights, is computed while they are embedded.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -13,6 +14,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,13 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dig.ops.adaln import norm_modulate
 from dig.ops.aside import aside, mark, runs_beside, side_work, wait
+from dig.ops.condition import MOST_IMAGES, condition
+from dig.ops.weights import matrix_vector
 from dig.raster_block import (
     BlockWeights,
     Prepared,
     Rider,
     adaln,
     infer_block,
-    modulation_of,
     modulations_of,
     prepare_block,
     train_block,
@@ -36,14 +39,12 @@ from dig.raster_block import (
 
 if TYPE_CHECKING:
     from dig.layers import FinalLayer, PatchEmbed
-    from dig.model import DiGBlock
+    from dig.model import DiG, DiGBlock
     from dig.scan import ScanOrder
 
 _FEW_TOKENS = 1024
 _FEW_PROGRAMS = 32
 """How many programs prepare weights beside a block with at most so many tokens: see `programs_beside`."""
-_TOGETHER = True
-"""Whether all modulations are computed by one launch before the first block, where weights ride."""
 _RECOMPUTED = "recomputed"
 """Attribute of a block: whether its activations are computed again in the backward pass."""
 
@@ -103,35 +104,60 @@ def _settings(block: DiGBlock, grid: tuple[int, int], order: ScanOrder) -> dict[
     return {"norm": norm, "heads": block.attn.heads, "grid": grid, "order": order}
 
 
-def run_blocks(blocks: list[DiGBlock], x: Tensor, c: Tensor, grid: tuple[int, int], orders: list[ScanOrder]) -> Tensor:
-    """Run DiG's blocks over tokens that stay in raster order.
+def run_model(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """DiG's forward pass but for `dig.layers.unpatchify`, on tokens that stay in raster order.
 
     Args:
-        blocks: At least one.
-        x: (B, T, D) in raster order, contiguous, in `compute_dtype`; overwritten where no gradients are asked for.
-        c: (B, D), the condition.
-        grid: (rows, columns) of the image's tokens.
-        orders: The scan order of each block.
+        model: With the recurrence ``triton``.
+        x: As of `dig.layers.Backbone.forward`, as are t and y.
+        t: Timesteps.
+        y: Labels.
 
     Returns:
-        (B, T, D) in raster order, in x's dtype.
+        (B, T, P·P·2C).
     """
-    if torch.is_grad_enabled() and getattr(blocks[0], _RECOMPUTED, False):
-        return _run_recomputed(blocks, x, F.silu(c), grid, orders)
+    blocks, D = cast("list[DiGBlock]", list(model.blocks)), model.config.width
+    training, dtype = torch.is_grad_enabled(), compute_dtype(x)
+    position = cast(Tensor, model.pos_embed)
+    if training and getattr(blocks[0], _RECOMPUTED, False):
+        c = _condition(model, t, y)
+        # In the order of below, which is that in which c's gradients are added up.
+        last = _final_modulation(model.final_layer, c)
+        x = _run_recomputed(blocks, embed_patches(model.x_embedder, x, position), c, model.grid, model.orders)
+        return _run_final_layer(model.final_layer, x, last)
     # Gates can act on weights instead of tokens where one condition serves all of them, and no gradient asks for both.
-    fold_gates = not torch.is_grad_enabled() and len(x) == 1
-    activated = F.silu(c)
+    fold_gates = not training and len(x) == 1
+    like = torch.empty(1, 1, D, dtype=dtype, device=x.device).expand(len(x), position.shape[1], D)
     with side_work(x.device):
-        ahead = _Ahead([_weights(block) for block in blocks], activated, x, fold_gates)
-        for i, (block, order) in enumerate(zip(blocks, orders, strict=True)):
+        # Neither the condition nor what comes of it and the weights needs the tokens, nor they it.
+        with nullcontext() if training else aside(t, y):
+            c = _condition(model, t, y)
+        ahead = _Ahead([_weights(block) for block in blocks], c, like, fold_gates)
+        ahead.begin(0)
+        with nullcontext() if training else aside(c):
+            last = _final_modulation(model.final_layer, c)
+        x = embed_patches(model.x_embedder, x, position)
+        for i, (block, order) in enumerate(zip(blocks, model.orders, strict=True)):
             prepared = ahead.take(i)
             ahead.begin(i + 1)
-            settings = _settings(block, grid, order)
+            settings = _settings(block, model.grid, order)
             if fold_gates:
-                x = infer_block(x, activated, prepared, ahead.weights[i], rider=ahead.rider, **settings)
+                x = infer_block(x, prepared, ahead.weights[i], rider=ahead.rider, **settings)
             else:
-                x = train_block(x, activated, prepared, ahead.weights[i], **settings)
-    return x
+                x = train_block(x, c, prepared, ahead.weights[i], **settings)
+    return _run_final_layer(model.final_layer, x, last)
+
+
+def _condition(model: DiG, t: Tensor, y: Tensor) -> Tensor:
+    """The condition after its SiLU, (B, D)."""
+    labels, mlp = model.y_embedder, model.t_embedder.mlp
+    drops = labels.training and labels.dropout > 0
+    plain = t.dim() == y.dim() == 1 and len(t) == len(y) <= MOST_IMAGES and not y.is_floating_point()
+    if plain and not drops and not torch.is_grad_enabled():
+        first, second = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[2])
+        table = labels.embedding_table.weight
+        return cast(Tensor, condition(t, y, first.weight, first.bias, second.weight, second.bias, table))
+    return F.silu(model.t_embedder(t) + labels(y))
 
 
 def programs_beside(tokens: int) -> int | None:
@@ -167,22 +193,21 @@ class _Ahead:
         self._programs = programs_beside(x.shape[0] * x.shape[1])
         self._ride = fold_gates and not torch.compiler.is_compiling() and all(Rider.fits(w, x) for w in weights)
         self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
-        # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
-        self._modulations = modulations_of(weights, c) if self._ride and _TOGETHER else None
+        self._modulations: Tensor | None = None
+        if self._ride:
+            # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
+            with aside(c):
+                self._modulations = modulations_of(weights, c)
 
     def begin(self, i: int) -> None:
-        """Begin with what block i needs, if there is one; the block before it is launched next."""
+        """Begin with what block i needs, if there is one; what comes before it is launched next."""
         self.rider = None
         if i == len(self.weights):
             return
-        if self._modulations is not None:
-            self.rider = Rider(self.weights[i], self._modulations[i : i + 1], None)
-        elif self._ride:
-            with aside(self._c):
-                modulation = modulation_of(self.weights[i], self._c)
-            self.rider = Rider(self.weights[i], modulation, mark())
+        if i and self._modulations is not None:
+            self.rider = Rider(self.weights[i], self._modulations[i : i + 1])
         elif runs_beside():
-            self._prepare(i, self._programs)
+            self._prepare(i, self._programs if i else None)
 
     def take(self, i: int) -> Prepared:
         """What block i needs, once it is there."""
@@ -233,10 +258,17 @@ def _run_recomputed(
     return x
 
 
-def run_final_layer(layer: FinalLayer, x: Tensor, c: Tensor) -> Tensor:
+def _final_modulation(layer: FinalLayer, c: Tensor) -> Tensor:
+    """Shift and scale (B, 2D) of the output head; c after its SiLU."""
+    linear = cast(nn.Linear, layer.adaLN_modulation[1])
+    if len(c) == 1 and not torch.is_grad_enabled():
+        return matrix_vector(linear.weight, c[0], linear.bias).unsqueeze(0)
+    return adaln(c, linear.weight, linear.bias)
+
+
+def _run_final_layer(layer: FinalLayer, x: Tensor, modulation: Tensor) -> Tensor:
     """DiT's output head with its norm and modulation fused: see `dig.layers.FinalLayer.forward`."""
-    modulation = cast(nn.Linear, layer.adaLN_modulation[1])
-    shift, scale = adaln(F.silu(c), modulation.weight, modulation.bias).chunk(2, dim=1)
+    shift, scale = modulation.chunk(2, dim=1)
     h = norm_modulate(x, shift, scale, None, norm="layer", dtype=compute_dtype(x), implementation="triton")
     output: Tensor = layer.linear(h)
     return output

@@ -112,11 +112,10 @@ class Rider:
     Args:
         weights: The later block's.
         modulation: The later block's (1, 6D), which has the gates that go into its weights.
-        ready: When the modulation is there.
     """
 
-    def __init__(self, weights: BlockWeights, modulation: Tensor, ready: torch.cuda.Event | None) -> None:
-        self._weights, self._modulation, self._ready = weights, modulation, ready
+    def __init__(self, weights: BlockWeights, modulation: Tensor) -> None:
+        self._weights, self._modulation = weights, modulation
         self.prepared: Prepared | None = None
 
     @staticmethod
@@ -126,7 +125,6 @@ class Rider:
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
         """SwiGLU's result (B, T, F) from h (B, T, D) and the earlier block's weight (2F, D); fills in ``prepared``."""
-        wait(self._ready)
         _, _, gate1, _, _, gate2 = self._modulation.chunk(6, dim=1)
         hidden, *copies = project_up_preparing(h, weight, self._weights.masters, [gate1[0], gate2[0]])
         self.prepared = Prepared(modulation=self._modulation, products=tuple(copies))
@@ -377,7 +375,6 @@ def train_block(
 
 def infer_block(
     x: Tensor,
-    c: Tensor,
     prepared: Prepared,
     weights: BlockWeights,
     *,
@@ -387,7 +384,7 @@ def infer_block(
     order: ScanOrder,
     rider: Rider | None = None,
 ) -> Tensor:
-    """The forward pass alone of one image, without gradients; arguments as `train_block`, but with folded gates.
+    """The forward pass alone of one image, without gradients; arguments as of `train_block`, but with folded gates.
 
     **x is overwritten.** With a rider, the next block's weights are prepared too.
     """

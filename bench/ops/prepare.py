@@ -12,13 +12,11 @@ it takes them), and how many programs prepare the rest, or all, aside (`dig.rast
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,18 +33,16 @@ class Choice:
 
     Attributes:
         riding: Rows of a share of the weights in each step of the product upwards; 0: none rides there.
-        programs: How many prepare them aside, where none rides, or else adaLN's modulation alone; 0: all at once; -1,
-            with riding: all blocks' modulations by one launch before the first.
+        programs: How many prepare them aside, where none rides; 0: all at once.
     """
 
     riding: int
     programs: int
 
     def __str__(self) -> str:
-        if self.programs < 0:
-            return f"riding, {self.riding} rows; all modulations first"
-        what = f"riding, {self.riding} rows; modulation" if self.riding else "all"
-        return f"{what} aside, {f'by {self.programs} programs' if self.programs else 'at once'}"
+        if self.riding:
+            return f"riding, {self.riding} rows"
+        return f"aside, {f'by {self.programs} programs' if self.programs else 'at once'}"
 
 
 @contextmanager
@@ -55,9 +51,6 @@ def chosen(choice: Choice) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
         if choice.riding:
-            stack.enter_context(replaced(raster, "_TOGETHER", choice.programs < 0))
-            by_programs = partial(raster_block.modulation_of, programs=choice.programs or None)
-            stack.enter_context(replaced(raster, "modulation_of", by_programs))
             stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
         else:
             stack.enter_context(replaced(raster_block, "rides", lambda *_: False))
@@ -75,17 +68,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images a step")
     parser.add_argument("--programs", type=int, nargs="+", default=[0, 16, 32, 64], help="0: all at once")
     parser.add_argument("--riding", type=int, nargs="*", default=[32], help="rows of a share in a product")
-    parser.add_argument(
-        "--modulation", type=int, nargs="+", default=[0, 4, 5, 6, 8], help="programs where weights ride"
-    )
     parser.add_argument("--rounds", type=int, default=12, help="turns a median is taken of")
     parser.add_argument("--replays", type=int, default=8, help="steps a turn")
     parser.add_argument("--json", type=Path, help="append one JSON line for each choice to this file")
-    options = parse(parser, arguments, or_zero=("programs", "modulation"))
+    options = parse(parser, arguments, or_zero=("programs",))
     require_gpu("bench.ops.prepare")
     case = case_for(options.model, resolution=options.resolution, mode=options.mode, batch=options.batch)
-    ways = [*itertools.product(options.riding, [-1, *options.modulation]), *itertools.product([0], options.programs)]
-    choices = [Choice(riding=riding, programs=programs) for riding, programs in ways]
+    choices = [
+        *(Choice(riding=rows, programs=0) for rows in options.riding),
+        *(Choice(riding=0, programs=programs) for programs in options.programs),
+    ]
     step = build_step(case)
     warm_up(step.run, case.device)
     graphs = []

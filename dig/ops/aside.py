@@ -24,10 +24,14 @@ from torch import Tensor
 
 
 class _Scopes(threading.local):
-    """The scopes that are open in a thread, the innermost last. (Autograd goes back in threads of its own.)"""
+    """What a thread has open, the innermost scope last. (Autograd goes back in threads of its own.)
+
+    ``waited`` has the streams that have been made to wait for another one since `first_after_wait` asked.
+    """
 
     def __init__(self) -> None:
         self.open: list[_Scope] = []
+        self.waited: set[int] = set()
 
 
 class _Scope:
@@ -37,11 +41,22 @@ class _Scope:
         self.main = torch.cuda.current_stream(device)
         self.side = _side_stream(device)
         self.held: list[Tensor | None] = []
+        # What the stream did before is not known here.
+        _scopes.waited.add(self.main.cuda_stream)
         self.fork()
 
     def fork(self) -> None:
         """Let what comes next aside wait for all that has been launched so far."""
         self.side.wait_stream(self.main)
+        _scopes.waited.add(self.side.cuda_stream)
+
+    def join(self, point: torch.cuda.Event | None = None) -> None:
+        """Let what comes next on the main stream wait for this point aside, or for all that is aside so far."""
+        if point is None:
+            self.main.wait_stream(self.side)
+        else:
+            self.main.wait_event(point)
+        _scopes.waited.add(self.main.cuda_stream)
 
 
 _scopes = _Scopes()
@@ -70,7 +85,7 @@ def _open_scope(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _scopes.open.remove(scope)
-        scope.main.wait_stream(scope.side)
+        scope.join()
 
 
 def aside(*reads: Tensor | None) -> AbstractContextManager[None]:
@@ -110,4 +125,18 @@ def mark() -> torch.cuda.Event | None:
 def wait(point: torch.cuda.Event | None) -> None:
     """Go on after this point: what was aside before it may be read."""
     if point is not None:
-        _scopes.open[-1].main.wait_event(point)
+        _scopes.open[-1].join(point)
+
+
+def first_after_wait(device: torch.device) -> bool:
+    """Whether the current stream has been made to wait for another one here since this was last asked.
+
+    What is launched next depends on both then. Asked by whoever launches a kernel of this project; others may have been
+    launched in between.
+    """
+    if not _scopes.waited:
+        return False
+    stream = torch.cuda.current_stream(device).cuda_stream
+    waited = stream in _scopes.waited
+    _scopes.waited.discard(stream)
+    return waited

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dig.ops.aside import first_after_wait
+
 
 @triton.jit
 def join_chain(CHAINED: tl.constexpr):
@@ -33,14 +35,12 @@ def supported(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def chained(device: torch.device, *, early: bool = True) -> dict[str, Any]:
-    """Launch arguments of a kernel that calls `join_chain`.
+def chained(device: torch.device) -> dict[str, Any]:
+    """Launch arguments of a kernel that calls `join_chain` and is launched next on the current stream.
 
-    Args:
-        device: Where it runs.
-        early: Whether it may start while the kernel before it on the stream ends. Not where it is the first after the
-            stream has waited for another one: that it waits for all of them is nowhere promised.
+    It is launched early, but where it is the first after the stream has waited for another one: that such a kernel
+    waits for both of them is nowhere promised.
     """
     if not supported(device):
         return {"CHAINED": False}
-    return {"CHAINED": True, "launch_pdl": True} if early else {"CHAINED": True}
+    return {"CHAINED": True} if first_after_wait(device) else {"CHAINED": True, "launch_pdl": True}

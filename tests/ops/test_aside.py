@@ -14,6 +14,7 @@ from dig import raster_block
 from dig.model import DiG, DiGConfig
 from dig.ops import aside as aside_module
 from dig.ops.aside import aside, mark, side_work, wait
+from dig.ops.chain import chained, supported
 from dig.ops.swiglu import products
 from tests.helpers import example, randomize
 
@@ -30,6 +31,31 @@ def test_outside_of_a_capture_it_is_nothing() -> None:
     wait(point)
     assert point is None
     assert ones.tolist() == [1, 1]
+
+
+@pytest.mark.gpu
+def test_what_comes_first_after_a_wait_is_not_launched_early() -> None:
+    """On either stream, and nothing else is held up."""
+    device, launched = torch.device("cuda"), []
+
+    def early() -> bool:
+        launched.append(torch.ones(1, device=device))
+        return "launch_pdl" in chained(device)
+
+    found = []
+    stream = torch.cuda.Stream()
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        with side_work(device):
+            found += [early(), early()]
+            with aside():
+                found += [early(), early()]
+            point = mark()
+            found.append(early())
+            wait(point)
+            found += [early(), early()]
+        found += [early(), early()]
+    able = supported(device)
+    assert found == [able and x for x in (False, True, False, True, True, False, True, False, True)]
 
 
 def run_step(model: DiG, inputs: tuple[Tensor, ...], weight: Tensor) -> list[Tensor]:

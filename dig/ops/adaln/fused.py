@@ -166,7 +166,7 @@ def _forward(
             x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
             D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
-            num_warps=tiles.warps, **chained(x.device, early=branch is not None),
+            num_warps=tiles.warps, **chained(x.device),
         )  # fmt: skip
     return x_new, h, stats
 

@@ -152,7 +152,7 @@ def local_states(
         q, k, v, *gate.tensors, do_or_v, sums, states, own, *strides_of(q, k, v), *gate.strides, *strides_of(do_or_v),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
-        num_warps=plan.tiles.local_warps, **chained(v.device, early=not sums_only),
+        num_warps=plan.tiles.local_warps, **chained(v.device),
     )  # fmt: skip
     return states, sums, own
 

@@ -226,7 +226,7 @@ def srem_backward(
         srem_backward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, SUM_ONLY=sum_only, **plan.options, **chained(x.device, early=False),
+            **plan.constants, SUM_ONLY=sum_only, **plan.options, **chained(x.device),
         )  # fmt: skip
         with aside(sums, dweight, dbias, dgate):
             srem_sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](

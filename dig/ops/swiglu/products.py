@@ -145,7 +145,7 @@ def _launch_up(
             _descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
             _descriptor(hidden, *tile), *copied, M,
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **constants, **shares,
-            **t.options, **chained(x.device, early=not shares["EVERY"]),
+            **t.options, **chained(x.device),
         )  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
             _descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),
             _descriptor(dgate_up, *tile), _descriptor(hidden, *tile), M,
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **t.options,
-            **chained(dout.device, early=False),
+            **chained(dout.device),
         )  # fmt: skip
     return dgate_up, hidden
 

@@ -1,0 +1,72 @@
+"""The condition of a few images against the modules that it stands for, in fp64; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dig.layers import LabelEmbedder, TimestepEmbedder
+from dig.ops.condition import MOST_IMAGES, condition
+from tests.helpers import LARGE, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(4, 2), (72, 6), (384, 256)] + ([(1152, 256)] if LARGE else [])
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def embedders(width: int, frequencies: int, dtype: torch.dtype) -> tuple[TimestepEmbedder, LabelEmbedder]:
+    with torch.device(DEVICE):
+        return TimestepEmbedder(width, frequencies).to(dtype), LabelEmbedder(5, width).to(dtype).eval()
+
+
+def fused(times: TimestepEmbedder, labels: LabelEmbedder, t: Tensor, y: Tensor) -> Tensor:
+    first, _, second = times.mlp
+    with torch.no_grad():
+        out: Tensor = condition(
+            t, y, first.weight, first.bias, second.weight, second.bias, labels.embedding_table.weight
+        )
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("images", [1, 3, MOST_IMAGES])
+@pytest.mark.parametrize(("width", "frequencies"), SIZES)
+def test_it_is_that_of_the_embedders(width: int, frequencies: int, images: int, dtype: torch.dtype) -> None:
+    times, labels = embedders(width, frequencies, dtype)
+    t = torch.rand(images, device=DEVICE) * 1000
+    t[0] = 999.0
+    y = torch.arange(images, device=DEVICE) % 6
+    found = fused(times, labels, t, y)
+    with torch.no_grad():
+        exact = deepcopy(times).double()(t) + deepcopy(labels).double()(y)
+    assert found.dtype == dtype
+    assert relative_error(found, F.silu(exact)) < TOLERANCE[dtype]
+
+
+def test_whole_timesteps_and_any_strides() -> None:
+    times, labels = embedders(16, 8, torch.float32)
+    t, y = torch.tensor([[0, 7], [999, 3]], device=DEVICE)[:, 0], torch.tensor([[5, 0], [0, 0]], device=DEVICE)[:, 0]
+    assert torch.equal(fused(times, labels, t, y), fused(times, labels, t.float(), y.clone()))
+
+
+@pytest.mark.parametrize("label", [-1, 6, 2**40])
+def test_a_label_that_there_is_not_gives_nan_and_nothing_else_does(label: int) -> None:
+    times, labels = embedders(16, 8, torch.float32)
+    found = fused(times, labels, torch.tensor([1.0, 2.0], device=DEVICE), torch.tensor([label, 5], device=DEVICE))
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
+
+
+def test_the_operation_is_registered_rightly() -> None:
+    times, labels = embedders(16, 8, torch.float32)
+    first, _, second = times.mlp
+    arguments = [torch.rand(2), torch.zeros(2, dtype=torch.int64), first.weight, first.bias, second.weight, second.bias]
+    table = labels.embedding_table.weight
+    inputs = tuple(tensor.detach().to(DEVICE) for tensor in (*arguments, table))
+    torch.library.opcheck(condition, inputs, test_utils=("test_schema", "test_faketensor"))
