@@ -127,7 +127,7 @@ def run_model(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return _run_final_layer(model.final_layer, x, last)
     # Gates can act on weights instead of tokens where one condition serves all of them, and no gradient asks for both.
     fold_gates = not training and len(x) == 1
-    like = torch.empty(1, 1, D, dtype=dtype, device=x.device).expand(len(x), position.shape[1], D)
+    like = x.new_empty((1, 1, D), dtype=dtype).expand(len(x), position.shape[1], D)
     with side_work(x.device):
         # Neither the condition nor what comes of it and the weights needs the tokens, nor they it.
         with nullcontext() if training else aside(t, y):
@@ -142,7 +142,7 @@ def run_model(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             ahead.begin(i + 1)
             settings = _settings(block, model.grid, order)
             if fold_gates:
-                x = infer_block(x, prepared, ahead.weights[i], rider=ahead.rider, **settings)
+                x = infer_block(x, prepared, ahead.weights[i], rider=ahead.rider, apart=ahead.rides, **settings)
             else:
                 x = train_block(x, c, prepared, ahead.weights[i], **settings)
     return _run_final_layer(model.final_layer, x, last)
@@ -182,8 +182,12 @@ class _Ahead:
     Args:
         weights: Of all blocks.
         c: (B, D), the condition after its SiLU.
-        x: (B, T, D), the tokens.
+        x: Like the tokens (B, T, D); not read.
         fold_gates: As of `prepare_block`.
+
+    Attributes:
+        rides: Whether weights ride, which takes one image with many tokens of a wide model.
+        rider: What rides in the block that is launched next, if anything does.
     """
 
     def __init__(self, weights: list[BlockWeights], c: Tensor, x: Tensor, fold_gates: bool) -> None:
@@ -191,10 +195,10 @@ class _Ahead:
         self.rider: Rider | None = None
         self._c, self._dtype, self._fold_gates = c, x.dtype, fold_gates
         self._programs = programs_beside(x.shape[0] * x.shape[1])
-        self._ride = fold_gates and not torch.compiler.is_compiling() and all(Rider.fits(w, x) for w in weights)
+        self.rides = fold_gates and not torch.compiler.is_compiling() and all(Rider.fits(w, x) for w in weights)
         self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
         self._modulations: Tensor | None = None
-        if self._ride:
+        if self.rides:
             # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
             with aside(c):
                 self._modulations = modulations_of(weights, c)

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 def embedders(width: int, frequencies: int, dtype: torch.dtype) -> tuple[TimestepEmbedder, LabelEmbedder]:
-    with torch.device(DEVICE):
-        return TimestepEmbedder(width, frequencies).to(dtype), LabelEmbedder(5, width).to(dtype).eval()
+    times, labels = TimestepEmbedder(width, frequencies), LabelEmbedder(5, width).eval()
+    return times.to(DEVICE, dtype), labels.to(DEVICE, dtype)
 
 
 def fused(times: TimestepEmbedder, labels: LabelEmbedder, t: Tensor, y: Tensor) -> Tensor:
