@@ -219,7 +219,8 @@ def _project(h: Tensor, weight: Tensor, rank: int) -> Tensor:
     """
     out = h.new_empty(*h.shape[:-1], len(weight))
     rows, wide = as_rows(out), len(weight) - rank
-    with aside(h, out):
+    # Neither has to be held, for this is joined at once: held, every block's would be there until the end.
+    with aside():
         narrow_product(as_rows(h), weight[wide:], rows[:, wide:])
     narrow = mark()
     torch.mm(as_rows(h), weight[:wide].T, out=rows[:, :wide])

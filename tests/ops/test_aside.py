@@ -34,7 +34,7 @@ def test_outside_of_a_capture_it_is_nothing() -> None:
 
 
 @pytest.mark.gpu
-def test_what_comes_first_after_a_wait_is_not_launched_early() -> None:
+def test_in_a_graph_what_comes_first_after_a_wait_is_not_launched_early() -> None:
     """On either stream, and nothing else is held up."""
     device, launched = torch.device("cuda"), []
 
