@@ -142,7 +142,7 @@ def run_model(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             ahead.begin(i + 1)
             settings = _settings(block, model.grid, order)
             if fold_gates:
-                x = infer_block(x, prepared, ahead.weights[i], rider=ahead.rider, apart=ahead.rides, **settings)
+                x = infer_block(x, prepared, ahead.weights[i], rider=ahead.rider, **settings)
             else:
                 x = train_block(x, c, prepared, ahead.weights[i], **settings)
     return _run_final_layer(model.final_layer, x, last)

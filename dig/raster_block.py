@@ -29,7 +29,6 @@ from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, r
 from dig.ops.aside import aside, mark, side_work, wait
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
-from dig.ops.narrow import narrow_product
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up, project_up_preparing, rides
 from dig.ops.weights import gated_weight_gradient, matrix_vector, matrix_vectors, prepare_weights
@@ -211,23 +210,6 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(as_rows(x), weight.T).view(*x.shape[:-1], weight.shape[0])
 
 
-def _project(h: Tensor, weight: Tensor, rank: int) -> Tensor:
-    """`_linear` in two products, the last ``rank`` columns apart.
-
-    With them, the number of columns is no multiple of any tile's: of D = 1152 and T = 4096, cuBLAS' tiles take 52 µs,
-    and 47, three whole rounds of them, without. The few columns are computed while cuBLAS clears its counter of tiles.
-    """
-    out = h.new_empty(*h.shape[:-1], len(weight))
-    rows, wide = as_rows(out), len(weight) - rank
-    # Neither has to be held, for this is joined at once: held, every block's would be there until the end.
-    with aside():
-        narrow_product(as_rows(h), weight[wide:], rows[:, wide:])
-    narrow = mark()
-    torch.mm(as_rows(h), weight[:wide].T, out=rows[:, :wide])
-    wait(narrow)
-    return out
-
-
 def _linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
     """(B, T, N) times (N, M): the gradient of `_linear`'s x."""
     return torch.mm(as_rows(dy), weight).view(*dy.shape[:-1], weight.shape[1])
@@ -401,17 +383,16 @@ def infer_block(
     grid: tuple[int, int],
     order: ScanOrder,
     rider: Rider | None = None,
-    apart: bool = False,
 ) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as of `train_block`, but with folded gates.
 
-    **x is overwritten.** With a rider, the next block's weights are prepared too. ``apart``: as of `_project`.
+    **x is overwritten.** With a rider, the next block's weights are prepared too.
     """
     w = weights
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
     in_proj, decay_weight, gate_proj, o_proj, down_proj = prepared.or_masters(w)
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
-    projected = _project(h, in_proj, decay_weight.shape[1]) if apart else _linear(h, in_proj)
+    projected = _linear(h, in_proj)
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
