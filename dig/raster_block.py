@@ -234,6 +234,15 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(as_rows(x), weight.T).view(*x.shape[:-1], weight.shape[0])
 
 
+def _linear_in_halves(x: Tensor, weight: Tensor) -> Tensor:
+    """`_linear`, half of the rows at a time."""
+    rows = as_rows(x)
+    out, half = rows.new_empty(len(rows), len(weight)), len(rows) // 2
+    for part in (slice(half), slice(half, None)):
+        torch.mm(rows[part], weight.T, out=out[part])
+    return out.view(*x.shape[:-1], len(weight))
+
+
 def _linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
     """(B, T, N) times (N, M): the gradient of `_linear`'s x."""
     return torch.mm(as_rows(dy), weight).view(*dy.shape[:-1], weight.shape[1])
@@ -435,7 +444,7 @@ def infer_block(
     if h is None:
         first = Norm.first_of(prepared.modulation, w, norm)
         h, _ = norm_modulate_forward(x, first.shift, first.scale, first.weight, norm, EPS, x.dtype)
-    projected = _linear(h, in_proj)
+    projected = _linear_in_halves(h, in_proj) if rider is not None else _linear(h, in_proj)
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
