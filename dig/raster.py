@@ -28,7 +28,6 @@ from dig.ops.condition import MOST_IMAGES, condition
 from dig.ops.weights import matrix_vector
 from dig.raster_block import (
     BlockWeights,
-    Norm,
     Prepared,
     Rider,
     adaln,
@@ -137,21 +136,16 @@ def run_model(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         ahead.begin(0)
         with nullcontext() if training else aside(c):
             last = _final_modulation(model.final_layer, c)
-        last_ready = mark()
-        x, h = embed_patches(model.x_embedder, x, position), None
+        x = embed_patches(model.x_embedder, x, position)
         for i, (block, order) in enumerate(zip(blocks, model.orders, strict=True)):
             prepared = ahead.take(i)
             ahead.begin(i + 1)
             settings = _settings(block, model.grid, order)
-            if not fold_gates:
+            if fold_gates:
+                x = infer_block(x, prepared, ahead.weights[i], rider=ahead.rider, **settings)
+            else:
                 x = train_block(x, c, prepared, ahead.weights[i], **settings)
-                continue
-            following = ahead.next_norm(settings["norm"])
-            if ahead.rides and following is None:
-                wait(last_ready)
-                following = _final_norm(last)
-            x, h = infer_block(x, h, prepared, ahead.weights[i], rider=ahead.rider, following=following, **settings)
-    return _run_final_layer(model.final_layer, x, last, h)
+    return _run_final_layer(model.final_layer, x, last)
 
 
 def _condition(model: DiG, t: Tensor, y: Tensor) -> Tensor:
@@ -219,10 +213,6 @@ class _Ahead:
         elif runs_beside():
             self._prepare(i, self._programs if i else None)
 
-    def next_norm(self, norm: str) -> Norm | None:
-        """The first norm of the block that has begun, where its modulation is there already."""
-        return None if self.rider is None else Norm.first_of(self.rider.modulation, self.rider.weights, norm)
-
     def take(self, i: int) -> Prepared:
         """What block i needs, once it is there."""
         if self.rider is not None and self.rider.prepared is not None:
@@ -280,16 +270,9 @@ def _final_modulation(layer: FinalLayer, c: Tensor) -> Tensor:
     return adaln(c, linear.weight, linear.bias)
 
 
-def _final_norm(modulation: Tensor) -> Norm:
-    """The output head's, from its modulation (B, 2D)."""
+def _run_final_layer(layer: FinalLayer, x: Tensor, modulation: Tensor) -> Tensor:
+    """DiT's output head with its norm and modulation fused: see `dig.layers.FinalLayer.forward`."""
     shift, scale = modulation.chunk(2, dim=1)
-    return Norm(shift=shift, scale=scale, weight=None, norm="layer")
-
-
-def _run_final_layer(layer: FinalLayer, x: Tensor, modulation: Tensor, h: Tensor | None = None) -> Tensor:
-    """DiT's output head with its norm and modulation fused: see `dig.layers.FinalLayer.forward`; h: x after both."""
-    if h is None:
-        f = _final_norm(modulation)
-        h = norm_modulate(x, f.shift, f.scale, None, norm=f.norm, dtype=compute_dtype(x), implementation="triton")
+    h = norm_modulate(x, shift, scale, None, norm="layer", dtype=compute_dtype(x), implementation="triton")
     output: Tensor = layer.linear(h)
     return output

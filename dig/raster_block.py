@@ -30,7 +30,6 @@ from dig.ops.aside import aside, mark, side_work, wait
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.srem.fused import srem_backward, srem_forward
-from dig.ops.srem.normed import srem_norm_forward
 from dig.ops.swiglu.products import project_down_backward, project_up, project_up_preparing, rides
 from dig.ops.weights import gated_weight_gradient, matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
@@ -107,29 +106,6 @@ def _or_masters(products: Sequence[Tensor | None], masters: Sequence[Tensor | No
     return tuple(cast(Tensor, master if product is None else product) for product, master in pairs)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Norm:
-    """An adaptive norm over x (B, T, D).
-
-    Attributes:
-        shift: (B, D).
-        scale: (B, D).
-        weight: (D,) of the rms norm.
-        norm: ``rms`` or ``layer``.
-    """
-
-    shift: Tensor
-    scale: Tensor
-    weight: Tensor | None
-    norm: str
-
-    @classmethod
-    def first_of(cls, modulation: Tensor, weights: BlockWeights, norm: str) -> Norm:
-        """A block's first norm, from its modulation (B, 6D)."""
-        shift, scale, *_ = modulation.chunk(6, dim=1)
-        return cls(shift=shift, scale=scale, weight=weights.norm1, norm=norm)
-
-
 class Rider:
     """The weights of a block that are prepared in the one before, by its product upwards: `project_up_preparing`.
 
@@ -139,7 +115,7 @@ class Rider:
     """
 
     def __init__(self, weights: BlockWeights, modulation: Tensor) -> None:
-        self.weights, self.modulation = weights, modulation
+        self._weights, self._modulation = weights, modulation
         self.prepared: Prepared | None = None
 
     @staticmethod
@@ -149,9 +125,9 @@ class Rider:
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
         """SwiGLU's result (B, T, F) from h (B, T, D) and the earlier block's weight (2F, D); fills in ``prepared``."""
-        _, _, gate1, _, _, gate2 = self.modulation.chunk(6, dim=1)
-        hidden, *copies = project_up_preparing(h, weight, self.weights.masters, [gate1[0], gate2[0]])
-        self.prepared = Prepared(modulation=self.modulation, products=tuple(copies))
+        _, _, gate1, _, _, gate2 = self._modulation.chunk(6, dim=1)
+        hidden, *copies = project_up_preparing(h, weight, self._weights.masters, [gate1[0], gate2[0]])
+        self.prepared = Prepared(modulation=self._modulation, products=tuple(copies))
         return hidden
 
 
@@ -408,7 +384,6 @@ def train_block(
 
 def infer_block(
     x: Tensor,
-    h: Tensor | None,
     prepared: Prepared,
     weights: BlockWeights,
     *,
@@ -417,45 +392,28 @@ def infer_block(
     grid: tuple[int, int],
     order: ScanOrder,
     rider: Rider | None = None,
-    following: Norm | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as of `train_block`, but with folded gates.
 
     **x is overwritten.** With a rider, the next block's weights are prepared too.
-
-    Args:
-        x: (B, T, D).
-        h: (B, T, D), x after the block's first norm; None to compute it here.
-        prepared: With folded gates.
-        weights: The block's.
-        norm: As of `train_block`, as are the next three.
-        heads: H.
-        grid: (rows, columns).
-        order: Of the scan.
-        rider: See above.
-        following: The norm that comes after the block.
-
-    Returns:
-        (B, T, D), and that after the norm that follows; None without one, or where the block has no convolution.
     """
     w = weights
-    _, _, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
+    shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
     in_proj, decay_weight, gate_proj, o_proj, down_proj = prepared.or_masters(w)
+<<<<<<< HEAD
     if h is None:
         first = Norm.first_of(prepared.modulation, w, norm)
         h, _ = norm_modulate_forward(x, first.shift, first.scale, first.weight, norm, EPS, x.dtype)
-    projected = _linear_in_halves(h, in_proj) if rider is not None else _linear(h, in_proj)
+    projected = _linear_in_halves(h, in_proj) if rider is not None and h.shape[1] <= 4096 else _linear(h, in_proj)
+=======
+    h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
+    projected = _linear(h, in_proj)
+>>>>>>> parent of 83d9788 (Where weights ride, SREM and the next norm are one launch; not run on a GPU yet)
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
     hidden = project_up(h, gate_proj, False)[0] if rider is None else rider.project_up(h, gate_proj)
     x[0].addmm_(hidden[0], down_proj.T)
     if w.conv_weight is None or w.conv_bias is None:
-        return x, None
-    if following is None:
-        return srem_forward(x, None, None, w.conv_weight, w.conv_bias, *grid, *order), None
-    f = following
-    both: tuple[Tensor, Tensor] = srem_norm_forward(
-        x, w.conv_weight, w.conv_bias, *grid, *order, f.shift, f.scale, f.weight, f.norm, EPS
-    )
-    return both
+        return x
+    return srem_forward(x, None, None, w.conv_weight, w.conv_bias, *grid, *order)

@@ -15,10 +15,8 @@ from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
 from dig.ops.gla.tiles import WIDE_FP32
 from dig.ops.srem import fused as srem
-from dig.ops.srem.normed import srem_norm_forward
 from dig.ops.swiglu import fused as swiglu
 from dig.ops.swiglu import products
-from dig.raster_block import Rider
 from dig.training.step import checkpoint_blocks
 from tests.helpers import example, randomize, relative_error
 
@@ -107,16 +105,8 @@ def test_without_gradients(name: str, batch: int) -> None:
     assert torch.equal(inputs[0], before)
 
 
-def apart(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """`srem_norm_forward` in two launches."""
-    *convolution, shift, scale, weight, norm, eps = arguments
-    y = srem.srem_forward(x, None, None, *convolution)
-    return y, adaln.norm_modulate_forward(y, shift, scale, weight, norm, eps, x.dtype)[0]
-
-
 def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next block's weights, copied in a block's product upwards or by a kernel of their own."""
-    monkeypatch.setattr(raster_block, "srem_norm_forward", apart)
     wide = products.ProductTiles(rows=128, columns=128, depth=16, stages=4)
     monkeypatch.setattr(products, "SHARE", (128, 128))
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
@@ -138,28 +128,6 @@ def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
             outputs.append(kernels(*inputs))
     assert ridden == 1
     assert torch.equal(*outputs)
-
-
-@pytest.mark.parametrize("name", ["paper", "no convolution", "release, three blocks", "heads of 36"])
-def test_blocks_that_end_with_the_next_norm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where weights ride, but that here nothing does."""
-    monkeypatch.setattr(Rider, "fits", staticmethod(lambda *_: True))
-    used = []
-
-    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
-        used.append(arguments[-2])
-        return srem_norm_forward(*arguments)
-
-    monkeypatch.setattr(raster_block, "srem_norm_forward", counted)
-    reference, kernels = twins(CASES[name])
-    inputs = example(reference, 1)
-    with torch.no_grad():
-        truth = reference.double()(*(x.double() if x.is_floating_point() else x for x in inputs))
-        assert relative_error(kernels(*inputs), truth) < 1e-4
-    config = CASES[name]
-    between = "rms" if config.variant == "paper" else "layer"
-    expected = [between] * (config.depth - 1) + ["layer"]
-    assert used == ([] if config.convolution == "none" else expected)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

@@ -150,13 +150,13 @@ def _plan(
         patch_rows=patch_rows,
         patches=across * down,
         sizes=(*grid, patch_rows),
-        taps=taps_of(order),
+        taps=_taps(order),
         constants=constants,
     )
 
 
-def taps_of(order: ScanOrder) -> tuple[int, int, int]:
-    """As of `_Plan`."""
+def _taps(order: ScanOrder) -> tuple[int, int, int]:
+    """See `_Plan.taps`."""
     row, column = (1, 3) if order.transposed else (3, 1)
     return (8, -row, -column) if order.reversed else (0, row, column)
 

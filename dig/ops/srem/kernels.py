@@ -113,44 +113,6 @@ def gated_sum(x, branch, gate, GATED: tl.constexpr, PACKED: tl.constexpr):
     return widen(total, PACKED)
 
 
-@triton.jit
-def add_row(values, above, middle, taps, constant, FIRST: tl.constexpr = False, LAST: tl.constexpr = False):
-    """Add an input row to the sums of three output rows, which are tuples over columns.
-
-    An input row ends the sum of the row above it, goes on with that of its own row, and begins that of the row below.
-
-    Args:
-        values: The row, two columns longer.
-        above: The sums of the row above.
-        middle: Those of its own row.
-        taps: By `load_taps`.
-        constant: What a sum begins with.
-        FIRST: The output has no row at the input row's place; above and what comes of it are of no meaning then.
-        LAST: Likewise, and what comes after it isn't computed.
-
-    Returns:
-        The sums of the row above, which are done, and the next row's above and middle.
-    """
-    done = ()
-    new_above = ()
-    new_middle = ()
-    for i in tl.static_range(len(above)):
-        ended = above[i]
-        going = middle[i]
-        begun = tl.zeros_like(going) + constant
-        for b in tl.static_range(3):
-            if not FIRST:
-                ended += taps[6 + b] * values[i + b]
-            if not (FIRST or LAST):
-                going += taps[3 + b] * values[i + b]
-            if not LAST:
-                begun += taps[b] * values[i + b]
-        done += (ended,)
-        new_above += (going,)
-        new_middle += (begun,)
-    return done, new_above, new_middle
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def srem_forward_kernel(
     x, branch, gate, weight, bias, y, x_b, branch_b, gate_b, rows, columns, patch_rows, tap_start, tap_row, tap_column,
@@ -178,6 +140,7 @@ def srem_forward_kernel(
     branch_start = branch + batch * branch_b + ((first - 1) * BRANCH_T + channels[None, :])
     y_start = y + batch * rows * columns * D + (first * D + channels[None, :])
 
+    # An input row ends the sum of the row above it, goes on with that of its own row, and begins that of the row below.
     above = ()
     middle = ()
     for _ in tl.static_range(W):
@@ -195,9 +158,21 @@ def srem_forward_kernel(
         if GATED:
             next_branch = load_row(branch_start, row_tokens * BRANCH_T, row + 1, 0, last, inside, BRANCH_T)
         pointers = y_start + (row - 1) * (row_tokens * D)
-        done, above, middle = add_row(values, above, middle, taps, constant)
+        new_above = ()
+        new_middle = ()
         for i in tl.static_range(W):
-            tl.store(pointers + i * D, done[i].to(y.dtype.element_ty), mask=inside[i + 1] & (row > first_row))
+            done = above[i]
+            going = middle[i]
+            begun = tl.zeros((G, BD), tl.float32) + constant
+            for b in tl.static_range(3):
+                done += taps[6 + b] * values[i + b]
+                going += taps[3 + b] * values[i + b]
+                begun += taps[b] * values[i + b]
+            tl.store(pointers + i * D, done.to(y.dtype.element_ty), mask=inside[i + 1] & (row > first_row))
+            new_above += (going,)
+            new_middle += (begun,)
+        above = new_above
+        middle = new_middle
         values = gated_sum(next_x, next_branch, scale, GATED, PACKED)
         row += 1
 
