@@ -400,15 +400,8 @@ def infer_block(
     w = weights
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
     in_proj, decay_weight, gate_proj, o_proj, down_proj = prepared.or_masters(w)
-<<<<<<< HEAD
-    if h is None:
-        first = Norm.first_of(prepared.modulation, w, norm)
-        h, _ = norm_modulate_forward(x, first.shift, first.scale, first.weight, norm, EPS, x.dtype)
-    projected = _linear_in_halves(h, in_proj) if rider is not None and h.shape[1] <= 4096 else _linear(h, in_proj)
-=======
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
-    projected = _linear(h, in_proj)
->>>>>>> parent of 83d9788 (Where weights ride, SREM and the next norm are one launch; not run on a GPU yet)
+    projected = _linear_in_halves(h, in_proj) if rider is not None and h.shape[1] <= 4096 else _linear(h, in_proj)
     y, _ = mixer_forward(projected, decay_weight, w.decay_bias, w.head_norm, heads, *grid, order_code(order), EPS)
     x[0].addmm_(y[0], o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, norm, EPS, x.dtype)
