@@ -1,4 +1,4 @@
-"""The commands of ``python -m bench``: run, kernels and list here; the others in modules of their own."""
+"""The commands of ``python -m bench``: run and list here; the others in modules of their own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bench.compare_command import compare, export
 from bench.environment import ROOT, describe_environment, gpu_present
 from bench.first_step import first_step
 from bench.identity import code_hash
+from bench.kernels_command import kernels
 from bench.messages import refuse
 from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
 from bench.profile_command import profile
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 GIB = 2**30
 
-for command in (compare, export, regression, capacity, profile, first_step):
+for command in (kernels, compare, export, regression, capacity, profile, first_step):
     app.command()(command)
 
 
@@ -194,52 +195,6 @@ def _line(row: Row) -> str:
     share = f", {row.ceiling_share:.0%} of the matmul ceiling" if row.ceiling_share else ""
     speed = f"{row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s"
     return f"{row.case.describe()}: {speed}, {memory}{share}{marks}"
-
-
-@app.command()
-def kernels(
-    model: Annotated[str, typer.Option(help="Family with options, as for run: DiG:triton, Flash-DiT:sdpa-cudnn.")],
-    size: Annotated[str, typer.Option(help="Model size.")] = "S",
-    patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
-    resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 1024,
-    mode: Annotated[str, typer.Option(help="train or forward.")] = "train",
-    execution: Annotated[str | None, typer.Option(help="eager, graph or compile; default as for run.")] = None,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    top: Annotated[int, typer.Option(help="Rows to print.")] = 25,
-) -> None:
-    """Print where a step's device time goes, kernel by kernel (operator by operator on a CPU)."""
-    where = choose_device(device, present=gpu_present())
-    try:
-        (case,) = case_lists.sweep(
-            [model],
-            sizes=[size],
-            patch=patch,
-            resolutions=[resolution],
-            modes=cast(Any, [mode]),
-            executions=cast(Any, [execution or default_execution(where)]),
-            batch=batch,
-            dtype=cast(Any, dtype or default_dtype(where)),
-            device=cast(Any, where),
-        )
-        _require_packages([case])
-    except ValueError as error:
-        refuse(str(error))
-    from bench.kernels import kernels_of_case
-
-    found = kernels_of_case(case)
-    total = sum(kernel.us for kernel in found)
-    table = Table(title=f"{case.describe()}: {total / 1000:.3f} ms")
-    for heading, justify in (("kernel", "left"), ("calls", "right"), ("us a step", "right"), ("share", "right")):
-        table.add_column(heading, justify=cast(Any, justify), no_wrap=heading != "kernel")
-    for kernel in found[:top]:
-        table.add_row(kernel.name, f"{kernel.calls:g}", f"{kernel.us:,.1f}", f"{kernel.us / total:.1%}")
-    rest = found[top:]
-    if rest:
-        us = sum(kernel.us for kernel in rest)
-        table.add_row(f"{len(rest)} others", f"{sum(k.calls for k in rest):g}", f"{us:,.1f}", f"{us / total:.1%}")
-    Console().print(table)
 
 
 @app.command("list")

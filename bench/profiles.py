@@ -23,6 +23,8 @@ from bench.steps import build_step, warm_up
 from bench.timing import sample
 from bench.worker import measure_ceiling
 
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of a Chrome trace's events that are work on a GPU."""
 COPIED_BYTES: Mapping[Device, int] = {"cuda": 1 << 28, "cpu": 1 << 25}
 
 
@@ -119,7 +121,7 @@ def read_events(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple
     found = [e for e in events if e.get("cat") == "cpu_op" and e.get("ph") == "X"]
     launched: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+        if event.get("cat") in ON_DEVICE:
             launched[event["args"].get("External id")].append(event)
     own = _self_times(found) if device == "cpu" else {}
     operations: Tally = {}

@@ -95,7 +95,7 @@ def test_a_real_run_and_the_list(tmp_path: Path) -> None:
 
 
 def test_kernels_of_a_step() -> None:
-    options = ["--model", "DiG", "--patch", "8", "--resolution", "64", "--mode", "forward", "--device", "cpu"]
+    options = ["--model", "DiG-S/8", "--resolution", "64", "--mode", "forward", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "bench", "kernels", *options], capture_output=True, text=True, check=True
     )
@@ -106,7 +106,11 @@ def test_kernels_of_a_step() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--model", "Dig"], "did you mean DiG?"), (["--model", "DiG", "--resolution", "100"], "not a multiple of 16")],
+    [
+        (["--model", "Dig-S/2"], "did you mean DiG?"),
+        (["--model", "DiG-S/2", "--resolution", "100"], "not a multiple of 16"),
+        (["--model", "DiG-S/2", "--device", "cpu", "--in-order"], "leave it out on a CPU"),
+    ],
 )
 def test_kernels_refuses_bad_input(options: list[str], message: str) -> None:
     result = runner.invoke(cli.app, ["kernels", *options])

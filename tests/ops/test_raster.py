@@ -130,6 +130,14 @@ def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("tokens", [1, 6, 15])
+def test_a_projection_in_halves(tokens: int) -> None:
+    x, weight = torch.randn(1, tokens, 48, device=DEVICE), torch.randn(50, 48, device=DEVICE)
+    found = raster_block._linear_in_halves(x, weight)
+    assert found.shape == (1, tokens, 50)
+    assert relative_error(found, x.double() @ weight.double().T) < 1e-5
+
+
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_it_compiles_as_one_graph(recomputed: bool) -> None:
     """Forward and backward with no graph break; aot_eager traces all that inductor would, without its compiler."""
