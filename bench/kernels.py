@@ -1,7 +1,8 @@
 """Where a step's device time goes, kernel by kernel: what a change of a kernel is judged by.
 
 The kernels of a few steps are read from torch's profiler (CUPTI on a GPU); a step is what `bench.steps` builds for the
-case, and in graph execution the replay of its graph, so that the times are those of the benchmark.
+case, and in graph execution the replay of its graph, so that the times are those of the benchmark. A kernel that is
+launched early (`dig.ops.chain`) counts from when its programs were placed, and so with what it waited.
 """
 
 from __future__ import annotations
