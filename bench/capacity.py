@@ -78,9 +78,10 @@ def largest_that_fits(
 ) -> tuple[int, bool]:
     """The largest n from 1 to ``most`` that fits, 0 where none does, and whether ``most`` itself fits.
 
-    Halves the gap between what fits and what does not, but first looks where the peaks of what fits point to: they grow
-    about linearly, so that a few tries are enough where there is room for hundreds. A look that leaves more than half
-    of the gap is followed by a halving, so that no more than 2 log2(n) tries are ever needed.
+    Doubles n, or goes at once where the peaks of what fits point to: they grow about linearly. The first that does not
+    fit is then not far from the edge, for what the peaks leave out (fragments, a graph's own memory) is little: one is
+    taken back, a sixty-fourth, twice that, and so on, until something fits, and the gap between the two is halved. About
+    2 log2(n) tries are needed at most.
 
     Args:
         peak_of: Tries n; its peak in bytes where it fits, 0 where nobody knows the peak, None where it does not fit.
@@ -89,20 +90,25 @@ def largest_that_fits(
         power: The peak grows with n to this power.
     """
     fitting: list[tuple[int, int]] = []
-    low, high, halve = 0, most + 1, False
+    low, high, back = 0, most + 1, 0
     while high - low > 1:
-        gap = high - low
-        grown = (low + high) // 2 if high <= most else max(1, 2 * low)
-        n = grown if halve else _extrapolated(fitting, room, power) or grown
-        # As long as nothing failed, what lies far beyond the tried is no more than a direction.
-        n = min(max(n, low + 1), high - 1, max(1, 8 * low) if high > most else high - 1)
-        peak = peak_of(n)
-        if peak is None:
-            high = n
+        pointed = None
+        if high <= most:
+            n = max(high - back, (low + high) // 2) if back else (low + high) // 2
         else:
-            low = n
+            pointed = _extrapolated(fitting, room, power)
+            # As long as nothing failed, what lies far beyond the tried is no more than a direction.
+            n = min(max(pointed or 2 * low, low + 1), most, max(1, 8 * low))
+        peak = peak_of(n)
+        if peak is not None:
+            low, back = n, 0
             fitting.append((n, peak))
-        halve = high <= most and not halve and 2 * (high - low) > gap
+        else:
+            if high > most:
+                back = int(pointed is not None)
+            elif back:
+                back = max(2 * back, n // 64)
+            high = n
     return low, low == most
 
 
