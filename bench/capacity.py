@@ -80,8 +80,8 @@ def largest_that_fits(
 
     Doubles n, or goes at once where the peaks of what fits point to: they grow about linearly. The first that does not
     fit is then not far from the edge, for what the peaks leave out (fragments, a graph's own memory) is little: one is
-    taken back, a sixty-fourth, twice that, and so on, until something fits, and the gap between the two is halved. About
-    2 log2(n) tries are needed at most.
+    taken back, a sixty-fourth, twice that, and so on, until something fits, and the gap between the two is halved.
+    About 2 log2(n) tries are needed at most.
 
     Args:
         peak_of: Tries n; its peak in bytes where it fits, 0 where nobody knows the peak, None where it does not fit.

@@ -27,6 +27,8 @@ THROTTLE_BITS = {
     0x40: "hw-thermal",
     0x80: "hw-power-brake",
 }
+WORD = 64
+"""CPUs in a word of NVML's masks."""
 FOREIGN_BYTES = 1 << 30
 """Used before a process starts, where process ids are hidden: above this, somebody else is on the card."""
 
@@ -108,6 +110,16 @@ class Gpu:
     def own_bytes(self) -> int | None:
         """Bytes that NVML ascribes to this process; None where it hides process ids."""
         return (self.processes() or {}).get(os.getpid()) or None
+
+    def near_cpus(self) -> frozenset[int] | None:
+        """The CPUs of the host that are nearest to the GPU, those of its NUMA node."""
+        import pynvml
+
+        words = -(-(os.cpu_count() or 1) // WORD)
+        mask = _quietly(pynvml.nvmlDeviceGetCpuAffinity, self._handle, words)
+        if mask is None:
+            return None
+        return frozenset(WORD * i + bit for i, word in enumerate(mask) for bit in range(WORD) if word >> bit & 1)
 
     def read(self) -> Reading:
         """Look once; some tens of microseconds."""

@@ -36,6 +36,8 @@ _PR_SET_PDEATHSIG = 1
 
 EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
 """How long the step is timed in the execution that is not the case's."""
+LEAST_CPUS = 4
+"""A step's launches, its backward pass' and the readings of the card's clock have a thread each."""
 
 
 def measure_ceiling(job: CeilingJob) -> float:
@@ -57,6 +59,24 @@ def _versions(case: Case) -> dict[str, Any]:
     else:
         versions |= {"threads": torch.get_num_threads()}
     return versions
+
+
+def stay_near(gpu: Gpu | None) -> int | None:
+    """Run on the CPUs nearest to the GPU from now on; how many they are, None where nothing had to change.
+
+    On a host of several sockets a process may start far from its GPU and stay there: every launch and every word that
+    the GPU fetches from the host's memory would cross between the sockets, in that process and not in the next. Too few
+    CPUs would be worse. To be called before CUDA starts.
+    """
+    near = None if gpu is None else gpu.near_cpus()
+    if not near:
+        return None
+    allowed = os.sched_getaffinity(0)
+    chosen = near & allowed
+    if chosen == allowed or len(chosen) < LEAST_CPUS:
+        return None
+    os.sched_setaffinity(0, chosen)
+    return len(chosen)
 
 
 def measure_case(job: CaseJob) -> Row:
@@ -89,6 +109,8 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
     case = job.case
     clock = [time.perf_counter()]
     gpu = Gpu.open() if case.device == "cuda" else None
+    if cpus := stay_near(gpu):
+        environment = {**environment, "near_cpus": cpus}
     watch = Watch(gpu)  # Before CUDA starts here: what is on the card now is somebody else's.
     meter = MemoryMeter(case.device, gpu)
     step = build_step(case)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bench.nvml import Gpu, Reading, Watch
@@ -77,3 +79,41 @@ def test_without_a_driver_the_row_says_that_nobody_watched() -> None:
 def test_a_device_that_is_not_there_is_none(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert Gpu.open() is None
+
+
+def test_the_cpus_near_a_gpu_are_read_from_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 100)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCpuAffinity", lambda handle, words: [0b1001, 1 << 63][:words])
+    assert Gpu(None).near_cpus() == {0, 3, 127}
+
+    def refuse(handle: object, words: int) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCpuAffinity", refuse)
+    assert Gpu(None).near_cpus() is None
+
+
+@pytest.mark.parametrize(
+    ("near", "allowed", "bound"),
+    [
+        ({0, 1, 2, 3, 8}, {1, 2, 3, 8, 9}, {1, 2, 3, 8}),
+        ({0, 1, 2, 3}, {0, 1, 2, 3}, None),  # Nothing to change.
+        ({0, 1, 2}, {0, 1, 2, 3, 4}, None),  # Too few.
+        ({8, 9, 10, 11}, {0, 1, 2, 3}, None),  # None that this process may use.
+        (None, {0, 1, 2, 3}, None),
+    ],
+)
+def test_a_worker_stays_near_its_gpu(
+    near: set[int] | None, allowed: set[int], bound: set[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.worker import stay_near
+
+    card, chosen = Card(), []
+    card.near_cpus = lambda: near  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: chosen.append(cpus), raising=False)
+    assert stay_near(card) == (None if bound is None else len(bound))  # type: ignore[arg-type]
+    assert chosen == ([] if bound is None else [bound])
+    assert stay_near(None) is None
