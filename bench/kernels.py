@@ -78,12 +78,17 @@ def profile_kernels(run: Callable[[], object], *, steps: int, device: str) -> li
     return sorted(found, key=lambda kernel: kernel.us, reverse=True)
 
 
-def kernels_of_case(case: Case, *, steps: int = 5) -> list[KernelTime]:
-    """Build a case in this process and profile its step."""
+def step_of(case: Case) -> Callable[[], object]:
+    """Build a case in this process: its step, warmed up; in graph execution the replay of its graph."""
     step = build_step(case)
     warm_up(step.run, case.device)
-    run: Any = step.run
-    if case.execution == "graph":
-        run, _ = capture(step.run)
-        run()
-    return profile_kernels(run, steps=steps, device=case.device)
+    if case.execution != "graph":
+        return step.run
+    replay, _ = capture(step.run)
+    replay()
+    return replay
+
+
+def kernels_of_case(case: Case, *, steps: int = 5) -> list[KernelTime]:
+    """Build a case in this process and profile its step."""
+    return profile_kernels(step_of(case), steps=steps, device=case.device)

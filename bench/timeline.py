@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.kernels import short_name
+from bench.kernels import short_name, step_of
 from bench.profiles import ON_DEVICE
 from bench.results import Case
-from bench.steps import build_step, capture, warm_up
 
 STEPS = 3
 """Traced; the last is shown, for the first waits for the profiler."""
@@ -63,13 +62,8 @@ def spans_of(events: Iterable[Mapping[str, Any]], *, steps: int) -> list[Span]:
 
 
 def timeline_of_case(case: Case) -> list[Span]:
-    """Build a case in this process, on a GPU, and trace its step; in graph execution the replay of its graph."""
-    step = build_step(case)
-    warm_up(step.run, case.device)
-    run: Any = step.run
-    if case.execution == "graph":
-        run, _ = capture(step.run)
-        run()
+    """Build a case in this process, on a GPU, and trace its step."""
+    run = step_of(case)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):

@@ -152,9 +152,10 @@ def _condition(model: DiG, t: Tensor, y: Tensor) -> Tensor:
     """The condition after its SiLU, (B, D)."""
     labels, mlp = model.y_embedder, model.t_embedder.mlp
     drops = labels.training and labels.dropout > 0
-    plain = t.dim() == y.dim() == 1 and len(t) == len(y) <= MOST_IMAGES and not y.is_floating_point()
-    if plain and not drops and not torch.is_grad_enabled():
-        first, second = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[2])
+    first, second = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[2])
+    few = t.dim() == y.dim() == 1 and len(t) == len(y) <= MOST_IMAGES
+    plain = not y.is_floating_point() and first.in_features % 2 == 0 and not drops
+    if few and plain and not torch.is_grad_enabled():
         table = labels.embedding_table.weight
         return cast(Tensor, condition(t, y, first.weight, first.bias, second.weight, second.bias, table))
     return F.silu(model.t_embedder(t) + labels(y))
@@ -186,8 +187,7 @@ class _Ahead:
         fold_gates: As of `prepare_block`.
 
     Attributes:
-        rides: Whether weights ride, which takes one image with many tokens of a wide model.
-        rider: What rides in the block that is launched next, if anything does.
+        rider: What rides in the block that is launched next, which takes one image with many tokens of a wide model.
     """
 
     def __init__(self, weights: list[BlockWeights], c: Tensor, x: Tensor, fold_gates: bool) -> None:
@@ -195,10 +195,10 @@ class _Ahead:
         self.rider: Rider | None = None
         self._c, self._dtype, self._fold_gates = c, x.dtype, fold_gates
         self._programs = programs_beside(x.shape[0] * x.shape[1])
-        self.rides = fold_gates and not torch.compiler.is_compiling() and all(Rider.fits(w, x) for w in weights)
+        self._rides = fold_gates and not torch.compiler.is_compiling() and all(Rider.fits(w, x) for w in weights)
         self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
         self._modulations: Tensor | None = None
-        if self.rides:
+        if self._rides:
             # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
             with aside(c):
                 self._modulations = modulations_of(weights, c)

@@ -38,8 +38,8 @@ def supported(device: torch.device) -> bool:
 def chained(device: torch.device) -> dict[str, Any]:
     """Launch arguments of a kernel that calls `join_chain` and is launched next on the current stream.
 
-    It is launched early, but where it is the first after the stream has waited for another one: that such a kernel
-    waits for both of them is nowhere promised.
+    It is launched early, but where it is the first after the stream has waited for another one: that such a kernel of a
+    CUDA graph waits for both of them is nowhere promised. (Outside of a graph a stream that waits launches nothing.)
     """
     if not supported(device):
         return {"CHAINED": False}
