@@ -46,6 +46,7 @@ def regression(
     against_itself: Annotated[
         int, typer.Option(help="Compare the tree with a copy of itself so many times, and print the noise floor.")
     ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of launches; runs of --against-itself count on from it.")] = 0,
     self_test: Annotated[
         bool,
         typer.Option(
@@ -77,6 +78,7 @@ def regression(
             launches=launches,
             seconds=seconds,
             time_limit=time_limit,
+            seed=seed,
             thresholds=Thresholds(
                 time=percent(least_effect, "--least-effect"), noise=None if noise is None else percent(noise, "--noise")
             ),
@@ -110,6 +112,9 @@ def regression(
     raise typer.Exit(status)
 
 
+_SAID = {NO_REGRESSION: "no alarm", REGRESSION: "an alarm", INCONCLUSIVE: "inconclusive"}
+
+
 class _Gate:
     """The comparisons that one call of the command makes."""
 
@@ -140,6 +145,8 @@ class _Gate:
         texts, statuses, ratios = [], [], []
         for index, found in enumerate(self._itself(twin, runs)):
             statuses.append(exit_status(found.findings))
+            # At once, for whoever ends this before it is through; the rows are on the disk.
+            self.console.print(f"run {index + 1} of {runs}: {_SAID[statuses[-1]]}", highlight=False)
             ratios += [f.interval.ratio for f in found.findings if f.metric == "time" and f.interval is not None]
             texts.append(self._summary(found, f"unchanged code, run {index + 1} of {runs}"))
         caught = True

@@ -147,6 +147,7 @@ def test_runs_of_unchanged_code_share_their_sides_and_each_has_an_order_of_its_o
     result = runner.invoke(cli.app, command)
     assert result.exit_code == 0, result.output
     assert "unchanged code: 0 alarms and 0 inconclusive in 3 runs" in result.output
+    assert "run 3 of 3: no alarm" in result.output
     assert len(sides) == 2
     assert asked[-2:] == ["closed", "closed"]
     launched = asked[:-2]
@@ -156,6 +157,11 @@ def test_runs_of_unchanged_code_share_their_sides_and_each_has_an_order_of_its_o
     assert Counter(runs[0]) == Counter(runs[1]) == Counter(runs[2])
     assert runs[0] != runs[1] != runs[2] != runs[0]
     assert len(list(tmp_path.glob("*/itself-*/*.jsonl"))) == 6
+    # Going on from where that ended means other orders.
+    asked.clear()
+    command[-1] = str(tmp_path / "more")
+    assert runner.invoke(cli.app, [*command, "--seed", "3"]).exit_code == 0
+    assert asked[4:24] not in runs
 
 
 def test_suites_are_small_and_fit_their_device() -> None:
