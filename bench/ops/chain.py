@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
-from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from bench.ops.common import case_for, in_turns, parse, replaced, require_gpu
-from bench.steps import build_step, capture, warm_up
+from bench.ops.common import case_for, parse, replaced, require_gpu
+from bench.ops.turns import add_turns, append_row, steps_in_turns
 from dig.ops import chain
 
 
@@ -32,31 +29,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 1024, 1792], help="in pixels")
     parser.add_argument("--modes", nargs="+", choices=("train", "forward"), default=["train", "forward"])
     parser.add_argument("--batch", type=int, default=1, help="images a step")
-    parser.add_argument("--rounds", type=int, default=10, help="turns a median is taken of")
-    parser.add_argument("--replays", type=int, default=8, help="steps a turn")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each case to this file")
+    add_turns(parser)
     options = parse(parser, arguments)
     require_gpu("bench.ops.chain")
     print(torch.cuda.get_device_name(), flush=True)
     for model, resolution, mode in itertools.product(options.models, options.resolutions, options.modes):
         case = case_for(model, resolution=resolution, mode=mode, batch=options.batch)
-        step = build_step(case)
-        graphs = []
-        for able in (True, False):
-            with replaced(chain, "supported", lambda device, able=able: able):
-                warm_up(step.run, case.device)
-                graphs.append(capture(step.run)[0])
-        early, late = in_turns(graphs, options.rounds, options.replays)
-        medians = statistics.median(early), statistics.median(late)
+        ways = [partial(replaced, chain, "supported", lambda device, able=able: able) for able in (True, False)]
+        early, late = steps_in_turns(case, ways, rounds=options.rounds, replays=options.replays)
         print(
-            f"{case.describe():75} early {medians[0]:8.3f} ms   in order {medians[1]:8.3f} ms   "
-            f"{medians[0] / medians[1] - 1:+.2%}",
+            f"{case.describe():75} early {early.median:8.3f} ms   in order {late.median:8.3f} ms   "
+            f"{early.median / late.median - 1:+.2%}",
             flush=True,
         )
-        if options.json is not None:
-            with options.json.open("a") as file:
-                file.write(json.dumps({"case": asdict(case), "early_ms": early, "in_order_ms": late}) + "\n")
-        del graphs, step
+        append_row(options.json, case, early_ms=early.ms, in_order_ms=late.ms)
 
 
 if __name__ == "__main__":

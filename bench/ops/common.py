@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -83,29 +82,6 @@ def replay_times(graph: torch.cuda.CUDAGraph, steps: int, samples: int) -> list[
         if index >= 5:
             times.append(start.elapsed_time(end) * 1e3 / steps)
     return times
-
-
-def in_turns(replays: Sequence[Callable[[], object]], rounds: int, times: int) -> list[list[float]]:
-    """Milliseconds of each of these, one number a round; they take turns, so that the card's clock is the same for all.
-
-    Args:
-        replays: Captured steps.
-        rounds: How often each has its turn, beside one that warms the card up.
-        times: Replays a turn, enqueued together.
-    """
-    taken: list[list[float]] = [[] for _ in replays]
-    draw = random.Random(0)
-    for turn in range(rounds + 1):
-        for index in draw.sample(range(len(replays)), len(replays)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(times):
-                replays[index]()
-            end.record()
-            end.synchronize()
-            if turn:
-                taken[index].append(start.elapsed_time(end) / times)
-    return taken
 
 
 def kernel_times(step: Step, repeats: int = 20) -> dict[str, tuple[float, float]]:

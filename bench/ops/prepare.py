@@ -12,17 +12,15 @@ it takes them), and how many programs prepare the rest, or all, aside (`dig.rast
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from bench.ops.common import case_for, in_turns, parse, replaced, require_gpu
-from bench.steps import build_step, capture, warm_up
+from bench.ops.common import case_for, parse, replaced, require_gpu
+from bench.ops.turns import add_turns, append_row, steps_in_turns
 from dig import raster, raster_block
 from dig.ops.swiglu import products
 
@@ -68,9 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images a step")
     parser.add_argument("--programs", type=int, nargs="+", default=[0, 16, 32, 64], help="0: all at once")
     parser.add_argument("--riding", type=int, nargs="*", default=[32], help="rows of a share in a product")
-    parser.add_argument("--rounds", type=int, default=12, help="turns a median is taken of")
-    parser.add_argument("--replays", type=int, default=8, help="steps a turn")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each choice to this file")
+    add_turns(parser)
     options = parse(parser, arguments, or_zero=("programs",))
     require_gpu("bench.ops.prepare")
     case = case_for(options.model, resolution=options.resolution, mode=options.mode, batch=options.batch)
@@ -78,21 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
         *(Choice(riding=rows, programs=0) for rows in options.riding),
         *(Choice(riding=0, programs=programs) for programs in options.programs),
     ]
-    step = build_step(case)
-    warm_up(step.run, case.device)
-    graphs = []
-    for choice in choices:
-        with chosen(choice):
-            warm_up(step.run, case.device)
-            graphs.append(capture(step.run)[0])
-    times = in_turns(graphs, options.rounds, options.replays)
+    ways = [partial(chosen, choice) for choice in choices]
+    found = steps_in_turns(case, ways, rounds=options.rounds, replays=options.replays)
     print(f"{case.describe()} on {torch.cuda.get_device_name()}", flush=True)
-    for choice, taken in zip(choices, times, strict=True):
-        print(f"{choice!s:50} {statistics.median(taken):8.3f} ms  ({min(taken):.3f} to {max(taken):.3f})", flush=True)
-        if options.json is not None:
-            row = {"case": asdict(case), "choice": asdict(choice), "ms": statistics.median(taken), "samples_ms": taken}
-            with options.json.open("a") as file:
-                file.write(json.dumps(row | {"device": torch.cuda.get_device_name()}) + "\n")
+    for choice, way in zip(choices, found, strict=True):
+        print(f"{choice!s:50} {way.describe()}", flush=True)
+        append_row(options.json, case, choice=asdict(choice), ms=way.median, samples_ms=way.ms)
 
 
 if __name__ == "__main__":

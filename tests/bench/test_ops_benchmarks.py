@@ -10,7 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.ops import common
+from bench.ops import common, variants
+from bench.ops.turns import Way
+from dig import raster_block
+from dig.ops.swiglu import products
 
 PROGRAMS = ["bench.ops.gla", "bench.ops.srem", "bench.ops.rowwise"]
 
@@ -38,11 +41,46 @@ def test_ways_to_prepare_weights_are_checked(capsys: pytest.CaptureFixture[str])
     assert "--programs must be at least 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [*PROGRAMS, "bench.ops.prepare"])
+SETTING = "dig.raster_block.HALVED_TOKENS=0"
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "bench.ops.prepare", "bench.ops.chain", "bench.ops.variants"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_it_says_so(program: str) -> None:
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
-        importlib.import_module(program).main([])
+        importlib.import_module(program).main(["--set", SETTING] if program.endswith("variants") else [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("HALVED_TOKENS=0", "a setting is MODULE.NAME=VALUE"),
+        ("dig.raster_block.HALVED_TOKENS", "a setting is MODULE.NAME=VALUE"),
+        ("dig.rasters.X=0", "there is no module dig.rasters"),
+        ("dig.raster_block.HALVED=0", "dig.raster_block has no HALVED"),
+        ("dig.raster_block.HALVED_TOKENS=many", "'many' is no Python literal"),
+        ("dig.raster_block.HALVED_TOKENS=1.5", "is of type int, 1.5 of float"),
+    ],
+)
+def test_settings_are_checked(setting: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        variants.main(["--set", SETTING, setting])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_hold_within_and_end_after() -> None:
+    settings = [variants.Setting.parse(text) for text in (SETTING, "dig.ops.swiglu.products.SHARE=(1, 2)")]
+    before = raster_block.HALVED_TOKENS, products.SHARE
+    with variants.applied(settings):
+        assert (raster_block.HALVED_TOKENS, products.SHARE) == (0, (1, 2))
+    assert (raster_block.HALVED_TOKENS, products.SHARE) == before != (0, (1, 2))
+
+
+def test_a_way_says_what_it_took_and_how_far_off_it_is() -> None:
+    one = Way(ms=[3.0, 1.0, 2.0], result=torch.tensor([3.0, 4.0]))
+    assert one.describe().split() == ["2.000", "ms", "(1.000", "to", "3.000)"]
+    assert Way(ms=[1.0], result=torch.tensor([3.0, 4.5])).distance(one) == pytest.approx(0.1)
 
 
 def test_steps_run_forward_and_backward() -> None:

@@ -1,0 +1,114 @@
+"""Time a model's step with constants of the code changed, beside the step as it is, all in turns.
+
+    python -m bench.ops.variants --set dig.raster_block.HALVED_TOKENS=0
+    python -m bench.ops.variants --model DiG-S/2:triton --resolution 512 --set dig.raster._FEW_TOKENS=0 \\
+        --set dig.raster._FEW_PROGRAMS=16
+
+Each ``--set`` is one variant, of one constant or several; a value is a Python literal, and a constant is named in the
+module that reads it. Each variant is a CUDA graph of the whole step, as the benchmark captures it; what comes of it is
+compared with the first's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from bench.ops.common import case_for, parse, replaced, require_gpu
+from bench.ops.turns import add_turns, append_row, steps_in_turns
+from bench.statistics import ratio_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A constant and what it is to be."""
+
+    module: ModuleType
+    name: str
+    value: Any
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """From ``dig.raster_block.HALVED_TOKENS=0``.
+
+        Raises:
+            ValueError: There is no such constant, or its value is of another type.
+        """
+        place, equals, literal = text.partition("=")
+        path, _, name = place.strip().rpartition(".")
+        if not equals or not path:
+            raise ValueError(f"a setting is MODULE.NAME=VALUE, as dig.raster_block.HALVED_TOKENS=0; got {text!r}")
+        try:
+            module = importlib.import_module(path)
+        except ImportError as error:
+            raise ValueError(f"{text!r}: there is no module {path} ({error})") from None
+        if name not in module.__dict__:
+            raise ValueError(f"{text!r}: {path} has no {name}")
+        try:
+            value = ast.literal_eval(literal)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{text!r}: {literal!r} is no Python literal") from None
+        kind = type(module.__dict__[name])
+        if type(value) is not kind:
+            raise ValueError(f"{text!r}: {place} is of type {kind.__name__}, {literal} of {type(value).__name__}")
+        return cls(module=module, name=name, value=value)
+
+
+@contextmanager
+def applied(settings: Sequence[Setting]) -> Iterator[None]:
+    """Let the constants have these values."""
+    with ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(replaced(setting.module, setting.name, setting.value))
+        yield
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ops.variants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--set", dest="variants", action="append", nargs="+", required=True, metavar="MODULE.NAME=VALUE",
+        help="one variant: what is set in it",
+    )  # fmt: skip
+    parser.add_argument("--model", default="DiG-XL/2:triton:variant=release", help="model name, options after colons")
+    parser.add_argument("--resolution", type=int, default=1024, help="image side in pixels")
+    parser.add_argument("--mode", choices=("train", "forward"), default="forward")
+    parser.add_argument("--batch", type=int, default=1, help="images a step")
+    add_turns(parser)
+    options = parse(parser, arguments)
+    ways: dict[str, tuple[Setting, ...]] = {"as it is": ()}
+    try:
+        for variant in options.variants:
+            ways[" ".join(variant)] = tuple(Setting.parse(text) for text in variant)
+    except ValueError as error:
+        parser.error(str(error))
+    require_gpu("bench.ops.variants")
+    case = case_for(options.model, resolution=options.resolution, mode=options.mode, batch=options.batch)
+    contexts = [partial(applied, settings) for settings in ways.values()]
+    found = steps_in_turns(case, contexts, rounds=options.rounds, replays=options.replays)
+    print(f"{case.describe()} on {torch.cuda.get_device_name()}", flush=True)
+    for name, way in zip(ways, found, strict=True):
+        print(f"{name}: {way.describe()}", end="")
+        if way is not found[0]:
+            ratio = ratio_interval(found[0].ms, way.ms, paired=True)
+            print(f", {ratio.ratio - 1:+.2%} [{ratio.low - 1:+.2%}, {ratio.high - 1:+.2%}]", end="")
+            if options.mode == "forward":
+                same = torch.equal(way.result, found[0].result)
+                print(f", {'the same bits' if same else f'off by {way.distance(found[0]):.1e}'}", end="")
+        print(flush=True)
+        append_row(options.json, case, variant=name, samples_ms=way.ms)
+
+
+if __name__ == "__main__":
+    main()
