@@ -13,7 +13,8 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 # The last of them are what fla and mamba-ssm spend half of their own imports on, which start CUDA and must not be here.
 for name in (
-    "torch._dynamo", "triton", "bench.worker", "einops", "transformers.generation.utils", "transformers.modeling_utils",
+    "torch._dynamo", "triton", "bench.worker", "dig.raster", "einops", "transformers.generation.utils",
+    "transformers.modeling_utils",
 ):  # fmt: skip
     with contextlib.suppress(ImportError):  # A worker that needs the missing one says so in its row.
         importlib.import_module(name)

@@ -1,0 +1,29 @@
+"""What the workers' server imports leaves CUDA alone: a worker forked after it would fail at its first touch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from bench.environment import ROOT
+
+CHECK = """
+import sys
+import torch
+
+def forbidden(*arguments, **keywords):
+    raise AssertionError("CUDA was asked for")
+
+# Whatever starts CUDA in a process comes through one of these.
+torch._C._cuda_init = forbidden
+for name in ("_lazy_init", "current_device", "get_device_properties", "get_device_capability"):
+    setattr(torch.cuda, name, forbidden)
+import bench.preload
+assert not torch.cuda.is_initialized()
+assert {"bench.worker", "dig.raster"} <= sys.modules.keys(), sorted(sys.modules)
+"""
+
+
+def test_importing_it_starts_no_cuda() -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
