@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from bench.environment import ROOT
 
@@ -27,3 +29,10 @@ assert {"bench.worker", "dig.raster"} <= sys.modules.keys(), sorted(sys.modules)
 def test_importing_it_starts_no_cuda() -> None:
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_package_that_is_broken_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "einops.py").write_text("raise RuntimeError('built for another torch')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    code = "import bench.preload, sys; assert 'bench.worker' in sys.modules and 'einops' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
