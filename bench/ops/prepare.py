@@ -6,7 +6,7 @@
 A kernel beside others cannot be judged by itself: what counts is the step. Each choice is a CUDA graph of the whole
 step, as the benchmark captures it; the graphs take turns, so that the card's clock is the same for all, and the figure
 is the median of their rounds. What is tried: weights that ride in the product upwards (`dig.raster_block.Rider`, where
-it takes them), and how many programs prepare the rest, or all, aside (`dig.raster.programs_beside`).
+it takes them), or all of them aside, by so many programs (`dig.raster.programs_beside`).
 """
 
 from __future__ import annotations

@@ -94,9 +94,17 @@ def steps_in_turns(
     return found
 
 
+def _two_or_more(text: str) -> int:
+    """A number of rounds: one alone has no interval."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2; got {number}")
+    return number
+
+
 def add_turns(parser: argparse.ArgumentParser) -> None:
     """The options of programs that let steps take turns."""
-    parser.add_argument("--rounds", type=int, default=12, help="turns a median is taken of")
+    parser.add_argument("--rounds", type=_two_or_more, default=12, help="turns a median is taken of, 2 or more")
     parser.add_argument("--replays", type=int, default=8, help="steps a turn")
     parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
 

@@ -69,6 +69,15 @@ def test_settings_are_checked(setting: str, message: str, capsys: pytest.Capture
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("program", ["bench.ops.prepare", "bench.ops.chain", "bench.ops.variants"])
+def test_one_round_is_too_few(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--set", SETTING] if program.endswith("variants") else []
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(program).main([*arguments, "--rounds", "1"])
+    assert stopped.value.code == 2
+    assert "must be at least 2; got 1" in capsys.readouterr().err
+
+
 def test_settings_hold_within_and_end_after() -> None:
     settings = [variants.Setting.parse(text) for text in (SETTING, "dig.ops.swiglu.products.SHARE=(1, 2)")]
     before = raster_block.HALVED_TOKENS, products.SHARE

@@ -124,7 +124,7 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
 
     monkeypatch.setattr(aside_module._Scope, "fork", fork_late)
     graph, results = capture(run)
-    assert forks > (1 if mode == "forward, riding" else CONFIG.depth)
+    assert forks > CONFIG.depth
     for _ in range(3):
         for tensor in results:
             tensor.fill_(float("nan"))
