@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import geometric_mean
+from statistics import median
 from typing import Literal
 
 from bench.results import Case, Row
@@ -67,7 +67,7 @@ class Finding:
     Attributes:
         case: Which.
         metric: ``time`` (milliseconds) or ``memory`` (bytes of the peak).
-        base, change: Geometric mean over launches; None where a side has none.
+        base, change: Median over launches; None where a side has none. The interval's ratio is not their quotient.
         launches: Of base and change.
         interval: Of change over base; None where there is none to give.
         verdict: As `judge` has it; ``ambiguous`` without an interval; ``unmeasured`` where there was nothing to compare
@@ -167,7 +167,7 @@ def _judge(
     effect = thresholds.least_time if metric == "time" else thresholds.memory
     if metric == "memory" and case.device == "cpu":
         effect = max(effect, RESIDENT_EFFECT)
-    base, change = geometric_mean(values[0]), geometric_mean(values[1])
+    base, change = median(values[0]), median(values[1])
     launches = (len(values[0]), len(values[1]))
     interval, note = None, ""
     if min(launches) >= LEAST_LAUNCHES:

@@ -26,6 +26,8 @@ LEAST_LAUNCHES = 5
 reaches beyond its observations, and the range of n pairs holds the truth in 1 − 2^(1−n) of all cases: 75% of three, 94%
 of five.
 """
+_NUMBERS_AT_ONCE = 2**20
+"""How many numbers a step of the bootstrap holds: pairs are many where launches are."""
 SEED = 0
 """The bootstrap draws the same samples every time: two readers of one file get one answer."""
 
@@ -60,10 +62,23 @@ def expanded_percentiles(n: int, confidence: float = CONFIDENCE) -> tuple[float,
     return 100 * widened, 100 * (1 - widened)
 
 
+def _middle_of_pairs(differences: np.ndarray) -> np.ndarray:
+    """The Hodges–Lehmann estimate over the last axis: the median of the means of all pairs, each with itself too."""
+    first, second = np.triu_indices(differences.shape[-1])
+    return np.asarray(np.median((differences[..., first] + differences[..., second]) / 2, axis=-1))
+
+
 def ratio_interval(
     base: Sequence[float], change: Sequence[float], *, paired: bool, confidence: float = CONFIDENCE
 ) -> Interval:
-    """The ratio of two sides' geometric means over launches, with a bootstrap interval at launch level.
+    """How much more the change takes than its base, with a bootstrap interval at launch level.
+
+    The ratio is Hodges and Lehmann's estimate on logarithms ("Estimates of Location Based on Rank Tests", Ann. Math.
+    Statist. 34, 1963): of rounds, the median of the means of all pairs of their log ratios; of launches without rounds,
+    the median of all log ratios between the sides. A mean follows a single launch in which the host was held up as far
+    as that went; this is led away by three in ten of them, and has 95% of the mean's efficiency where noise is normal.
+    (The bootstrap may draw one such launch several times: among 6 or 12 it makes the interval wide, among 18 it
+    doesn't.)
 
     Args:
         base, change: One positive figure a launch: median milliseconds, or bytes.
@@ -80,17 +95,21 @@ def ratio_interval(
     if paired and len(logs[0]) != len(logs[1]):
         raise ValueError(f"rounds need a launch of both sides; got {len(logs[0])} and {len(logs[1])}")
 
-    def mean_difference(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(second.mean(axis=axis) - first.mean(axis=axis))
+    def shift(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
+        if paired:
+            return _middle_of_pairs(second - first)
+        between = second[..., :, None] - first[..., None, :]
+        return np.asarray(np.median(between.reshape(*between.shape[:-2], -1), axis=-1))
 
-    centre = float(mean_difference(*logs))
+    centre = float(shift(*logs))
     if all(np.ptp(side) == 0 for side in logs):  # an allocator's peak repeats to the byte
         return Interval(ratio=math.exp(centre), low=math.exp(centre), high=math.exp(centre))
     drawn = stats.bootstrap(
         tuple(logs),
-        mean_difference,
+        shift,
         paired=paired,
         n_resamples=RESAMPLES,
+        batch=max(1, _NUMBERS_AT_ONCE // (len(logs[0]) * len(logs[1]))),
         method="percentile",
         rng=np.random.default_rng(SEED),
     ).bootstrap_distribution

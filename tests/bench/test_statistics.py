@@ -50,6 +50,17 @@ def test_pairing_takes_out_the_drift_of_the_machine() -> None:
     assert paired.low <= 1.05 <= paired.high
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_launch_in_which_the_host_was_held_up_decides_nothing(paired: bool) -> None:
+    rng = np.random.default_rng(4)
+    base, change = launches(rng, 18, noise=0.004), launches(rng, 18, noise=0.004)
+    base[3] *= 1.35
+    found = ratio_interval(base, change, paired=paired)
+    assert judge(found, 0.02) == "same"
+    slowed = ratio_interval(base, [1.05 * x for x in change], paired=paired)
+    assert judge(slowed, 0.02) == "slower"
+
+
 def test_one_answer_for_all_readers() -> None:
     base, change = [10.0, 10.1, 9.9], [10.2, 10.0, 10.4]
     assert ratio_interval(base, change, paired=False) == ratio_interval(base, change, paired=False)
