@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +23,7 @@ from bench.capacity import (
     room_on_gpu,
 )
 from bench.choices import one_case
+from bench.environment import describe_environment
 from bench.messages import refuse
 from bench.results import Case
 
@@ -40,7 +42,9 @@ def capacity(
     most_batch: Annotated[int, typer.Option(help="Largest batch to try.")] = MOST_BATCH,
     most_resolution: Annotated[int, typer.Option(help="Largest side to try, in pixels.")] = MOST_RESOLUTION,
     time_limit: Annotated[float, typer.Option(help="Seconds a probe may take.")] = 300.0,
-    out: Annotated[Path | None, typer.Option(help="Append every probe to this file, one JSON object a line.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Append every probe to this file, with the machine, one JSON object a line.")
+    ] = None,
 ) -> None:
     """Find by bisection the largest batch at a resolution, and the largest resolution at a batch, that fit in memory.
 
@@ -57,15 +61,19 @@ def capacity(
     if case.device == "cpu" and limit is None:
         refuse("on a CPU say how much memory there is to fill: --limit GIB; filling all of the host's would stop it")
 
+    most = None if limit is None else int(limit * GIB)
+    where = {"limit": most, "environment": describe_environment()}
+
     def probe(tried: Case) -> Probe:
-        found = probe_case(tried, limit=None if limit is None else int(limit * GIB), time_limit=time_limit)
+        found = probe_case(tried, limit=most, time_limit=time_limit)
         peak = f"fits, peak {found.peak / GIB:.2f} GiB" if found.peak else ("fits" if found.fits else "does not fit")
         console.print(f"  {tried.resolution}px batch {tried.batch}: {peak}", highlight=False)
         if out is not None:
-            _append(out, found)
+            described = {**asdict(tried), "options": dict(tried.options)}
+            _append(out, {"case": described, "fits": found.fits, "peak": found.peak, **where})
         return found
 
-    room = room_on_gpu() if limit is None else int(limit * GIB)
+    room = room_on_gpu() if most is None else most
     searches: list[tuple[str, Callable[[], Capacity]]] = [
         (f"largest batch at {resolution}px", lambda: largest_batch(case, probe, most=most_batch, room=room)),
         (
@@ -89,19 +97,10 @@ def capacity(
         console.print(answer, highlight=False)
 
 
-def _append(path: Path, probe: Probe) -> None:
-    record = {
-        "model": probe.case.model,
-        "options": dict(probe.case.options),
-        "mode": probe.case.mode,
-        "resolution": probe.case.resolution,
-        "batch": probe.case.batch,
-        "fits": probe.fits,
-        "peak": probe.peak,
-    }
+def _append(path: Path, probe: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(probe) + "\n")
     except OSError as error:
         refuse(f"cannot write {path}: {error.strerror}; choose another --out")

@@ -28,6 +28,7 @@ from reports.series import (
     Series,
     Setting,
     Sweep,
+    doubts,
     is_assumed,
     launches_of,
     select,
@@ -229,6 +230,7 @@ def _caption(sweep: Sweep, setting: Setting, rows: Sequence[Row]) -> str:
         f"{setting.where} · {span([row.started_at[:10] for row in timed])} · {setting.dtype} · batch {setting.batch}"
         f" · {_LONG_MODE_NAMES[setting.mode]} · {EXECUTION_NAMES[setting.execution]}",
         _points(timed),
+        *_doubted(timed),
     ]
     with_points = {Series.of(row) for row in timed}
     reasons: dict[str, set[str]] = {}
@@ -253,6 +255,15 @@ def _points(timed: Sequence[Row]) -> str:
         f"Points: median over {span([launches_of(row) for row in timed])} process launches of each one's median step. "
         f"Bars: fastest to slowest launch{of_steps}."
     )
+
+
+def _doubted(timed: Sequence[Row]) -> list[str]:
+    """How many points carry a mark that is a reason to doubt them; the tables say which."""
+    counts = Counter(mark for row in timed for mark in doubts(row))
+    if not counts:
+        return []
+    named = ", ".join(f"{count} {mark}" for mark, count in counts.items())
+    return [f"Marked, of {len(timed)} measurements: {named}; the tables say which."]
 
 
 def _notes(selection: Selection) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-from bench.results import Case, Device, Dtype, Execution, Mode, ResultError, Row, read_results
+from bench.results import Case, Device, Dtype, Execution, Mark, Mode, ResultError, Row, read_results
 
 SIZES = ("S", "B", "L", "XL")
 FAMILIES = ("DiG", "Flash-DiT", "DiT", "DiS")
@@ -31,6 +31,15 @@ STATUS_NAMES: Mapping[str, str] = {
     "error": "error",
 }
 CPU_WARNING = "CPU (reference implementations), not a GPU result"
+DOUBTS: Mapping[Mark, tuple[str, str]] = {
+    "throttled": ("t", "the clock was held down in at least half of the readings"),
+    "shared-gpu": ("s", "another process was on the GPU"),
+    "unsteady": ("u", "the times had not settled when sampling began"),
+    "unwatched": ("w", "clock and other processes were not watched"),
+    "unverified": ("v", "which kernels ran was not checked"),
+    "memory-kept": ("m", "the case before had not given its memory back"),
+}
+"""Letter and meaning of each mark that is a reason to doubt a row's times."""
 ASSUMED_NOTE = "* DiS-XL is assumed (1152 wide, 48 deep): the published DiS has no XL."
 
 
@@ -203,6 +212,17 @@ def span(values: Iterable[Ordered]) -> str:
 def is_assumed(case: Case) -> bool:
     """Whether the model's dimensions are this project's guess: DiS has no published XL."""
     return case.family == "DiS" and case.size == "XL"
+
+
+def doubts(row: Row) -> tuple[Mark, ...]:
+    """The row's marks that are reasons to doubt its times, in one order for all."""
+    return tuple(mark for mark in DOUBTS if mark in row.marks)
+
+
+def shared_doubts(rows: Iterable[Row]) -> frozenset[Mark]:
+    """What all rows with times are marked with, to be said once; empty of fewer than two."""
+    found = [frozenset(doubts(row)) for row in rows if row.status == "ok"]
+    return frozenset.intersection(*found) if len(found) > 1 else frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

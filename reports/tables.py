@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
-from bench.results import Row
+from bench.results import Mark, Row
 from reports.series import (
     ASSUMED_NOTE,
     ATTENTION_FAMILIES,
+    DOUBTS,
     EXECUTIONS,
     MODES,
     STATUS_NAMES,
@@ -18,7 +19,9 @@ from reports.series import (
     Series,
     Setting,
     Sweep,
+    doubts,
     is_assumed,
+    shared_doubts,
     size_rank,
     span,
 )
@@ -49,6 +52,7 @@ def tables(sweep: Sweep, *, title: str | None = None) -> str:
     parts = [f"# {_plain(title or 'Results')}", _PREAMBLE]
     if any(isinstance(row, Launches) for row in sweep.rows):
         parts.append(_LAUNCHES_NOTE)
+    parts += _doubts_note(sweep)
     machines: dict[tuple[bool, str], list[Row]] = {}
     for row in sweep.rows:
         machines.setdefault((row.case.device != "cuda", Setting.of(row).where), []).append(row)
@@ -58,6 +62,16 @@ def tables(sweep: Sweep, *, title: str | None = None) -> str:
     if any(is_assumed(row.case) for row in sweep.rows):
         parts.append(ASSUMED_NOTE.replace("*", r"\*", 1))
     return "\n\n".join(parts) + "\n"
+
+
+def _doubts_note(sweep: Sweep) -> list[str]:
+    """What the letters mean that cells carry; what all rows are marked with is said here, and by no letter."""
+    shared = shared_doubts(sweep.rows)
+    lettered = {mark for row in sweep.rows if row.status == "ok" for mark in doubts(row)} - shared
+    legend = [f"{letter}: {meaning}" for mark, (letter, meaning) in DOUBTS.items() if mark in lettered]
+    told = [DOUBTS[mark][1] for mark in DOUBTS if mark in shared]
+    notes = [f"Of all times: {'; '.join(told)}."] if told else []
+    return [*notes, *([f"Of times with a letter: {'; '.join(legend)}."] if legend else [])]
 
 
 def environment(rows: Sequence[Row]) -> str:
@@ -126,9 +140,10 @@ def _setting_rank(setting: Setting) -> tuple[int, int, str, int]:
     return (MODES.index(setting.mode), EXECUTIONS.index(setting.execution), setting.dtype, setting.batch)
 
 
-def _milliseconds(row: Row) -> str:
-    """A row's time; of several launches with their range, and with how many of them have a time if not all."""
-    text = number(row.median_ms or 0)
+def _milliseconds(row: Row, shared: frozenset[Mark]) -> str:
+    """A row's time with its marks' letters; of several launches their range, and how many have a time if not all."""
+    letters = "".join(DOUBTS[mark][0] for mark in doubts(row) if mark not in shared)
+    text = number(row.median_ms or 0) + (f"<sup>{letters}</sup>" if letters else "")
     if not isinstance(row, Launches):
         return text
     low, high = map(number, row.spread_ms)
@@ -138,9 +153,11 @@ def _milliseconds(row: Row) -> str:
 
 
 def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
+    shared = shared_doubts(sweep.rows)
+
     def cell(row: Row) -> str:
         peak = row.memory.peak if row.memory is not None else None
-        return f"{_milliseconds(row)} · {number(peak / GIB) if peak else MISSING}"
+        return f"{_milliseconds(row, shared)} · {number(peak / GIB) if peak else MISSING}"
 
     frame = _frame(sweep, rows, cell)
     table = _pivot(sweep, frame, ["resolution"])
@@ -151,10 +168,12 @@ def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
 
 
 def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
+    shared = shared_doubts(sweep.rows)
+
     def cell(row: Row) -> str:
         share = row.ceiling_share
         percent = MISSING if share is None else f"{number(100 * share)}%"
-        return f"{_milliseconds(row)} · {number(row.fps or 0)} · {percent}"
+        return f"{_milliseconds(row, shared)} · {number(row.fps or 0)} · {percent}"
 
     ceilings = sorted(row.matmul_ceiling / 1e12 for row in rows if row.matmul_ceiling)
     head = "Cells: ms · FPS · share of the measured matmul ceiling"

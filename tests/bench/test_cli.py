@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import cli
-from bench.results import read_results
+from bench import capacity_command, cli
+from bench.capacity import Probe
+from bench.results import Case, read_results
 
 runner = CliRunner()
 
@@ -116,3 +118,25 @@ def test_kernels_refuses_bad_input(options: list[str], message: str) -> None:
     result = runner.invoke(cli.app, ["kernels", *options])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_capacity_keeps_every_probe_with_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(case: Case, *, limit: int | None, time_limit: float) -> Probe:
+        peak = case.batch * case.resolution**2 << 10
+        return Probe(case=case, fits=peak <= limit, peak=peak if peak <= limit else None)
+
+    monkeypatch.setattr(capacity_command, "probe_case", probe)
+    out = tmp_path / "probes.jsonl"
+    words = ["capacity", "--model", "DiG-S/2:reference", "--device", "cpu", "--limit", "1", "--resolution", "512"]
+    result = runner.invoke(cli.app, [*words, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "largest batch at 512px: 4" in result.output
+    assert "largest resolution at batch 1: 1024" in result.output
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == result.output.count("px batch ")
+    fits = [r["case"]["batch"] for r in records if r["fits"] and r["case"]["resolution"] == 512]
+    assert max(fits) == 4
+    for record in records:
+        assert record["case"]["options"] == {"recurrence": "reference"}
+        assert record["environment"]["python"]
+        assert record["limit"] == 1 << 30

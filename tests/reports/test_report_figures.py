@@ -117,6 +117,15 @@ def test_a_series_without_any_number_is_named_in_the_caption(rows, make_row):
     assert artist(drawing.figure.axes[0], "failed:DiS (mamba-ssm)") is None
 
 
+def test_the_caption_counts_what_is_marked(rows, make_row):
+    assert "Marked" not in figure_words(speed_memory(Sweep(rows=tuple(rows))))
+    marked = [*rows, make_row("DiG-S/2", 4096, 90.0, marks=("throttled", "measured-again"))]
+    timed = sum(row.status == "ok" for row in marked)
+    assert f"Marked, of {timed} measurements: 1 throttled; the tables say which." in figure_words(
+        speed_memory(Sweep(rows=tuple(marked)))
+    )
+
+
 def test_caption_says_what_is_shown(rows):
     caption = figure_words(speed_memory(Sweep(rows=tuple(rows))))
     for part in ("NVIDIA H100 80GB HBM3", "2026-11-22", "bf16", "batch 1", "training step", "CUDA graph"):

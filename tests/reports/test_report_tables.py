@@ -106,6 +106,21 @@ def test_several_launches_show_their_range_and_how_many_failed(make_row):
     assert "slowest launch" not in tables(Sweep(rows=(times[0],)))
 
 
+def test_doubtful_times_carry_letters_and_what_all_share_is_said_once(make_row):
+    rows = (
+        make_row("DiG-S/2", 512, 2.0, gib=0.5, marks=("unwatched", "measured-again")),
+        make_row("DiG-S/2", 1024, 4.0, gib=0.5, marks=("unsteady", "unwatched", "throttled")),
+        make_row("DiT-S/2", 1024, status="oom", marks=("shared-gpu",)),
+    )
+    text = tables(Sweep(rows=rows))
+    assert "| 512 | 2.00 · 0.500 |" in text
+    assert "| 1024 | 4.00<sup>tu</sup> · 0.500 |" in text
+    assert "Of all times: clock and other processes were not watched." in text
+    assert "Of times with a letter: t: the clock was held down in at least half of the readings; u: the times" in text
+    assert "another process" not in text
+    assert "letter" not in tables(Sweep(rows=(make_row("DiG-S/2", 512, 2.0),)))
+
+
 def test_sizes_and_resolutions_are_in_their_own_order(make_row):
     rows = tuple(make_row(f"DiG-{s}/2", r, mode="forward") for s in ("XL", "B", "S", "L") for r in (1024, 512))
     table = tables(Sweep(rows=rows)).partition("### All sizes")[2]
