@@ -11,9 +11,19 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import cli
-from bench.compare import Thresholds, ambiguous_cases, cell, compare_rows, exit_status, marks_of, to_markdown
+from bench.compare import (
+    NO_REGRESSION,
+    REGRESSION,
+    Thresholds,
+    ambiguous_cases,
+    cell,
+    compare_rows,
+    exit_status,
+    marks_of,
+    to_markdown,
+)
 from bench.ledgers import Checks, Memory
-from bench.results import Case, Row
+from bench.results import Case, Row, read_results
 
 CASE = Case(model="DiG-S/2", resolution=256)
 STEADY = (10.0, 10.01, 9.99, 10.02, 9.98)
@@ -222,3 +232,23 @@ def test_export_refuses_other_formats(tmp_path: Path) -> None:
     assert "choose parquet or csv" in runner.invoke(cli.app, ["export", path, "--format", "xls"]).output
     empty = write(tmp_path / "empty.jsonl", [])
     assert "holds no rows" in runner.invoke(cli.app, ["export", empty]).output
+
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "h100-gate" / "a659891"
+
+
+@pytest.mark.parametrize(
+    ("run", "status"), [*((f"itself-{i}", NO_REGRESSION) for i in range(10)), ("slowed", REGRESSION)]
+)
+def test_published_runs_on_the_h100_are_judged_as_the_docs_say(run: str, status: int) -> None:
+    base, change = (read_results(PUBLISHED / run / f"{side}.jsonl").rows for side in ("base", "change"))
+    assert exit_status(compare_rows(base, change, Thresholds())) == status
+
+
+def test_a_published_case_that_the_host_disturbs_is_left_undecided_and_near_one() -> None:
+    base, change = (read_results(PUBLISHED / "gate" / f"{side}.jsonl").rows for side in ("base", "change"))
+    findings = compare_rows(base, change, Thresholds())
+    (open_case,) = [f for f in findings if f.verdict != "same"]
+    assert (open_case.verdict, open_case.case.execution, open_case.launches) == ("ambiguous", "eager", (18, 18))
+    assert open_case.interval is not None
+    assert open_case.interval.ratio == pytest.approx(1, abs=1e-3)
