@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from bench import cli
 from bench.compare import (
+    INCONCLUSIVE,
     NO_REGRESSION,
     REGRESSION,
     Thresholds,
@@ -232,6 +233,25 @@ def test_export_refuses_other_formats(tmp_path: Path) -> None:
     assert "choose parquet or csv" in runner.invoke(cli.app, ["export", path, "--format", "xls"]).output
     empty = write(tmp_path / "empty.jsonl", [])
     assert "holds no rows" in runner.invoke(cli.app, ["export", empty]).output
+
+
+def test_launches_that_waited_for_other_work_raise_no_alarm() -> None:
+    base = rows([13.3, 13.7, 14.1, 202.4, 46.3, 328.0])
+    change = rows([14.0, 14.1, 38.7, 880.0, 369.0, 402.5])
+    (time, _) = compare_rows(base, change, Thresholds())
+    assert time.interval is not None
+    assert time.interval.low > 1.02
+    assert time.verdict == "ambiguous"
+    assert "the machine was busy" in time.note
+    assert ambiguous_cases([time]) == [CASE]
+    assert exit_status([time]) == INCONCLUSIVE
+
+
+def test_a_change_that_made_launches_erratic_is_still_judged() -> None:
+    base = rows([10.0, 10.1, 10.0, 9.9, 10.0, 10.1])
+    change = rows([12.0, 15.0, 20.0, 12.0, 25.0, 14.0])
+    (time, _) = compare_rows(base, change, Thresholds())
+    assert time.verdict == "slower"
 
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "h100-gate" / "a659891"
