@@ -61,11 +61,11 @@ def capacity(
     if case.device == "cpu" and limit is None:
         refuse("on a CPU say how much memory there is to fill: --limit GIB; filling all of the host's would stop it")
 
-    most = None if limit is None else int(limit * GIB)
-    where = {"limit": most, "environment": describe_environment()}
+    allowed = None if limit is None else int(limit * GIB)
+    where = {"limit": allowed, "environment": describe_environment()}
 
     def probe(tried: Case) -> Probe:
-        found = probe_case(tried, limit=most, time_limit=time_limit)
+        found = probe_case(tried, limit=allowed, time_limit=time_limit)
         peak = f"fits, peak {found.peak / GIB:.2f} GiB" if found.peak else ("fits" if found.fits else "does not fit")
         console.print(f"  {tried.resolution}px batch {tried.batch}: {peak}", highlight=False)
         if out is not None:
@@ -73,7 +73,7 @@ def capacity(
             _append(out, {"case": described, "fits": found.fits, "peak": found.peak, **where})
         return found
 
-    room = room_on_gpu() if most is None else most
+    room = room_on_gpu() if allowed is None else allowed
     searches: list[tuple[str, Callable[[], Capacity]]] = [
         (f"largest batch at {resolution}px", lambda: largest_batch(case, probe, most=most_batch, room=room)),
         (

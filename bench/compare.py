@@ -9,22 +9,25 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from typing import Literal
 
 from bench.results import Case, Row
-from bench.statistics import LEAST_LAUNCHES, Interval, Verdict, judge, ratio_interval
+from bench.statistics import (
+    LEAST_LAUNCHES,
+    MOST_SCATTER,
+    Interval,
+    Verdict,
+    common_scatter,
+    judge_launches,
+    ratio_interval,
+)
 
 NO_REGRESSION, REGRESSION, INCONCLUSIVE = 0, 1, 3
 MEMORY_EFFECT = 0.01
 """The least change of a memory peak that counts: allocators repeat to the byte, rounding of blocks aside."""
 RESIDENT_EFFECT = 0.1
 """The same on a CPU, where the peak is the process's resident set, with all of Python and torch in it."""
-
-DISTURBED = 0.2
-"""Where the middle half of both sides' launches lies further apart than this, the machine was busy with something else.
-Six launches of unchanged code that wait for other processes are all slower than their bases once in 64 runs.
-"""
 
 LASTING = frozenset({"oom", "unsupported"})
 """Statuses that are a property of case and machine; a timeout or an error may have been the moment's."""
@@ -187,8 +190,8 @@ def _judge(
         note = "interval from the noise floor"
     else:
         note = f"needs {LEAST_LAUNCHES} launches a side" + (" or a noise floor" if metric == "time" else "")
-    apart = min(map(_spread, values)) if metric == "time" else 0.0
-    if apart > DISTURBED:
+    apart = common_scatter(values[0], values[1])
+    if apart > MOST_SCATTER:
         note = f"the middle half of either side's launches lies {apart:.0%} apart: the machine was busy"
     return Finding(
         case=case,
@@ -197,17 +200,9 @@ def _judge(
         change=change,
         launches=launches,
         interval=interval,
-        verdict="ambiguous" if interval is None or apart > DISTURBED else judge(interval, effect),
+        verdict=judge_launches(values[0], values[1], interval, effect),
         note=note,
     )
-
-
-def _spread(values: Sequence[float]) -> float:
-    """How much more the upper quartile is than the lower one; 0 of a single figure."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high / low - 1
 
 
 def ambiguous_cases(findings: Iterable[Finding]) -> list[Case]:

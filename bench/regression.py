@@ -19,7 +19,7 @@ from bench.statistics import LEAST_LAUNCHES
 
 BUDGETS: dict[Device, Budget] = {
     # Graphs are narrow in half a second. A step of 50 ms that the host holds up now and then is not: 16 samples of it
-    # left 1.2% of noise in a launch's median, most of what there is between launches.
+    # left 1.2% of noise in a launch's median, half of the variance there is between most launches.
     "cuda": Budget(settle_s=0.2, settle_max_s=1.0, least_s=0.3, target_s=2.4),
     "cpu": Budget(settle_s=0.05, settle_max_s=0.3, min_samples=5, least_s=0.1, target_s=0.5, max_samples=100),
 }

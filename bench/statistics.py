@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,10 @@ of five.
 """
 _NUMBERS_AT_ONCE = 2**20
 """How many numbers a step of the bootstrap holds: pairs are many where launches are."""
+MOST_SCATTER = 0.2
+"""Where the middle half of both sides' launches lies further apart than this, the machine was busy with something else.
+Six launches of unchanged code that wait for other processes are all slower than their bases once in 64 runs.
+"""
 SEED = 0
 """The bootstrap draws the same samples every time: two readers of one file get one answer."""
 
@@ -140,6 +144,34 @@ def judge(interval: Interval, least_effect: float) -> Verdict:
     if interval.low >= 1 / edge and interval.high <= edge:
         return "same"
     return "ambiguous"
+
+
+def common_scatter(base: Sequence[float], change: Sequence[float]) -> float:
+    """How far the middle half of a side's launches lies apart (upper quartile / lower - 1), the lesser of both sides.
+
+    Of both, because a change may be what made its launches erratic, and a machine that is busy holds up both. A side of
+    one launch has none.
+
+    Args:
+        base, change: One positive figure a launch.
+    """
+
+    def scatter(side: Sequence[float]) -> float:
+        if len(side) < 2:
+            return 0.0
+        low, _, high = quantiles(side, n=4, method="inclusive")
+        return high / low - 1
+
+    return min(scatter(base), scatter(change))
+
+
+def judge_launches(
+    base: Sequence[float], change: Sequence[float], interval: Interval | None, least_effect: float
+) -> Verdict:
+    """The verdict on a ratio (`judge`), unless there is no interval or the launches scatter too much to have one."""
+    if interval is None or common_scatter(base, change) > MOST_SCATTER:
+        return "ambiguous"
+    return judge(interval, least_effect)
 
 
 def noise_floor(ratios: Sequence[float], *, quantile: float = 0.95) -> float:
