@@ -181,10 +181,36 @@ class Backbone(nn.Module):
             expected = ", ".join(map(str, ("B", self.in_channels, *self.input_size)))
             raise ValueError(f"x must be ({expected}); got {tuple(x.shape)}")
 
+    def guided(self, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: CfgChannels = "three") -> Tensor:
+        """Classifier-free guidance: the model with the class and without it, in one pass.
+
+        Args:
+            x: Noised input (B, C, height, width).
+            t: Timesteps (B,).
+            y: Labels (B,) int64.
+            scale: 1 is no guidance.
+            channels: Which noise channels are guided: `forward_with_cfg`.
+
+        Returns:
+            (B, 2C, height, width): the guided noise, then the covariance under the class.
+
+        Raises:
+            ValueError: x, t and y are not of one length, or the scale is not finite.
+        """
+        if not (t.shape == y.shape == x.shape[:1]):
+            raise ValueError(
+                f"t and y must be vectors with a value for each of the {len(x)} inputs; got {tuple(t.shape)} and "
+                f"{tuple(y.shape)}"
+            )
+        labels = torch.cat([y, torch.full_like(y, self.null_label)])
+        return self.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), labels, scale, channels)[: len(x)]
+
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: CfgChannels = "three"
     ) -> Tensor:
-        """Classifier-free guidance in one pass over a doubled batch, as the published models do it.
+        """Classifier-free guidance over a batch that the caller has doubled, under the published models' name.
+
+        For scripts that were written for those: `guided` takes a batch as it is.
 
         Args:
             x: (2B, C, height, width); only its first half is read, and serves both halves.
@@ -197,11 +223,24 @@ class Backbone(nn.Module):
 
         Returns:
             (2B, 2C, height, width), the guided noise in both halves.
+
+        Raises:
+            ValueError: The batch is odd, x, t and y are not of one length, or the scale is not finite.
         """
+        if not math.isfinite(cfg_scale):
+            raise ValueError(f"the scale of guidance must be a finite number; got {cfg_scale}")
         if cfg_channels not in ("three", "all"):
             raise ValueError(f"cfg_channels must be 'three' or 'all'; got {cfg_channels!r}")
         if len(x) % 2:
-            raise ValueError(f"x must hold an even number of inputs, conditioned and unconditioned; got {len(x)}")
+            raise ValueError(
+                f"x must hold an even number of inputs, conditioned and unconditioned; got {len(x)} (guided takes a "
+                "batch that is not doubled)"
+            )
+        if not (t.shape == y.shape == x.shape[:1]):
+            raise ValueError(
+                f"t and y must be vectors as long as x, {len(x)}, the second half of y null labels; got "
+                f"{tuple(t.shape)} and {tuple(y.shape)} (guided takes a batch that is not doubled)"
+            )
         half = x[: len(x) // 2]
         output: Tensor = self(torch.cat([half, half]), t, y)
         guided = min(3, self.in_channels) if cfg_channels == "three" else self.in_channels

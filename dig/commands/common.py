@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dig.messages import describe, one_line
 from dig.packages import MissingPackageError
 from dig.registry import Registry
 
@@ -36,29 +38,34 @@ WorkersOption = Annotated[
 ]
 
 
+_SMALLER = "try a smaller --batch or --image-size, or in training a larger --accumulate"
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """End with exit status 2 and one clear message on input that can't be used, and on a full disk or device."""
     try:
         yield
-    except (ValueError, MissingPackageError) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except (ValueError, MissingPackageError, OSError) as error:
+        message = describe(error)
+    except MemoryError:
+        message = f"the host's memory is not enough; {_SMALLER}"
     except RuntimeError as error:
         from torch import OutOfMemoryError
 
-        from dig.training.trainer import TrainingError
+        from dig.training.watch import TrainingError
 
         if isinstance(error, OutOfMemoryError):
-            message = "the GPU's memory is not enough; try a smaller --batch, or in training a larger --accumulate"
+            message = f"the GPU's memory is not enough; {_SMALLER}"
         elif isinstance(error, TrainingError):
             message = str(error)
+        elif "can't allocate memory" in str(error):  # torch's allocator of the host has no class of its own
+            message = f"the host's memory is not enough; {_SMALLER}"
         else:
             raise
     else:
         return
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {one_line(message)}", err=True)
     raise typer.Exit(2) from None
 
 
@@ -102,8 +109,11 @@ def registry_of(context: typer.Context) -> Registry:
 
 
 def open_console() -> Console:
-    """The console for people, on stderr; warnings of the library go there too."""
-    console = Console(stderr=True, soft_wrap=True)
+    """The console for people, on stderr; warnings of the library go there too.
+
+    It shows every text as it is: in rich's markup, a folder called ``[red]`` would be a colour.
+    """
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     return console
 
@@ -130,11 +140,40 @@ def open_data(path: Path, *, image_size: int | None, channels: int | None, mirro
     return open_dataset(path, image_size=image_size, channels=channels, mirror=mirror)
 
 
-def open_decoder(vae: str | None, scale: float | None, device: str) -> Callable[[Tensor], Tensor] | None:
-    """Scaled latents to images, by the VAE of that name; None without one, or in pixel space.
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A VAE that makes images of latents.
+
+    Attributes:
+        decode: Scaled latents (B, C, h, w) to images (B, 3, H, W).
+        sha256: Of the VAE's weights.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    sha256: str
+
+
+def open_decoder(
+    vae: str | None,
+    scale: float | None,
+    device: str,
+    *,
+    channels: int | None = None,
+    made_by: str | None = None,
+    other: bool = False,
+) -> Decoder | None:
+    """The VAE of that name; None without one.
+
+    Args:
+        vae: A folder or a name on the hub.
+        scale: What latents were multiplied with; None in pixel space.
+        device: Where it runs.
+        channels: C of the latents.
+        made_by: SHA-256 of the weights of the VAE that the latents were made with, where that is known.
+        other: Whether it may be another one.
 
     Raises:
-        ValueError: There is no such VAE, or a model of pixels needs none.
+        ValueError: There is no such VAE, it doesn't fit the latents, or a model of pixels needs none.
     """
     if vae is None:
         return None
@@ -142,13 +181,25 @@ def open_decoder(vae: str | None, scale: float | None, device: str) -> Callable[
         raise ValueError("this model works on pixels: it needs no --vae")
     import torch
 
-    from dig.training.data.encoding import load_vae
+    from dig.diffusion import NotFiniteError
+    from dig.training.data.encoding import load_vae, weights_sha256
 
     model: Any = load_vae(vae, torch.device(device))
+    if channels is not None and model.config.latent_channels != channels:
+        raise ValueError(f"the VAE {vae} decodes {model.config.latent_channels} channels; the latents have {channels}")
+    sha256 = weights_sha256(model)
+    if made_by is not None and made_by != sha256 and not other:
+        raise ValueError(
+            f"the VAE {vae} is not the one that the latents were made with (weights {sha256[:12]}, not "
+            f"{made_by[:12]}): name that one; a decoder that was tuned for the same latents takes sample --other-vae"
+        )
 
     def decode(x: Tensor) -> Tensor:
         with torch.inference_mode():
             # One image at a time: a decoder's activations are hundreds of times its input.
-            return torch.cat([model.decode(part / scale).sample for part in x.split(1)])
+            images = torch.cat([model.decode(part / scale).sample for part in x.split(1)])
+        if not bool(torch.isfinite(images).all()):
+            raise NotFiniteError(f"what the VAE {vae} makes of the latents is not finite, and is not drawn")
+        return images
 
-    return decode
+    return Decoder(decode=decode, sha256=sha256)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from dig.commands.common import (
+    Decoder,
     DeviceOption,
     choose_precision,
     one_device,
@@ -20,9 +23,14 @@ from dig.commands.common import (
     refusing,
     registry_of,
 )
+from dig.messages import describe
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    from dig.sampling.weights import Weights
 
 GRID_IMAGES = 100
 NULL_WORD = "null"
@@ -68,6 +76,13 @@ def sample_command(
     vae: Annotated[
         str | None, typer.Option(help="Decodes latents: diffusers' AutoencoderKL, a folder or name.")
     ] = None,
+    other_vae: Annotated[
+        bool, typer.Option("--other-vae", help="Decode with a VAE that the latents were not made with.")
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of a run's checkpoint: averaged, or raw, those of its last step. Default: averaged."),
+    ] = None,
     latents: Annotated[
         bool, typer.Option("--latents", help="Keep the latents of a model of latents, without a VAE.")
     ] = False,
@@ -86,7 +101,7 @@ def sample_command(
         typer.Option(help="graph (the whole loop as a CUDA graph) or eager. Default: graph on a GPU."),
     ] = None,
 ) -> None:
-    """Sample images from a trained model, with its averaged weights.
+    """Sample images from a trained model, with its averaged weights unless told otherwise.
 
     Interrupted, it goes on with the same command: finished batches are kept beside the file until all are there. The
     same seed gives the same images, bit for bit, whatever --samples, --first and --batch are.
@@ -104,98 +119,151 @@ def sample_command(
             raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager")
         if model is None and (image_size, num_classes) != (None, None):
             raise ValueError("--image-size and --num-classes describe a published file, together with --model")
-        import torch
-
-        from dig.sampling.images import make_grid, write_png
-        from dig.sampling.runner import BatchSampler, SamplePlan, default_model_batch, sample_to_npz
-        from dig.sampling.weights import Published, load_weights
-
-        registry = registry_of(context)
-        published = None
-        if model is not None:
-            published = Published(model=model, image_size=image_size or 256, num_classes=num_classes or 1000)
-        weights = load_weights(checkpoint, registry, device=where, published=published, implementation=implementation)
-        finish, name = _finish(weights.latent_scale, vae=vae, latents=latents, device=where)
+        if other_vae and vae is None:
+            raise ValueError("--other-vae is about the one that --vae names")
         if latents and grid is not None:
             raise ValueError(
                 "a grid is of images, not of latents: give --vae instead of --latents, or leave out --grid"
             )
-        network = weights.build(registry, where)
-        labels = parse_classes(classes, weights.class_names, network.num_classes, network.null_label)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1; got {batch}")
+        import torch
+
+        from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
+        from dig.sampling.images import make_grid
+        from dig.sampling.runner import BatchSampler, SamplePlan, default_model_batch
+        from dig.sampling.weights import Published, load_weights
+        from dig.training.needs import Footprint, check_sampling
+
+        registry = registry_of(context)
+        published = None
+        if model is not None:
+            published = Published(
+                model=model,
+                image_size=256 if image_size is None else image_size,
+                num_classes=1000 if num_classes is None else num_classes,
+            )
+        found = load_weights(
+            checkpoint,
+            registry,
+            device=where,
+            published=published,
+            implementation=implementation,
+            choice=cast(Any, weights),
+        )
+        labels = parse_classes(classes, found.class_names, found.spec.num_classes, found.spec.num_classes)
+        size = Footprint.of(found.spec, registry)
+        name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
+        at_once = model_batch if model_batch is not None else default_model_batch(size.tokens, where)
         plan = SamplePlan(
             classes=labels,
             count=samples if samples is not None else min(100, 8 * len(labels)),
             first=first,
-            sampler=cast(Any, sampler or ("euler" if weights.loss == "flow-matching" else "ddim")),
+            sampler=cast(Any, sampler or ("euler" if found.loss == "flow-matching" else "ddim")),
             steps=steps,
             eta=eta,
             cfg_scale=cfg,
             cfg_channels=cast(Any, cfg_channels),
             seed=seed,
-            model_batch=model_batch if model_batch is not None else default_model_batch(network, where),
+            model_batch=at_once,
             bf16=bf16,
         )
-        if (plan.sampler == "euler") != (weights.loss == "flow-matching"):
-            raise ValueError(f"{plan.sampler} can't sample a model that was trained with the loss {weights.loss}")
-        if cfg_channels not in ("three", "all"):
-            raise ValueError(f"cfg-channels must be three or all; got {cfg_channels!r}")
+        if (plan.sampler == "euler") != (found.loss == "flow-matching"):
+            raise ValueError(f"{plan.sampler} can't sample a model that was trained with the loss {found.loss}")
+        guided = plan.cfg_scale != 1
+        for warning in (
+            found.check_guidance(guided=guided, null=found.spec.num_classes in labels),
+            found.check_average(),
+        ):
+            if warning is not None:
+                console.print(f"warning: {warning}")
+        check_sampling(size, device=where, at_once=at_once * (2 if guided else 1))
+        decoder = _open_vae(found, vae=vae, latents=latents, other=other_vae, device=where)
+        for path, suffix in ((npz, ".npz"), (grid, ".png")):
+            if path is not None:
+                check_output(path, suffix)
+        network = found.build(registry, where)
         about = {
-            "model": weights.spec.name,
-            "options": dict(weights.spec.options),
-            "checkpoint": weights.path.name,
-            "sha256": weights.sha256,
-            "step": weights.step,
-            "seconds": weights.seconds,
+            "model": found.spec.name,
+            "options": dict(found.spec.options),
+            "checkpoint": found.path.name,
+            "sha256": found.sha256,
+            "weights": found.choice,
+            "step": found.step,
+            "seconds": found.seconds,
+            "vae_sha256": decoder.sha256 if decoder is not None else None,
+            "device": where,
         }
-        at = f", step {weights.step}" if weights.step is not None else ""
-        console.print(f"{weights.spec.describe()}{at}, on {where}", highlight=False)
+        at = f", step {found.step}" if found.step is not None else ""
+        console.print(f"{found.spec.describe()}{at}, on {where}")
+        finish = _finish(decoder, latents=latents)
         runner = BatchSampler(network, plan, torch.device(where), graph=captures, finish=finish)
-        if npz is not None:
-            started = time.perf_counter()
-            with progress_bar(console) as bar:
-                task = bar.add_task(f"sampling into {npz}", total=plan.count)
-                for progress in sample_to_npz(runner, npz, batch=batch, about=about, name=name):
-                    bar.update(task, completed=progress.done)
-            made, seconds = progress.done - progress.skipped, time.perf_counter() - started
-            before = f" ({progress.skipped} made before)" if progress.skipped else ""
-            typer.echo(f"{plan.count} samples{before} in {npz}: {made / seconds:.3g} a second")
-        if grid is not None:
-            shown = range(first, first + min(plan.count, GRID_IMAGES))
-            grid.parent.mkdir(parents=True, exist_ok=True)
-            pixels = _first_images(npz, len(shown)) if npz is not None else runner.samples(shown)
-            # A class keeps to its column.
-            columns = len(labels) * (10 // len(labels)) if 1 < len(labels) <= 10 else None
-            write_png(grid, make_grid(pixels, columns))
-            typer.echo(f"{len(shown)} samples in {grid}")
+        with ExitStack() as stack:
+            if grid is not None:
+                stack.enter_context(only_writer(grid))
+            if npz is not None:
+                started = time.perf_counter()
+                with progress_bar(console) as bar:
+                    task = bar.add_task(f"sampling into {npz}", total=plan.count)
+                    for progress in sample_to_npz(runner, npz, batch=batch, about=about, name=name):
+                        bar.update(task, completed=progress.done)
+                made, seconds = progress.done - progress.skipped, time.perf_counter() - started
+                before = f" ({progress.skipped} made before)" if progress.skipped else ""
+                typer.echo(f"{plan.count} samples{before} in {npz}: {made / seconds:.3g} a second")
+            if grid is not None:
+                shown = range(first, first + min(plan.count, GRID_IMAGES))
+                pixels = first_samples(npz, len(shown)) if npz is not None else runner.samples(shown)
+                # A class keeps to its column.
+                columns = len(labels) * (10 // len(labels)) if 1 < len(labels) <= 10 else None
+                _write_grid(grid, make_grid(pixels, columns))
+                typer.echo(f"{len(shown)} samples in {grid}")
 
 
-def _first_images(npz: Path, count: int) -> Any:
-    from dig.evaluation.features import read_samples
+def _write_grid(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Write a grid; where its folder takes nothing more, into one for temporary files, which the error then names."""
+    from dig.sampling.images import write_png
 
-    return read_samples(npz)[0][:count]
+    try:
+        write_png(path, pixels)
+    except OSError as error:
+        kept = Path(tempfile.mkdtemp(prefix="dig-kept-")) / path.name
+        write_png(kept, pixels)
+        raise ValueError(f"{describe(error)}; the grid is kept as {kept}") from None
 
 
-def _finish(
-    scale: float | None, *, vae: str | None, latents: bool, device: str
-) -> tuple[Callable[[Tensor], Any], Literal["arr_0", "latents"]]:
-    """What becomes of a batch of the model's, and the name that it gets in the file."""
-    from dig.sampling.images import to_pixels
-
+def _open_vae(found: Weights, *, vae: str | None, latents: bool, other: bool, device: str) -> Decoder | None:
+    """The VAE for a model's latents; None of a model of pixels, and of latents that stay as they are."""
     if latents:
-        if scale is None:
+        if found.latent_scale is None:
             raise ValueError("this model works on pixels: it has no --latents")
         if vae is not None:
             raise ValueError("choose --vae (images) or --latents, not both")
-        return (lambda x: x.cpu().numpy()), "latents"
-    decode = open_decoder(vae, scale, device)
-    if decode is None:
-        if scale is not None:
-            raise ValueError(
-                "this model makes latents: give --vae (diffusers' AutoencoderKL, a folder or a name) to get images, "
-                "or --latents to keep them in the npz as they are"
-            )
-        return to_pixels, "arr_0"
-    return (lambda x: to_pixels(decode(x))), "arr_0"
+        return None
+    decoder = open_decoder(
+        vae,
+        found.latent_scale,
+        device,
+        channels=found.spec.in_channels,
+        made_by=found.vae_sha256,
+        other=other,
+    )
+    if decoder is None and found.latent_scale is not None:
+        raise ValueError(
+            "this model makes latents: give --vae (diffusers' AutoencoderKL, a folder or a name) to get images, "
+            "or --latents to keep them in the npz as they are"
+        )
+    return decoder
+
+
+def _finish(decoder: Decoder | None, *, latents: bool) -> Callable[[Tensor], NDArray[Any]]:
+    """What becomes of a batch of the model's."""
+    from dig.sampling.images import to_pixels
+
+    if latents:
+        return lambda x: x.cpu().numpy()
+    if decoder is None:
+        return to_pixels
+    return lambda x: to_pixels(decoder.decode(x))
 
 
 def parse_classes(text: str | None, class_names: Sequence[str], num_classes: int, null_label: int) -> tuple[int, ...]:

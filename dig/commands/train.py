@@ -29,7 +29,7 @@ from dig.commands.common import (
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of being ended by them; a second SIGINT ends the process after all."""
+    """Collect SIGINT, SIGTERM and SIGHUP instead of being ended by them; a second SIGINT ends the process after all."""
     received: list[int] = []
 
     def receive(number: int, _frame: Any) -> None:
@@ -37,7 +37,9 @@ def _interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    # One that is ignored, as SIGHUP under nohup, stays so.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:
@@ -68,7 +70,15 @@ def train_command(
     warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 0,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no clipping.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    ema: Annotated[float, typer.Option(help="Decay of the weights' moving average; lower it for short runs.")] = 0.9999,
+    ema: Annotated[float, typer.Option(help="Decay of the weights' moving average, a step, at its highest.")] = 0.9999,
+    ema_warmup: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema-warmup/--no-ema-warmup",
+            help="Let that decay rise from the first step on: (1 + n) / (10 + n). Default: yes; as it was begun, when "
+            "a run goes on.",
+        ),
+    ] = None,
     label_dropout: Annotated[float, typer.Option(help="Share of labels dropped, for guidance.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of weights, data order, noise and all else that is drawn.")] = 0,
     image_size: ImageSizeOption = None,
@@ -100,9 +110,9 @@ def train_command(
 ) -> None:
     """Train a model on a folder of images, idx files or latent shards.
 
-    Stopped by Ctrl-C, SIGTERM, SIGKILL or a power cut, it goes on with the same command, bit for bit as if it had not
-    been stopped. --steps may then be raised (with a constant learning rate), and whatever has to do with logs, grids
-    and checkpoints may be changed.
+    Stopped by Ctrl-C, SIGTERM, SIGHUP, SIGKILL or a power cut, it goes on with the same command, bit for bit as if it
+    had not been stopped. --steps may then be raised (with a constant learning rate), and whatever has to do with logs,
+    grids and checkpoints may be changed.
     """
     console = open_console()
     with refusing():
@@ -114,9 +124,11 @@ def train_command(
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.registry import ModelSpec
         from dig.training.config import DataSpec, TrainConfig
+        from dig.training.resuming import recorded_config
         from dig.training.trainer import Status, Trainer
 
         data_spec = DataSpec.of(dataset)
+        begun = recorded_config(out)
         config = TrainConfig(
             model=ModelSpec(
                 name=name,
@@ -139,6 +151,7 @@ def train_command(
             clip=clip,
             weight_decay=weight_decay,
             ema=ema,
+            ema_warmup=ema_warmup if ema_warmup is not None else begun is None or begun.ema_warmup,
             dtype=cast(Any, precision),
             execution=cast(Any, execution),
             checkpoint_blocks=checkpoint_blocks,
@@ -150,14 +163,23 @@ def train_command(
             grid_steps=grid_steps,
             grid_cfg=grid_cfg,
         )
-        decode = open_decoder(vae, data_spec.latent_scale, where)
-        console.print(f"{config.model.describe()}\n{dataset.describe()}", highlight=False)
-        if grid_every and data_spec.latent_scale is not None and decode is None:
+        decoder = open_decoder(
+            vae,
+            data_spec.latent_scale,
+            where,
+            channels=data_spec.shape[0],
+            made_by=data_spec.vae_sha256,
+        )
+        console.print(f"{config.model.describe()}\n{dataset.describe()}")
+        if grid_every and data_spec.latent_scale is not None and decoder is None:
             console.print("no grids of samples: the data are latents, and no --vae was given to decode them")
+        elif grid_every and grid_cfg != 1 and not label_dropout:
+            console.print("grids of samples without guidance: with --label-dropout 0 there is nothing to guide against")
+        decode = decoder.decode if decoder is not None else None
         with _interrupts() as interrupted:
             trainer = Trainer(config, dataset, registry, out, decode=decode, workers=workers)
             if trainer.step:
-                console.print(f"going on from step {trainer.step} of {steps} in {out}", highlight=False)
+                console.print(f"going on from step {trainer.step} of {steps} in {out}")
             with progress_bar(console, "loss {task.fields[loss]:.4f}", "{task.fields[rate]:.0f} img/s") as bar:
                 task = bar.add_task(
                     f"training into {out}", total=steps, completed=trainer.step, loss=float("nan"), rate=float("nan")
@@ -168,6 +190,6 @@ def train_command(
 
                 done = trainer.run(stop=lambda: bool(interrupted), report=report)
     if done < steps:
-        console.print(f"stopped: {done} of {steps} steps are in {out}; go on with the same command", highlight=False)
+        console.print(f"stopped: {done} of {steps} steps are in {out}; go on with the same command")
         raise typer.Exit(130)
     typer.echo(f"{done} steps in {out}, {trainer.seconds:.0f} s of training; the last checkpoint holds them")

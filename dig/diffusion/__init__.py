@@ -2,7 +2,7 @@
 
 from dig.diffusion.losses import FlowMatchingLoss, HybridLoss, Loss, LossName, build_loss
 from dig.diffusion.noise import initial_noise, step_noise, training_noise
-from dig.diffusion.samplers import Denoiser, SamplingLoop, sample
+from dig.diffusion.samplers import Denoiser, NotFiniteError, SamplingLoop, check_finite, sample
 from dig.diffusion.schedule import Schedule, evenly_spaced_timesteps, linear_schedule
 from dig.diffusion.solvers import SamplerName, Solver, build_solver
 
@@ -12,12 +12,14 @@ __all__ = [
     "HybridLoss",
     "Loss",
     "LossName",
+    "NotFiniteError",
     "SamplerName",
     "SamplingLoop",
     "Schedule",
     "Solver",
     "build_loss",
     "build_solver",
+    "check_finite",
     "evenly_spaced_timesteps",
     "initial_noise",
     "linear_schedule",

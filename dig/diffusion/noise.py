@@ -20,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WORDS = 2**64
+"""Seeds and numbers of samples are below this: a word of the generator's key."""
+
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal x_T of the samples of those indices: (B, *shape) fp32 on the CPU.
@@ -50,8 +53,12 @@ def training_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) ->
 
 def _draw(seed: int, indices: Sequence[int], shape: tuple[int, ...], stream: int, use: int = 0) -> Tensor:
     """(B, *shape) of the stream: 0 is x_T, 1 + i the noise of step i; ``use`` is 0 in sampling, 1 in training."""
+    if not 0 <= seed < WORDS or (len(indices) and not 0 <= min(indices) <= max(indices) < WORDS):
+        raise ValueError(f"the seed and the numbers of samples must be 0 to 2^64 - 1; got the seed {seed}")
     drawn = np.empty((len(indices), *shape), dtype=np.float32)
+    counter = np.array([0, 0, use, stream], dtype=np.uint64)
     for row, index in zip(drawn, indices, strict=True):
-        philox = np.random.Philox(key=[seed, index], counter=[0, 0, use, stream])
+        # As words: numpy takes a list with a number from 2^63 up through fp64, where neighbouring seeds are one.
+        philox = np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=counter)
         np.random.Generator(philox).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(drawn)

@@ -5,7 +5,8 @@ Shapes: N samples, B batch, C channels, S steps, ``...`` height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ from dig.diffusion.solvers import SamplerName, Solver, build_solver
 from dig.layers import Backbone, CfgChannels
 
 
+class NotFiniteError(ValueError):
+    """What a model sampled holds NaN or infinity; the message says from which step on, and in which samples."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
     """A model with classifier-free guidance, in the precision that it samples in.
@@ -27,12 +32,20 @@ class Denoiser:
         cfg_scale: Guidance; at 1 there is none, and the model runs once per sample instead of twice.
         cfg_channels: Which noise channels are guided, as in `Backbone.forward_with_cfg`.
         dtype: Precision of autocast over the model's fp32 weights, ``torch.bfloat16`` say; None for none.
+
+    Raises:
+        ValueError: The scale of guidance is not finite.
     """
 
     model: Backbone
     cfg_scale: float = 1.0
     cfg_channels: CfgChannels = "three"
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no sample can come of."""
+        if not math.isfinite(self.cfg_scale):
+            raise ValueError(f"the scale of guidance must be a finite number; got {self.cfg_scale}")
 
     @property
     def guided(self) -> bool:
@@ -87,7 +100,14 @@ class SamplingLoop:
         self.timesteps = torch.tensor(solver.timesteps, dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def run(self, x_T: Tensor, y: Tensor, noise: Iterable[Tensor] | None = None) -> Tensor:
+    def run(
+        self,
+        x_T: Tensor,
+        y: Tensor,
+        noise: Iterable[Tensor] | None = None,
+        *,
+        observe: Callable[[int, Tensor], object] | None = None,
+    ) -> Tensor:
         """Sample from the noise given.
 
         Args:
@@ -96,6 +116,7 @@ class SamplingLoop:
             noise: Standard normal (B, C, ...) for each of the first ``solver.noises`` steps: a tensor
                 (noises, B, C, ...), or for less memory an iterator that brings them one at a time. None if there are
                 none to add.
+            observe: Called with the number of each step, 0 being the first, and the (B, C, ...) that it came to.
 
         Returns:
             (B, C, ...) x_0, fp32, not clipped.
@@ -109,6 +130,8 @@ class SamplingLoop:
             for i in range(len(self.solver.timesteps)):
                 output = self.denoiser(x, self.timesteps[i], labels)
                 x = step(i, x, output, self._next(noises) if i < self.solver.noises else None)
+                if observe is not None:
+                    observe(i, x)
         return x
 
     def _next(self, noises: Iterator[Tensor]) -> Tensor:
@@ -116,6 +139,35 @@ class SamplingLoop:
         if noise is None:
             raise ValueError(f"this sampler adds noise in {self.solver.noises} steps; fewer were given")
         return noise
+
+
+def check_finite(x: Tensor, indices: Sequence[int], again: Callable[[Callable[[int, Tensor], object]], object]) -> None:
+    """Raise `NotFiniteError` if samples are not finite: drawn as pixels they would be black, and look like samples.
+
+    Args:
+        x: (B, C, ...) as the loop ended.
+        indices: Number of each sample.
+        again: Runs the same loop with the observer that it is given. Called only to find the step: looking at each
+            one would make every loop wait for the device.
+    """
+    if bool(torch.isfinite(x).all()):
+        return
+    wrong: list[int] = []
+    first: int | None = None
+
+    def observe(step: int, state: Tensor) -> None:
+        nonlocal first, wrong
+        if first is None:
+            finite = torch.isfinite(state).flatten(1).all(1).tolist()
+            wrong = [index for index, fine in zip(indices, finite, strict=True) if not fine]
+            first = step if wrong else None
+
+    again(observe)
+    named = ", ".join(map(str, wrong[:5])) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    where = f"from step {first + 1} on in sample {named}" if first is not None else "in this execution, and not eagerly"
+    raise NotFiniteError(
+        f"what was sampled is not finite, {where}, and is not drawn; try less guidance, fp32, or an earlier checkpoint"
+    )
 
 
 def sample(
@@ -133,6 +185,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     schedule: Schedule | None = None,
+    observe: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
     """Sample one x_0 for each label, from noise that is a function of seed and sample index (`dig.diffusion.noise`).
 
@@ -153,9 +206,13 @@ def sample(
         device: Where to sample; where the model is, if not given.
         dtype: Precision of autocast over the model's fp32 weights, ``torch.bfloat16`` say; None for none.
         schedule: Noise schedule of training; DDPM's linear one if not given.
+        observe: As in `SamplingLoop.run`; what it raises ends the sampling.
 
     Returns:
         (N, C, height, width) fp32 on ``device``, in the data's scale, not clipped.
+
+    Raises:
+        NotFiniteError: What was sampled is not finite.
     """
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
@@ -174,9 +231,20 @@ def sample(
         for start in range(0, len(y), batch or max(len(y), 1)):
             labels = y[start : start + batch] if batch else y
             indices = range(first_index + start, first_index + start + len(labels))
-            x_T = initial_noise(seed, indices, shape).to(device)
-            noises = (step_noise(seed, indices, shape, i).to(device) for i in range(solver.noises))
-            samples[start : start + len(labels)] = loop.run(x_T, labels.to(device), noises)
+            x_T, labels = initial_noise(seed, indices, shape).to(device), labels.to(device)
+
+            def run(
+                observe: Callable[[int, Tensor], object] | None,
+                x_T: Tensor = x_T,
+                labels: Tensor = labels,
+                indices: range = indices,
+            ) -> Tensor:
+                noises = (step_noise(seed, indices, shape, i).to(device) for i in range(solver.noises))
+                return loop.run(x_T, labels, noises, observe=observe)
+
+            x = run(observe)
+            check_finite(x, indices, run)
+            samples[start : start + len(labels)] = x
     finally:
         model.train(training)
     return samples

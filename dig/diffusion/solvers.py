@@ -35,6 +35,9 @@ Step = Callable[[int, Tensor, Tensor, "Tensor | None"], Tensor]
 """(i, x (B, C, ...), output (B, 2C, ...), noise (B, C, ...) or None), all fp32, to the next x: the i-th step."""
 DEFAULT_STEPS: dict[SamplerName, int] = {"ddpm": 250, "ddim": 50, "dpm-solver++": 20, "euler": 50}
 
+MAX_EULER_STEPS = 10_000
+"""More than a flow's straight path could ever want, and few enough to write down."""
+
 
 class Solver(Protocol):
     """A sampler's step rule.
@@ -164,8 +167,8 @@ class EulerSolver:
     """Euler's steps down the flow's ordinary differential equation, t from 1 (noise) to 0 (arXiv 2209.03003 §2.2)."""
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1; got {steps}")
+        if not 1 <= steps <= MAX_EULER_STEPS:
+            raise ValueError(f"euler takes 1 to {MAX_EULER_STEPS:,} steps; got {steps}")
         self.timesteps = [FLOW_TIME_SCALE * (steps - i) / steps for i in range(steps)]
         self.noises = 0
         self._interval = 1 / steps

@@ -10,38 +10,39 @@ Shapes: N samples, M samples that the model takes at once, C channels, h and w o
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import shutil
-import zipfile
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dig.diffusion import Denoiser, SamplerName, SamplingLoop, build_solver, initial_noise, step_noise
+from dig.diffusion import (
+    Denoiser,
+    SamplerName,
+    SamplingLoop,
+    build_solver,
+    check_finite,
+    initial_noise,
+    step_noise,
+)
 from dig.layers import Backbone, CfgChannels
 from dig.sampling.images import to_pixels
-from dig.training.data.files import replacing, write_atomically
-
-logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = {"cuda": 2**15, "cpu": 2**10}
 """About so many tokens fill a device."""
 MODEL_BATCH = {"cuda": 256, "cpu": 16}
 """No more samples at once than this, however small they are."""
+MAX_INDEX = 2**62
+"""Samples are numbered below this: with the batch that they lie in, they fit a word."""
 
 
-def default_model_batch(model: Backbone, device: str) -> int:
-    """M for a model on a device: a function of its grid of tokens alone."""
-    rows, columns = model.grid
-    return max(1, min(MODEL_BATCH[device], TOKENS_AT_ONCE[device] // (rows * columns)))
+def default_model_batch(tokens: int, device: str) -> int:
+    """M for a model of so many tokens on a device."""
+    return max(1, min(MODEL_BATCH[device], TOKENS_AT_ONCE[device] // tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,17 @@ class SamplePlan:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.first < 0 or not 0 <= self.seed < 2**64:
             raise ValueError(f"first must be 0 or more, the seed 0 to 2^64 - 1; got {self.first} and {self.seed}")
+        if max(self.first + self.count, self.model_batch) > MAX_INDEX:
+            raise ValueError(f"samples are numbered to 2^62; got {self.count} from {self.first} on")
+        for name in ("cfg_scale", "eta"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a finite number, 0 or more; got {getattr(self, name)}")
+        if self.cfg_channels not in get_args(CfgChannels):
+            raise ValueError(f"cfg-channels must be {' or '.join(get_args(CfgChannels))}; got {self.cfg_channels!r}")
         if not self.classes:
             raise ValueError("no classes to sample")
+        # Its steps and eta are checked where it is built: here, before any weight is read.
+        build_solver(self.sampler, steps=self.steps, eta=self.eta)
 
     def labels(self, indices: range) -> list[int]:
         """Label of each sample."""
@@ -128,18 +138,24 @@ class BatchSampler:
         self._last: tuple[int, NDArray[Any]] | None = None
 
     def batch(self, number: int) -> NDArray[Any]:
-        """The samples ``number * M`` to ``(number + 1) * M - 1``, finished: (M, ...)."""
+        """The samples ``number * M`` to ``(number + 1) * M - 1``, finished: (M, ...).
+
+        Raises:
+            NotFiniteError: The model's samples are not finite.
+        """
         if self._last is not None and self._last[0] == number:
             return self._last[1]
         M = self.plan.model_batch
         indices = range(number * M, (number + 1) * M)
         x_T = initial_noise(self.plan.seed, indices, self._shape).to(self.device)
         y = torch.tensor(self.plan.labels(indices), device=self.device)
-        noises = (
-            step_noise(self.plan.seed, indices, self._shape, step).to(self.device)
-            for step in range(self._solver.noises)
-        )
-        x = self._replay(x_T, y, noises) if self._captures else self._loop.run(x_T, y, noises)
+
+        def noises() -> Iterator[Tensor]:
+            for step in range(self._solver.noises):
+                yield step_noise(self.plan.seed, indices, self._shape, step).to(self.device)
+
+        x = self._replay(x_T, y, noises()) if self._captures else self._loop.run(x_T, y, noises())
+        check_finite(x, indices, lambda observe: self._loop.run(x_T, y, noises(), observe=observe))
         finished = self._finish(x)
         self._last = (number, finished)
         return finished
@@ -181,91 +197,3 @@ class BatchSampler:
             start = number * M
             pieces.append(self.batch(number)[max(indices.start, start) - start : min(indices.stop, start + M) - start])
         return np.concatenate(pieces)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far `sample_to_npz` has come: samples that are done, of them made before, and in all."""
-
-    done: int
-    skipped: int
-    total: int
-
-
-def sample_to_npz(
-    sampler: BatchSampler,
-    path: Path,
-    *,
-    batch: int,
-    about: dict[str, Any],
-    name: Literal["arr_0", "latents"] = "arr_0",
-) -> Iterator[Progress]:
-    """Sample the plan into an npz file. An iterator: works while it is iterated, and yields after each batch.
-
-    The file holds the samples, as they are finished: images as ``arr_0``, (N, H, W, 3) uint8, which is what ADM's
-    evaluator reads. Beside them ``arr_1``, (N,) int64 labels, and ``about``, JSON text. Batches lie in the folder
-    ``path`` + ``.parts`` until all are there; a run that finds them goes on from there.
-
-    Args:
-        sampler: Samples by index.
-        path: The npz file.
-        batch: Samples that are saved at a time.
-        about: What the samples are of; samples of something else are never mixed in.
-        name: Under which the samples lie in the file.
-
-    Raises:
-        ValueError: The folder of the batches is of other samples.
-    """
-    plan = sampler.plan
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1; got {batch}")
-    about = {**about, "plan": dataclasses.asdict(plan)}
-    # The same samples cut otherwise are other files.
-    manifest = (json.dumps({**about, "batch": batch, "name": name}, indent=1) + "\n").encode()
-    parts = path.with_name(path.name + ".parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    if (parts / "about.json").exists():
-        if (parts / "about.json").read_bytes() != manifest:
-            raise ValueError(
-                f"{parts} holds the beginning of other samples; repeat their options to go on with them, remove the "
-                "folder, or choose another file"
-            )
-    else:
-        write_atomically(parts / "about.json", manifest)
-    stop = plan.first + plan.count
-    done = skipped = 0
-    files = []
-    for start in range(plan.first, stop, batch):
-        indices = range(start, min(start + batch, stop))
-        file = parts / f"part-{start:08d}.npy"
-        if file.exists():
-            skipped += len(indices)
-        else:
-            with replacing(file) as temporary, temporary.open("wb") as stream:
-                np.save(stream, sampler.samples(indices))
-        files.append(file)
-        done += len(indices)
-        yield Progress(done=done, skipped=skipped, total=plan.count)
-    labels = np.array(plan.labels(range(plan.first, stop)), dtype=np.int64)
-    _join(path, files, name, {"arr_1": labels, "about": np.array(json.dumps(about))})
-    shutil.rmtree(parts)
-
-
-def _join(path: Path, files: list[Path], name: str, others: dict[str, NDArray[Any]]) -> None:
-    """Lay the parts end to end in one array of an npz file, without holding them all."""
-    shapes = [np.load(file, mmap_mode="r").shape for file in files]
-    first = np.load(files[0], mmap_mode="r")
-    header = {
-        "descr": np.lib.format.dtype_to_descr(first.dtype),
-        "fortran_order": False,
-        "shape": (sum(shape[0] for shape in shapes), *shapes[0][1:]),
-    }
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        # A fixed date: equal samples, equal files.
-        with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-            np.lib.format.write_array_header_1_0(entry, header)
-            for file in files:
-                entry.write(np.load(file).tobytes())
-        for other, array in others.items():
-            with archive.open(zipfile.ZipInfo(f"{other}.npy"), "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, array, allow_pickle=False)

@@ -5,28 +5,27 @@ Shapes: D width, C input channels, P patch side, T tokens.
 
 from __future__ import annotations
 
-import pickle
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dig.checkpoints import from_release
 from dig.diffusion import LossName
 from dig.layers import Backbone
 from dig.registry import ModelSpec, Registry
+from dig.sampling.published import file_kind, read_published
+from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of
 from dig.training.data.latents import LATENT_SCALE
+from dig.training.resuming import check_same_run, recorded_config
 from dig.training.saving import (
     FOLDER,
-    Checkpoint,
     CheckpointError,
     checkpoint_files,
     damage,
@@ -38,6 +37,16 @@ from dig.training.saving import (
 VAE_FACTOR = 8
 """Pixels to a cell of the latents that the published models were trained on, along each side."""
 LATENT_CHANNELS = 4
+MAX_SIDE = 2**16
+"""Pixels along a side of a published model's images, and no more classes than its square: beyond are typing errors."""
+
+WeightsChoice = Literal["averaged", "raw"]
+"""Of a run's checkpoint: the moving average of its weights, or the weights of its last step."""
+_PREFIXES: dict[str, str] = {"averaged": "ema.", "raw": "model."}
+FEW_DROPPED = 100
+"""Images shown without their label, fewer than which leave the null label's embedding about as it began."""
+MOSTLY_FIRST = 0.1
+"""An average of more than this share of the first weights is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +72,16 @@ class Weights:
         path: The file.
         sha256: Of the file.
         spec: The model, its implementation chosen for the device.
-        state: Its state dict, on the CPU; of a run's checkpoint, the averaged weights.
+        state: Its state dict, on the CPU.
+        choice: Which of a run's weights they are; None of a published file's.
         class_names: Name of each label, where it is known.
         latent_scale: What latents were multiplied with; None for a model of pixels.
         loss: What the model was trained with, which decides on the samplers.
         step: Steps it was trained for, where that is known.
         seconds: Time it was trained for, likewise.
+        vae_sha256: Of the weights of the VAE that its latents were made with, likewise.
+        unlabelled: About how many images it was shown without their label, likewise.
+        share_of_first: How much of averaged weights is still the first ones, 0 to 1.
     """
 
     path: Path
@@ -80,6 +93,40 @@ class Weights:
     loss: LossName = "hybrid"
     step: int | None = None
     seconds: float | None = None
+    choice: WeightsChoice | None = None
+    vae_sha256: str | None = None
+    unlabelled: float | None = None
+    share_of_first: float = 0.0
+
+    def check_guidance(self, *, guided: bool, null: bool) -> str | None:
+        """Whether samples that take the null label can mean anything: a warning, or None.
+
+        Args:
+            guided: Whether there is guidance.
+            null: Whether samples of no class are asked for.
+
+        Raises:
+            ValueError: It was never trained: what it adds is noise that looks like a result.
+        """
+        if not (guided or null) or self.unlabelled is None or self.unlabelled >= FEW_DROPPED:
+            return None
+        what = "guidance" if guided else "samples of no class"
+        if self.unlabelled == 0:
+            remedy = "use --cfg 1" if guided else "name classes"
+            raise ValueError(
+                f"{what} would mean nothing: {self.path} was trained with --label-dropout 0, never without a label; "
+                f"{remedy}, or train with label dropout"
+            )
+        return f"{what} may mean little: {self.path} has seen about {self.unlabelled:.0f} images without their label"
+
+    def check_average(self) -> str | None:
+        """A warning where averaged weights are still mostly the first ones, which draw noise; or None."""
+        if self.choice != "averaged" or self.share_of_first <= MOSTLY_FIRST:
+            return None
+        return (
+            f"the averaged weights of {self.path} are still {100 * self.share_of_first:.0f}% the first ones, which "
+            "draw noise: --weights raw samples from the last ones"
+        )
 
     def build(self, registry: Registry, device: torch.device | str) -> Backbone:
         """The model with these weights, in eval mode.
@@ -100,6 +147,7 @@ def load_weights(
     device: str,
     published: Published | None = None,
     implementation: str | None = None,
+    choice: WeightsChoice | None = None,
 ) -> Weights:
     """Find and read weights.
 
@@ -109,34 +157,54 @@ def load_weights(
         device: ``cuda`` or ``cpu``; decides which implementation runs, unless that is chosen.
         published: For a published file only.
         implementation: A value of the option that chooses the model's implementation.
+        choice: Which weights of a run's checkpoint; the averaged ones if not given.
 
     Raises:
         CheckpointError: There are no weights, or they can't be used.
     """
+    if choice is not None and choice not in get_args(WeightsChoice):
+        raise ValueError(f"weights must be {' or '.join(get_args(WeightsChoice))}; got {choice!r}")
     if path.is_dir():
+        run = path
         newest = newest_checkpoint(path / FOLDER) or newest_checkpoint(path)
         if newest is None:
             raise CheckpointError(f"{path} holds no checkpoint; python -m dig train --out {path} writes them")
         path = newest
+        _check_run(run, path)
     elif not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     elif path in checkpoint_files(path.parent) and (wrong := damage(path)):
         raise CheckpointError(f"{wrong}; name another checkpoint, or the run's folder for the newest whole one")
-    if path.suffix == ".safetensors" and read_about(path) is not None:
+    kind = file_kind(path)
+    if kind == "safetensors" and read_about(path) is not None:
         if published is not None:
             raise CheckpointError(f"{path} says itself which model it is; leave out the model's name, size and classes")
-        return _own(read_checkpoint(path, "ema."), registry, device, implementation)
+        return _own(path, registry, device, implementation, choice or "averaged")
+    if choice is not None:
+        raise CheckpointError(f"{path} is no checkpoint of a run: it has one set of weights; leave out --weights")
     if published is None:
         raise CheckpointError(f"{path} does not say which model it is; name it, as in --model DiG-XL/2")
     return _published(path, published, registry, device, implementation)
 
 
-def _own(checkpoint: Checkpoint, registry: Registry, device: str, implementation: str | None) -> Weights:
+def _check_run(folder: Path, checkpoint: Path) -> None:
+    """Raise `CheckpointError` where a run's folder says that it is of another run than its checkpoint."""
+    config = recorded_config(folder)
+    about = read_about(checkpoint)
+    if config is not None and about is not None:
+        check_same_run(config, checkpoint, about)
+
+
+def _own(path: Path, registry: Registry, device: str, implementation: str | None, choice: WeightsChoice) -> Weights:
+    checkpoint = read_checkpoint(path, _PREFIXES[choice])
     about = checkpoint.about
     try:
         config = TrainConfig.from_json(about["config"])
+        step, seconds = about.get("step"), about.get("seconds")
+        if not isinstance(step, int) or not isinstance(seconds, int | float) or not 0 <= min(step, seconds) < math.inf:
+            raise ValueError(f"step {str(step)[:60]}, seconds {str(seconds)[:60]}")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path} describes no run that this version knows: {error}") from None
+        raise CheckpointError(f"{path} describes no run that this version knows: {error}") from None
     return Weights(
         path=checkpoint.path,
         sha256=sha256_of(checkpoint.path),
@@ -145,8 +213,12 @@ def _own(checkpoint: Checkpoint, registry: Registry, device: str, implementation
         class_names=config.data.class_names,
         latent_scale=config.data.latent_scale,
         loss=config.loss,
-        step=about.get("step"),
-        seconds=about.get("seconds"),
+        step=step,
+        seconds=seconds,
+        choice=choice,
+        vae_sha256=config.data.vae_sha256,
+        unlabelled=config.label_dropout * config.batch * step,
+        share_of_first=share_of_first_weights(step, config.ema, warmup=config.ema_warmup),
     )
 
 
@@ -164,6 +236,11 @@ def _published(
     path: Path, published: Published, registry: Registry, device: str, implementation: str | None
 ) -> Weights:
     name, options = registry.parse(published.model, device)
+    if not VAE_FACTOR <= published.image_size <= MAX_SIDE or not 1 <= published.num_classes <= MAX_SIDE**2:
+        raise CheckpointError(
+            f"--image-size must be {VAE_FACTOR} to {MAX_SIDE:,}, --num-classes 1 to {MAX_SIDE**2:,}; got "
+            f"{published.image_size} and {published.num_classes}"
+        )
     if published.image_size % VAE_FACTOR:
         raise CheckpointError(f"image size {published.image_size} is not a multiple of {VAE_FACTOR}")
     side = published.image_size // VAE_FACTOR
@@ -183,41 +260,6 @@ def _published(
         state=read_published(path),
         latent_scale=LATENT_SCALE,
     )
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published file, under this project's names; the averaged weights where it has both.
-
-    Raises:
-        CheckpointError: It is damaged, is no state dict, or would have to run code to be read.
-    """
-    try:
-        content: Any
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        found = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", reason)
-        raise CheckpointError(
-            f"{path} is refused: it holds more than tensors ({found.group(0) if found else reason[:200]}), and reading "
-            "that could run any code. Save its weights alone, as a state dict, where you trust it"
-        ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    for part in ("ema", "state_dict", "model", "module"):
-        if isinstance(content, Mapping) and isinstance(content.get(part), Mapping):
-            content = content[part]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} holds no state dict: tensors by name, or those under ema, model or state_dict")
-    state = {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
-    if any(".attn.q_proj." in name for name in state):
-        try:
-            state = from_release(state)
-        except KeyError as error:
-            raise CheckpointError(f"{path}: {error.args[0]}") from None
-    return state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +324,8 @@ def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, reg
         says += [f"{extra[0]}, which the model has not ({len(extra)} such)"] if extra else []
         says += [f"{other[0]} as {tuple(shapes[other[0]])}, not {tuple(expected[other[0]].shape)}"] if other else []
     hint = ""
-    if found.width is not None and found.classes is not None and found.input_channels is not None:
+    known = (found.width, found.classes, found.input_channels, found.patch_size)
+    if all(number is not None and number > 0 for number in known):
         names = _models_of(shapes, found, spec, registry)
         hint = f"; the weights are those of {' or '.join(names)}" if names else "; no known model has such weights"
         if names and found.classes != wanted.classes:

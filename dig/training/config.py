@@ -8,17 +8,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dig.diffusion import LossName
+from dig.diffusion import LossName, build_solver
 from dig.registry import ModelSpec
 from dig.training.data import DataSet, LatentShards
+from dig.training.identity import data_sha256
 
 Execution = Literal["eager", "compile", "graph"]
 LearningRateSchedule = Literal["constant", "cosine"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
+
+INTEGERS = 2**63
+"""Numbers of steps and of samples are below this, as torch and numpy count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,8 @@ class DataSpec:
         class_names: Name of each label.
         mirror: Whether samples are mirrored half of the time.
         latent_scale: What latents were multiplied with; None for pixels.
+        sha256: Of the content (`dig.training.identity`); None where a run of an earlier version didn't record it.
+        vae_sha256: Of the weights of the VAE that made the latents, likewise; None for pixels.
     """
 
     samples: int
@@ -38,6 +46,8 @@ class DataSpec:
     class_names: tuple[str, ...]
     mirror: bool
     latent_scale: float | None = None
+    sha256: str | None = None
+    vae_sha256: str | None = None
 
     def __post_init__(self) -> None:
         """Take lists as JSON gives them."""
@@ -46,13 +56,20 @@ class DataSpec:
 
     @classmethod
     def of(cls, dataset: DataSet) -> DataSpec:
-        """Describe an open data set."""
+        """Describe an open data set, which is read for its checksum.
+
+        Raises:
+            DataError: It can't be read.
+        """
+        latents = dataset.encoding if isinstance(dataset, LatentShards) else None
         return cls(
             samples=len(dataset),
             shape=dataset.sample_shape,
             class_names=dataset.class_names,
             mirror=dataset.mirror,
-            latent_scale=dataset.encoding.scale if isinstance(dataset, LatentShards) else None,
+            latent_scale=latents.scale if latents is not None else None,
+            sha256=data_sha256(dataset),
+            vae_sha256=latents.vae_sha256 if latents is not None else None,
         )
 
 
@@ -80,7 +97,9 @@ class TrainConfig:
         warmup: Steps over which the learning rate rises linearly from zero.
         clip: Largest norm of the gradient; 0 for no clipping.
         weight_decay: AdamW's.
-        ema: Decay of the moving average of the weights, a step.
+        ema: Decay of the moving average of the weights, a step, at its highest.
+        ema_warmup: Whether that decay rises from the first step on (`dig.training.average`). Runs of earlier versions,
+            which don't record it, began without, and go on so.
         dtype: ``bf16`` runs the model in autocast, over fp32 weights.
         execution: ``eager``; ``compile``, the model through torch.compile; ``graph``, the whole step as one CUDA graph.
         checkpoint_blocks: Whether each block's activations are computed again in the backward pass.
@@ -109,6 +128,7 @@ class TrainConfig:
     clip: float = 0.0
     weight_decay: float = 0.0
     ema: float = 0.9999
+    ema_warmup: bool = True
     dtype: Precision = "bf16"
     execution: Execution = "eager"
     checkpoint_blocks: bool = False
@@ -132,11 +152,16 @@ class TrainConfig:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep", "grid_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("seed", "warmup", "clip", "weight_decay", "grid_every", "grid_cfg"):
+            if not 1 <= getattr(self, name) < INTEGERS:
+                raise ValueError(f"{name} must be at least 1 and below 2^63; got {getattr(self, name)}")
+        for name in ("warmup", "grid_every"):
+            if not 0 <= getattr(self, name) < INTEGERS:
+                raise ValueError(f"{name} must be 0 or more and below 2^63; got {getattr(self, name)}")
+        for name in ("clip", "weight_decay", "grid_cfg"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+        if self.steps * self.batch >= INTEGERS:
+            raise ValueError(f"steps times batch must be below 2^63; got {self.steps * self.batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be above 0; got {self.learning_rate}")
         for name in ("label_dropout", "ema"):
@@ -144,8 +169,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
         if self.batch % self.accumulate:
             raise ValueError(f"a batch of {self.batch} does not divide into {self.accumulate} equal parts")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63; got {self.seed}")
+        if not 0 <= self.seed < INTEGERS:
+            raise ValueError(f"seed must be 0 or more and below 2^63; got {self.seed}")
+        if self.grid_every:
+            # Now, and not at the first grid, hours later.
+            build_solver(self.grid_sampler, steps=self.grid_steps)
         if self.execution == "graph" and self.device != "cuda":
             raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager or compile")
         if (self.model.sample_shape, self.model.num_classes) != (self.data.shape, len(self.data.class_names)):
@@ -153,6 +181,11 @@ class TrainConfig:
                 f"the model takes {self.model.sample_shape} and {self.model.num_classes} classes, the data has "
                 f"{self.data.shape} and {len(self.data.class_names)}"
             )
+
+    @property
+    def grid_sampler(self) -> Literal["ddim", "euler"]:
+        """The sampler of the grids."""
+        return "euler" if self.loss == "flow-matching" else "ddim"
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step, 0 being the first."""
@@ -170,7 +203,13 @@ class TrainConfig:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainConfig:
         """Read what `to_json` gave. Raises KeyError, TypeError or ValueError on anything else."""
-        parts = {"model": ModelSpec(**content["model"]), "data": DataSpec(**content["data"])}
+        # Runs of earlier versions averaged without it.
+        content = {"ema_warmup": False, **content}
+        model, data = content["model"], content["data"]
+        for kind, values in ((ModelSpec, model), (DataSpec, data)):
+            _check_types(kind, values)
+        parts = {"model": ModelSpec(**model), "data": DataSpec(**data)}
+        _check_types(cls, content, without=tuple(parts))
         return cls(**{**content, **parts})
 
     def differences(self, other: TrainConfig) -> list[str]:
@@ -179,12 +218,45 @@ class TrainConfig:
         if self.schedule == "constant":
             free.add("steps")
         ours, theirs = _flat(self.to_json()), _flat(other.to_json())
+        # What an earlier version didn't record can't be compared.
+        free |= {name for name in _CHECKSUMS if ours.get(name) is None or theirs.get(name) is None}
         names = [name for name in sorted(ours.keys() | theirs.keys()) if name not in free]
         return [
-            f"{name}: {str(ours.get(name))[:60]}, {str(theirs.get(name))[:60]}"
+            f"{_CHECKSUMS.get(name, name)}: {str(ours.get(name))[:60]}, {str(theirs.get(name))[:60]}"
             for name in names
             if ours.get(name) != theirs.get(name)
         ]
+
+
+_CHECKSUMS = {"data.sha256": "content of the data", "data.vae_sha256": "VAE of the latents"}
+
+
+def _check_types(kind: type, content: Any, without: tuple[str, ...] = ()) -> None:
+    """Raise TypeError unless JSON's values are of the types of the fields of a dataclass; missing ones pass."""
+    if not isinstance(content, dict):
+        raise TypeError(f"a {kind.__name__} must be an object; got {type(content).__name__}")
+    for name, hint in get_type_hints(kind).items():
+        if name in content and name not in without and not _fits(content[name], hint):
+            raise TypeError(f"{name} can't be {str(content[name])[:60]!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(hints) and all(map(_fits, value, hints))
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(a, parts[0]) and _fits(b, parts[1]) for a, b in value.items())
+    if hint in (int, float):
+        number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        return number and abs(value) < (INTEGERS if isinstance(value, int) else math.inf)
+    return isinstance(value, hint)
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

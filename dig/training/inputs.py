@@ -9,7 +9,7 @@ Shapes: A parts of a step's batch, B samples of a part, C channels, H rows, W co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
@@ -24,6 +24,8 @@ from dig.training.data.draws import draw_uniform
 
 AHEAD = 2
 """Steps whose inputs are made while the device is at an earlier one."""
+STOP_INTERVAL = 0.5
+"""Seconds that data may be waited for before the run looks whether it is to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +115,26 @@ class InputStream:
         return self
 
     def __next__(self) -> StepInputs:
+        inputs = self.take(lambda: False)
+        assert inputs is not None
+        return inputs
+
+    def take(self, stop: Callable[[], bool]) -> StepInputs | None:
+        """The next step's inputs; None if ``stop`` says so while they are waited for, as on a disk that hangs."""
         while len(self._waiting) <= AHEAD:
             self._waiting.append(self._thread.submit(self._make))
-        return self._waiting.popleft().result()
+        while True:
+            try:
+                inputs = self._waiting[0].result(timeout=STOP_INTERVAL)
+            except TimeoutError:
+                # The future's own, if what was waited for raised it.
+                if self._waiting[0].done():
+                    raise
+                if stop():
+                    return None
+                continue
+            self._waiting.popleft()
+            return inputs
 
     def close(self) -> None:
         """End the thread and the loader's processes."""

@@ -2,20 +2,27 @@
 
 A checkpoint is ``step-00001000.safetensors`` and its record ``step-00001000.json``, written in this order: the file
 counts when its record is there. The record holds the file's SHA-256. What the run is lies in the header of the file
-too, so that it can be used alone.
+too, so that it can be used alone. Files are made in a folder ``.unfinished-*``, because safetensors writes under a
+temporary name of its own, which no one else could tell from a file that counts.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +35,12 @@ SCHEMA = 1
 HEADER = "dig"
 """The entry of the file's header that holds everything but tensors, as JSON."""
 FOLDER = "checkpoints"
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+UNFINISHED = ".unfinished-"
+DAMAGED = ".damaged"
+"""What is added to the name of a damaged checkpoint that the run went back behind."""
+MAX_RECORD = 2**20
+"""Bytes; a record takes about a hundred."""
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -61,12 +73,32 @@ def _record_path(path: Path) -> Path:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Files in the folder that are checkpoints with a record, newest first."""
-    found = sorted((path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)), reverse=True)
-    return [path for path in found if _record_path(path).exists()]
+    found = [path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+    return [path for path in sorted(found, key=step_of, reverse=True) if _record_path(path).exists()]
+
+
+def step_of(path: Path) -> int:
+    """How many steps lie behind a checkpoint, by the name of its file."""
+    found = _NAME.fullmatch(path.name)
+    if found is None:
+        raise ValueError(f"{path} is no name of a checkpoint")
+    return int(found.group(1))
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder for files that are being made, gone when the block ends; of a kill's, `remove_unfinished`."""
+    made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], about: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint, then remove the oldest ones so that ``keep`` are left.
+    """Write a checkpoint, then remove the oldest ones before it so that ``keep`` are left.
+
+    Checkpoints of later steps are not counted and not touched: the run went back behind them (`set_aside`).
 
     Args:
         folder: Made if it is not there.
@@ -74,40 +106,96 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], abou
         tensors: What to save, on any device.
         about: What to say beside them, as JSON can.
         keep: How many stay, this one among them.
+
+    Raises:
+        CheckpointError: A tensor is not finite: a checkpoint of it would push out those that are good.
+        OSError: The disk is full, or the folder can't be written to.
     """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if wrong := not_finite(held):
+        raise CheckpointError(f"{wrong} is not finite after step {step}: no checkpoint is made of it")
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
     header = {HEADER: json.dumps({"schema": SCHEMA, "step": step, **about})}
     # A record of an earlier attempt at this step must not speak for the new file.
     _record_path(path).unlink(missing_ok=True)
-    with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
-        digest = sha256_of(temporary)
+    with _unfinished(folder) as made:
+        try:
+            save_file(held, made / "file", header)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from None
+        digest = sha256_of(made / "file")
+        with replacing(path) as temporary:
+            os.replace(made / "file", temporary)
     record = {"schema": SCHEMA, "step": step, "sha256": digest}
     write_atomically(_record_path(path), (json.dumps(record, indent=1) + "\n").encode())
-    for old in checkpoint_files(folder)[keep:]:
-        _record_path(old).unlink()
-        old.unlink()
+    for old in [found for found in checkpoint_files(folder) if step_of(found) <= step][keep:]:
+        _record_path(old).unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
     return path
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """What safetensors says of a write that failed, which is a text alone, as the error that it was."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found.group(1)) if found else errno.EIO
+    return OSError(number, os.strerror(number), str(path))
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor that holds NaN or infinity, or None."""
+    wrong = (name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor))
+    return next(wrong, None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The sum first: a pass that makes no tensor of truths. It may overflow where no element is infinite.
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a kill left of a checkpoint that never counted. Only the process that writes there may call this."""
     for path in folder.glob("step-*.safetensors"):
-        if not _record_path(path).exists():
+        if _NAME.fullmatch(path.name) and not _record_path(path).exists():
             path.unlink()
-    for path in folder.glob(".step-*.tmp"):
-        path.unlink()
+    for path in folder.glob("step-*.json"):
+        if not path.with_suffix(".safetensors").exists():
+            path.unlink()
+    for path in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    # Earlier versions left safetensors' own temporary files, too.
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which are damaged, so that they neither count nor are lost.
+
+    Returns:
+        Their new names.
+    """
+    renamed = []
+    for path in checkpoint_files(folder):
+        if step_of(path) > step:
+            renamed.append(path.with_name(path.name + DAMAGED))
+            # The file goes first: a record without one doesn't count either, and is the smaller loss to a kill.
+            record = _record_path(path)
+            os.replace(path, renamed[-1])
+            os.replace(record, record.with_name(record.name + DAMAGED))
+    return renamed
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint that has a record, or None."""
     try:
-        record = json.loads(_record_path(path).read_bytes())
+        with _record_path(path).open("rb") as file:
+            record = json.loads(file.read(MAX_RECORD))
         expected = record["sha256"]
     except OSError as error:
         return f"{_record_path(path)} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    # JSON that is nested deeply enough is a RecursionError.
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{_record_path(path)} is damaged"
     try:
         return None if sha256_of(path) == expected else f"{path} is damaged: its checksum is not the recorded one"
@@ -147,13 +235,15 @@ def read_about(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
     if header is None:
         return None
-    about: dict[str, Any] = {}
-    with suppress(ValueError):
+    about: Any = None
+    with suppress(ValueError, RecursionError):
         about = json.loads(header)
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{path} is damaged: its header is no object of JSON")
     if about.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} has the schema {about.get('schema')!r}; this version reads {SCHEMA}")
     return about
@@ -168,10 +258,15 @@ def read_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
     about = read_about(path)
     if about is None:
         raise CheckpointError(f"{path} is no checkpoint of python -m dig train")
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dictionary)
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                if name.startswith(prefix):
+                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+    # A hostile header names dtypes and sizes that torch doesn't have.
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+    if wrong := not_finite(tensors):
+        raise CheckpointError(f"{path} holds {prefix}{wrong}, which is not finite; use another checkpoint")
     return Checkpoint(path=path, about=about, tensors=tensors)

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from dig.diffusion import Loss
 from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
+from dig.training.average import moving_average
 from dig.training.config import TrainConfig
 from dig.training.inputs import StepInputs
 
@@ -137,7 +137,7 @@ class TrainingStep:
             for average, parameter in zip(self.ema.parameters(), model.parameters(), strict=True)
             if parameter.requires_grad
         ]
-        self._average = get_ema_multi_avg_fn(config.ema)
+        self._average = moving_average(config.ema, warmup=config.ema_warmup)
         graph = config.execution == "graph"
         # A graph reads the learning rate where it lies; a tensor elsewhere would cost an eager step a wait.
         self._rate = torch.zeros((), device=self.device) if graph else None
@@ -259,7 +259,7 @@ class TrainingStep:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         self.optimizer.step()
         with torch.no_grad():
-            self._average(self._ema_parameters, self.parameters, 0)
+            self._average(self._ema_parameters, self.parameters, self.optimizer.state[self.parameters[0]]["step"])
             self.sums += torch.cat([terms, norm.double().reshape(1)])
 
     def _capture(self) -> None:

@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
+import tempfile
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dig.diffusion import build_loss, sample
+from dig.diffusion import build_loss
 from dig.layers import Backbone
+from dig.locks import lock_file
+from dig.messages import describe
 from dig.registry import Registry
-from dig.sampling.images import make_grid, to_pixels, write_png
+from dig.sampling.images import write_png
+from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data import DataSet
 from dig.training.data.files import write_atomically
-from dig.training.inputs import AHEAD, InputStream
+from dig.training.data.loader import check_workers
+from dig.training.grids import draw_grid
+from dig.training.inputs import InputStream
 from dig.training.logs import RunLog
-from dig.training.saving import FOLDER, newest_checkpoint, read_checkpoint, remove_unfinished, save_checkpoint
+from dig.training.needs import check_training
+from dig.training.resuming import CONFIG_NAME, check_folder, check_room, check_same_run, check_state
+from dig.training.saving import (
+    FOLDER,
+    CheckpointError,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    set_aside,
+)
 from dig.training.step import TrainingStep, use_deterministic_algorithms
+from dig.training.watch import NotFiniteLossError, StepWatch, TrainingError
+
+__all__ = ["NotFiniteLossError", "Status", "Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.json"
 GRIDS_NAME = "samples"
-GRID_COLUMNS, GRID_ROWS = 10, 4
-GRID_SEED = 0
-"""Of the grids' noise, the same for all of a run, so that one watches the same samples improve."""
 TRAINING_FLOPS_PER_MAC = 6
 """Two FLOPs a multiply-add, and a backward pass of twice the forward's."""
 GIB = 2**30
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what to do."""
+AVERAGE_WARNING = 0.1
+"""An average of more than this share of the first weights is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +69,6 @@ class Status:
     step: int
     loss: float = math.nan
     images_per_second: float = math.nan
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Keep other processes out of a run's folder until the file is closed, or this process gone, however it ends."""
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another process is training into {folder}; wait for it, or choose another folder") from None
-    return file
 
 
 class Trainer:
@@ -92,7 +92,9 @@ class Trainer:
     Raises:
         ValueError: The folder holds another run, another process is at it, or the model can't be built or can't run
             like this.
-        CheckpointError: All checkpoints are damaged.
+        TooLargeError: It needs more memory, or its checkpoints more room on the disk, than there is.
+        CheckpointError: All checkpoints are damaged, or the newest one is another run's.
+        OSError: The folder can't be written to.
     """
 
     def __init__(
@@ -110,8 +112,11 @@ class Trainer:
         self._dataset = dataset
         self._decode = decode
         self._workers = workers
+        check_workers(workers)
+        check_training(config, registry)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
+        message = f"another process is training into {folder}; wait for it, or choose another folder"
+        self._lock = lock_file(folder / ".lock", message)
         try:
             self._prepare(registry)
         except BaseException:
@@ -122,7 +127,10 @@ class Trainer:
         """Build the model, load the newest checkpoint, open the logs."""
         config, folder = self.config, self.folder
         environment = registry.environment()
-        self._check_folder(environment)
+        check_folder(config, folder, environment)
+        # What can't be made should be known now, and not when there is something to write.
+        for name in (FOLDER, GRIDS_NAME):
+            (folder / name).mkdir(exist_ok=True)
         if config.deterministic:
             use_deterministic_algorithms()
         torch.manual_seed(config.seed)
@@ -132,6 +140,8 @@ class Trainer:
         self._null_label = model.null_label
         self._macs = registry.macs(model)
         self._step = TrainingStep(config, model, build_loss(config.loss, device=device))
+        self._watch = StepWatch((*self._step.loss.terms, "grad_norm"), config.device)
+        self._whole = True  # whether all of the state is of the same step
         self.step = 0
         self.seconds = 0.0
         self._pending = 0  # steps in the sums
@@ -144,9 +154,18 @@ class Trainer:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self._resume()
+        remove_unfinished(folder / FOLDER)
+        check_room(config, folder, self.step, self._state())
+        share = share_of_first_weights(config.steps, config.ema, warmup=config.ema_warmup)
+        if share > AVERAGE_WARNING:
+            logger.warning(
+                "after %d steps the averaged weights, which grids and samples are drawn with, will still be %.0f%% the "
+                "first ones; a lower --ema, or --ema-warmup in a new folder, would be of use",
+                config.steps,
+                100 * share,
+            )
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
-        remove_unfinished(folder / FOLDER)
         self.log = RunLog(folder, self.step)
         self.log.event("resumed" if self.step else "started", step=self.step, environment=environment)
         self.status = Status(step=self.step)
@@ -156,60 +175,45 @@ class Trainer:
         """The model in training."""
         return self._step.model
 
-    def _check_folder(self, environment: dict[str, Any]) -> None:
-        """Raise ValueError if the folder is another run's; warn if it was begun with other versions."""
-        path = self.folder / CONFIG_NAME
-        if not path.is_file():
-            if any(self.folder.glob(f"{FOLDER}/step-*")):
-                raise ValueError(f"{self.folder} holds checkpoints but no {CONFIG_NAME}; choose another folder")
-            return
-        try:
-            content = json.loads(path.read_bytes())
-            theirs = TrainConfig.from_json(content["config"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); restore it, or choose another folder") from None
-        if differences := self.config.differences(theirs):
-            raise ValueError(
-                f"{self.folder} holds another run ({'; '.join(differences[:5])}: asked for, there); repeat its options "
-                "to go on with it, or choose another folder"
-            )
-        before = content.get("environment", {})
-        changed = [name for name in ("torch", "triton", "gpu_name") if before.get(name) != environment.get(name)]
-        if changed:
-            logger.warning(
-                "%s was begun with another %s; results may differ in their last bits from here on",
-                self.folder,
-                " and ".join(f"{name} ({before.get(name)}, now {environment.get(name)})" for name in changed),
-            )
-
     def _resume(self) -> None:
         """Load the newest checkpoint that is whole, if there is one."""
         path = newest_checkpoint(self.folder / FOLDER)
         if path is None:
             return
         checkpoint = read_checkpoint(path)
-        tensors = checkpoint.tensors
+        check_same_run(self.config, path, checkpoint.about)
+        check_state(checkpoint, self._state())
+        tensors, about = checkpoint.tensors, checkpoint.about
         torch.set_rng_state(tensors.pop("random.cpu"))
         if "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors.pop("random.cuda"))
         self._step.load(tensors)
-        self.step = checkpoint.about["step"]
-        self.seconds = checkpoint.about["seconds"]
-        self._pending = checkpoint.about["pending"]
-        self._pending_timed = checkpoint.about["pending_timed"]
-        self._pending_seconds = checkpoint.about["pending_seconds"]
+        self.step = about["step"]
+        self.seconds = about["seconds"]
+        self._pending = about["pending"]
+        self._pending_timed = about["pending_timed"]
+        self._pending_seconds = about["pending_seconds"]
+        # Left under their names, they would count among those to keep, and push out the new ones.
+        for moved in set_aside(self.folder / FOLDER, self.step):
+            logger.warning("a damaged checkpoint of a later step is now called %s", moved)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment.
-
-        Raises:
-            TrainingError: A loss since the last line of the log was not finite.
-        """
-        self._check_finite()
-        self.log.sync()
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint, by name."""
         random = {"random.cpu": torch.get_rng_state()}
         if self.config.device == "cuda":
             random["random.cuda"] = torch.cuda.get_rng_state()
+        return self._step.tensors() | random
+
+    def save(self, folder: Path | None = None) -> Path:
+        """Write a checkpoint of this moment, into the run's folder of them or another one.
+
+        Raises:
+            TrainingError: The loss of a step, or a weight, is not finite.
+            OSError: The disk is full, say.
+        """
+        self._watch.drain()
+        if folder is None:
+            self.log.sync()
         # The data's position is the step: which samples it takes is a function of that and the seed.
         about = {
             "seconds": self.seconds,
@@ -219,82 +223,133 @@ class Trainer:
             "samples_seen": self.step * self.config.batch,
             "config": self.config.to_json(),
         }
-        return save_checkpoint(
-            self.folder / FOLDER, self.step, self._step.tensors() | random, about, keep=self.config.keep
-        )
+        try:
+            return save_checkpoint(
+                folder or self.folder / FOLDER, self.step, self._state(), about, keep=self.config.keep
+            )
+        except CheckpointError as error:
+            raise NotFiniteLossError(str(error)) from None
 
     def run(self, *, stop: Callable[[], bool] = lambda: False, report: Callable[[Status], object] | None = None) -> int:
         """Train to the last step, or until ``stop`` says so, and save.
 
+        Whatever else ends it, a full disk or data that can't be read, what was trained is saved before: in the run's
+        folder or, where that can't be written to, in one for temporary files, which the error then names.
+
         Args:
-            stop: Asked after every step.
+            stop: Asked after every step, and while data or a grid keep it waiting.
             report: Called after every step.
 
         Returns:
             Steps that lie behind.
 
         Raises:
-            TrainingError: The loss is no longer finite.
-            DataError: The data can't be read any more.
+            TrainingError: The loss is no longer finite, or something else ended the run before its last step.
         """
-        config = self.config
-        stream = InputStream(
-            config,
-            self._dataset,
-            self._step.loss,
-            null_label=self._null_label,
-            first_step=self.step,
-            workers=self._workers,
-        )
-        saved = self.step
-        in_flight: deque[torch.cuda.Event] = deque()
+        self._saved = self.step
+        outcome: dict[str, Any] = {"what": "stopped"}
+        stream: InputStream | None = None
         try:
-            clock: float | None = None
-            while self.step < config.steps and not stop():
-                # The host may run ahead of the device, but not by more inputs than are worth their memory.
-                if len(in_flight) > AHEAD:
-                    in_flight.popleft().synchronize()
-                self._step.run(next(stream), config.learning_rate_at(self.step))
-                if config.device == "cuda":
-                    event = torch.cuda.Event()
-                    event.record()
-                    in_flight.append(event)
-                self.step += 1
-                self._pending += 1
-                logs, saves = self.step % config.log_every == 0, self.step % config.save_every == 0
-                grids = config.grid_every > 0 and self.step % config.grid_every == 0
-                if clock is None:
-                    clock = self._now()
-                else:
-                    self._pending_timed += 1
-                if logs or saves or grids:
-                    self._account(clock)
-                if logs:
-                    self._log(len(stream.loader.unreadable))
-                if grids:
-                    self._draw_grid()
-                # Last: a kill before it does the step again, with its line and its grid.
-                if saves:
-                    self.save()
-                    saved = self.step
-                if logs or saves or grids:
-                    clock = time.perf_counter()
-                self.status = Status(
-                    step=self.step, loss=self.status.loss, images_per_second=self.status.images_per_second
-                )
-                if report is not None:
-                    report(self.status)
-            if clock is not None:
-                self._account(clock)
-            if self.step != saved:
+            stream = InputStream(
+                self.config,
+                self._dataset,
+                self._step.loss,
+                null_label=self._null_label,
+                first_step=self.step,
+                workers=self._workers,
+            )
+            self._catch_up(stream, stop)
+            self._train(stream, stop, report)
+            if self.step != self._saved:
                 self.save()
+            outcome = {"what": "finished" if self.step >= self.config.steps else "stopped"}
+        except Exception as error:
+            outcome = {"what": "failed", "reason": describe(error)}
+            if isinstance(error, NotFiniteLossError):
+                raise
+            kept = self._keep()
+            if kept is None:
+                raise
+            raise TrainingError(f"{describe(error)}; {kept}") from error
         finally:
-            stream.close()
+            if stream is not None:
+                stream.close()
             with suppress(OSError):
-                self.log.event("finished" if self.step >= config.steps else "stopped", step=self.step)
-            self.log.close()
+                self.log.event(**outcome, step=self.step)
+            with suppress(OSError):
+                self.log.close()
             self._lock.close()
         return self.step
+
+    def _train(self, stream: InputStream, stop: Callable[[], bool], report: Callable[[Status], object] | None) -> None:
+        config = self.config
+        clock: float | None = None
+        while self.step < config.steps and not stop():
+            # The host may run ahead of the device, but not by more inputs than are worth their memory.
+            self._watch.wait()
+            inputs = stream.take(stop)
+            if inputs is None:
+                break
+            self._whole = False
+            self._step.run(inputs, config.learning_rate_at(self.step))
+            self.step += 1
+            self._pending += 1
+            self._whole = True
+            self._watch.passed(self.step, self._step.sums)
+            logs, saves = self.step % config.log_every == 0, self.step % config.save_every == 0
+            grids = self._grid_is_due()
+            if clock is None:
+                clock = self._now()
+            else:
+                self._pending_timed += 1
+            if logs or saves or grids:
+                self._account(clock)
+            if logs:
+                self._log(len(stream.loader.unreadable))
+            if grids:
+                self._draw_grid(stop)
+            # Last: a kill before it does the step again, with its line and its grid.
+            if saves:
+                self.save()
+                self._saved = self.step
+            if logs or saves or grids:
+                clock = time.perf_counter()
+            self.status = Status(step=self.step, loss=self.status.loss, images_per_second=self.status.images_per_second)
+            if report is not None:
+                report(self.status)
+        if clock is not None:
+            self._account(clock)
+
+    def _catch_up(self, stream: InputStream, stop: Callable[[], bool]) -> None:
+        """Do what the process before could not after its last step: a line that couldn't be written, a grid."""
+        if self._pending and self.step % self.config.log_every == 0:
+            self._log(len(stream.loader.unreadable))
+        if self.step and self._grid_is_due() and not self._grid_path().exists():
+            self._draw_grid(stop)
+
+    def _keep(self) -> str | None:
+        """Save what has been trained when an error ends the run; where it is, for people, or None if there is nothing.
+
+        A state in the middle of a step is none: the steps since the last checkpoint are done again.
+        """
+        if not self._whole or self.step == self._saved:
+            return None
+        try:
+            self.save()
+        except NotFiniteLossError:
+            return None
+        except Exception:
+            try:
+                folder = Path(tempfile.mkdtemp(prefix="dig-kept-"))
+                self.save(folder)
+            except Exception as error:
+                logger.warning("and what was trained since the last checkpoint can't be kept: %s", describe(error))
+                return None
+            return (
+                f"what was trained, {self.step} steps, is kept in {folder}: move its files into {self.folder / FOLDER} "
+                "and go on with the same command"
+            )
+        return f"what was trained, {self.step} steps, is saved: go on with the same command"
 
     def _now(self) -> float:
         """The time when the device has done what it was given, in seconds."""
@@ -308,22 +363,12 @@ class Trainer:
         self.seconds += passed
         self._pending_seconds += passed
 
-    def _check_finite(self) -> None:
-        names = (*self._step.loss.terms, "grad_norm")
-        finite = map(math.isfinite, self._step.sums.tolist())
-        if wrong := [name for name, fine in zip(names, finite, strict=True) if not fine]:
-            raise TrainingError(
-                f"{', '.join(wrong)}: not finite in steps {self.step - self._pending + 1} to {self.step}; the "
-                "checkpoints hold an earlier state. Try a lower learning rate, warm-up or clipping, in another folder"
-            )
-
     def _log(self, unreadable: int) -> None:
         """Write the line of the steps since the last one."""
         sums, steps = self._step.sums, self._pending
-        self._check_finite()
+        self._watch.drain()
         means = [value / steps for value in sums.tolist()]
         names = (*self._step.loss.terms, "grad_norm")
-        sums.zero_()
         rate = self._pending_timed * self.config.batch / self._pending_seconds if self._pending_timed else None
         share = TRAINING_FLOPS_PER_MAC * self._macs * rate / self._ceiling if rate and self._ceiling else None
         memory = torch.cuda.max_memory_allocated() / GIB if self.config.device == "cuda" else None
@@ -340,29 +385,26 @@ class Trainer:
                 "unreadable_images": unreadable,
             },
         )
+        # Only now: a line that the disk has no room for is written by the process that goes on.
+        sums.zero_()
         self._pending, self._pending_timed, self._pending_seconds = 0, 0, 0.0
         self.status = Status(step=self.step, loss=means[0], images_per_second=math.nan if rate is None else rate)
 
-    def _draw_grid(self) -> None:
-        """Sample a grid with the averaged weights: a column for each of the first ten classes."""
+    def _grid_is_due(self) -> bool:
+        """Whether there is a grid after this step: there is none of latents that nothing decodes."""
         config = self.config
-        if config.data.latent_scale is not None and self._decode is None:
-            return
-        columns = min(GRID_COLUMNS, config.model.num_classes)
-        y = torch.arange(columns * GRID_ROWS, device=config.device) % columns
-        x = sample(
-            self._step.ema,
-            y,
-            sampler="euler" if config.loss == "flow-matching" else "ddim",
-            steps=config.grid_steps,
-            cfg_scale=config.grid_cfg,
-            cfg_channels="all",
-            seed=GRID_SEED,
-            dtype=torch.bfloat16 if config.dtype == "bf16" else None,
-        )
-        images = self._decode(x) if self._decode is not None else x
-        grid = make_grid(to_pixels(images), columns)
-        folder = self.folder / GRIDS_NAME
-        folder.mkdir(exist_ok=True)
-        write_png(folder / f"step-{self.step:08d}.png", grid)
-        self.log.image(self.step, grid)
+        drawable = config.data.latent_scale is None or self._decode is not None
+        return config.grid_every > 0 and self.step % config.grid_every == 0 and drawable
+
+    def _grid_path(self) -> Path:
+        return self.folder / GRIDS_NAME / f"step-{self.step:08d}.png"
+
+    def _draw_grid(self, stop: Callable[[], bool]) -> None:
+        """Sample a grid with the averaged weights: a column for each of the first ten classes.
+
+        If the run is to stop meanwhile, the grid is left to the process that goes on with it.
+        """
+        decoded = draw_grid(self.config, self._step.ema, decode=self._decode, stop=stop)
+        if decoded is not None:
+            write_png(self._grid_path(), decoded)
+            self.log.image(self.step, decoded)

@@ -366,7 +366,7 @@ def test_nonsense_is_refused() -> None:
         ({"sampler": "ddim", "eta": 1.5}, "eta must be 0 to 1"),
         ({"sampler": "ddpm", "steps": 0}, "steps must be 1 to 1000"),
         ({"sampler": "dpm-solver++", "steps": 1000}, "1 to 999 steps"),
-        ({"sampler": "euler", "steps": 0}, "at least 1"),
+        ({"sampler": "euler", "steps": 0}, "1 to 10,000 steps"),
         ({"sampler": "euler", "schedule": SCHEDULE}, "no noise schedule"),
         ({"batch": 0}, "batch must be at least 1"),
     ):

@@ -97,7 +97,8 @@ def load_vae(name: str, device: torch.device) -> Any:
     return vae.to(device).eval().requires_grad_(False)
 
 
-def _weights_sha256(vae: torch.nn.Module) -> str:
+def weights_sha256(vae: torch.nn.Module) -> str:
+    """SHA-256 of a model's names, shapes and weights, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -267,7 +268,7 @@ def encode(
         class_names=folder.class_names,
         image_size=image_size,
         vae=vae,
-        vae_sha256=_weights_sha256(model),
+        vae_sha256=weights_sha256(model),
         scale=scale,
         dtype=dtype,
         seed=seed,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -76,9 +80,45 @@ class _StepsFrom(Sampler[int]):
         return itertools.count(self.first)
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one alone answers, and may want more batches first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""They reach every process of a terminal, job or service; the main one alone answers, and may want more batches."""
+MAX_WORKERS = 128
+ORPHAN_INTERVAL = 0.5
+"""Seconds after which a worker sees that it has no parent any more."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class _StartWorker:
+    """What a worker does first: leave signals to its parent, and end with it, however that ends.
+
+    Attributes:
+        parent: The process that it works for.
+        bound: Whether the parent's thread lives as long as the parent: Linux then ends the worker at once.
+    """
+
+    parent: int
+    bound: bool
+
+    def __call__(self, _worker: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.bound and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # And anywhere, and for a parent that was gone before: a worker that waits to hand on a batch would wait for
+        # ever, because its siblings hold the other end of its pipe.
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while os.getppid() == self.parent:
+            time.sleep(ORPHAN_INTERVAL)
+        os._exit(1)
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise ValueError unless so many processes may read the data; None stands for the default."""
+    if workers is not None and not 0 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers must be 0 to {MAX_WORKERS}; got {workers}")
 
 
 def default_workers(dataset: DataSet) -> int:
@@ -120,8 +160,9 @@ class Loader:
         if first_step < 0:
             raise ValueError(f"first_step must not be negative; got {first_step}")
         workers = default_workers(dataset) if workers is None else workers
-        if workers < 0 or prefetch < 1:
-            raise ValueError(f"workers must be at least 0 and prefetch at least 1; got {workers} and {prefetch}")
+        check_workers(workers)
+        if prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1; got {prefetch}")
         self.step = first_step
         self.unreadable: dict[str, str] = {}
         loader: DataLoader[Any] = DataLoader(
@@ -131,16 +172,21 @@ class Loader:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_StartWorker(os.getpid(), threading.current_thread() is threading.main_thread()),
             # DataLoader draws a seed for its workers; without this, from the global generator, which a resumed run
             # would then find in another state.
             generator=torch.Generator(),
         )
-        # Workers inherit the mask: one that a Ctrl-C reaches before it ignores them would end the run. Here it waits.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Workers inherit the mask: one that a signal reaches before it ignores them would end the run. Here it waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.getsignal(signal.SIGCHLD)
         try:
             self._batches: Iterator[Batch | DataError] | None = iter(loader)
         finally:
+            # PyTorch's handler raises wherever the main thread is when a worker dies, in the middle of a step, say. The
+            # iterator sees it too, and raises where a batch is asked for.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __iter__(self) -> Loader:
@@ -149,7 +195,14 @@ class Loader:
     def __next__(self) -> Batch:
         if self._batches is None:
             raise ValueError("this loader is closed")
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a process that reads data was killed, for want of memory perhaps; try fewer --workers"
+            ) from None
         if isinstance(batch, DataError):
             self.close()
             raise batch
@@ -167,6 +220,11 @@ class Loader:
         shut_down = getattr(batches, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+        # It ends with SIGTERM those that don't end by themselves, which they ignore.
+        for worker in getattr(batches, "_workers", ()):
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
 
     def __enter__(self) -> Loader:
         return self

@@ -1,0 +1,113 @@
+"""What a model needs at least, in training and in sampling: computed before anything of that size is made.
+
+Shapes: B samples at once, T tokens, D width, C channels, H rows, W columns of the model's input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from dig.memory import check_memory
+from dig.registry import ModelSpec, Registry
+from dig.training.config import TrainConfig
+from dig.training.inputs import AHEAD
+
+FP32 = 4
+MAX_CLASSES = 2**31
+_PATCH = re.compile(r".*/([1-9]\d{0,5})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """How large a model is.
+
+    Attributes:
+        parameters: Numbers in its weights that are trained.
+        constants: Numbers beside them: the embedding of positions.
+        depth: Blocks.
+        width: D; 0 where it can't be told from the weights' shapes.
+        tokens: T.
+        values: C H W.
+    """
+
+    parameters: int
+    constants: int
+    depth: int
+    width: int
+    tokens: int
+    values: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, registry: Registry) -> Footprint:
+        """Of a model that isn't built: only its smallest sibling is, of one patch, without memory.
+
+        Raises:
+            ValueError: No such model.
+        """
+        found = _PATCH.fullmatch(spec.name)
+        patch = int(found.group(1)) if found else 1
+        if spec.num_classes >= MAX_CLASSES or max(spec.input_size) >= MAX_CLASSES or spec.in_channels >= MAX_CLASSES:
+            raise ValueError(f"{spec.describe()} is beyond any machine: sizes and classes must be below 2^31")
+        # An implementation changes no weight, and might not be there to build from.
+        implementation = registry.implementation(spec.name)
+        options = {name: value for name, value in spec.options.items() if name != implementation}
+        with torch.device("meta"):
+            model = registry.build(dataclasses.replace(spec, input_size=(patch, patch), options=options))
+        patches = next((p.shape for p in model.parameters() if p.ndim == 4), torch.Size())
+        depth = sum(len(child) for child in model.children() if isinstance(child, torch.nn.ModuleList))
+        width = patches[0] if patches else 0
+        tokens = math.prod(side // patch for side in spec.input_size)
+        return cls(
+            parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            constants=tokens * width,
+            depth=depth,
+            width=width,
+            tokens=tokens,
+            values=math.prod(spec.sample_shape),
+        )
+
+
+def check_training(config: TrainConfig, registry: Registry) -> None:
+    """Raise `dig.memory.TooLargeError` where a run needs more memory than there is.
+
+    Activations are counted as one input of each block, which is what `checkpoint_blocks` keeps.
+    """
+    model = Footprint.of(config.model, registry)
+    at_once = config.batch // config.accumulate
+    number = 2 if config.dtype == "bf16" else FP32
+    needs = {
+        "weights": FP32 * (model.parameters + model.constants),
+        "gradients": FP32 * model.parameters,
+        "optimizer": 2 * FP32 * model.parameters,
+        "average": FP32 * (model.parameters + model.constants),
+        "activations": number * at_once * model.depth * model.tokens * model.width,
+        "a batch and its noise": 2 * FP32 * config.batch * model.values,
+    }
+    advice = "try a smaller model, image size or --batch, or a larger --accumulate"
+    check_memory(needs, device=config.device, advice=advice)
+    if config.device != "cpu":
+        ahead = {"batches and their noise": (AHEAD + 1) * 2 * FP32 * config.batch * model.values}
+        check_memory(ahead, device="cpu", advice="try a smaller image size or --batch")
+
+
+def check_sampling(model: Footprint, *, device: str, at_once: int, noises: int = 0) -> None:
+    """Raise `dig.memory.TooLargeError` where sampling needs more memory than there is.
+
+    Args:
+        model: Its size.
+        device: Where it runs.
+        at_once: B, with guidance twice the samples.
+        noises: Steps whose noise is held.
+    """
+    needs = {
+        "weights": FP32 * (model.parameters + model.constants),
+        # A block's input and output, in bf16 at least.
+        "activations": 2 * 2 * at_once * model.tokens * model.width,
+        "samples and their noise": FP32 * at_once * model.values * (2 + noises),
+    }
+    check_memory(needs, device=device, advice="try a smaller --model-batch or --image-size")
