@@ -5,7 +5,6 @@ Shapes: D width, C input channels, P patch side, T tokens.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from dig.layers import Backbone
 from dig.registry import ModelSpec, Registry
 from dig.sampling.published import file_kind, read_published
 from dig.training.average import share_of_first_weights
-from dig.training.config import TrainConfig
+from dig.training.config import INTEGERS, TrainConfig
 from dig.training.data.files import sha256_of
 from dig.training.data.latents import LATENT_SCALE
 from dig.training.resuming import check_same_run, recorded_config
@@ -200,8 +199,9 @@ def _own(path: Path, registry: Registry, device: str, implementation: str | None
     about = checkpoint.about
     try:
         config = TrainConfig.from_json(about["config"])
-        step, seconds = about.get("step"), about.get("seconds")
-        if not isinstance(step, int) or not isinstance(seconds, int | float) or not 0 <= min(step, seconds) < math.inf:
+        step, seconds = about["step"], about["seconds"]
+        numbers = isinstance(step, int) and isinstance(seconds, int | float)
+        if not numbers or not all(0 <= number < INTEGERS for number in (step, seconds)):
             raise ValueError(f"step {str(step)[:60]}, seconds {str(seconds)[:60]}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no run that this version knows: {error}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dig.memory import check_disk
 from dig.messages import describe
-from dig.training.config import TrainConfig
+from dig.training.config import INTEGERS, TrainConfig
 from dig.training.saving import FOLDER, Checkpoint, CheckpointError, checkpoint_files, step_of
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def check_same_run(config: TrainConfig, checkpoint: Path, about: Mapping[str, An
         for name in (*_COUNTS, *_DURATIONS):
             number = about[name]
             known = isinstance(number, int if name in _COUNTS else int | float) and not isinstance(number, bool)
-            if not known or not 0 <= number < math.inf:
+            if not known or not 0 <= number < INTEGERS:
                 raise ValueError(f"{name} is {str(number)[:60]}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} describes no run that this version knows: {describe(error)}") from None
