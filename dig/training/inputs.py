@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -26,6 +26,8 @@ AHEAD = 2
 """Steps whose inputs are made while the device is at an earlier one."""
 STOP_INTERVAL = 0.5
 """Seconds that data may be waited for before the run looks whether it is to stop."""
+CLOSE_SECONDS = 5
+"""Seconds that the data of a step may still take when nobody wants them any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,5 +140,9 @@ class InputStream:
 
     def close(self) -> None:
         """End the thread and the loader's processes."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        pending = [future for future in self._waiting if not future.cancel()]
+        if wait(pending, timeout=CLOSE_SECONDS).not_done:
+            # On a disk that hangs, what a worker waits for may never come; without it the thread gets an error.
+            self.loader.kill()
+        self._thread.shutdown(wait=not wait(pending, timeout=2 * CLOSE_SECONDS).not_done)
         self.loader.close()

@@ -213,6 +213,11 @@ class Loader:
         self.step = batch.step + 1
         return batch
 
+    def kill(self) -> None:
+        """End the workers at once; who waits for a batch of theirs gets a `DataError`."""
+        for worker in getattr(self._batches, "_workers", ()):
+            worker.kill()
+
     def close(self) -> None:
         """End the workers and wait for them; closing twice does no harm."""
         batches, self._batches = self._batches, None
