@@ -55,7 +55,9 @@ def read_published(path: Path) -> dict[str, Tensor]:
         if file_kind(path) == "safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Opened here: by a path, torch too goes by the suffix.
+            with path.open("rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())
         found = re.search(r"Unsupported (?:global|class|operand)[^.]*|GLOBAL \S+", reason)

@@ -200,14 +200,13 @@ def test_a_signal_while_the_disk_hangs(start: Callable[..., Run]) -> None:
     assert run.no_process_is_left()
 
 
-def test_a_kill_leaves_no_process(start: Callable[..., Run]) -> None:
-    """While workers are being started, and while they wait to hand on what they have read."""
-    for moment in (lambda: len(run.members()) >= 4, lambda: run.steps() >= 3):
-        run = start("--workers", "8")
-        run.wait_for(moment)
-        run.process.send_signal(signal.SIGKILL)
-        run.end()
-        assert run.no_process_is_left()
+@pytest.mark.parametrize("moment", ["workers are being started", "batches wait to be handed on"])
+def test_a_kill_leaves_no_process(moment: str, start: Callable[..., Run]) -> None:
+    run = start("--workers", "8")
+    run.wait_for(lambda: len(run.members()) >= 4 if moment.startswith("workers") else run.steps() >= 3)
+    run.process.send_signal(signal.SIGKILL)
+    run.end()
+    assert run.no_process_is_left()
 
 
 def test_a_worker_that_is_killed_costs_no_step(start: Callable[..., Run]) -> None:
