@@ -44,7 +44,7 @@ from dig.training.saving import (
 from dig.training.step import TrainingStep, use_deterministic_algorithms
 from dig.training.watch import NotFiniteLossError, StepWatch, TrainingError
 
-__all__ = ["NotFiniteLossError", "Status", "Trainer", "TrainingError"]
+__all__ = ["CONFIG_NAME", "NotFiniteLossError", "Status", "Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 

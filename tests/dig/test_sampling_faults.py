@@ -56,7 +56,7 @@ def test_settings_that_are_no_number_are_refused_at_once(value: str, run: Path, 
 
 
 def test_samples_that_are_not_finite_are_not_drawn(run: Path, tmp_path: Path) -> None:
-    """A finite setting whose samples overflow: the message has the step and the samples, and nothing blocks the next."""
+    """A finite setting whose samples overflow: the message has step and samples, and nothing blocks the next run."""
     words = ["--samples", "3", "--first", "2"]
     result = draw(run, "--npz", str(tmp_path / "o.npz"), "--grid", str(tmp_path / "g.png"), "--cfg", "1e39", *words)
     assert result.exit_code == 2

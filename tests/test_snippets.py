@@ -1,0 +1,135 @@
+"""Every snippet of README, CONTRIBUTING and docs: Python runs as it stands, commands are parsed by what they start."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import typer.main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN_TESTS = {"extending.md"}
+"""Pages whose snippets have a test of their own."""
+GPU = "<!-- needs a GPU -->"
+"""On the line before a Python snippet that only a GPU can run."""
+USAGE_ERROR = typer.BadParameter.__base__ or Exception
+_BLOCK = re.compile(r"^(?P<before>[^\n]*)\n```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: set[str]) -> list[Any]:
+    found = []
+    for page in PAGES:
+        if page.name in OWN_TESTS:
+            continue
+        text = page.read_text(encoding="utf-8")
+        for match in _BLOCK.finditer(text):
+            if match["language"] in language:
+                line = text[: match.start("body")].count("\n") + 1
+                needs_gpu = match["before"].strip() == GPU
+                marks = [pytest.mark.gpu] if needs_gpu else []
+                found.append(pytest.param(match["body"], id=f"{page.name}:{line}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("source", blocks({"python"}))
+def test_python(source: str) -> None:
+    exec(compile(source, "<snippet>", "exec"), {})
+
+
+def commands(body: str) -> list[list[str]]:
+    """The commands of a block as words, without comments, continued lines joined."""
+    lines = re.sub(r"\\\n\s*", " ", body).splitlines()
+    found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [part for words in found for part in _parts(words)]
+
+
+def _parts(words: list[str]) -> list[list[str]]:
+    """Cut at ``&&``; an ellipsis stands for options of the reader's."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == "&&":
+            parts.append([])
+        elif word != "...":
+            parts[-1].append(word)
+    return parts
+
+
+def parse(command: Any, words: list[str], parent: Any = None) -> None:
+    """Parse as a command line does, without running anything; raises usage errors of click, typer's own or not."""
+    if not hasattr(command, "commands"):
+        with command.make_context(command.name, list(words), parent=parent):
+            return
+    if words == ["--help"]:
+        return
+    with command.make_context(command.name, list(words), parent=parent) as context:
+        _, chosen, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+    assert chosen is not None
+    parse(chosen, rest, context)
+
+
+def module_command(name: str) -> Any:
+    """The typer app behind ``python -m name``."""
+    module = importlib.import_module("dig.cli" if name == "dig" else name)
+    if not hasattr(module, "app"):
+        module = importlib.import_module(f"{name}.{'cli' if name == 'bench' else '__main__'}")
+    return typer.main.get_command(module.app)
+
+
+@pytest.mark.parametrize("body", blocks({"", "bash", "sh", "shell"}))
+def test_shell(body: str) -> None:
+    found = commands(body)
+    assert found
+    for words in found:
+        match words:
+            case ["python", "-m", module, *rest]:
+                parse(module_command(module), rest)
+            case ["nox", *rest]:
+                check_nox(rest)
+            case ["pip", "install", *rest]:
+                check_extras(rest)
+            case ["bash", script, *_]:
+                assert (ROOT / script).is_file(), script
+            case _:
+                pytest.fail(f"nobody knows what {shlex.join(words)} starts: teach this test")
+
+
+def check_nox(words: list[str]) -> None:
+    """Sessions must be there."""
+    source = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    sessions = set(re.findall(r"^@nox\.session.*?\ndef (\w+)\(", source, re.MULTILINE))
+    own = words[: words.index("--")] if "--" in words else words
+    if "-s" in own:
+        asked = [word for word in own[own.index("-s") + 1 :] if not word.startswith("-")]
+        assert asked
+        assert set(asked) <= sessions, asked
+    else:
+        assert own == ["-l"]
+
+
+def check_extras(words: list[str]) -> None:
+    """Extras must be there."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    for word in words:
+        named = re.fullmatch(rf"(?:\.|{project['name']})\[([\w,]+)\]", word)
+        if named:
+            assert set(named[1].split(",")) <= project["optional-dependencies"].keys(), word
+
+
+def test_what_is_wrong_is_seen() -> None:
+    """The parser is that of the commands: options that aren't there don't pass."""
+    for words in (["train", "--dat", "x"], ["trian"], ["sample", "--steps", "many", "--checkpoint", "run"], ["train"]):
+        with pytest.raises(USAGE_ERROR):
+            parse(module_command("dig"), words)
+    with pytest.raises(AssertionError):
+        check_nox(["-s", "testz"])
+    with pytest.raises(AssertionError):
+        check_extras(["dig-diffusion[gpus]"])
+    assert commands("a \\\n  b   # c\n\nd && e ...\n") == [["a", "b"], ["d"], ["e"]]
