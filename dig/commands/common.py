@@ -38,6 +38,8 @@ WorkersOption = Annotated[
 ]
 
 
+MAX_SIDE = 2**16
+"""Pixels along a side of an image; beyond are typing errors."""
 _SMALLER = "try a smaller --batch or --image-size, or in training a larger --accumulate"
 
 
@@ -135,6 +137,8 @@ def progress_bar(console: Console, *columns: str) -> Progress:
 
 def open_data(path: Path, *, image_size: int | None, channels: int | None, mirror: bool | None = None) -> DataSet:
     """Open a data set with the options that were given."""
+    if image_size is not None and not 1 <= image_size <= MAX_SIDE:
+        raise ValueError(f"image-size must be 1 to {MAX_SIDE:,} pixels; got {image_size}")
     from dig.training.data import open_dataset
 
     return open_dataset(path, image_size=image_size, channels=channels, mirror=mirror)
