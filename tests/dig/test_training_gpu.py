@@ -17,7 +17,7 @@ from dig.sampling.runner import BatchSampler, SamplePlan
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
 from dig.training.saving import checkpoint_files, read_checkpoint
-from dig.training.trainer import Trainer
+from dig.training.trainer import NotFiniteLossError, Trainer
 from tests.dig.tiny import make_fashion
 from tests.helpers import randomize, relative_error
 
@@ -82,6 +82,25 @@ def test_recomputed_blocks_are_the_same_bits(data: IdxImages, tmp_path: Path) ->
     """Of DiG on its own kernels, in a graph, whose side stream the recomputation must not disturb."""
     plain = train(tmp_path / "plain", data, "DiG-S/4", 5, execution="graph")
     assert train(tmp_path / "again", data, "DiG-S/4", 5, execution="graph", checkpoint_blocks=True) == plain
+
+
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_a_loss_that_is_not_finite_is_found_at_its_step(execution: str, data: IdxImages, tmp_path: Path) -> None:
+    """Though the host runs ahead of the device, and the next line of the log is far away."""
+    fields: dict[str, Any] = {"execution": execution, "learning_rate": 1e30, "save_every": 100}
+    with pytest.raises(NotFiniteLossError, match="not finite at step 2"):
+        train(tmp_path, data, "DiG-S/4", 100, **fields)
+    assert not checkpoint_files(tmp_path / "checkpoints")
+
+
+def test_averages_in_a_graph_are_those_of_eager_steps(data: IdxImages, tmp_path: Path) -> None:
+    """The decay rises with the optimizer's count of steps, which a graph reads where it lies."""
+    for execution in ("eager", "graph"):
+        train(tmp_path / execution, data, "DiG-S/4", 6, execution=execution, learning_rate=1e-3)
+    ours, theirs = tensors(tmp_path / "graph"), tensors(tmp_path / "eager")
+    for name in ours:
+        if name.startswith("ema.") and ours[name].numel() > 1:
+            assert relative_error(ours[name], theirs[name]) < 2e-2, name
 
 
 @pytest.mark.parametrize("model", MODELS)
