@@ -19,7 +19,7 @@ from dig.diffusion.solvers import SamplerName, Solver, build_solver
 from dig.layers import Backbone, CfgChannels
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(FloatingPointError, ValueError):
     """What a model sampled holds NaN or infinity; the message says from which step on, and in which samples."""
 
 
