@@ -57,6 +57,7 @@ class Family:
 def _build_dig(size: str, shape: dict[str, Any], options: dict[str, str]) -> Backbone:
     from dig.model import SIZES, DiG, DiGConfig, heads_of
 
+    options = {"backend" if name == "recurrence" else name: value for name, value in options.items()}
     depth, width, _ = SIZES[size]
     heads = heads_of(size, "release" if options.get("variant") == "release" else "paper")
     return DiG(DiGConfig(depth=depth, width=width, heads=heads, **shape, **options))  # type: ignore[arg-type]

@@ -70,8 +70,8 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     A block is a member of a `ModuleList` whose name ends in ``blocks``, or a module whose name ends in ``block``.
 
     Args:
-        model: Parameters keep their names. Its blocks' ``forward`` is replaced; of DiG on this project's kernels,
-            which doesn't call them, they are marked for `dig.raster`.
+        model: Parameters keep their names. Its blocks' ``forward`` is replaced, but for DiG, which does it itself
+            (`dig.model.DiG.recompute_blocks`).
         preserve_rng_state: Whether blocks draw random numbers, which must be the same the second time.
 
     Returns:
@@ -80,10 +80,8 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     Raises:
         ValueError: The model has none.
     """
-    if isinstance(model, DiG) and model.config.recurrence == "triton":
-        from dig.raster import recompute_blocks  # here, because it takes triton
-
-        recompute_blocks(model.blocks)
+    if isinstance(model, DiG):
+        model.recompute_blocks(preserve_rng_state=preserve_rng_state)
         return len(model.blocks)
     blocks: list[nn.Module] = []
     for name, child in model.named_children():
