@@ -95,8 +95,8 @@ def embed_condition(
 ) -> tuple[Tensor, Tensor]:
     """The condition before and after its SiLU, (B, D) both; ``unseen`` is what `untouched_embedders` says."""
     few = t.dim() == 1 and y.shape == t.shape and len(t) <= MOST_IMAGES
-    drops = labels.training and labels.dropout > 0
-    if unseen and few and not (drops or y.is_floating_point() or torch.is_grad_enabled() or times.frequencies % 2):
+    plain = not (y.is_floating_point() or torch.is_grad_enabled())
+    if unseen and few and plain and times.frequencies % 2 == 0 and not (labels.training and labels.dropout > 0):
         first, second = cast(nn.Linear, times.mlp[0]), cast(nn.Linear, times.mlp[2])
         table = labels.embedding_table.weight
         both: tuple[Tensor, Tensor] = condition(t, y, first.weight, first.bias, second.weight, second.bias, table)

@@ -186,10 +186,10 @@ _PRODUCTS, _WEIGHTS, _KEPT = (len(fields(record)) for record in (Products, Block
 
 def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Tensor | None, BlockWeights]:
     """Gradients of x, of c and of the parameters; ``needed`` says by name which of these are asked for."""
-    x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept.of(
-        ctx.saved_tensors[:_KEPT]
-    ).values()
-    w = BlockWeights.of(ctx.saved_tensors[_KEPT:])
+    saved = ctx.saved_tensors
+    w = BlockWeights.of(saved[_KEPT:])
+    x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept.of(saved[:_KEPT]).values()
+    del saved
     if not torch.compiler.is_compiling():
         # Unless the graph is kept, each tensor can go when the last kernel that reads it has been launched.
         ctx.maybe_clear_saved_tensors()

@@ -1,7 +1,7 @@
 """A block's weights by name, and what its passes on this project's kernels take of them.
 
-Weights are cast to the dtype of the products, and with one image multiplied by the gates, by one launch a block. None of
-that needs the tokens, so it can be there before the block is: `Ahead`.
+Weights are cast to the dtype of the products, and with one image multiplied by the gates, by one launch a block. None
+of that needs the tokens, so it can be there before the block is: `Ahead`.
 
 Shapes: B batch, T tokens, D width, R rank of the decay gate, F inner width of SwiGLU.
 """

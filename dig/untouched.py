@@ -1,9 +1,9 @@
 """Which modules a fused pass may compute in their place, and which have to be called.
 
 A fused pass reads the weights of several modules and computes at once what they would one by one. That is right only as
-long as each is what the model was built with. Whatever else somebody made of it would be skipped without a word: a hook,
-an adapter, a parametrization, a pruning mask, a quantized weight, another ``forward``. So a fused pass asks here for
-every module that it doesn't call, and where one isn't untouched, that one is called.
+long as each is what the model was built with. Whatever else somebody made of it would be skipped without a word: a
+hook, an adapter, a parametrization, a pruning mask, a quantized weight, another ``forward``. So a fused pass asks here
+for every module that it doesn't call, and where one isn't untouched, that one is called.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ CASES = {
     "bidirectional": replace(BASE, scan="bidirectional", depth=2),
     "causal, no convolution": replace(BASE, scan="causal", convolution="none", depth=1),
     "heads of 36": replace(BASE, width=144, heads=2, depth=1),
+    "skips as released": replace(BASE, skip="linear"),
+    "skips to the same place": replace(BASE, skip="identity-init", skip_order="aligned", variant="release"),
 }
 
 

@@ -57,7 +57,7 @@ def finish_condition_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out = weight hidden + bias + table[y]`` (B, D) and its SiLU; NaN for a label that the table (labels, D) lacks."""
+    """``out = weight hidden + bias + table[y]`` (B, D) and its SiLU; NaN for a label that the table lacks."""
     image = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = weight + rows[:, None] * D
