@@ -196,8 +196,8 @@ class DiG(Backbone):
             with beside(activated):
                 # Before the blocks, so that what the condition's gradient is added up of comes in one order.
                 last = raster.final_modulation(final, activated) if finishes else None
-            x = raster.embed(self.x_embedder, x, cast(Tensor, self.pos_embed), embeds)
-            x = self._run_blocks(x, c, lookahead)
+            # In one expression: under a name, the first block's tokens would be held to the end of the pass.
+            x = self._run_blocks(raster.embed(self.x_embedder, x, cast(Tensor, self.pos_embed), embeds), c, lookahead)
         if last is None:
             output: Tensor = final(x, c)
             return output
