@@ -31,7 +31,7 @@ from dig.scan import RASTER, Scan, ScanOrder, reorder, scan_orders
 
 Variant = Literal["paper", "release"]
 Convolution = Literal["none", "default-init", "identity-init"]
-Recurrence = Literal["reference", "fla", "triton"]
+Backend = Literal["reference", "fla", "triton"]
 
 EPS = 1e-6
 GLA_GAIN = 2**-2.5
@@ -57,7 +57,7 @@ class DiGConfig:
         variant: ``paper`` (RMSNorm with weight before each half of a block) or ``release`` (LayerNorm without).
         scan: Orders of the blocks; every one but ``crisscross`` is an ablation of Tab. 2.
         convolution: SREM's 3×3 convolution: none, PyTorch's default initialisation, or the identity (Tab. 2).
-        recurrence: Which implementation runs the linear attention. ``fla`` also takes fla's fused norm·gate and
+        backend: Which implementation runs the linear attention. ``fla`` also takes fla's fused norm·gate and
             SwiGLU, which is what the published model runs on. ``triton`` is this project's kernels, for everything
             between the matrix products (`dig.raster`).
         label_dropout: Share of the labels replaced by the null label in training.
@@ -73,7 +73,7 @@ class DiGConfig:
     variant: Variant = "paper"
     scan: Scan = "crisscross"
     convolution: Convolution = "identity-init"
-    recurrence: Recurrence = "reference"
+    backend: Backend = "reference"
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class DiGConfig:
             ("variant", Variant),
             ("scan", Scan),
             ("convolution", Convolution),
-            ("recurrence", Recurrence),
+            ("backend", Backend),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
@@ -129,7 +129,7 @@ class GatedLinearAttention(nn.Module):
         super().__init__()
         D = config.width
         self.heads = config.heads
-        self.recurrence = config.recurrence
+        self.backend = config.backend
         self.splits = projection_splits(D)
         self.in_proj = nn.Linear(D, sum(self.splits), bias=False)
         self.decay_proj = nn.Linear(GATE_RANK, D // 2)
@@ -151,14 +151,14 @@ class GatedLinearAttention(nn.Module):
         log_decay = F.logsigmoid(logits if logits.dtype == torch.float64 else logits.float()) / GATE_NORMALIZER
         log_decay = log_decay.unflatten(-1, (self.heads, -1))
         q = q * q.shape[-1] ** -0.5
-        y = gated_linear_attention(q, k, v, log_decay, implementation=self.recurrence)
+        y = gated_linear_attention(q, k, v, log_decay, implementation=self.backend)
         output: Tensor = self.o_proj(self._norm_gate(y, gate).flatten(2))
         return output
 
     def _norm_gate(self, y: Tensor, gate: Tensor) -> Tensor:
         """RMSNorm over each head, times swish of the gate (Eq. 9, 10)."""
-        if self.recurrence == "fla":
-            fla = require("fla.modules.norm.fused_norm_gate", "recurrence='fla'")
+        if self.backend == "fla":
+            fla = require("fla.modules.norm.fused_norm_gate", "backend='fla'")
             fused: Tensor = fla.rms_norm_gated(y, gate, self.norm_weight, None, "swish", eps=EPS)
             return fused
         wide = y if y.dtype == torch.float64 else y.float()
@@ -172,13 +172,13 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
         self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
-        self.fused = config.recurrence == "fla"
+        self.fused = config.backend == "fla"
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         gate, up = self.gate_proj(x).chunk(2, dim=-1)
         if self.fused:
-            hidden = require("fla.modules.activations", "recurrence='fla'").swiglu(gate, up)
+            hidden = require("fla.modules.activations", "backend='fla'").swiglu(gate, up)
         else:
             hidden = F.silu(gate) * up
         output: Tensor = self.down_proj(hidden)
@@ -246,10 +246,10 @@ class DiG(Backbone):
             patch_size=config.patch_size,
             num_classes=config.num_classes,
         )
-        if config.recurrence == "fla":
-            require("fla.ops.gla", "recurrence='fla'")
-        if config.recurrence == "triton":
-            require("triton", "recurrence='triton'")
+        if config.backend == "fla":
+            require("fla.ops.gla", "backend='fla'")
+        if config.backend == "triton":
+            require("triton", "backend='triton'")
         self.config = config
         D = config.width
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
@@ -259,11 +259,11 @@ class DiG(Backbone):
         self.blocks = nn.ModuleList(DiGBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(D, config.patch_size, 2 * config.in_channels)
         self.orders = scan_orders(config.depth, config.scan)
-        in_raster_order = "triton" if config.recurrence == "triton" else "reference"
+        in_raster_order = "triton" if config.backend == "triton" else "reference"
         self.implementations = {
-            "recurrence": config.recurrence,
-            "norm_gate": config.recurrence,
-            "swiglu": config.recurrence,
+            "recurrence": config.backend,
+            "norm_gate": config.backend,
+            "swiglu": config.backend,
             "srem": in_raster_order,
             "adaln": in_raster_order,
         }
@@ -280,7 +280,7 @@ class DiG(Backbone):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict noise and covariance: see `Backbone.forward`."""
         self.check_input(x)
-        if self.config.recurrence == "triton":
+        if self.config.backend == "triton":
             from dig.raster import run_model
 
             return unpatchify(run_model(self, x, t, y), self.grid, self.patch_size)

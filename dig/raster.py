@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
 from dig.ops.aside import aside, mark, runs_beside, side_work, wait
 from dig.ops.condition import MOST_IMAGES, condition
@@ -108,7 +109,7 @@ def run_model(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """DiG's forward pass but for `dig.layers.unpatchify`, on tokens that stay in raster order.
 
     Args:
-        model: With the recurrence ``triton``.
+        model: With the backend ``triton``.
         x: As of `dig.layers.Backbone.forward`, as are t and y.
         t: Timesteps.
         y: Labels.

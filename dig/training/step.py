@@ -80,7 +80,7 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     Raises:
         ValueError: The model has none.
     """
-    if isinstance(model, DiG) and model.config.recurrence == "triton":
+    if isinstance(model, DiG) and model.config.backend == "triton":
         from dig.raster import recompute_blocks  # here, because it takes triton
 
         recompute_blocks(model.blocks)

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from bench import cli, regression_command
 from bench.checkouts import CheckoutError, check_out_base, copy_tree, slow_down
 from bench.compare import Thresholds, exit_status
-from bench.environment import ROOT
 from bench.jobs import Budget
 from bench.ledgers import Memory
 from bench.regression import Plan, compare_checkouts, cpu_suite, gpu_suite, rounds
 from bench.results import Case, Row, read_results
 from bench.side import Side, SideError, without_checkouts
+from dig.environment import ROOT
 
 CASE = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.0, max_samples=3)

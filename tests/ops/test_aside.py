@@ -18,7 +18,7 @@ from dig.ops.chain import chained, supported
 from dig.ops.swiglu import products
 from tests.helpers import example, randomize
 
-CONFIG = DiGConfig(input_size=(32, 64), depth=3, width=128, heads=2, num_classes=3, recurrence="triton")
+CONFIG = DiGConfig(input_size=(32, 64), depth=3, width=128, heads=2, num_classes=3, backend="triton")
 SLOW = 2_000_000
 """Clock cycles, about a millisecond: longer than the work that it holds up."""
 

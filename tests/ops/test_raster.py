@@ -35,7 +35,7 @@ CASES = {
 def twins(config: DiGConfig) -> tuple[DiG, DiG]:
     """The same weights on the reference and on the kernels."""
     reference = randomize(DiG(config)).eval()
-    kernels = DiG(replace(config, recurrence="triton")).eval()
+    kernels = DiG(replace(config, backend="triton")).eval()
     kernels.load_state_dict(reference.state_dict())
     return reference.to(DEVICE), kernels.to(DEVICE)
 
