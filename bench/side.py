@@ -52,7 +52,9 @@ class Side:
         self._time_limit = time_limit
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = {**os.environ, COMMIT_VARIABLE: checkout.name, "PYTHONHASHSEED": "0"}
-        environment["PYTHONPATH"] = without_checkouts(environment.get("PYTHONPATH", ""))
+        # Where the harness was started, a family of one's own may lie, as may any package on the path.
+        given = os.pathsep.join([environment.get("PYTHONPATH", ""), os.getcwd()])
+        environment["PYTHONPATH"] = without_checkouts(given)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.side"],
             cwd=checkout.root,
