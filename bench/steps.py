@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.models import create_model
 from bench.results import Case
 from dig.layers import Backbone
+from dig.registry import create_model
 
 SEED = 0
 WARMUP_STEPS = 2

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from dig.config import EPS
 from dig.layers import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, adaln_linear
+from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
 from dig.ops.aside import aside, mark, runs_beside, wait
 from dig.ops.condition import MOST_IMAGES, condition

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +14,6 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dig.packages import MissingPackageError
-from dig.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,11 +93,6 @@ def choose_precision(dtype: str | None, device: str) -> str:
     if chosen not in ("bf16", "fp32"):
         raise ValueError(f"dtype must be bf16 or fp32; got {chosen!r}")
     return chosen
-
-
-def registry_of(context: typer.Context) -> Registry:
-    """The registry of models that ``python -m dig`` was started with."""
-    return cast(Registry, context.obj)
 
 
 def open_console() -> Console:

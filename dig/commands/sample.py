@@ -18,7 +18,6 @@ from dig.commands.common import (
     open_decoder,
     progress_bar,
     refusing,
-    registry_of,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ NULL_WORD = "null"
 
 
 def sample_command(
-    context: typer.Context,
     checkpoint: Annotated[
         Path,
         typer.Option(
@@ -76,8 +74,11 @@ def sample_command(
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Of a published file, in pixels. Default: 256.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Of a published file. Default: 1000.")] = None,
-    implementation: Annotated[
-        str | None, typer.Option(help="Which implementation runs: triton, fla, reference, sdpa-cudnn, ...")
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", "--implementation", help="Which implementation runs: triton, fla, reference, sdpa-cudnn, ..."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU.")] = None,
     device: DeviceOption = "auto",
@@ -110,17 +111,16 @@ def sample_command(
         from dig.sampling.runner import BatchSampler, SamplePlan, default_model_batch, sample_to_npz
         from dig.sampling.weights import Published, load_weights
 
-        registry = registry_of(context)
         published = None
         if model is not None:
             published = Published(model=model, image_size=image_size or 256, num_classes=num_classes or 1000)
-        weights = load_weights(checkpoint, registry, device=where, published=published, implementation=implementation)
+        weights = load_weights(checkpoint, device=where, published=published, backend=backend)
         finish, name = _finish(weights.latent_scale, vae=vae, latents=latents, device=where)
         if latents and grid is not None:
             raise ValueError(
                 "a grid is of images, not of latents: give --vae instead of --latents, or leave out --grid"
             )
-        network = weights.build(registry, where)
+        network = weights.build(where)
         labels = parse_classes(classes, weights.class_names, network.num_classes, network.null_label)
         plan = SamplePlan(
             classes=labels,

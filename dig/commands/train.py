@@ -23,8 +23,8 @@ from dig.commands.common import (
     open_decoder,
     progress_bar,
     refusing,
-    registry_of,
 )
+from dig.registry import ModelSpec, parse_model
 
 
 @contextmanager
@@ -46,7 +46,6 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def train_command(
-    context: typer.Context,
     data: DataOption,
     out: Annotated[
         Path, typer.Option(help="Folder of the run. With checkpoints in it, the run goes on from the newest whole one.")
@@ -55,7 +54,8 @@ def train_command(
         str,
         typer.Option(
             help="Family-size/patch, with options after colons: DiG-S/2, DiG-S/2:fla, DiG-B/2:variant=release, "
-            "Flash-DiT-S/2:sdpa-cudnn. Default implementation: triton for DiG and mamba-ssm for DiS on a GPU, "
+            "Flash-DiT-S/2:sdpa-cudnn; your own by import path: my_package.my_module:MyFamily-S/2. "
+            "Default backend: triton for DiG and mamba-ssm for DiS on a GPU, "
             "else the one that runs anywhere."
         ),
     ] = "DiG-S/2",
@@ -109,10 +109,8 @@ def train_command(
         where = one_device(device)
         precision = choose_precision(dtype, where)
         dataset = open_data(data, image_size=image_size, channels=channels, mirror=mirror)
-        registry = registry_of(context)
-        name, options = registry.parse(model, where)
+        name, options, source = parse_model(model, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
-        from dig.registry import ModelSpec
         from dig.training.config import DataSpec, TrainConfig
         from dig.training.trainer import Status, Trainer
 
@@ -124,6 +122,7 @@ def train_command(
                 input_size=dataset.sample_shape[1:],
                 in_channels=dataset.sample_shape[0],
                 num_classes=dataset.num_classes,
+                source=source,
             ),
             data=data_spec,
             device=cast(Any, where),
@@ -155,7 +154,7 @@ def train_command(
         if grid_every and data_spec.latent_scale is not None and decode is None:
             console.print("no grids of samples: the data are latents, and no --vae was given to decode them")
         with _interrupts() as interrupted:
-            trainer = Trainer(config, dataset, registry, out, decode=decode, workers=workers)
+            trainer = Trainer(config, dataset, out, decode=decode, workers=workers)
             if trainer.step:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}", highlight=False)
             with progress_bar(console, "loss {task.fields[loss]:.4f}", "{task.fields[rate]:.0f} img/s") as bar:

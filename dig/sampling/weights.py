@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dig.checkpoints import from_release
 from dig.diffusion import LossName
+from dig.family import BACKEND
 from dig.layers import Backbone
-from dig.registry import ModelSpec, Registry
+from dig.registry import ModelSpec, list_variants, parse_model
 from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of
 from dig.training.data.latents import LATENT_SCALE
@@ -45,7 +46,7 @@ class Published:
     """What a published file doesn't say of itself.
 
     Attributes:
-        model: Name with options, as the registry parses it.
+        model: Name with options, as `dig.registry.parse_model` reads it.
         image_size: Side of the images in pixels.
         num_classes: Labels.
     """
@@ -62,7 +63,7 @@ class Weights:
     Attributes:
         path: The file.
         sha256: Of the file.
-        spec: The model, its implementation chosen for the device.
+        spec: The model, its backend chosen for the device.
         state: Its state dict, on the CPU; of a run's checkpoint, the averaged weights.
         class_names: Name of each label, where it is known.
         latent_scale: What latents were multiplied with; None for a model of pixels.
@@ -81,34 +82,32 @@ class Weights:
     step: int | None = None
     seconds: float | None = None
 
-    def build(self, registry: Registry, device: torch.device | str) -> Backbone:
+    def build(self, device: torch.device | str) -> Backbone:
         """The model with these weights, in eval mode.
 
         Raises:
             CheckpointError: The weights are not this model's; the message says what they are.
         """
-        model = registry.build(self.spec)
-        check_fit(self.state, model, self.spec, registry, self.path)
+        model = self.spec.build()
+        check_fit(self.state, model, self.spec, self.path)
         model.load_state_dict(self.state)
         return model.to(device).eval()
 
 
 def load_weights(
     path: Path,
-    registry: Registry,
     *,
     device: str,
     published: Published | None = None,
-    implementation: str | None = None,
+    backend: str | None = None,
 ) -> Weights:
     """Find and read weights.
 
     Args:
         path: A run's folder (its newest whole checkpoint is taken), or a file of a run or a published one.
-        registry: Knows the models.
-        device: ``cuda`` or ``cpu``; decides which implementation runs, unless that is chosen.
+        device: ``cuda`` or ``cpu``; decides which backend runs, unless that is chosen.
         published: For a published file only.
-        implementation: A value of the option that chooses the model's implementation.
+        backend: One of the family's.
 
     Raises:
         CheckpointError: There are no weights, or they can't be used.
@@ -125,13 +124,13 @@ def load_weights(
     if path.suffix == ".safetensors" and read_about(path) is not None:
         if published is not None:
             raise CheckpointError(f"{path} says itself which model it is; leave out the model's name, size and classes")
-        return _own(read_checkpoint(path, "ema."), registry, device, implementation)
+        return _own(read_checkpoint(path, "ema."), device, backend)
     if published is None:
         raise CheckpointError(f"{path} does not say which model it is; name it, as in --model DiG-XL/2")
-    return _published(path, published, registry, device, implementation)
+    return _published(path, published, device, backend)
 
 
-def _own(checkpoint: Checkpoint, registry: Registry, device: str, implementation: str | None) -> Weights:
+def _own(checkpoint: Checkpoint, device: str, backend: str | None) -> Weights:
     about = checkpoint.about
     try:
         config = TrainConfig.from_json(about["config"])
@@ -140,7 +139,7 @@ def _own(checkpoint: Checkpoint, registry: Registry, device: str, implementation
     return Weights(
         path=checkpoint.path,
         sha256=sha256_of(checkpoint.path),
-        spec=_on_device(config.model, registry, device, implementation),
+        spec=_on_device(config.model, device, backend),
         state=checkpoint.tensors,
         class_names=config.data.class_names,
         latent_scale=config.data.latent_scale,
@@ -150,20 +149,17 @@ def _own(checkpoint: Checkpoint, registry: Registry, device: str, implementation
     )
 
 
-def _on_device(spec: ModelSpec, registry: Registry, device: str, implementation: str | None) -> ModelSpec:
-    """The same weights on the implementation for this device: it need not be the one of training."""
-    option = registry.implementation(spec.name)
-    words = [f"{name}={value}" for name, value in spec.options.items() if name != option]
-    if implementation is not None:
-        words.append(f"{option}={implementation}")
-    name, options = registry.parse(":".join([spec.name, *words]), device)
+def _on_device(spec: ModelSpec, device: str, backend: str | None) -> ModelSpec:
+    """The same weights on the backend for this device: it need not be the one of training."""
+    words = [f"{name}={value}" for name, value in spec.options.items() if name != BACKEND]
+    if backend is not None:
+        words.append(f"{BACKEND}={backend}")
+    name, options, _ = parse_model(":".join([spec.name, *words]), device)
     return replace(spec, name=name, options=options)
 
 
-def _published(
-    path: Path, published: Published, registry: Registry, device: str, implementation: str | None
-) -> Weights:
-    name, options = registry.parse(published.model, device)
+def _published(path: Path, published: Published, device: str, backend: str | None) -> Weights:
+    name, options, source = parse_model(published.model, device)
     if published.image_size % VAE_FACTOR:
         raise CheckpointError(f"image size {published.image_size} is not a multiple of {VAE_FACTOR}")
     side = published.image_size // VAE_FACTOR
@@ -173,9 +169,10 @@ def _published(
         input_size=(side, side),
         in_channels=LATENT_CHANNELS,
         num_classes=published.num_classes,
+        source=source,
     )
-    if implementation is not None:
-        spec = _on_device(spec, registry, device, implementation)
+    if backend is not None:
+        spec = _on_device(spec, device, backend)
     return Weights(
         path=path,
         sha256=sha256_of(path),
@@ -267,7 +264,7 @@ class Anatomy:
         return [f"{text} {ours} (model: {theirs})" for text, ours, theirs in pairs if ours != theirs]
 
 
-def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, registry: Registry, path: Path) -> None:
+def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, path: Path) -> None:
     """Raise `CheckpointError` unless the state dict is this model's, saying in words what it is instead."""
     expected = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
@@ -283,28 +280,30 @@ def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, reg
         says += [f"{other[0]} as {tuple(shapes[other[0]])}, not {tuple(expected[other[0]].shape)}"] if other else []
     hint = ""
     if found.width is not None and found.classes is not None and found.input_channels is not None:
-        names = _models_of(shapes, found, spec, registry)
+        names = _models_of(shapes, found.patch_size, found.input_channels, found.classes)
         hint = f"; the weights are those of {' or '.join(names)}" if names else "; no known model has such weights"
         if names and found.classes != wanted.classes:
             hint += f" with {found.classes} classes"
     raise CheckpointError(f"{path} does not hold {spec.describe()}: it has {', '.join(says)}{hint}")
 
 
-def _models_of(shapes: Mapping[str, torch.Size], found: Anatomy, spec: ModelSpec, registry: Registry) -> list[str]:
+def _models_of(shapes: Mapping[str, torch.Size], patch: int | None, channels: int, classes: int) -> list[str]:
     """Names of the models that have these parameters; the positions, which image size decides on, are left out."""
-    names = []
+    names: list[str] = []
+    if patch is None:
+        return names
     ours = {name: shape for name, shape in shapes.items() if name != "pos_embed"}
-    for name, options in registry.variants():
-        if not name.endswith(f"/{found.patch_size}"):
+    for name, options in list_variants():
+        if not name.endswith(f"/{patch}"):
             continue
         with torch.device("meta"):
-            model = registry.create(
-                name,
-                input_size=(found.patch_size, found.patch_size),
-                in_channels=found.input_channels,
-                num_classes=found.classes,
-                **options,
-            )
+            model = ModelSpec(
+                name=name,
+                options=options,
+                input_size=(patch, patch),
+                in_channels=channels,
+                num_classes=classes,
+            ).build()
         theirs = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "pos_embed"}
         if ours == theirs:
             names.append(":".join([name, *(f"{option}={value}" for option, value in options.items())]))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.environment import ROOT
+from dig.environment import ROOT
 
 CHECK = """
 import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +21,15 @@ from dig.evaluation.classifier import load_classifier
 from dig.evaluation.features import read_samples
 from dig.evaluation.metrics import Gaussian, frechet_distance, precision_recall
 from dig.training.data import IdxImages
-from tests.dig.tiny import TINY, make_fashion
+from tests.dig.tiny import TINY, make_fashion, using
 
 runner = CliRunner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
 
 
 def gaussian(mean: list[float], covariance: Any) -> Gaussian:
@@ -71,7 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*words: Any) -> Any:
-    return runner.invoke(app, list(map(str, words)), obj=TINY)
+    return runner.invoke(app, list(map(str, words)))
 
 
 @pytest.fixture(scope="module")

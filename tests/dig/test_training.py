@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,18 @@ from dig.training.logs import lines_until
 from dig.training.saving import checkpoint_files, checkpoint_path
 from dig.training.trainer import Trainer, TrainingError
 from tests.dig.test_training_step import config
-from tests.dig.tiny import TINY, make_fashion
+from tests.dig.tiny import TINY, make_fashion, using
 
 runner = CliRunner()
 OPTIONS = ["--model", "DiG-S/8", "--steps", "50", "--batch", "8", "--log-every", "1", "--save-every", "7"]
 OPTIONS += ["--ema", "0.9", "--grid-every", "0", "--device", "cpu"]
 MEASURED = ("images_per_second", "seconds", "memory_gib", "ceiling_share")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def command(data: Path, out: Path, *options: str) -> list[str]:
 
 
 def train(data: Path, out: Path, *options: str) -> Any:
-    return runner.invoke(app, command(data, out, *options), obj=TINY)
+    return runner.invoke(app, command(data, out, *options))
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -324,11 +331,11 @@ def test_trainer_is_a_library_too(data: Path, tmp_path: Path) -> None:
     dataset = open_dataset(data, image_size=32)
     spec = ModelSpec(name="DiG-S/8", input_size=(32, 32), in_channels=1, num_classes=10)
     run = config(model=spec, data=DataSpec.of(dataset), steps=2)
-    trainer = Trainer(run, dataset, TINY, tmp_path / "run")
+    trainer = Trainer(run, dataset, tmp_path / "run")
     assert trainer.run() == 2
-    held = Trainer(run, dataset, TINY, tmp_path / "run")
+    held = Trainer(run, dataset, tmp_path / "run")
     with pytest.raises(ValueError, match="another process is training into"):
-        Trainer(run, dataset, TINY, tmp_path / "run")
+        Trainer(run, dataset, tmp_path / "run")
     assert held.run() == 2
     with pytest.raises(ValueError, match="the model takes"):
         config(data=DataSpec.of(dataset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +11,18 @@ import torch
 
 from dig.diffusion import build_loss
 from dig.layers import Backbone
-from dig.registry import ModelSpec
+from dig.registry import ModelSpec, create_model
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import Batch
 from dig.training.inputs import step_inputs
 from dig.training.step import TrainingStep, checkpoint_blocks
-from tests.dig.tiny import create
+from tests.dig.tiny import TINY, using
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
 
 
 def config(**fields: Any) -> TrainConfig:
@@ -72,7 +79,7 @@ def test_inputs_are_distributed_as_they_should() -> None:
 
 
 def small_model(patch: int = 8) -> Backbone:
-    return create(f"DiG-S/{patch}", input_size=(16, 16), in_channels=1, num_classes=10)
+    return create_model(f"DiG-S/{patch}", input_size=(16, 16), in_channels=1, num_classes=10)
 
 
 def trained(steps: int = 2, **fields: Any) -> TrainingStep:
@@ -135,7 +142,7 @@ def test_checkpointed_blocks_run_twice_and_keep_their_names() -> None:
 @pytest.mark.parametrize("name", ["DiT-S/8", "Flash-DiT-S/8", "DiS-S/8"])
 def test_blocks_of_the_baselines_are_found(name: str) -> None:
     with torch.device("meta"):
-        model = create(name, input_size=(16, 16), in_channels=1, num_classes=10)
+        model = create_model(name, input_size=(16, 16), in_channels=1, num_classes=10)
     assert checkpoint_blocks(model, preserve_rng_state=True) == model.config.depth + (name[:3] == "DiS")
 
 
