@@ -32,6 +32,8 @@ DIG = register(
             "variant": ("paper", "release"),
             "scan": ("crisscross", "bidirectional", "causal"),
             "convolution": ("identity-init", "default-init", "none"),
+            "skip": ("none", "linear", "identity-init"),
+            "skip_order": ("released", "aligned"),
         },
         renamed={"recurrence": BACKEND},
         packages={"fla": ("fla",), "triton": ("triton",)},
@@ -42,7 +44,7 @@ DIG = register(
             ("cuda", "fla"): Signature(expected=FLA_KERNELS),
             ("cuda", "triton"): Signature(kernels_in="dig.ops.gla", foreign=FLA_KERNELS),
         },
-        reshaped_by=("variant",),
+        reshaped_by=("variant", "skip"),
         look=Look(
             colors=("#D55E00", "#B8860B", "#F0A04B"),
             markers="oDp",

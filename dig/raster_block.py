@@ -17,8 +17,7 @@ Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +36,6 @@ from dig.raster_weights import (
     BlockWeights,
     Prepared,
     Products,
-    Record,
     Rider,
     Settings,
     cast_products,
@@ -101,9 +99,9 @@ class RasterBlock(torch.autograd.Function):
         ctx: Any, x: Tensor, c: Tensor, settings: Settings, modulation: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
-        w = BlockWeights.of(tensors[_PRODUCTS:])
-        copies = zip(tensors[:_PRODUCTS], w.products.values(), strict=True)
-        p = Products.of(weight if copy is None else copy for copy, weight in copies)
+        w = BlockWeights._make(tensors[_PRODUCTS:])
+        copies = zip(tensors[:_PRODUCTS], w.products, strict=True)
+        p = Products._make(weight if copy is None else copy for copy, weight in copies)
         norm, grid, order = settings.norm, settings.grid, settings.order
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         h, stats1 = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
@@ -135,23 +133,22 @@ class RasterBlock(torch.autograd.Function):
             modulation=modulation,
             c=c,
         )
-        ctx.save_for_backward(*kept.values(), *tensors[_PRODUCTS:])
+        ctx.save_for_backward(*kept, *tensors[_PRODUCTS:])
         ctx.settings = settings
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
-        needed = BlockWeights.of(ctx.needs_input_grad[-_WEIGHTS:])
+        needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
         with side_work(dout.device):
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
-        found = zip(gradients.values(), needed.values(), strict=True)
+        found = zip(gradients, needed, strict=True)
         weights = (gradient if asked else None for gradient, asked in found)
         return dx, dc, None, None, *(None,) * _PRODUCTS, *weights
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kept(Record):
+class Kept(NamedTuple):
     """What a block keeps for its backward pass beside its parameters; shapes as of the operations it comes from.
 
     Attributes:
@@ -181,14 +178,14 @@ class Kept(Record):
     c: Tensor
 
 
-_PRODUCTS, _WEIGHTS, _KEPT = (len(fields(record)) for record in (Products, BlockWeights, Kept))
+_PRODUCTS, _WEIGHTS, _KEPT = (len(record._fields) for record in (Products, BlockWeights, Kept))
 
 
 def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Tensor | None, BlockWeights]:
     """Gradients of x, of c and of the parameters; ``needed`` says by name which of these are asked for."""
     saved = ctx.saved_tensors
-    w = BlockWeights.of(saved[_KEPT:])
-    x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept.of(saved[:_KEPT]).values()
+    w = BlockWeights._make(saved[_KEPT:])
+    x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept._make(saved[:_KEPT])
     del saved
     if not torch.compiler.is_compiling():
         # Unless the graph is kept, each tensor can go when the last kernel that reads it has been launched.
@@ -295,9 +292,9 @@ def train_block(x: Tensor, c: Tensor, prepared: Prepared, weights: BlockWeights,
         (B, T, D) in x's dtype.
     """
     # A parameter that is its own copy goes in once, so that it has one gradient.
-    pairs = zip(prepared.products.values(), weights.products.values(), strict=True)
+    pairs = zip(prepared.products, weights.products, strict=True)
     copies = (None if copy is weight else copy for copy, weight in pairs)
-    out: Tensor = RasterBlock.apply(x, c, settings, prepared.modulation, *copies, *weights.values())
+    out: Tensor = RasterBlock.apply(x, c, settings, prepared.modulation, *copies, *weights)
     return out
 
 

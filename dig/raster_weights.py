@@ -8,9 +8,9 @@ Shapes: B batch, T tokens, D width, R rank of the decay gate, F inner width of S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +21,7 @@ from dig.ops.weights import matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
 
 
-class Record:
-    """A dataclass whose values can be handed through something that knows positions only, and be named again."""
-
-    def values(self) -> tuple[Any, ...]:
-        """The fields' values, in the order of the fields."""
-        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-
-    @classmethod
-    def of(cls, values: Iterable[Any]) -> Self:
-        """The inverse of `values`."""
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        return cls(**dict(zip(names, values, strict=True)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Products(Record):
+class Products(NamedTuple):
     """The weights of a block's five matrix products: its parameters, or what was made of them for the products.
 
     Those that can take a gate come last, as `dig.ops.weights.prepare_weights` asks for.
@@ -56,8 +41,7 @@ class Products(Record):
     down_proj: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockWeights(Record):
+class BlockWeights(NamedTuple):
     """A block's parameters; None where a variant has none. In the backward pass, their gradients.
 
     Attributes:
@@ -93,7 +77,7 @@ class BlockWeights(Record):
     @property
     def products(self) -> Products:
         """The weights of the products among them."""
-        return Products.of(getattr(self, field.name) for field in fields(Products))
+        return Products._make(getattr(self, name) for name in Products._fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +125,13 @@ class Rider:
     @staticmethod
     def fits(products: Products, h: Tensor) -> bool:
         """Whether such weights ride in the product upwards of tokens like h (B, T, D)."""
-        return rides(h, products.down_proj.shape[1], products.values(), 2)
+        return rides(h, products.down_proj.shape[1], products, 2)
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
         """SwiGLU's result (B, T, F) from h (B, T, D) and the earlier block's weight (2F, D); fills in ``prepared``."""
         gates = gates_of_one_image(self._modulation)
-        hidden, *copies = project_up_preparing(h, weight, self._products.values(), gates)
-        self.prepared = Prepared(modulation=self._modulation, products=Products.of(copies))
+        hidden, *copies = project_up_preparing(h, weight, self._products, gates)
+        self.prepared = Prepared(modulation=self._modulation, products=Products._make(copies))
         return hidden
 
 
@@ -230,11 +214,11 @@ def cast_products(
     products: Products, gates: Sequence[Tensor], dtype: torch.dtype, programs: int | None = None
 ) -> Products:
     """`prepare_weights`, of those that aren't there already as they have to be."""
-    weights = list(products.values())
+    weights = list(products)
     ungated = len(weights) - len(gates)
     todo = [i for i, weight in enumerate(weights) if i >= ungated or weight.dtype != dtype]
     if todo:
         copies = prepare_weights([weights[i] for i in todo], list(gates), dtype, programs)
         for i, copy in zip(todo, copies, strict=True):
             weights[i] = copy
-    return Products.of(weights)
+    return Products._make(weights)
