@@ -1,0 +1,509 @@
+"""`dig.capture` as far as a CPU shows it: warm-up that is put back, inputs, optimizers, and what is refused and how.
+
+The graph is stood in for by `FakeGraph`, whose replay runs the step again on the same tensors. What the GPU alone can
+tell is in test_graphs_gpu.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+import dig
+from dig.graphs.capturing import Captured, capture
+from dig.graphs.inputs import StaticInputs
+from dig.graphs.optimizers import GraphOptimizer, prepare_scaler
+from dig.graphs.recording import CaptureError
+from dig.graphs.watch import Journal, Watch
+
+CPU = torch.device("cpu")
+RATE = 2.0**-7
+"""The same as a Python float and as an fp32 tensor, so that results can be the same bits."""
+
+
+class FakeGraph:
+    """A replay does the same operations on the same memory, and overwrites what the recorded call returned."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        journal = Journal()
+        with Watch(CPU, journal):
+            self.outputs = run()
+        journal.restore()  # a call that is recorded isn't executed
+
+    def replay(self) -> None:
+        for ours, theirs in zip(tree_leaves(self.outputs), tree_leaves(self._run()), strict=True):
+            if isinstance(ours, Tensor):
+                ours.copy_(theirs)
+
+
+def record_fake(run: Callable[[], Any], **_: Any) -> tuple[FakeGraph, Any]:
+    graph = FakeGraph(run)
+    return graph, graph.outputs
+
+
+def captured(step: Callable[..., Any], *inputs: Any, **options: Any) -> Captured[Any]:
+    return Captured(step, inputs, device=CPU, recorder=record_fake, **options)
+
+
+class Training:
+    """A small run: everything that a step of training may move."""
+
+    def __init__(self, make: Callable[..., torch.optim.Optimizer] | None = None, *, zero: str = "start") -> None:
+        torch.manual_seed(3)
+        self.model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 2))
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = (make or fused_adamw)(self.model.parameters())
+        self.zero = zero
+        self.count = torch.zeros(())
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        if self.zero == "start":
+            self.optimizer.zero_grad()
+        if self.zero == "in place":
+            self.optimizer.zero_grad(set_to_none=False)
+        loss = F.mse_loss(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        if self.zero == "end":
+            self.optimizer.zero_grad()
+        with torch.no_grad():
+            for ours, theirs in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                ours.lerp_(theirs, 0.1)
+            self.count += 1
+        return {"loss": loss, "count": self.count.clone()}
+
+    def tensors(self) -> list[Tensor]:
+        states = [self.optimizer.state.get(p, {}) for p in self.model.parameters()]
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [*self.model.state_dict().values(), *self.average.state_dict().values(), *moments, self.count]
+
+
+def fused_adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, **{"lr": RATE, "fused": True, **options})
+
+
+def fused_sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=RATE, momentum=0.9, nesterov=True, fused=True)
+
+
+def batches(count: int = 5) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [(torch.randn(6, 4, generator=generator), torch.randn(6, 2, generator=generator)) for _ in range(count)]
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_cpu_is_refused_with_what_to_do() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(
+        dig.CaptureError, match="needs an NVIDIA GPU, and torch sees none; on a CPU call the step itself"
+    ):
+        dig.capture(lambda x: x + 1, torch.zeros(2))
+
+
+def test_importing_dig_takes_no_torch() -> None:
+    code = "import sys, dig; assert 'torch' not in sys.modules; dig.capture; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'captures'"):
+        _ = dig.captures  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("zero", ["start", "end", "in place"])
+@pytest.mark.parametrize("make", [fused_adamw, fused_sgd])
+def test_capturing_moves_nothing_and_the_first_call_is_the_first_step(make: Any, zero: str) -> None:
+    """Weights, batch statistics, averages, moments and counters; however gradients are zeroed."""
+    eager, graph = Training(make, zero=zero), Training(make, zero=zero)
+    before = copies([*graph.model.state_dict().values(), *graph.average.state_dict().values(), graph.count])
+    step = captured(graph.step, *batches()[0], optimizers=[graph.optimizer])
+    after = [*graph.model.state_dict().values(), *graph.average.state_dict().values(), graph.count]
+    assert same(before, copies(after))
+    for x, y in batches():
+        found, expected = step(x, y), eager.step(x, y)
+        assert found is step.outputs
+        assert torch.equal(found["loss"], expected["loss"].detach())
+        assert torch.equal(found["count"], expected["count"])
+    assert same(copies(graph.tensors()), copies(eager.tensors()))
+
+
+def test_a_run_that_has_begun_goes_on() -> None:
+    """State that exists is put back to what it was, not to zeros."""
+    eager, graph = Training(), Training()
+    for training in (eager, graph):
+        training.step(*batches()[0])
+    step = captured(graph.step, *batches()[0], optimizers=[graph.optimizer])
+    for x, y in batches()[1:]:
+        step(x, y)
+        eager.step(x, y)
+    assert same(copies(graph.tensors()), copies(eager.tensors()))
+
+
+def test_gradients_are_added_up_where_the_step_never_zeroes_them() -> None:
+    """One that a run wrote into stays, zeroed, so that the graph adds to it as a loop would."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = fused_adamw([weight])
+    step = captured(lambda x: (weight * x).sum().backward(), torch.ones(3), optimizers=[optimizer])
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.zeros(3))
+    for value in (1.0, 2.0):
+        step(torch.full((3,), value))
+    assert torch.equal(weight.grad, torch.full((3,), 3.0))
+
+
+def test_a_schedule_takes_effect() -> None:
+    """Numbers written into the groups, and a scheduler of PyTorch's; the rate stays one tensor."""
+    eager, graph = Training(), Training()
+    rates = [torch.optim.lr_scheduler.LinearLR(training.optimizer, 0.1, 1.0, 3) for training in (eager, graph)]
+    step = captured(graph.step, *batches()[0], optimizers=[graph.optimizer])
+    rate = graph.optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, Tensor)
+    for x, y in batches():
+        step(x, y)
+        eager.step(x, y)
+        for schedule in rates:
+            schedule.step()
+    for found, expected in zip(copies(graph.tensors()), copies(eager.tensors()), strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+    graph.optimizer.param_groups[0]["lr"] = 0.5
+    step(*batches()[0])
+    assert graph.optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.5
+    graph.optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    step(*batches()[0])
+    assert rate.item() == 0.25
+
+
+def test_what_the_graph_holds_fast_can_not_be_changed_silently() -> None:
+    training = Training()
+    step = captured(training.step, *batches()[0], optimizers=[training.optimizer])
+    group = training.optimizer.param_groups[0]
+    before = copies(training.tensors())
+    group["weight_decay"] = 0.5
+    with pytest.raises(CaptureError, match=r"weight_decay of AdamW is 0\.5 now and was 0\.01 at the capture"):
+        step(*batches()[0])
+    assert same(before, copies(training.tensors()))
+    group["weight_decay"] = 0.01
+    step(*batches()[0])
+    training.optimizer.load_state_dict(training.optimizer.state_dict())
+    with pytest.raises(CaptureError, match="AdamW was loaded or given parameters after the capture"):
+        step(*batches()[0])
+
+    plain = Training(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    step = captured(plain.step, *batches()[0], optimizers=[plain.optimizer])
+    plain.optimizer.param_groups[0]["lr"] = 0.2
+    with pytest.raises(CaptureError, match=r"lr of SGD is 0\.2 now and was 0\.1 .* make it with fused=True"):
+        step(*batches()[0])
+
+
+def test_an_optimizer_is_made_fit_in_place_and_put_back_if_the_capture_fails() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 0.125}])
+    optimizer.state[weight] = {"step": 7, "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    prepared = GraphOptimizer(optimizer, CPU)
+    group, state = optimizer.param_groups[0], optimizer.state[weight]
+    assert group["capturable"]
+    assert isinstance(group["lr"], Tensor)
+    assert group["lr"].dtype == torch.float32
+    assert isinstance(state["step"], Tensor)
+    assert state["step"].item() == 7
+    prepared.undo()
+    assert (group["capturable"], group["lr"], state["step"]) == (False, 0.125, 7)
+    with pytest.raises(CaptureError, match="AdamW has parameters on cpu, the graph runs on cuda; move the model first"):
+        GraphOptimizer(optimizer, torch.device("cuda"))
+
+
+def read_value(x: Tensor) -> Tensor:
+    return x * x.sum().item()
+
+
+def branch(x: Tensor) -> Tensor:
+    return x + 1 if x.sum() > 0 else x
+
+
+def mask(x: Tensor) -> Tensor:
+    return x[x > 0]
+
+
+def mask_written(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[x > 0] = y[x > 0] * 2
+    return y
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (read_value, r"test_graphs.py, line \d+, reads a value from the GPU .*item\(\).*read it after the call"),
+        (branch, "reads a value from the GPU"),
+        (mask, "indexes by a mask, which makes a tensor whose size depends on values.*use torch.where"),
+        (mask_written, "indexes by a mask"),
+        (torch.nonzero, r"makes a tensor whose size depends on values \(nonzero\)"),
+        (torch.unique, "makes a tensor whose size depends on values"),
+        (F.dropout, "draws random numbers on the CPU"),
+        (
+            lambda x: torch.randn(3, generator=torch.Generator()),
+            r"a generator that the graph isn't told of; pass generators=\[...\]",
+        ),
+    ],
+)
+def test_what_a_graph_can_not_hold_is_named_with_its_line(step: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        captured(step, torch.randn(5) + 1)
+
+
+def test_what_a_graph_can_hold_is_not_refused() -> None:
+    def step(x: Tensor, at: Tensor) -> Tensor:
+        y = x.clone()
+        y[x > 0] = 0.0  # a masked_fill
+        y[0] = 3.0
+        return y[at]
+
+    assert captured(step, torch.randn(5), torch.tensor([0, 1]))(torch.ones(5), torch.tensor([0, 2])).tolist() == [3, 0]
+
+
+def test_tensors_of_the_host_are_refused() -> None:
+    """On the meta device, which stands in for the GPU: what is on the CPU is then elsewhere."""
+    counter = torch.zeros(3)
+    meta = torch.device("meta")
+
+    def judged(step: Callable[[], Any]) -> None:
+        with Watch(meta, Journal(), earlier=Watch(meta, Journal())):
+            step()
+
+    with pytest.raises(CaptureError, match=r"changes a tensor on the CPU, \(3,\) float32, which replays"):
+        judged(lambda: counter.add_(1))
+    x = torch.zeros(3, device="meta")
+    with pytest.raises(
+        CaptureError, match=r"moves a tensor from the CPU, \(3,\) float32.*pass it to the step as an input"
+    ):
+        judged(lambda: torch.empty_like(x).copy_(counter))
+    with pytest.raises(CaptureError, match=r"moves a tensor to the CPU.*move it after the call"):
+        judged(lambda: counter.copy_(x))
+    with pytest.raises(CaptureError, match="by numbers on the CPU"):
+        judged(lambda: x[torch.tensor([0, 1])])
+
+
+def test_caches_may_be_filled_in_the_first_run() -> None:
+    cache: list[float] = []
+
+    def step(x: Tensor) -> Tensor:
+        if not cache:
+            cache.append(x.sum().item())
+        return x * cache[0]
+
+    assert captured(step, torch.ones(2))(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_a_failed_capture_leaves_everything_as_it_was() -> None:
+    training, other = Training(), Training()
+    before = copies(training.tensors())
+
+    def step(x: Tensor, y: Tensor) -> float:
+        return training.step(x, y)["loss"].item()
+
+    with pytest.raises(CaptureError, match="reads a value"):
+        captured(step, *batches()[0], optimizers=[training.optimizer])
+    assert same(before, copies(training.tensors()))
+    assert not training.optimizer.state
+    assert training.optimizer.param_groups[0]["lr"] == RATE
+    assert all(parameter.grad is None for parameter in training.model.parameters())
+    for x, y in batches():
+        training.step(x, y)
+        other.step(x, y)
+    assert same(copies(training.tensors()), copies(other.tensors()))
+
+
+def test_state_that_nobody_gave_is_refused() -> None:
+    training = Training()
+    with pytest.raises(CaptureError, match="moves an optimizer that capture wasn't given, AdamW; pass optimizer="):
+        captured(training.step, *batches()[0])
+    weight = nn.Parameter(torch.ones(3))
+
+    def adds_up(x: Tensor) -> None:
+        (weight * x).sum().backward()
+
+    with pytest.raises(CaptureError, match=r"that an earlier run of the step made.*run the step once before"):
+        captured(adds_up, torch.ones(3))
+
+
+def test_a_schedule_within_the_step_is_refused() -> None:
+    for make in (fused_adamw, lambda parameters: torch.optim.SGD(parameters, lr=0.1)):
+        training = Training(make)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(training.optimizer, 0.9)
+
+        def step(x: Tensor, y: Tensor, training: Training = training, schedule: Any = schedule) -> None:
+            training.step(x, y)
+            rate = training.optimizer.param_groups[0]["lr"]
+            if isinstance(rate, Tensor):
+                rate.mul_(0.9)
+            else:
+                schedule.step()
+
+        with pytest.raises(CaptureError, match="the step changes its optimizer's settings"):
+            captured(step, *batches()[0], optimizers=[training.optimizer])
+
+
+class Keeping(torch.optim.Optimizer):
+    """One of another package, with a state that begins in a way of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("scale", torch.full_like(parameter, 5.0))
+
+
+class Counting(torch.optim.Optimizer):
+    """One that counts in Python, as some packages' do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+
+
+def test_optimizers_that_a_graph_would_get_wrong_are_refused() -> None:
+    for make, message in (
+        (Counting, "Counting counts 'step' in Python"),
+        (Keeping, "how the state of Keeping begins isn't known here; do one step without"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "SGD's first step with dampening"),
+    ):
+        training = Training(make)
+        with pytest.raises(CaptureError, match=message):
+            captured(training.step, *batches()[0], optimizers=[training.optimizer])
+
+
+def test_a_scaler_needs_an_optimizer_that_skips_by_itself() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    plain = GraphOptimizer(torch.optim.SGD([weight], lr=0.1), CPU)
+    with pytest.raises(CaptureError, match=r"GradScaler asks the GPU before every step of this SGD.*fused=True"):
+        prepare_scaler(scaler, [plain], CPU)
+    prepare_scaler(torch.amp.GradScaler("cpu", enabled=False), [plain], CPU)
+
+
+def test_a_step_whose_gradients_overflow_is_skipped() -> None:
+    """By the fused optimizer itself, and the scaler's own state goes on from where it was."""
+    trained = []
+    for capturing in (False, True):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = fused_adamw([weight])
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+        def step(x: Tensor, weight: Any = weight, optimizer: Any = optimizer, scaler: Any = scaler) -> None:
+            optimizer.zero_grad()
+            scaler.scale((weight * x).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        run: Any = step
+        if capturing:
+            run = captured(step, torch.full((3,), torch.inf), optimizers=[optimizer], scaler=scaler)
+            assert scaler.get_scale() == 8.0
+        scales = []
+        for value in (1.0, torch.inf, 1.0, 2.0, 3.0):
+            run(torch.full((3,), value))
+            scales.append(scaler.get_scale())
+        trained.append((weight.detach().clone(), scales))
+    assert trained[1][1] == trained[0][1] == [8.0, 4.0, 4.0, 8.0, 8.0]
+    assert torch.equal(trained[1][0], trained[0][0])
+
+
+def test_inputs_are_copied_wherever_they_are_nested() -> None:
+    def step(first: Tensor, rest: dict[str, Any], scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        return first * scale, {"sum": rest["x"] + rest["pair"][1]}
+
+    example = (torch.ones(2), {"x": torch.ones(3), "pair": (None, torch.ones(3))}, 2.0)
+    run = captured(step, *example)
+    product, sums = run(torch.full((2,), 3.0), {"x": torch.ones(3), "pair": (None, torch.zeros(3))}, 2.0)
+    assert product.tolist() == [6, 6]
+    assert sums["sum"].tolist() == [1, 1, 1]
+    assert torch.equal(example[0], torch.ones(2))  # the example is the caller's
+    kept = product.clone()
+    run.inputs[0].fill_(1.0)
+    assert run(run.inputs[0], run.inputs[1], 2.0)[0].tolist() == [2, 2]
+    assert kept.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((torch.zeros(3), {"x": torch.zeros(4)}, 1), r"input \[0\] is \(3,\) float32 now and was \(2,\) float32"),
+        ((torch.zeros(2), {"x": torch.zeros(4).double()}, 1), r"input \[1\]\['x'\] is \(4,\) float64 now"),
+        ((torch.zeros(2), {"x": torch.zeros(4)}, 2), r"input \[2\] is int 2 now and was int 1 .*pass what changes"),
+        ((torch.zeros(2), {"x": torch.zeros(4)}, True), r"input \[2\] is bool True now"),
+        ((torch.zeros(2), {"x": 4}, 1), r"input \[1\]\['x'\] is int 4 now and was \(4,\) float32.*pass a tensor"),
+        ((torch.zeros(2), {"y": torch.zeros(4)}, 1), "capture this form too"),
+        ((torch.zeros(2),), "capture this form too"),
+        ((torch.zeros(2), {"x": torch.zeros(4, device="meta")}, 1), r"input \[1\]\['x'\] is on meta, the graph on cpu"),
+    ],
+)
+def test_other_inputs_are_refused_by_name(inputs: tuple[Any, ...], message: str) -> None:
+    static = StaticInputs((torch.ones(2), {"x": torch.ones(4)}, 1), CPU)
+    with pytest.raises(CaptureError, match=message):
+        static.fill(inputs)
+    assert torch.equal(static.tree[0], torch.ones(2))
+
+
+def test_inputs_that_are_not_dense_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"input \[0\] is torch.sparse_coo"):
+        StaticInputs((torch.ones(2).to_sparse(),), CPU)
+
+
+def test_a_result_lets_go_of_what_the_backward_pass_would_need() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    run = captured(lambda x: (weight * x).sum(), torch.ones(3))
+    assert not run(torch.ones(3)).requires_grad
+
+
+def test_a_gradient_of_an_input_is_not_added_up() -> None:
+    run = captured(lambda x: (x * x).sum().backward(), torch.ones(3, requires_grad=True))
+    assert run.inputs[0].is_leaf
+    assert run.inputs[0].requires_grad
+
+
+def test_too_little_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="warmup must be at least 3; got 1"):
+        capture(lambda: None, warmup=1)
+
+
+def test_a_part_can_stand_for_the_step_in_warm_up() -> None:
+    runs: list[str] = []
+    step = captured(
+        lambda x: runs.append("step") or x + 1, torch.zeros(2), warm_up=lambda x: runs.append("part") or x, warmup=4
+    )
+    assert runs == ["part"] * 4 + ["step"]
+    assert step(torch.ones(2)).tolist() == [2, 2]
+    assert not step.draws
+
+
+def test_a_journal_puts_overlapping_tensors_back() -> None:
+    whole = torch.arange(6.0)
+    part = whole[2:4]
+    for order in ((part, whole), (whole, part)):
+        journal = Journal()
+        for tensor in order:
+            journal.note(tensor)
+            tensor.add_(10)
+        journal.restore()
+        assert whole.tolist() == [0, 1, 2, 3, 4, 5]
