@@ -1,7 +1,7 @@
 """`dig.capture` as far as a CPU shows it: warm-up that is put back, inputs, optimizers, and what is refused and how.
 
-The graph is stood in for by `FakeGraph`, whose replay runs the step again on the same tensors. What the GPU alone can
-tell is in test_graphs_gpu.py.
+The graph is stood in for by `tests.dig.fake_graph`, whose replay runs the step again on the same tensors. What only a
+GPU can tell is in test_graphs_gpu.py.
 """
 
 from __future__ import annotations
@@ -16,43 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 import dig
-from dig.graphs.capturing import Captured, capture
+from dig.graphs.capturing import capture
 from dig.graphs.inputs import StaticInputs
 from dig.graphs.optimizers import GraphOptimizer, prepare_scaler
 from dig.graphs.recording import CaptureError
 from dig.graphs.watch import Journal, Watch
+from tests.dig.fake_graph import CPU, capture_fake
 
-CPU = torch.device("cpu")
 RATE = 2.0**-7
 """The same as a Python float and as an fp32 tensor, so that results can be the same bits."""
-
-
-class FakeGraph:
-    """A replay does the same operations on the same memory, and overwrites what the recorded call returned."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
-        journal = Journal()
-        with Watch(CPU, journal):
-            self.outputs = run()
-        journal.restore()  # a call that is recorded isn't executed
-
-    def replay(self) -> None:
-        for ours, theirs in zip(tree_leaves(self.outputs), tree_leaves(self._run()), strict=True):
-            if isinstance(ours, Tensor):
-                ours.copy_(theirs)
-
-
-def record_fake(run: Callable[[], Any], **_: Any) -> tuple[FakeGraph, Any]:
-    graph = FakeGraph(run)
-    return graph, graph.outputs
-
-
-def captured(step: Callable[..., Any], *inputs: Any, **options: Any) -> Captured[Any]:
-    return Captured(step, inputs, device=CPU, recorder=record_fake, **options)
 
 
 class Training:
@@ -131,7 +105,7 @@ def test_capturing_moves_nothing_and_the_first_call_is_the_first_step(make: Any,
     """Weights, batch statistics, averages, moments and counters; however gradients are zeroed."""
     eager, graph = Training(make, zero=zero), Training(make, zero=zero)
     before = copies([*graph.model.state_dict().values(), *graph.average.state_dict().values(), graph.count])
-    step = captured(graph.step, *batches()[0], optimizers=[graph.optimizer])
+    step = capture_fake(graph.step, *batches()[0], optimizer=graph.optimizer)
     after = [*graph.model.state_dict().values(), *graph.average.state_dict().values(), graph.count]
     assert same(before, copies(after))
     for x, y in batches():
@@ -147,7 +121,7 @@ def test_a_run_that_has_begun_goes_on() -> None:
     eager, graph = Training(), Training()
     for training in (eager, graph):
         training.step(*batches()[0])
-    step = captured(graph.step, *batches()[0], optimizers=[graph.optimizer])
+    step = capture_fake(graph.step, *batches()[0], optimizer=graph.optimizer)
     for x, y in batches()[1:]:
         step(x, y)
         eager.step(x, y)
@@ -158,7 +132,7 @@ def test_gradients_are_added_up_where_the_step_never_zeroes_them() -> None:
     """One that a run wrote into stays, zeroed, so that the graph adds to it as a loop would."""
     weight = nn.Parameter(torch.ones(3))
     optimizer = fused_adamw([weight])
-    step = captured(lambda x: (weight * x).sum().backward(), torch.ones(3), optimizers=[optimizer])
+    step = capture_fake(lambda x: (weight * x).sum().backward(), torch.ones(3), optimizer=optimizer)
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.zeros(3))
     for value in (1.0, 2.0):
@@ -170,7 +144,7 @@ def test_a_schedule_takes_effect() -> None:
     """Numbers written into the groups, and a scheduler of PyTorch's; the rate stays one tensor."""
     eager, graph = Training(), Training()
     rates = [torch.optim.lr_scheduler.LinearLR(training.optimizer, 0.1, 1.0, 3) for training in (eager, graph)]
-    step = captured(graph.step, *batches()[0], optimizers=[graph.optimizer])
+    step = capture_fake(graph.step, *batches()[0], optimizer=graph.optimizer)
     rate = graph.optimizer.param_groups[0]["lr"]
     assert isinstance(rate, Tensor)
     for x, y in batches():
@@ -191,7 +165,7 @@ def test_a_schedule_takes_effect() -> None:
 
 def test_what_the_graph_holds_fast_can_not_be_changed_silently() -> None:
     training = Training()
-    step = captured(training.step, *batches()[0], optimizers=[training.optimizer])
+    step = capture_fake(training.step, *batches()[0], optimizer=training.optimizer)
     group = training.optimizer.param_groups[0]
     before = copies(training.tensors())
     group["weight_decay"] = 0.5
@@ -205,7 +179,7 @@ def test_what_the_graph_holds_fast_can_not_be_changed_silently() -> None:
         step(*batches()[0])
 
     plain = Training(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    step = captured(plain.step, *batches()[0], optimizers=[plain.optimizer])
+    step = capture_fake(plain.step, *batches()[0], optimizer=plain.optimizer)
     plain.optimizer.param_groups[0]["lr"] = 0.2
     with pytest.raises(CaptureError, match=r"lr of SGD is 0\.2 now and was 0\.1 .* make it with fused=True"):
         step(*batches()[0])
@@ -264,7 +238,7 @@ def mask_written(x: Tensor) -> Tensor:
 )
 def test_what_a_graph_can_not_hold_is_named_with_its_line(step: Any, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
-        captured(step, torch.randn(5) + 1)
+        capture_fake(step, torch.randn(5) + 1)
 
 
 def test_what_a_graph_can_hold_is_not_refused() -> None:
@@ -274,7 +248,10 @@ def test_what_a_graph_can_hold_is_not_refused() -> None:
         y[0] = 3.0
         return y[at]
 
-    assert captured(step, torch.randn(5), torch.tensor([0, 1]))(torch.ones(5), torch.tensor([0, 2])).tolist() == [3, 0]
+    assert capture_fake(step, torch.randn(5), torch.tensor([0, 1]))(torch.ones(5), torch.tensor([0, 2])).tolist() == [
+        3,
+        0,
+    ]
 
 
 def test_tensors_of_the_host_are_refused() -> None:
@@ -307,7 +284,7 @@ def test_caches_may_be_filled_in_the_first_run() -> None:
             cache.append(x.sum().item())
         return x * cache[0]
 
-    assert captured(step, torch.ones(2))(torch.ones(2)).tolist() == [2, 2]
+    assert capture_fake(step, torch.ones(2))(torch.ones(2)).tolist() == [2, 2]
 
 
 def test_a_failed_capture_leaves_everything_as_it_was() -> None:
@@ -318,7 +295,7 @@ def test_a_failed_capture_leaves_everything_as_it_was() -> None:
         return training.step(x, y)["loss"].item()
 
     with pytest.raises(CaptureError, match="reads a value"):
-        captured(step, *batches()[0], optimizers=[training.optimizer])
+        capture_fake(step, *batches()[0], optimizer=training.optimizer)
     assert same(before, copies(training.tensors()))
     assert not training.optimizer.state
     assert training.optimizer.param_groups[0]["lr"] == RATE
@@ -332,14 +309,14 @@ def test_a_failed_capture_leaves_everything_as_it_was() -> None:
 def test_state_that_nobody_gave_is_refused() -> None:
     training = Training()
     with pytest.raises(CaptureError, match="moves an optimizer that capture wasn't given, AdamW; pass optimizer="):
-        captured(training.step, *batches()[0])
+        capture_fake(training.step, *batches()[0])
     weight = nn.Parameter(torch.ones(3))
 
     def adds_up(x: Tensor) -> None:
         (weight * x).sum().backward()
 
     with pytest.raises(CaptureError, match=r"that an earlier run of the step made.*run the step once before"):
-        captured(adds_up, torch.ones(3))
+        capture_fake(adds_up, torch.ones(3))
 
 
 def test_a_schedule_within_the_step_is_refused() -> None:
@@ -356,7 +333,7 @@ def test_a_schedule_within_the_step_is_refused() -> None:
                 schedule.step()
 
         with pytest.raises(CaptureError, match="the step changes its optimizer's settings"):
-            captured(step, *batches()[0], optimizers=[training.optimizer])
+            capture_fake(step, *batches()[0], optimizer=training.optimizer)
 
 
 class Keeping(torch.optim.Optimizer):
@@ -390,7 +367,7 @@ def test_optimizers_that_a_graph_would_get_wrong_are_refused() -> None:
     ):
         training = Training(make)
         with pytest.raises(CaptureError, match=message):
-            captured(training.step, *batches()[0], optimizers=[training.optimizer])
+            capture_fake(training.step, *batches()[0], optimizer=training.optimizer)
 
 
 def test_a_scaler_needs_an_optimizer_that_skips_by_itself() -> None:
@@ -418,7 +395,7 @@ def test_a_step_whose_gradients_overflow_is_skipped() -> None:
 
         run: Any = step
         if capturing:
-            run = captured(step, torch.full((3,), torch.inf), optimizers=[optimizer], scaler=scaler)
+            run = capture_fake(step, torch.full((3,), torch.inf), optimizer=optimizer, scaler=scaler)
             assert scaler.get_scale() == 8.0
         scales = []
         for value in (1.0, torch.inf, 1.0, 2.0, 3.0):
@@ -434,7 +411,7 @@ def test_inputs_are_copied_wherever_they_are_nested() -> None:
         return first * scale, {"sum": rest["x"] + rest["pair"][1]}
 
     example = (torch.ones(2), {"x": torch.ones(3), "pair": (None, torch.ones(3))}, 2.0)
-    run = captured(step, *example)
+    run = capture_fake(step, *example)
     product, sums = run(torch.full((2,), 3.0), {"x": torch.ones(3), "pair": (None, torch.zeros(3))}, 2.0)
     assert product.tolist() == [6, 6]
     assert sums["sum"].tolist() == [1, 1, 1]
@@ -472,12 +449,12 @@ def test_inputs_that_are_not_dense_are_refused() -> None:
 
 def test_a_result_lets_go_of_what_the_backward_pass_would_need() -> None:
     weight = nn.Parameter(torch.ones(3))
-    run = captured(lambda x: (weight * x).sum(), torch.ones(3))
+    run = capture_fake(lambda x: (weight * x).sum(), torch.ones(3))
     assert not run(torch.ones(3)).requires_grad
 
 
 def test_a_gradient_of_an_input_is_not_added_up() -> None:
-    run = captured(lambda x: (x * x).sum().backward(), torch.ones(3, requires_grad=True))
+    run = capture_fake(lambda x: (x * x).sum().backward(), torch.ones(3, requires_grad=True))
     assert run.inputs[0].is_leaf
     assert run.inputs[0].requires_grad
 
@@ -489,7 +466,7 @@ def test_too_little_warm_up_is_refused() -> None:
 
 def test_a_part_can_stand_for_the_step_in_warm_up() -> None:
     runs: list[str] = []
-    step = captured(
+    step = capture_fake(
         lambda x: runs.append("step") or x + 1, torch.zeros(2), warm_up=lambda x: runs.append("part") or x, warmup=4
     )
     assert runs == ["part"] * 4 + ["step"]

@@ -281,7 +281,7 @@ def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
         (["--clip", "-1"], "clip must be 0 or more"),
         (["--dtype", "fp16"], "dtype must be bf16 or fp32"),
         (["--execution", "graph"], "needs an NVIDIA GPU; use eager or compile"),
-        (["--execution", "jit"], "execution must be one of eager, compile, graph"),
+        (["--execution", "jit"], "execution must be one of auto, eager, compile, graph"),
         (["--device", "cuda"], "no NVIDIA GPU was found"),
         (["--device", "tpu"], "choose auto, cuda or cpu"),
         (["--vae", "sd-vae"], "it needs no --vae"),
