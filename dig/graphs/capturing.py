@@ -22,7 +22,7 @@ T = TypeVar("T")
 WARMUP = 3
 """Runs before a capture, so that every kernel is compiled and every buffer there.
 
-Two are watched, the others aren't: torch.compile compiles nothing for one that is.
+Two are watched, and run as they are written; the others let torch.compile do its work.
 """
 
 
@@ -115,7 +115,7 @@ class Captured(Generic[T]):
             with on_capture_stream(self._device), warnings.catch_warnings():
                 # An optimizer remarks that it is made for graphs and runs without one: here it should.
                 warnings.filterwarnings("ignore", message=".*capturable=True.*")
-                watch = self._watched(run, journal, random)
+                watch = self._watched(run, journal)
                 for _ in range(times - 2):
                     self._once(run)
         finally:
@@ -133,25 +133,26 @@ class Captured(Generic[T]):
         run(*self._static.tree)
         self._static.drop_gradients()
 
-    def _watched(self, run: Callable[..., object], journal: Journal, random: _Random) -> Watch:
-        """Two runs under watch, the second of which is judged."""
+    def _watched(self, run: Callable[..., object], journal: Journal) -> Watch:
+        """Two runs under watch, the second of which is judged.
+
+        As they are written: torch.compile would not only leave them alone, but never look at their code again.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return self._watched_eagerly(run, journal)
+
+    def _watched_eagerly(self, run: Callable[..., object], journal: Journal) -> Watch:
         first = Watch(self._device, journal, generators=self._generators)
         with first:
             self._once(run)
         known: set[int] = set()
         for prepared in self._optimizers:
             known |= prepared.after_first_run() & first.made
-        host = random.host()
         second = Watch(self._device, journal, generators=self._generators, known=known, earlier=first)
         with second:
             self._once(run)
         for prepared in self._optimizers:
             prepared.after_second_run(second.written)
-        if not torch.equal(host, random.host()):
-            raise CaptureError(
-                "the step draws random numbers on the CPU, which replays of a CUDA graph would not draw again; draw "
-                "them on the GPU (device=), or pass them as inputs"
-            )
         return second
 
 
@@ -226,15 +227,10 @@ class _Random:
     """The states of the generators that a step may draw from, as they are now."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-        self._of_device = list(generators)
-        if device.type == "cuda":
-            self._of_device.append(torch.cuda.default_generators[device.index])
+        default = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+        self._of_device = [default, *generators]
         self._host = torch.get_rng_state()
         self._states = [generator.get_state() for generator in self._of_device]
-
-    def host(self) -> Tensor:
-        """The state of the CPU's generator now."""
-        return torch.get_rng_state()
 
     def drawn_on_device(self) -> bool:
         """Whether anything has been drawn on the GPU since."""

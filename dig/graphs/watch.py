@@ -85,7 +85,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._device = device
         self._journal = journal
-        self._generators = list(generators)
+        self._generators = {_address(generator) for generator in generators}
         self._known = frozenset(known)
         self._earlier = earlier
         self.made: set[int] = set()
@@ -98,14 +98,20 @@ class Watch(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and _has_storage(leaf)]
         if self._earlier is not None and (reason := self._refusal(func, args, kwargs, given)):
             raise CaptureError(f"{_caller()} {reason}")
-        lifted = getattr(func, "_opname", "") == "lift_fresh"
+        lifted = getattr(func, "_opname", "") == "lift_fresh"  # what torch.tensor made, unseen
         for tensor in _written(func, args, kwargs):
             self._write(tensor)
         result = func(*args, **kwargs)
         theirs = set() if lifted else {storage_of(tensor) for tensor in given}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _has_storage(leaf) and storage_of(leaf) not in theirs:
-                self.made.add(storage_of(leaf))
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _has_storage(leaf)]
+        self.made.update(storage_of(tensor) for tensor in results if storage_of(tensor) not in theirs)
+        draws = self._earlier is not None and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        # Attention gives its seed on the CPU, beside its results.
+        if draws and results and all(tensor.device.type != self._device.type for tensor in results):
+            raise CaptureError(
+                f"{_caller()} draws random numbers on the CPU, which replays of a CUDA graph would not draw again; "
+                "draw them on the GPU (device=), or pass them as inputs"
+            )
         for tensor in given:
             if storage_of(tensor) not in self.made:
                 self.read.setdefault(storage_of(tensor), tensor)
@@ -154,9 +160,15 @@ class Watch(TorchDispatchMode):
         if name in _COPIES and (reason := _copy_refusal(name, args, kwargs)):
             return reason
         generator = kwargs.get("generator")
-        if isinstance(generator, torch.Generator) and all(generator is not told for told in self._generators):
+        if isinstance(generator, torch.Generator) and _address(generator) not in self._generators:
             return "draws from a generator that the graph isn't told of; pass generators=[...] to capture"
         return ""
+
+
+def _address(generator: Any) -> int:
+    """What tells a generator from another: the dispatcher hands out new objects for it."""
+    address: int = generator._cdata
+    return address
 
 
 def _has_storage(tensor: Tensor) -> bool:

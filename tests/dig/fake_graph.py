@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,16 @@ CPU = torch.device("cpu")
 class FakeGraph:
     """What a call did on the device, it does again; what it returned is overwritten."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
+    def __init__(self, run: Callable[[], Any], generators: Sequence[torch.Generator]) -> None:
         self._run = run
         journal = Journal()
+        states = [(generator, generator.get_state()) for generator in (torch.default_generator, *generators)]
         with Watch(CPU, journal):
             self.outputs = run()
-        journal.restore()  # a call that is recorded isn't executed
+        # A call that is recorded isn't executed.
+        journal.restore()
+        for generator, state in states:
+            generator.set_state(state)
 
     def replay(self) -> None:
         for ours, theirs in zip(tree_leaves(self.outputs), tree_leaves(self._run()), strict=True):
@@ -32,9 +36,9 @@ class FakeGraph:
                 ours.copy_(theirs)
 
 
-def record_fake(run: Callable[[], Any], **_: Any) -> tuple[FakeGraph, Any]:
+def record_fake(run: Callable[[], Any], *, generators: Sequence[torch.Generator], **_: Any) -> tuple[FakeGraph, Any]:
     """As `dig.graphs.record`."""
-    graph = FakeGraph(run)
+    graph = FakeGraph(run, generators)
     return graph, graph.outputs
 
 

@@ -116,6 +116,23 @@ def test_capturing_moves_nothing_and_the_first_call_is_the_first_step(make: Any,
     assert same(copies(graph.tensors()), copies(eager.tensors()))
 
 
+def test_random_numbers_are_those_of_the_loop() -> None:
+    """Warm-up draws none of them; each call draws anew, and follows the seed."""
+    torch.manual_seed(7)
+    generator = torch.Generator().manual_seed(8)
+
+    def draw(x: Tensor) -> Tensor:
+        return F.dropout(x) + torch.rand(8, generator=generator)
+
+    step = capture_fake(draw, torch.ones(8), generators=[generator])
+    assert step.draws
+    found = [step(torch.ones(8)).clone() for _ in range(2)]
+    assert not torch.equal(*found)
+    torch.manual_seed(7)
+    generator.manual_seed(8)
+    assert same(found, [draw(torch.ones(8)) for _ in range(2)])
+
+
 def test_a_run_that_has_begun_goes_on() -> None:
     """State that exists is put back to what it was, not to zeros."""
     eager, graph = Training(), Training()
@@ -229,7 +246,6 @@ def mask_written(x: Tensor) -> Tensor:
         (mask_written, "indexes by a mask"),
         (torch.nonzero, r"makes a tensor whose size depends on values \(nonzero\)"),
         (torch.unique, "makes a tensor whose size depends on values"),
-        (F.dropout, "draws random numbers on the CPU"),
         (
             lambda x: torch.randn(3, generator=torch.Generator()),
             r"a generator that the graph isn't told of; pass generators=\[...\]",
@@ -272,6 +288,9 @@ def test_tensors_of_the_host_are_refused() -> None:
         judged(lambda: torch.empty_like(x).copy_(counter))
     with pytest.raises(CaptureError, match=r"moves a tensor to the CPU.*move it after the call"):
         judged(lambda: counter.copy_(x))
+    with pytest.raises(CaptureError, match=r"draws random numbers on the CPU, .* draw them on the GPU"):
+        judged(lambda: torch.randn(3))
+    judged(lambda: F.dropout(torch.empty_like(x)))
     with pytest.raises(CaptureError, match="by numbers on the CPU"):
         judged(lambda: x[torch.tensor([0, 1])])
 
@@ -457,6 +476,20 @@ def test_a_gradient_of_an_input_is_not_added_up() -> None:
     run = capture_fake(lambda x: (x * x).sum().backward(), torch.ones(3, requires_grad=True))
     assert run.inputs[0].is_leaf
     assert run.inputs[0].requires_grad
+
+
+def test_what_is_compiled_stays_so() -> None:
+    """The runs under watch leave torch.compile's work to those that follow."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(1)
+        return graph
+
+    model = torch.compile(nn.Linear(3, 3), backend=backend)
+    step = capture_fake(model, torch.ones(2, 3))
+    assert compiled == [1]
+    assert torch.equal(step(torch.ones(2, 3)), model(torch.ones(2, 3)))
 
 
 def test_too_little_warm_up_is_refused() -> None:
