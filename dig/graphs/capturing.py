@@ -92,7 +92,7 @@ class Captured(Generic[T]):
                 are copied while the host goes on: don't overwrite it before the GPU is done.
 
         Raises:
-            CaptureError: They don't fit, or an optimizer was changed in what the graph holds fast; nothing was done.
+            CaptureError: They don't fit, or an optimizer was changed in what the graph holds fast; the step isn't done.
         """
         self._static.fill(inputs)
         for prepared in self._optimizers:

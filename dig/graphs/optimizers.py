@@ -144,10 +144,6 @@ class GraphOptimizer:
                 "load first, then capture"
             )
         for group, rate, settings in zip(groups, self._rates, self._settings, strict=True):
-            asked = group["lr"]
-            if rate is not None and asked is not rate:
-                rate.copy_(asked) if isinstance(asked, Tensor) else rate.fill_(asked)
-                group["lr"] = rate
             for key, value in settings.items():
                 if group[key] != value:
                     advice = "make it with fused=True, which reads it from the GPU" if key == "lr" else "capture again"
@@ -155,6 +151,10 @@ class GraphOptimizer:
                         f"{key} of {self.name} is {group[key]} now and was {value} at the capture, which the graph "
                         f"keeps; {advice}"
                     )
+            asked = group["lr"]
+            if rate is not None and asked is not rate:
+                rate.copy_(asked) if isinstance(asked, Tensor) else rate.fill_(asked)
+                group["lr"] = rate
 
     def _fresh(self) -> list[tuple[Tensor, str, Tensor]]:
         """(parameter, key, tensor) of the state that wasn't there before."""

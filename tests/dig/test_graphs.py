@@ -7,9 +7,11 @@ GPU can tell is in test_graphs_gpu.py.
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -517,3 +519,12 @@ def test_a_journal_puts_overlapping_tensors_back() -> None:
             tensor.add_(10)
         journal.restore()
         assert whole.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_capturing_stands_once() -> None:
+    """Whoever needs a graph takes `dig.graphs`, with what it knows of streams, memory and errors."""
+    root = Path(dig.__file__).parents[1]
+    sources = [path for folder in ("dig", "baselines", "bench") for path in (root / folder).rglob("*.py")]
+    assert len(sources) > 50
+    found = [path for path in sources if re.search(r"cuda\.graph\(|CUDAGraph\(|make_graphed", path.read_text())]
+    assert [path.relative_to(root).as_posix() for path in found] == ["dig/graphs/recording.py"]
