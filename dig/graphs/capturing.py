@@ -30,8 +30,6 @@ class Captured(Generic[T]):
     """A step as a CUDA graph. Made by `capture`.
 
     Attributes:
-        inputs: The tensors that the graph reads, nested as the step's arguments; what is written into them need not be
-            copied at a call.
         outputs: What the step returns: tensors that each replay overwrites.
         draws: Whether the step draws random numbers on the GPU.
     """
@@ -81,7 +79,7 @@ class Captured(Generic[T]):
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        """The tensors that the graph reads."""
+        """The tensors that the graph reads, nested as the arguments; one of them given at a call isn't copied."""
         return self._static.tree
 
     def __call__(self, *inputs: Any) -> T:

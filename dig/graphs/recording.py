@@ -5,6 +5,7 @@ Nothing here runs a step before, copies an input, or puts anything back: a bench
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -128,10 +129,10 @@ def _explained(error: Exception) -> Exception:
     return CaptureError(
         f"{where}, can't be in a CUDA graph ({text}): within a step nothing may wait for the GPU, copy from or to "
         "memory that isn't pinned (torch.tensor(..., device=...) does), or launch on a stream that the step's doesn't "
-        "wait for; move it out of the step"
+        "wait for (as gradients do while the loss of an eager step is alive); move it out of the step"
     )
 
 
 def is_users(filename: str) -> bool:
-    """Whether a frame of this file is neither PyTorch's nor this package's."""
-    return not filename.startswith((TORCH_FOLDER, OWN_FOLDER))
+    """Whether a frame of this file is neither PyTorch's nor this package's, nor of a decorator between them."""
+    return not filename.startswith((TORCH_FOLDER, OWN_FOLDER, contextlib.__file__))

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dig.diffusion import Denoiser, SamplerName, SamplingLoop, build_solver, initial_noise, step_noise
-from dig.graphs import Captured, capture
+from dig.graphs import Captured, CaptureError, capture
 from dig.layers import Backbone, CfgChannels
 from dig.sampling.images import to_pixels
 from dig.training.data.files import replacing, write_atomically
@@ -147,7 +147,10 @@ class BatchSampler:
     def _replay(self, x_T: Tensor, y: Tensor, noises: Iterator[Tensor]) -> Tensor:
         noise = torch.stack(list(noises)) if self._solver.noises else None
         if self._captured is None:
-            self._captured = capture(self._loop.run, x_T, y, noise, warm_up=self._first_step)
+            try:
+                self._captured = capture(self._loop.run, x_T, y, noise, warm_up=self._first_step)
+            except CaptureError as error:
+                raise CaptureError(f"{error}; or sample with execution eager") from error
         return self._captured(x_T, y, noise)
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from dig.checkpoints import to_release
 from dig.cli import app
 from dig.commands.sample import parse_classes
 from dig.diffusion import sample
+from dig.graphs import CaptureError
 from dig.layers import Backbone
 from dig.sampling import runner as runs
 from dig.sampling.images import make_grid, to_pixels
@@ -349,3 +350,13 @@ def test_a_captured_loop_gives_the_same_samples(sampler: Any, monkeypatch: pytes
     ours, theirs = (sampler.samples(range(4)) for sampler in found)
     assert np.array_equal(ours, theirs)
     assert not np.array_equal(ours[:2], ours[2:])
+
+
+def test_a_model_that_can_not_be_captured_says_what_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dig.sampling.runner.capture", capture_fake)
+    model = create("DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10).eval()
+    model.register_forward_hook(lambda _model, _inputs, output: output * output.sum().item())
+    plan = runs.SamplePlan(classes=(1,), count=1, steps=2, model_batch=1)
+    sampler = runs.BatchSampler(model, plan, torch.device("cpu"), graph=True)
+    with pytest.raises(CaptureError, match=r"reads a value from the GPU.*; or sample with execution eager"):
+        sampler.batch(0)
