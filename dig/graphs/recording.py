@@ -50,10 +50,13 @@ def on_capture_stream(device: torch.device) -> Iterator[None]:
     with torch.cuda.device(device):
         stream = _stream(_index(device))
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            # After an error too: what it left running must not write to what somebody puts back.
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
 
 
 def record(

@@ -200,12 +200,12 @@ def test_a_captured_step_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> No
     """Parts, clipping, averages, sums and the learning rate of each step; and capturing has moved nothing before."""
     monkeypatch.setattr("dig.training.step.capture", capture_fake)
     # Rates that are the same as Python floats and in fp32.
-    fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "warmup": 4, "learning_rate": 2.0**-7}
+    fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "warmup": 8, "learning_rate": 2.0**-7}
     eager = trained(steps=4, **fields)
     graph = trained(steps=4, execution="graph", device="cuda", **fields)
     ours, theirs = graph.tensors(), eager.tensors()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert eager.optimizer.param_groups[0]["lr"] == graph.optimizer.param_groups[0]["lr"].item() == 2.0**-7
+    assert eager.optimizer.param_groups[0]["lr"] == graph.optimizer.param_groups[0]["lr"].item() == 2.0**-8
 
 
 def test_a_step_that_can_not_be_captured_says_what_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
