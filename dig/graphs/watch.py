@@ -113,8 +113,9 @@ class Watch(TorchDispatchMode):
                 "draw them on the GPU (device=), or pass them as inputs"
             )
         for tensor in given:
-            if storage_of(tensor) not in self.made:
-                self.read.setdefault(storage_of(tensor), tensor)
+            storage = storage_of(tensor)
+            if storage not in self.made and storage not in self.read:
+                self.read[storage] = tensor.detach()  # without what it was made of, which would stay too
         return result
 
     def _write(self, tensor: Tensor) -> None:
