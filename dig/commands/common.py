@@ -47,11 +47,12 @@ def refusing() -> Iterator[None]:
     except RuntimeError as error:
         from torch import OutOfMemoryError
 
+        from dig.graphs import CaptureError
         from dig.training.trainer import TrainingError
 
         if isinstance(error, OutOfMemoryError):
             message = "the GPU's memory is not enough; try a smaller --batch, or in training a larger --accumulate"
-        elif isinstance(error, TrainingError):
+        elif isinstance(error, (TrainingError, CaptureError)):
             message = str(error)
         else:
             raise

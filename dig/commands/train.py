@@ -80,8 +80,12 @@ def train_command(
     dtype: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU.")] = None,
     device: DeviceOption = "auto",
     execution: Annotated[
-        str, typer.Option(help="eager; compile (the model through torch.compile); graph (the step as a CUDA graph).")
-    ] = "eager",
+        str,
+        typer.Option(
+            help="eager; compile (the model through torch.compile); graph (the step as a CUDA graph); auto: as the run "
+            "began, else graph on a GPU and eager on a CPU."
+        ),
+    ] = "auto",
     checkpoint_blocks: Annotated[
         bool,
         typer.Option("--checkpoint-blocks", help="Compute each block's activations again instead of keeping them."),
@@ -111,9 +115,10 @@ def train_command(
         dataset = open_data(data, image_size=image_size, channels=channels, mirror=mirror)
         name, options, source = parse_model(model, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
-        from dig.training.config import DataSpec, TrainConfig
-        from dig.training.trainer import Status, Trainer
+        from dig.training.config import DataSpec, TrainConfig, choose_execution
+        from dig.training.trainer import CONFIG_NAME, Status, Trainer
 
+        chosen, reason = choose_execution(execution, device=where, recorded=out / CONFIG_NAME)
         data_spec = DataSpec.of(dataset)
         config = TrainConfig(
             model=ModelSpec(
@@ -139,7 +144,8 @@ def train_command(
             weight_decay=weight_decay,
             ema=ema,
             dtype=cast(Any, precision),
-            execution=cast(Any, execution),
+            execution=cast(Any, chosen),
+            execution_reason=reason,
             checkpoint_blocks=checkpoint_blocks,
             deterministic=deterministic,
             log_every=log_every,
@@ -151,6 +157,7 @@ def train_command(
         )
         decode = open_decoder(vae, data_spec.latent_scale, where)
         console.print(f"{config.model.describe()}\n{dataset.describe()}", highlight=False)
+        console.print(f"execution {chosen}: {reason}", highlight=False)
         if grid_every and data_spec.latent_scale is not None and decode is None:
             console.print("no grids of samples: the data are latents, and no --vae was given to decode them")
         with _interrupts() as interrupted:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dig.diffusion import LossName
@@ -83,6 +85,7 @@ class TrainConfig:
         ema: Decay of the moving average of the weights, a step.
         dtype: ``bf16`` runs the model in autocast, over fp32 weights.
         execution: ``eager``; ``compile``, the model through torch.compile; ``graph``, the whole step as one CUDA graph.
+        execution_reason: Why that one, as `choose_execution` says.
         checkpoint_blocks: Whether each block's activations are computed again in the backward pass.
         deterministic: Whether PyTorch is told to use deterministic algorithms, so that a resumed run on a GPU repeats
             bit for bit.
@@ -119,6 +122,7 @@ class TrainConfig:
     grid_every: int = _free(0)
     grid_steps: int = _free(50)
     grid_cfg: float = _free(1.5)
+    execution_reason: str = _free("")
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no run can have."""
@@ -185,6 +189,30 @@ class TrainConfig:
             for name in names
             if ours.get(name) != theirs.get(name)
         ]
+
+
+def choose_execution(asked: str, *, device: str, recorded: Path) -> tuple[str, str]:
+    """Which execution a run takes, and why.
+
+    Args:
+        asked: One by name, or ``auto``: the one that the run began with, else a CUDA graph on a GPU, eager on a CPU.
+        device: Where it runs.
+        recorded: The run's config, if it has begun. What is wrong with the file is the trainer's to say.
+
+    Raises:
+        ValueError: There is no such execution.
+    """
+    if asked in get_args(Execution):
+        return asked, "asked for"
+    if asked != "auto":
+        raise ValueError(f"execution must be one of auto, {', '.join(get_args(Execution))}; got {asked!r}")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        began = TrainConfig.from_json(json.loads(recorded.read_bytes())["config"])
+        if began.device == device:
+            return began.execution, began.execution_reason or "the run began with it"
+    if device == "cuda":
+        return "graph", "the default on a GPU, where it spares the launches; --execution eager does without"
+    return "eager", "the default on a CPU, which has no CUDA graphs"
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

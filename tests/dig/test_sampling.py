@@ -21,12 +21,14 @@ from dig.cli import app
 from dig.commands.sample import parse_classes
 from dig.declared import DIG
 from dig.diffusion import sample
+from dig.graphs import CaptureError
 from dig.layers import Backbone
 from dig.registry import create_model, list_variants
 from dig.sampling import runner as runs
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.weights import load_weights
 from dig.training.saving import checkpoint_files
+from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training import damage_bytes
 from tests.dig.tiny import TINY, make_fashion, using
 from tests.helpers import randomize
@@ -339,3 +341,31 @@ def test_latents_need_a_vae(tmp_path: Path) -> None:
         expected = to_pixels(vae.decode(latents / 0.18215).sample)
     assert decoded.shape == (2, 8, 8, 3)
     assert np.abs(decoded.astype(int) - expected.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+def test_a_captured_loop_gives_the_same_samples(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch after batch, each with noise and classes of its own; the model alone is run before the capture."""
+    monkeypatch.setattr("dig.sampling.runner.capture", capture_fake)
+    model = create_model("DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10).eval()
+    randomize(model, 0.02)
+    plan = runs.SamplePlan(
+        classes=(1, 2), count=8, sampler=sampler, steps=3, cfg_scale=1.5, cfg_channels="all", model_batch=2
+    )
+    found = [
+        runs.BatchSampler(model, plan, torch.device("cpu"), graph=graph, finish=lambda x: x.numpy().copy())
+        for graph in (False, True)
+    ]
+    ours, theirs = (sampler.samples(range(4)) for sampler in found)
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours[:2], ours[2:])
+
+
+def test_a_model_that_can_not_be_captured_says_what_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dig.sampling.runner.capture", capture_fake)
+    model = create_model("DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10).eval()
+    model.register_forward_hook(lambda _model, _inputs, output: output * output.sum().item())
+    plan = runs.SamplePlan(classes=(1,), count=1, steps=2, model_batch=1)
+    sampler = runs.BatchSampler(model, plan, torch.device("cpu"), graph=True)
+    with pytest.raises(CaptureError, match=r"reads a value from the GPU.*; or sample with execution eager"):
+        sampler.batch(0)

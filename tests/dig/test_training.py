@@ -81,6 +81,21 @@ def assert_same_run(run: Path, whole: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_the_choice_of_execution_is_said_and_kept(data: Path, tmp_path: Path) -> None:
+    """By default what the device is good at; a run that has begun keeps its own."""
+    first = train(data, tmp_path / "first", "--steps", "1")
+    assert "execution eager: the default on a CPU, which has no CUDA graphs" in first.output.replace("\n", " ")
+    content = json.loads((tmp_path / "first" / "config.json").read_text())["config"]
+    assert (content["execution"], content["execution_reason"].split(",")[0]) == ("eager", "the default on a CPU")
+    path = tmp_path / "first" / "config.json"
+    path.write_text(path.read_text().replace('"execution": "eager"', '"execution": "compile"'))
+    again = train(data, tmp_path / "first", "--steps", "1")
+    assert again.exit_code == 0, again.output
+    assert "execution compile: " in again.output
+    other = train(data, tmp_path / "first", "--steps", "1", "--execution", "eager")
+    assert "execution: eager, compile" in other.output.replace("\n", " ")
+
+
 def test_loss_falls_and_everything_is_saved(whole: Path) -> None:
     losses = [line["loss"] for line in lines(whole)]
     assert losses[0] == pytest.approx(1, abs=0.15)  # the output starts at zero, so the loss at the noise's variance
@@ -288,7 +303,7 @@ def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
         (["--clip", "-1"], "clip must be 0 or more"),
         (["--dtype", "fp16"], "dtype must be bf16 or fp32"),
         (["--execution", "graph"], "needs an NVIDIA GPU; use eager or compile"),
-        (["--execution", "jit"], "execution must be one of eager, compile, graph"),
+        (["--execution", "jit"], "execution must be one of auto, eager, compile, graph"),
         (["--device", "cuda"], "no NVIDIA GPU was found"),
         (["--device", "tpu"], "choose auto, cuda or cpu"),
         (["--vae", "sd-vae"], "it needs no --vae"),
