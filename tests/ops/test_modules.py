@@ -28,6 +28,12 @@ LINEARS = ("in_proj", "decay_proj", "o_proj", "gate_proj", "down_proj", "adaLN_m
 """Of a block; a model has more: the ends' are in `every_linear`."""
 
 
+@pytest.fixture(autouse=True)
+def _whole_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's convolutions in fp32 on a GPU too, where PyTorch takes TF32 for them unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def model_of(config: DiGConfig = CONFIG) -> DiG:
     model: DiG = randomize(DiG(config)).eval().to(DEVICE)
     return model
