@@ -137,7 +137,7 @@ def test_a_case_carries_the_import_path(own: str) -> None:
     plain, fast = cases.sweep([f"{own}:Plain", f"{own}:two_ways"], resolutions=(64,))
     assert (plain.model, plain.options, plain.source) == ("Plain-S/2", (), f"{own}:Plain")
     assert (fast.model, fast.options, fast.source) == ("Two-Ways-S/2", (("backend", "fast"),), f"{own}:two_ways")
-    with pytest.raises(ValueError, match="Two-Ways with backend=fast needs an NVIDIA GPU; .* on a CPU with plain only"):
+    with pytest.raises(ValueError, match=r"Two-Ways with backend=fast needs an NVIDIA GPU; .* on a CPU with plain only"):
         cases.sweep([f"{own}:two_ways:fast"], resolutions=(64,), executions=("eager",), device="cpu")
     with pytest.raises(UnknownModelError, match="sizes and patch are axes of their own here; write Plain"):
         cases.sweep([f"{own}:Plain-S/2"], resolutions=(64,))
@@ -223,7 +223,7 @@ def test_former_words_are_read(name: str, former: str) -> None:
     assert cases.ModelChoice.parse(f"{family.name}:{former}={word}").options == (("backend", word),)
     spec = ModelSpec(name=name, options={former: word}, input_size=[8, 8], in_channels=4, num_classes=3)
     assert spec.options == {"backend": word}
-    with pytest.raises(UnknownModelError, match="unknown option 'attenton' of DiT: did you mean|Known"):
+    with pytest.raises(UnknownModelError, match=r"unknown option 'attenton' of DiT: .*Known"):
         find_family("DiT").read_options({"attenton": "materialized"})
 
 
@@ -310,7 +310,7 @@ def test_a_familys_files_are_in_its_rows_addresses_alone(own: str, tmp_path: Pat
     helper.write_text("first")
     named = replace(find_family("Plain"), files=(str(helper),))
     assert {name for name, _ in identity.family_files(named)} == {f"{own}.py", "kernels.cu"}
-    with pytest.raises(FamilyError, match="names the source file nowhere.cu, which is not there"):
+    with pytest.raises(FamilyError, match=r"names the source file nowhere.cu, which is not there"):
         identity.family_files(replace(named, files=("nowhere.cu",)))
 
 
