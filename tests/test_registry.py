@@ -137,7 +137,7 @@ def test_a_case_carries_the_import_path(own: str) -> None:
     plain, fast = cases.sweep([f"{own}:Plain", f"{own}:two_ways"], resolutions=(64,))
     assert (plain.model, plain.options, plain.source) == ("Plain-S/2", (), f"{own}:Plain")
     assert (fast.model, fast.options, fast.source) == ("Two-Ways-S/2", (("backend", "fast"),), f"{own}:two_ways")
-    with pytest.raises(ValueError, match=r"Two-Ways with backend=fast needs an NVIDIA GPU; .* on a CPU with plain only"):
+    with pytest.raises(ValueError, match=r"Two-Ways with backend=fast needs an NVIDIA GPU; .* plain only"):
         cases.sweep([f"{own}:two_ways:fast"], resolutions=(64,), executions=("eager",), device="cpu")
     with pytest.raises(UnknownModelError, match="sizes and patch are axes of their own here; write Plain"):
         cases.sweep([f"{own}:Plain-S/2"], resolutions=(64,))
