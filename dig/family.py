@@ -158,7 +158,9 @@ class Family:
         for name, value in options.items():
             option = self.renamed.get(name, name)
             if option not in self.options:
-                raise UnknownModelError(f"unknown option {name!r} of {self.name}: {closest(name, self.options)}")
+                former = difflib.get_close_matches(name, self.renamed, n=1)
+                meant = self.renamed[former[0]] if former else name
+                raise UnknownModelError(f"unknown option {name!r} of {self.name}: {closest(meant, self.options)}")
             if value not in self.options[option]:
                 known = closest(value, self.options[option])
                 raise UnknownModelError(f"unknown {option} {value!r} of {self.name}: {known}")

@@ -113,7 +113,9 @@ def test_a_model_added_to_the_suite_is_estimated_until_it_is_measured(rows: list
     assert without_rows(rows, measured) == []
     missing = without_rows(rows, added)
     assert {(case.family, dict(case.options)["backend"]) for case in missing} == {("Flash-DiT", "sdpa-flash")}
-    assert estimate(rows, replayed, added) == estimate(rows, replayed, measured) + sum(guess(case, rows) for case in missing)
+    assert estimate(rows, replayed, added) == estimate(rows, replayed, measured) + sum(
+        guess(case, rows) for case in missing
+    )
     assert all(0 < guess(case, rows) < 120 for case in missing)
 
 
