@@ -46,7 +46,7 @@ class ModelChoice:
             UnknownModelError: No such family, option or value; the message offers the closest one.
             FamilyError: An import path that leads to no family.
         """
-        family, rest, options = parse_family(text)
+        family, rest, options = parse_family(text, sized=False)
         if rest:
             raise UnknownModelError(
                 f"{family.name}{rest}: sizes and patch are axes of their own here; write {family.name}"

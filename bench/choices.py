@@ -44,7 +44,7 @@ def one_case(
     """The case that ``--model DiG-XL/2:triton`` and its companions name; anything wrong ends the command."""
     where = choose_device(device)
     try:
-        family, rest, options = parse_family(model)
+        family, rest, options = parse_family(model, sized=True)
         _, size, patch = parse_name(f"{family.name}{rest}")
         (case,) = sweep(
             [":".join([family.name, *(f"{option}={word}" for option, word in options.items())])],

@@ -17,6 +17,10 @@ BACKEND = "backend"
 """The option that says which implementation runs the family's heart, by one name in every family that has several."""
 
 
+MARKERS = "ov^<>8sp*hHDdPX"
+"""Filled markers of matplotlib."""
+
+
 class UnknownModelError(ValueError):
     """No such model, size, patch or option; the message offers the closest one that exists."""
 
@@ -57,8 +61,8 @@ class Look:
 
     Attributes:
         label: Its name there, if not the family's own.
-        colors: Of its series, the first one's first; as matplotlib reads them.
-        markers: Likewise, one letter each.
+        colors: Of its series, the first one's first: ``#D55E00``.
+        markers: Likewise, one of matplotlib's letters for a filled marker each.
         dashes: Likewise: ``"-"``, or matplotlib's (offset, lengths).
         width: Of the first series' line, in points.
     """
@@ -68,6 +72,19 @@ class Look:
     markers: str = ""
     dashes: tuple[Any, ...] = ()
     width: float = 1.5
+
+    def __post_init__(self) -> None:
+        """Raise FamilyError on what cannot be drawn: a figure must not fail for it later."""
+        if wrong := [color for color in self.colors if not re.fullmatch(r"#[0-9A-Fa-f]{6}", color)]:
+            raise FamilyError(f"a colour is written #RRGGBB; got {wrong[0]!r}")
+        if wrong := [marker for marker in self.markers if marker not in MARKERS]:
+            raise FamilyError(f"a marker is one of {MARKERS}; got {wrong[0]!r}")
+        for pattern in self.dashes:
+            lengths = (0, (1, 1)) if pattern == "-" else pattern
+            if not (isinstance(lengths, tuple | list) and len(lengths) == 2 and isinstance(lengths[1], tuple | list)):
+                raise FamilyError(f"dashes are '-' or (offset, lengths), (0, (4, 1)) say; got {pattern!r}")
+            if not lengths[1] or not all(isinstance(x, int | float) and x > 0 for x in lengths[1]):
+                raise FamilyError(f"lengths of dashes are positive numbers; got {pattern!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +175,9 @@ class Family:
         for name, value in options.items():
             option = self.renamed.get(name, name)
             if option not in self.options:
-                raise UnknownModelError(f"unknown option {name!r} of {self.name}: {closest(name, self.options)}")
+                former = difflib.get_close_matches(name, self.renamed, n=1)
+                meant = self.renamed[former[0]] if former else name
+                raise UnknownModelError(f"unknown option {name!r} of {self.name}: {closest(meant, self.options)}")
             if value not in self.options[option]:
                 known = closest(value, self.options[option])
                 raise UnknownModelError(f"unknown {option} {value!r} of {self.name}: {known}")

@@ -171,8 +171,12 @@ def parse_name(name: str) -> tuple[Family, str, int]:
     return find_family(family), size, int(patch)
 
 
-def parse_family(text: str) -> tuple[Family, str, dict[str, str]]:
+def parse_family(text: str, *, sized: bool) -> tuple[Family, str, dict[str, str]]:
     """What a command line's words name: ``DiG:fla:variant=release``, ``DiG-S/2:fla``, ``my_module:MyFamily-S/2``.
+
+    Args:
+        text: As above.
+        sized: Whether a model is meant, with size and patch, rather than a family.
 
     Returns:
         The family; what stands after its name, ``-S/2``, or nothing; the options that are named.
@@ -186,7 +190,7 @@ def parse_family(text: str) -> tuple[Family, str, dict[str, str]]:
         attribute, dash, size = words[0].partition("-")
         family, rest, words = load_family(f"{first}:{attribute}"), dash + size, words[1:]
     else:
-        name = first if first in families() or "/" not in first else parse_name(first)[0].name
+        name = parse_name(first)[0].name if sized or (first not in families() and "/" in first) else first
         family, rest = find_family(name), first.removeprefix(name)
     return family, rest, family.read_words(words)
 
@@ -212,7 +216,7 @@ def parse_model(text: str, device: str) -> tuple[str, dict[str, str], str]:
         ValueError: No such model, option or word, or a backend that this device can't run.
         MissingPackageError: Its package is not installed.
     """
-    family, rest, given = parse_family(text)
+    family, rest, given = parse_family(text, sized=True)
     name = f"{family.name}{rest}"
     parse_name(name)
     options = {option: words[0] for option, words in family.options.items()}

@@ -39,7 +39,8 @@ def test_flash_attn_is_asked_to_repeat_itself(deterministic: bool, monkeypatch: 
         asked.append(deterministic)
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    monkeypatch.setattr("baselines.dit.require", lambda *_: SimpleNamespace(flash_attn_func=attend))
+    for module in ("baselines.attention", "baselines.dit"):
+        monkeypatch.setattr(f"{module}.require", lambda *_: SimpleNamespace(flash_attn_func=attend))
     dit = randomize(create_model("DiT-S/4", image_size=64)).eval()
     flash = create_model("Flash-DiT-S/4", image_size=64, backend="flash-attn").eval()
     flash.load_state_dict(dit.state_dict())

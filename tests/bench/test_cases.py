@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from bench.cases import ON_CPU, PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
+from bench.cases import COMPARED, ON_CPU, PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
 
 
 def test_a_choice_names_family_implementation_and_options() -> None:
@@ -37,10 +37,11 @@ def test_sweep_keeps_the_models_of_one_comparison_together() -> None:
 
 def test_paper_suite_is_both_figures_and_the_eager_probes() -> None:
     cases = paper_suite()
-    assert len(set(cases)) == len(cases) == 156
+    models = len(COMPARED)
+    assert len(set(cases)) == len(cases) == 26 * models
     graph_s = Counter((c.resolution, c.mode) for c in cases if c.execution == "graph" and c.size == "S")
-    assert graph_s == {(r, m): 6 for r in PAPER_RESOLUTIONS for m in ("train", "forward")}
-    assert Counter(c.size for c in cases if c.size != "S") == {"B": 12, "L": 12, "XL": 12}
+    assert graph_s == {(r, m): models for r in PAPER_RESOLUTIONS for m in ("train", "forward")}
+    assert Counter(c.size for c in cases if c.size != "S") == dict.fromkeys(("B", "L", "XL"), 2 * models)
     assert {c.resolution for c in cases if c.execution == "eager"} == {1024, 1792}
     assert {(c.device, c.dtype, c.batch) for c in cases} == {("cuda", "bf16", 1)}
 

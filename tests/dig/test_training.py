@@ -289,8 +289,8 @@ def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
     [
         (["--model", "DiG-S/3"], "unknown patch size 3"),
         (["--model", "Dig-S/2"], "did you mean DiG"),
-        (["--model", "DiG-S/2:recurence=fla"], "did you mean recurrence?"),
-        (["--model", "DiG-S/2:triton"], "needs an NVIDIA GPU; on a CPU: reference"),
+        (["--model", "DiG-S/2:recurence=fla"], "did you mean backend?"),
+        (["--model", "DiG-S/2:triton"], "needs an NVIDIA GPU; DiG runs on a CPU with reference only"),
         (["--image-size", "30"], "multiples of the patch size 8"),
         (["--image-size", "20"], "larger than image_size 20"),
         (["--steps", "0"], "steps must be at least 1"),
