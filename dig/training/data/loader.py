@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -17,9 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dig.training.data.base import DataError, DataSet
+from dig.training.data.files import shown
 from dig.training.data.order import DataOrder
+from dig.training.data.room import require_memory
 
 logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 1024
+"""More processes than this are a slip of the finger, which may take the machine down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,13 @@ class Loader:
         workers = default_workers(dataset) if workers is None else workers
         if workers < 0 or prefetch < 1:
             raise ValueError(f"workers must be at least 0 and prefetch at least 1; got {workers} and {prefetch}")
+        if workers > MAX_WORKERS:
+            raise ValueError(f"workers must be at most {MAX_WORKERS}; got {workers}")
+        require_memory(
+            order.batch_size * math.prod(dataset.sample_shape) * 4 * max(1, workers * prefetch),
+            f"a batch of {order.batch_size:,} of {'x'.join(map(str, dataset.sample_shape))} ({workers} workers)",
+            "choose a smaller --batch, or fewer --workers",
+        )
         self.step = first_step
         self.unreadable: dict[str, str] = {}
         loader: DataLoader[Any] = DataLoader(
@@ -156,7 +169,7 @@ class Loader:
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                logger.warning("cannot read %s (%s); another image stands in for it", name, reason)
+                logger.warning("cannot read %s (%s); another image stands in for it", shown(name), reason)
         self.step = batch.step + 1
         return batch
 
