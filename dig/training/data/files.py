@@ -134,20 +134,6 @@ def prepare_output(path: Path) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose another place") from None
 
 
-def open_lock(path: Path) -> int:
-    """A descriptor of a lock file, made if it is not there; links are not followed."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-
-
-def try_lock(descriptor: int) -> bool:
-    """Take a lock for as long as the descriptor is open, or this process lives; False where another has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:

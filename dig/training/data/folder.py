@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet, Samples, mirror_where, pixels_to_unit
 from dig.training.data.files import shown, told_by_start
 from dig.training.data.pictures import read_pixels
-from dig.training.data.room import require_memory
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,9 @@ class ImageFolder(DataSet):
     def __init__(self, root: str | Path, *, image_size: int = 256, channels: int = 3, mirror: bool = True) -> None:
         if image_size < 1 or channels not in (1, 3):
             raise ValueError(f"image_size must be positive and channels 1 or 3; got {image_size} and {channels}")
-        # As the sum of an image's uint8 and fp32 pixels.
-        require_memory(
-            5 * channels * image_size**2, f"one image of {image_size}x{image_size}", "choose a smaller --image-size"
-        )
+        # Its uint8 and its fp32 pixels.
+        needs = {f"an image of {image_size}x{image_size}": 5 * channels * image_size**2}
+        check_memory(needs, device="cpu", advice="choose a smaller --image-size")
         self.root = Path(root)
         self.name = f"images in {self.root}"
         self.sample_shape = (channels, image_size, image_size)
