@@ -141,10 +141,10 @@ def sha256_of(path: Path) -> str:
 
 
 _STARTS = (
-    (b"version https://git-lfs.github.com/spec/", "a Git-LFS pointer; git lfs pull fetches the file itself"),
-    (b"<!doctype html", "an HTML page; the download went wrong"),
-    (b"<html", "an HTML page; the download went wrong"),
-    (b"<?xml", "XML; the download went wrong"),
+    (b"version https://git-lfs.github.com/spec/", "a Git-LFS pointer: git lfs pull fetches the file itself"),
+    (b"<!doctype html", "an HTML page: the download went wrong"),
+    (b"<html", "an HTML page: the download went wrong"),
+    (b"<?xml", "XML: the download went wrong"),
     (b"{", "text, perhaps JSON"),
     (b"\x1f\x8b", "compressed with gzip"),
     (b"pk\x03\x04", "a zip archive"),
@@ -159,25 +159,25 @@ _STARTS = (
 
 
 def told_by_start(path: str | bytes | Path) -> str:
-    """`` (it is an HTML page; ...)``: what a file that is not what its name says is, or nothing where that is unknown.
+    """``; it is an HTML page: ...``: what a file that is not what its name says is, or nothing where that is unknown.
 
     For messages: people meet web pages and Git-LFS pointers under the names of data far more often than damage.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            return " (it is no ordinary file)"
+            return "; it is no ordinary file"
         with open(path, "rb") as file:
             start = file.read(256)
     except OSError:
         return ""
     if not start:
-        return " (it is empty)"
+        return "; it is empty"
     if not start.strip(b"\0"):
-        return " (it begins with zeros, as files do whose writing was cut off)"
+        return "; it begins with zeros, as files do whose writing was cut off"
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for beginning, kind in _STARTS:
         if start.startswith(beginning):
-            return f" (it is {kind})"
+            return f"; it is {kind}"
     return ""
 
 

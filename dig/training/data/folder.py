@@ -94,7 +94,8 @@ class ImageFolder(DataSet):
                     f"cannot read {shown(os.fsdecode(path))} at the moment: {why}; free what is short, or use fewer "
                     "--workers, and run the same command again"
                 ) from None
-            self._unreadable[index] = _reason(error) + told_by_start(path)
+            hint = told_by_start(path) if isinstance(error, UnidentifiedImageError) else ""
+            self._unreadable[index] = _reason(error) + hint
             return None
 
     def reason(self, index: int) -> str:

@@ -82,8 +82,6 @@ class Encoding:
         for name in ("images", "image_size", "shard_size"):
             check_whole(name, getattr(self, name), least=1)
         check_whole("seed", self.seed, least=0)
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63; got {self.seed}")
         check_between("scale", self.scale, 0, math.inf)
         check_names("class_names", self.class_names)
         check_names("vae", (self.vae,))
