@@ -170,7 +170,7 @@ def sample_command(
 
 
 def _first_images(npz: Path, count: int) -> Any:
-    from dig.evaluation.features import read_samples
+    from dig.evaluation.samples import read_samples
 
     return read_samples(npz)[0][:count]
 

@@ -236,7 +236,7 @@ def test_idx_reads_pads_and_repeats(tmp_path: Path, zipped: bool, channels: int)
         (lambda raw: b"\0\0\x08\x03" + bytes(12), "7 labels"),
         (lambda raw: raw[:12] + bytes(40) + raw[52:], "is damaged or cut off"),
         (lambda raw: raw + b"<html>", "is damaged or cut off"),
-        (lambda raw: b"<!DOCTYPE html>", r"is no idx file.* ; it is an HTML page: the download went wrong"),
+        (lambda raw: b"<!DOCTYPE html>", r"is no idx file.*; it is an HTML page: the download went wrong"),
         (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", r"; it is a Git-LFS pointer: git lfs pull"),
         (lambda raw: b"\0\0\x08\x03" + b"\xff" * 12, r"GiB are needed \(.*4294967295 x 4294967295 x 4294967295"),
     ],

@@ -113,6 +113,27 @@ def write_or_keep(path: Path, content: bytes) -> None:
     raise ValueError(f"cannot write {path} ({reason}); what belongs there is kept in {kept}")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file: all of it, or, where that fails, nothing.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with path.open("ab") as file:
+        end = file.seek(0, os.SEEK_END)
+        with path.open("rb") as before:
+            before.seek(max(0, end - 1))
+            cut = before.read(1) not in (b"", b"\n")  # a line that another program left without its end
+        try:
+            file.write(b"\n" * cut + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def prepare_output(path: Path) -> None:
     """Make the folder of a file that is going to be written, and see that it can be: before the work, not after.
 
