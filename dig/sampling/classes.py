@@ -68,8 +68,9 @@ class _Classes:
         self.names = names
         self.count = count
         self.null_label = null_label
-        # Of any script's digits: a folder may be called by those too.
-        self.are_numbers = any(name.strip().isdecimal() for name in names)
+        # Of any script's digits: a folder may be called by those too. Not where each is its own index, as MNIST's.
+        own = all(name == str(label) for label, name in enumerate(names))
+        self.are_numbers = not own and any(name.strip().isdecimal() for name in names)
 
     def quoted(self, word: str) -> int:
         """The label of a name."""

@@ -38,6 +38,8 @@ def test_numbers_are_names_where_names_are_numbers() -> None:
         labels("0", *names)
     assert labels("@0,@3", *names) == (0, 3)
     assert labels("7,3", *map(str, range(10))) == (7, 3)
+    with pytest.raises(ValueError, match="there is no class 12: this model has 0 to 9"):
+        labels("12", *map(str, range(10)))
     assert labels("007,7", "007", "7") == (0, 1)
     with pytest.raises(ValueError, match=r"there is no class '7': did you mean 007\?"):
         labels("7", "007", "008")
