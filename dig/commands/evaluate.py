@@ -180,9 +180,9 @@ def _tell_unreadable(unreadable: Mapping[str, str]) -> str:
     some = ", ".join(f"{shown(name)} ({reason})" for name, reason in list(unreadable.items())[:5])
     more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
     logger.warning(
-        "%d images of the data cannot be read and are not among those compared: %s%s", len(unreadable), some, more
+        "unreadable images of the data, which are not among those compared: %d: %s%s", len(unreadable), some, more
     )
-    return f" ({len(unreadable):,} others could not be read)"
+    return f" ({len(unreadable):,} more unreadable)"
 
 
 def _check_images(size: tuple[int, ...], shape: tuple[int, int, int]) -> None:
@@ -255,11 +255,9 @@ def classifier_command(
             write_or_keep(out, classifier_bytes(model, dataclasses.replace(model.spec, accuracy=tested.rate)))
             words = f": {tested.rate:.2%} of {test.name} right"
             if tested.unreadable:
-                words += f" ({len(tested.unreadable):,} could not be read)"
+                words += f" ({len(tested.unreadable):,} unreadable)"
         if trained.unreadable:
-            words += (
-                f"; {len(trained.unreadable):,} images of {dataset.name} could not be read, others stood in for them"
-            )
+            words += f"; {len(trained.unreadable):,} of {dataset.name} unreadable, which others stood in for"
     typer.echo(f"classifier in {out}{words}")
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 NEIGHBOURS = 3
 """k of the manifolds, as published (arXiv 1904.06991 §3)."""
-ROWS_AT_ONCE = 2048
+DISTANCES_AT_ONCE = 2**26
+"""Half a GiB of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,8 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
     real, generated = real.double(), generated.double()
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)
     precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows, radii in zip(generated.split(ROWS_AT_ONCE), generated_radii.split(ROWS_AT_ONCE), strict=True):
+    at_once = _rows_at_once(real)
+    for rows, radii in zip(generated.split(at_once), generated_radii.split(at_once), strict=True):
         distances = _distances(rows, real)
         precise.append((distances <= real_radii).any(1))
         recalled |= (distances <= radii[:, None]).any(0)
@@ -84,8 +86,13 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
 def _radii(features: Tensor, k: int) -> Tensor:
     """(N,) distance from each row to its k-th nearest other."""
     # The nearest row of all is the row itself.
-    rows = features.split(ROWS_AT_ONCE)
-    return torch.cat([_distances(part, features).kthvalue(k + 1, dim=1).values for part in rows])
+    parts = features.split(_rows_at_once(features))
+    return torch.cat([_distances(rows, features).kthvalue(k + 1, dim=1).values for rows in parts])
+
+
+def _rows_at_once(others: Tensor) -> int:
+    """How many rows' distances to all others are held at a time."""
+    return max(1, DISTANCES_AT_ONCE // len(others))
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:

@@ -356,6 +356,8 @@ def test_shards_do_not_go_among_the_images(tmp_path: Path, images: Path, vae: Pa
             run(images, out, vae)
     assert sorted(images.iterdir()) == before
     (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"nothing can be written in .*/file; choose another"):
+        run(images, tmp_path / "file" / "x", tmp_path / "no-vae")
     with pytest.raises(DataError, match="is a file; name a folder"):
         run(images, tmp_path / "file", vae)
 

@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from dig.training.data import DataError, Encoding, LatentShards, open_dataset
 from dig.training.data.latents import ShardRecord, record_name, shard_name, to_json
+from tests.dig.tiny import make_fashion
 
 SHAPE = (4, 2, 2)
 COUNTS = (4, 3, 2)
@@ -199,6 +200,12 @@ def test_other_files_under_the_name_of_a_shard(tmp_path: Path, content: bytes, v
     with pytest.raises(DataError, match=rf"shard-00001\.safetensors is damaged.*{REDO}") as caught:
         LatentShards(folder, verify=verify)
     assert "\n" not in str(caught.value)
+
+
+def test_two_kinds_of_data_in_a_folder_are_refused(tmp_path: Path) -> None:
+    make_fashion(write(tmp_path / "latents"), train=10, test=10)
+    with pytest.raises(DataError, match="holds both latent shards and idx files"):
+        open_dataset(tmp_path / "latents")
 
 
 def test_folders_and_strange_names(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
@@ -256,8 +257,8 @@ def test_files_that_are_left_out_are_counted(tmp_path: Path, caplog: pytest.LogC
         data = open_dataset(root, image_size=8)
     assert len(data) == 5
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"6 files of {root} are left out, because their names do not end like")
-    assert "(.gif: 3, .txt: 1, no suffix: 1, .avif: 1): loose.gif, a/x.gif, a/y.GIF and 3 more" in record.getMessage()
+    assert record.getMessage().startswith(f"left out of {root}, because of names that do not end like an image's: 6 (")
+    assert "(.gif: 3, .txt: 1, no suffix: 1, .avif: 1), such as loose.gif, a/x.gif, a/y.GIF;" in record.getMessage()
 
 
 def test_a_class_of_other_suffixes_alone_says_which_are_read(tmp_path: Path) -> None:
@@ -274,6 +275,26 @@ def test_class_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: st
     with pytest.raises(DataError, match="has a name that cannot be printed") as caught:
         ImageFolder(root)
     assert str(caught.value).isprintable()
+
+
+def test_other_class_names_are_kept(tmp_path: Path) -> None:
+    names = {"a\xa0b", "👩\u200d🔬", "[x", "é", "日本", " ", "a,b", "null"}
+    assert set(ImageFolder(make_folder(tmp_path / "data", dict.fromkeys(names, 1))).class_names) == names
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_what_the_machine_lacks_is_not_blamed_on_the_file(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To stand in for it would make the run unrepeatable."""
+
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dig.training.data.folder.read_pixels", fails)
+    data = ImageFolder(make_folder(tmp_path / "data", {"a": 2}), image_size=8)
+    with pytest.raises(DataError, match=r"cannot read .*a/0\.png at the moment: (Too many open|not enough memory)"):
+        data.fetch_readable(np.arange(2))
 
 
 def test_names_are_shown_without_what_moves_the_cursor(tmp_path: Path) -> None:

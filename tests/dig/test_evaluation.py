@@ -100,6 +100,15 @@ def test_equal_rows_are_at_distance_zero() -> None:
     assert precision_recall(real, generated + 1e-5) == (0.0, 0.0)
 
 
+def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    real, generated = torch.randn(30, 4, generator=draw), torch.randn(20, 4, generator=draw)
+    whole = precision_recall(real, generated)
+    for size in (1, 70):
+        monkeypatch.setattr("dig.evaluation.metrics.DISTANCES_AT_ONCE", size)
+        assert precision_recall(real, generated) == whole
+
+
 def test_precision_and_recall_of_known_sets() -> None:
     real = torch.tensor([[0.0], [1], [2], [3], [10], [11], [12], [13]])
     assert precision_recall(real, real) == (1.0, 1.0)

@@ -167,6 +167,9 @@ def _check_out(images: Path, out: Path) -> None:
         raise DataError(f"{out} is a file; name a folder for the latent shards")
     if out.resolve().is_relative_to(images.resolve()):
         raise DataError(f"{out} lies in the images' own folder, {images}, where it would be a class; choose another")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"cannot make {out}: nothing can be written in {there}; choose another folder")
 
 
 def _check_room(out: Path, encoding: Encoding, numbers: range, shape: tuple[int, int, int], batch_size: int) -> None:

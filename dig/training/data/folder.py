@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files one after the other end the run: that is a lost disk, not a damaged image."""
+
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of what moves a cursor, ends a line or is no text."""
 
 # These speak of this machine at this moment, not of the file: standing in for it would make the run unrepeatable.
 _PASSING_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
@@ -192,19 +196,19 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
             f"{', '.join(sorted(IMAGE_SUFFIXES))}), or remove the folders"
         )
     for folder in folders:
-        if not folder.isprintable():
+        if any(unicodedata.category(one) in _UNPRINTABLE for one in folder):
             raise DataError(
                 f"a class folder of {root} has a name that cannot be printed: {shown(folder)}; rename the folder"
             )
     if others:
         kinds = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in others).most_common(5)
         logger.warning(
-            "%s of %s are left out, because their names do not end like an image's (%s): %s; convert those that are "
-            "images",
-            f"{len(others):,} file{'s' if len(others) > 1 else ''}",
+            "left out of %s, because of names that do not end like an image's: %d (%s), such as %s; convert those that "
+            "are images",
             root,
+            len(others),
             ", ".join(f"{shown(suffix)}: {count}" for suffix, count in kinds),
-            _some(others, 3),
+            ", ".join(map(shown, others[:3])),
         )
     return tuple(folders), names, labels
 
