@@ -83,7 +83,7 @@ def evaluate_command(
         )
         from dig.evaluation.metrics import Gaussian, frechet_distance, precision_recall
         from dig.evaluation.samples import read_samples
-        from dig.training.data.files import append_line
+        from dig.training.data.files import append_line, shown
 
         where = torch.device(one_device(device))
         dataset = open_data(data, image_size=image_size, channels=channels)
@@ -130,13 +130,14 @@ def evaluate_command(
             distance = frechet_distance(truth, Gaussian.of(generated))
             precision, recall = precision_recall(real, generated)
             # At once: what comes after may fail.
-            typer.echo(
+            line = (
                 (f"{path}: " if len(samples) > 1 else "")
                 + f"{extractor.metric}: {distance:.3f}"
                 + (f" (two halves of the data: {floor:.3f})" if floor is not None else "")
                 + f", precision {precision:.3f}, recall {recall:.3f}; {len(generated):,} samples, {compared:,} images "
                 f"of the data{lost}, features of {extractor.description}"
             )
+            typer.echo(shown(line))
             result: dict[str, Any] = {
                 "metric": extractor.metric,
                 "features": extractor.description,
@@ -216,7 +217,7 @@ def classifier_command(
 
         from dig.evaluation.classifier import accuracy, classifier_bytes, read_spec, train_classifier
         from dig.training.data import IdxImages, open_dataset
-        from dig.training.data.files import prepare_output, write_or_keep
+        from dig.training.data.files import prepare_output, shown, write_or_keep
         from dig.training.data.idx import find_idx
         from dig.training.data.loader import check_workers
 
@@ -258,7 +259,7 @@ def classifier_command(
                 words += f" ({len(tested.unreadable):,} unreadable)"
         if trained.unreadable:
             words += f"; {len(trained.unreadable):,} of {dataset.name} unreadable, which others stood in for"
-    typer.echo(f"classifier in {out}{words}")
+    typer.echo(shown(f"classifier in {out}{words}"))
 
 
 def _describe(dataset: DataSet) -> str:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dig.memory import check_memory
 from dig.training.data import DataOrder, DataSet, Loader
-from dig.training.data.checks import check_between, check_names, check_shape
+from dig.training.data.checks import check_between, check_names, check_shape, check_whole
 from dig.training.data.files import told_by_start
 
 HEADER = "dig-classifier"
@@ -138,11 +138,9 @@ def train_classifier(
         ValueError: An argument is out of its range, asks for more memory than there is, or training did not converge.
         DataError: The data can't be read.
     """
-    if not (0 < epochs <= MAX_EPOCHS and batch >= 2 and 0 <= seed < 2**63):
-        raise ValueError(
-            f"epochs must be above 0 and at most {MAX_EPOCHS:,}, batch at least 2, and seed from 0 to 2^63 - 1; got "
-            f"{epochs:g}, {batch} and {seed}"
-        )
+    check_between("epochs", epochs, 0, MAX_EPOCHS)
+    check_whole("batch", batch, least=2)
+    check_whole("seed", seed, least=0)
     # Of the first layer: before and after the normalisation, and rectified.
     activations = 3 * 4 * batch * WIDTHS[0] * math.prod(dataset.sample_shape[1:])
     check_memory(

@@ -308,11 +308,12 @@ def test_refusals(tmp_path: Path, images: Path, vae: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"shard_size": -1}, "shard_size must be at least 1"),
-        ({"seed": -1}, "seed must be a whole number, 0 to"),
-        ({"seed": 2**64}, "seed must be a whole number, 0 to"),
+        ({"image_size": 0}, "image_size must be a whole number, at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1"),
+        ({"shard_size": -1}, "shard_size must be a whole number, at least 1"),
+        ({"seed": -1}, "seed must be a whole number, at least 0"),
+        ({"seed": 2**64}, r"seed must be at most 2\^62"),
+        ({"batch_size": 10**400}, r"batch_size must be at most 2\^62"),
         ({"scale": 0.0}, "scale must be a number above 0"),
         ({"scale": math.nan}, "scale must be a number above 0"),
         ({"workers": 0}, "workers must be 1 to"),

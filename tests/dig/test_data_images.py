@@ -253,7 +253,7 @@ def test_spoilt_idx_is_refused(tmp_path: Path, spoil: object, message: str) -> N
 def test_idx_sizes_that_cannot_be(tmp_path: Path) -> None:
     folder = write_idx(tmp_path / "idx", IMAGES, LABELS)
     for size in (0, -5):
-        with pytest.raises(ValueError, match="image_size must be positive"):
+        with pytest.raises(ValueError, match="image_size must be a whole number, at least 1"):
             IdxImages(folder, image_size=size)
     with pytest.raises(ValueError, match=r"GiB are needed \(7 images, padded to 9999999x9999999"):
         IdxImages(folder, image_size=9_999_999)

@@ -277,10 +277,10 @@ def test_unreadable_images_of_a_classifier_are_counted(folder: Path, tmp_path: P
         (["--count", -1], "count must be at least 4"),
         (["--reference", 0], "reference must be at least 4"),
         (["--reference", 121], "holds 120 images, fewer than --reference 121"),
-        (["--image-size", 0], "image_size must be positive"),
-        (["--image-size", -3], "image_size must be positive"),
+        (["--image-size", 0], "image_size must be a whole number, at least 1"),
+        (["--image-size", -3], "image_size must be a whole number, at least 1"),
         (["--image-size", 10**9], "GiB are needed"),
-        (["--channels", 2], "channels 1 or 3"),
+        (["--channels", 2], "channels must be 1 or 3"),
         (["--channels", 3], "the classifier takes 1 channels, the data have 3; give --channels 1"),
         (["--image-size", 40], "the samples are 32x32, the data 40x40"),
     ],
@@ -293,17 +293,19 @@ def test_options_of_evaluate(data: Path, classifier: Path, samples: Path, option
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--epochs", "nan"], "epochs must be above 0"),
-        (["--epochs", "inf"], "epochs must be above 0"),
-        (["--epochs", "-1"], "epochs must be above 0"),
-        (["--epochs", "1e300"], "epochs must be above 0"),
-        (["--batch", 1], "batch at least 2"),
+        (["--epochs", "nan"], "epochs must be a number above 0"),
+        (["--epochs", "inf"], "epochs must be a number above 0"),
+        (["--epochs", "-1"], "epochs must be a number above 0"),
+        (["--epochs", "1e300"], "epochs must be a number above 0"),
+        (["--batch", 1], "batch must be a whole number, at least 2"),
+        (["--batch", 10**400], "batch must be at most 2^62"),
+        (["--image-size", 10**400], "image_size must be at most 2^62"),
         (["--batch", 10**12], "are needed (the first layer's activations"),
-        (["--seed", -1], "seed from 0"),
-        (["--seed", 2**63], "seed from 0"),
-        (["--image-size", 0], "image_size must be positive"),
+        (["--seed", -1], "seed must be a whole number, at least 0"),
+        (["--seed", 2**63], "seed must be at most 2^62"),
+        (["--image-size", 0], "image_size must be a whole number, at least 1"),
         (["--image-size", 10**9], "are needed"),
-        (["--channels", 4], "channels 1 or 3"),
+        (["--channels", 4], "channels must be 1 or 3"),
         (["--workers", -1], "workers must be 0 to"),
         (["--workers", 10**6], "workers must be 0 to"),
     ],
@@ -550,6 +552,9 @@ def test_paths_are_no_markup(data: Path, classifier: Path, samples: Path, tmp_pa
     result = invoke("classifier", "--data", data, "--out", place / "c", "--epochs", 0.1, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert f"classifier in {place / 'c'}: " in result.output
+    result = invoke("classifier", "--data", data, "--out", tmp_path / "\udce9\n", "--epochs", 0.1, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert rf"classifier in {tmp_path}/\udce9\n: " in result.output
     assert f"{place}/none does not exist" in refused("classifier", "--data", place / "none", "--out", place / "d")
 
 

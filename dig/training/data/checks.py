@@ -11,8 +11,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def check_whole(name: str, value: Any, *, least: int) -> None:
     """Raise ValueError unless it is a whole number from ``least`` to 2^62; true and false are none."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 2**62:
-        raise ValueError(f"{name} must be a whole number, {least} to 2^62; got {_short(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}; got {_short(value)}")
+    if value > 2**62:
+        raise ValueError(f"{name} must be at most 2^62")
 
 
 def check_between(name: str, value: Any, low: float, high: float) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from dig.commands.common import choose_device, open_console, progress_bar, refusing
 from dig.training.data.encoding import Progress, encode
+from dig.training.data.files import shown
 
 
 def encode_command(
@@ -63,7 +64,7 @@ def encode_command(
         # A path is no markup, whatever brackets it has.
         console.print(f"stopped: {last.done} shards are in {out}; go on with the same command", markup=False)
         raise typer.Exit(130) from None
-    typer.echo(_summary(last, out, world_size or 1))
+    typer.echo(shown(_summary(last, out, world_size or 1)))
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dig.memory import check_disk, check_memory
 from dig.training.data.base import DataError
+from dig.training.data.checks import check_whole
 from dig.training.data.draws import noise_seed
 from dig.training.data.files import shown, write_atomically
 from dig.training.data.folder import MAX_UNREADABLE_RUN, ImageFolder
@@ -115,7 +116,7 @@ def _encode_shard(
             batch.clear()
 
     in_a_row = 0
-    for index, image in _read_ahead(images, indices, pool, 2 * batch_size):
+    for index, image in _read_ahead(images, indices, pool, 2 * min(batch_size, len(indices))):
         if image is None:
             name, in_a_row = images.file_name(index), in_a_row + 1
             unreadable[name] = images.reason(index)
@@ -240,8 +241,7 @@ def encode(
         MissingPackageError: diffusers is not installed.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("image_size", image_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        check_whole(name, value, least=1)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be at least 0 and below the world size {world_size}; got {rank} of {world_size}")
     if workers is not None and not 1 <= workers <= MAX_WORKERS:

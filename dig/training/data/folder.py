@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet, Samples, mirror_where, pixels_to_unit
+from dig.training.data.checks import check_whole
 from dig.training.data.files import shown, told_by_start
 from dig.training.data.pictures import read_pixels
 
@@ -48,8 +49,9 @@ class ImageFolder(DataSet):
     in_memory = False
 
     def __init__(self, root: str | Path, *, image_size: int = 256, channels: int = 3, mirror: bool = True) -> None:
-        if image_size < 1 or channels not in (1, 3):
-            raise ValueError(f"image_size must be positive and channels 1 or 3; got {image_size} and {channels}")
+        check_whole("image_size", image_size, least=1)
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3; got {channels}")
         # Its uint8 and its fp32 pixels.
         needs = {f"an image of {image_size}x{image_size}": 5 * channels * image_size**2}
         check_memory(needs, device="cpu", advice="choose a smaller --image-size")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet, Samples, mirror_where, pixels_to_unit
+from dig.training.data.checks import check_whole
 from dig.training.data.files import told_by_start
 
 Split = Literal["train", "test"]
@@ -137,8 +138,9 @@ class IdxImages(DataSet):
     ) -> None:
         if split not in _PREFIXES:
             raise ValueError(f"split must be one of {', '.join(_PREFIXES)}; got {split!r}")
-        if image_size < 1 or channels not in (1, 3):
-            raise ValueError(f"image_size must be positive and channels 1 or 3; got {image_size} and {channels}")
+        check_whole("image_size", image_size, least=1)
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3; got {channels}")
         self.name = f"idx files ({split}) in {folder}"
         self.mirror = mirror
         self.sample_shape = (channels, image_size, image_size)

@@ -15,7 +15,7 @@ from dig.training.data.crop import center_crop
 
 # Pillow looks at what a file holds, not at its name. Of all that it can open these are rasters that it decodes itself;
 # for EPS it would start Ghostscript.
-_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 # Above twice this size Pillow refuses an image, which is then unreadable like any other; below it only warns.
