@@ -215,7 +215,15 @@ def classifier_command(
     with refusing():
         import dataclasses
 
-        from dig.evaluation.classifier import accuracy, classifier_bytes, read_spec, train_classifier
+        from dig.evaluation.classifier import (
+            Classifier,
+            ClassifierSpec,
+            accuracy,
+            classifier_bytes,
+            read_spec,
+            train_classifier,
+        )
+        from dig.memory import check_disk
         from dig.training.data import IdxImages, open_dataset
         from dig.training.data.files import prepare_output, shown, write_or_keep
         from dig.training.data.idx import find_idx
@@ -241,6 +249,9 @@ def classifier_command(
                 f"{test.name} cannot test a classifier of {dataset.name}: it has {_describe(test)}, that "
                 f"{_describe(dataset)}"
             )
+        spec = ClassifierSpec(shape=dataset.sample_shape, class_names=dataset.class_names)
+        size = len(classifier_bytes(Classifier(spec), spec))
+        check_disk(out.parent, size, "the classifier's weights", "make room, or choose another place")
         with progress_bar(console) as bar:
             task = bar.add_task(f"training {out}", total=None)
             for trained in train_classifier(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import struct
 import sys
 import zipfile
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from typer.testing import CliRunner
 
@@ -217,8 +219,9 @@ def test_unreadable_images_are_not_compared_but_told(
     good = tmp_path / "good"
     for path in sorted(root.glob("*/*.png"))[::3][:10]:
         path.write_bytes(path.read_bytes()[:150])
+    Image.fromarray(np.zeros((20, 20), dtype=np.float32)).save(root / "a" / "0.png", format="TIFF")
     for path in root.glob("*/*.png"):
-        if path.stat().st_size > 150:
+        if path.stat().st_size > 150 and path != root / "a" / "0.png":
             (good / path.parent.name).mkdir(parents=True, exist_ok=True)
             (good / path.parent.name / path.name).write_bytes(path.read_bytes())
     rows = tmp_path / "rows.jsonl"
@@ -228,7 +231,10 @@ def test_unreadable_images_are_not_compared_but_told(
         result = invoke(*words, "--data", root)
     assert result.exit_code == 0, result.output
     assert "26 images of the data (10 more unreadable)" in result.output
-    assert "unreadable images of the data, which are not among those compared: 10: a/0.png (" in caplog.text
+    assert (
+        "unreadable images of the data, which are not among those compared: 10: a/0.png (its pixels are floating"
+        in caplog.text
+    )
     assert invoke(*words, "--data", good).exit_code == 0
     spoilt, clean = (json.loads(line) for line in rows.read_text().splitlines())
     assert (spoilt.pop("unreadable_images"), clean.pop("unreadable_images")) == (10, 0)
@@ -346,6 +352,12 @@ def test_classifier_looks_at_everything_first(
     words = ["classifier", "--data", folder, "--image-size", 16, "--out", tmp_path / "c"]
     assert "2 classes (a, c)" in refused(*words, "--test-data", other)
     assert (tmp_path / "file").read_text() == "precious"
+    disk = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: disk._replace(free=1_000_000))
+        line = refused("classifier", "--data", data, "--out", tmp_path / "c")
+        assert "the classifier's weights need" in line
+        assert "make room, or choose another place" in line
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
     words = ["classifier", "--data", data, "--out", tmp_path / "weights.safetensors"]
     assert "exists and is no classifier; choose another file" in refused(*words)
