@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import logging
 import os
 import re
 import shutil
-import struct
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +23,6 @@ from typer.testing import CliRunner
 
 from dig.cli import app
 from dig.evaluation.classifier import HEADER, ClassifierSpec, load_classifier
-from dig.evaluation.samples import read_samples
-from dig.training.data import files
 from tests.dig.test_data_images import make_folder
 from tests.dig.test_evaluation import write_npz
 from tests.dig.tiny import TINY, make_fashion
@@ -87,122 +82,6 @@ def colours(path: Path, count: int, side: int = 16) -> Path:
     draw = np.random.default_rng(0)
     np.savez(path, arr_0=draw.integers(0, 256, (count, side, side, 3), dtype=np.uint8))
     return path
-
-
-# What lies in a file of samples
-
-
-def npz(path: Path, **entries: bytes | np.ndarray) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in entries.items():
-            buffer = io.BytesIO(content if isinstance(content, bytes) else b"")
-            if isinstance(content, np.ndarray):
-                np.save(buffer, content)
-            archive.writestr(f"{name}.npy", buffer.getvalue())
-    return path
-
-
-def header(shape: str, descr: str = "'|u1'", version: bytes = b"\x01\x00") -> bytes:
-    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text.encode()
-
-
-IMAGES = np.random.default_rng(1).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({"arr_0": IMAGES[:0]}, "holds no images"),
-        ({"arr_0": IMAGES[:, :0]}, "holds no images"),
-        ({"arr_0": IMAGES[..., :2]}, "must hold images as"),
-        ({"arr_0": IMAGES.astype(np.int8)}, "must hold images as"),
-        ({"arr_0": IMAGES[0]}, "must hold images as"),
-        ({"arr_1": np.arange(5)}, "holds no arr_0"),
-        ({"latents": IMAGES.astype(np.float32)}, "holds latents"),
-        ({"arr_0": b""}, "cannot read"),
-        ({"arr_0": b"no array at all"}, "cannot read"),
-        ({"arr_0": header("(5, 4, 4, 3)") + bytes(239)}, "announces 240 bytes of images and holds another number"),
-        ({"arr_0": header("(5, 4, 4, 3)") + bytes(241)}, "announces 240 bytes of images and holds another number"),
-        ({"arr_0": header("(10**15, 4, 4, 3)")}, "cannot read"),
-        ({"arr_0": header("(1000000000000000, 4, 4, 3)")}, "holds another number"),
-        ({"arr_0": header("(-5, 4, 4, 3)") + bytes(240)}, "announces -240"),
-        ({"arr_0": header("(5, 4, 4, 3)", "'|O'")}, "must hold images as"),
-        ({"arr_0": header("(5, 4, 4, 3)", "[('a', '|u1')]")}, "must hold images as"),
-        ({"arr_0": header("(5, 4, 4, 3)", "'nonsense'")}, "cannot read"),
-        ({"arr_0": header("(5, 4, 4, 3)", version=b"\x09\x00")}, "cannot read"),
-        ({"arr_0": header("__import__('os').abort()")}, "cannot read"),
-        ({"arr_0": IMAGES, "about": np.array("no JSON")}, "is no JSON"),
-        ({"arr_0": IMAGES, "about": np.array("[1]")}, "must be an object; got list"),
-        ({"arr_0": IMAGES, "about": np.array('{"a": NaN}')}, "is no JSON: NaN"),
-        ({"arr_0": IMAGES, "about": np.array("[" * 100_000)}, "is no JSON"),
-        ({"arr_0": IMAGES, "about": np.array(7)}, "must be text"),
-        ({"arr_0": IMAGES, "about": np.array(["{}"])}, "must be text"),
-        ({"arr_0": IMAGES, "about": np.array(b"{}")}, "must be text"),
-    ],
-)
-def test_hostile_arrays(tmp_path: Path, entries: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_samples(npz(tmp_path / "s.npz", **entries))
-    assert "s.npz" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "it is empty"),
-        (b"<html></html>", "it is an HTML page"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"\x93NUMPY\x01\x00", "it is an .npy array"),
-        (b"PK\x03\x04" + bytes(100), "it is a zip archive"),
-        (b"\x1f\x8b", "compressed with gzip"),
-    ],
-)
-def test_other_files_under_the_name_of_samples(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "s.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"cannot read .*s\.npz: .*{message}"):
-        read_samples(tmp_path / "s.npz")
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-def test_cut_and_changed_files_of_samples(tmp_path: Path, compressed: bool) -> None:
-    path = tmp_path / "s.npz"
-    (np.savez_compressed if compressed else np.savez)(path, arr_0=IMAGES)
-    assert np.array_equal(read_samples(path)[0], IMAGES)
-    whole = path.read_bytes()
-    for length in range(0, len(whole), 37):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cannot read .*s\.npz"):
-            read_samples(path)
-    changed = bytearray(whole)
-    changed[len(whole) // 2] ^= 1
-    path.write_bytes(changed)
-    with pytest.raises(ValueError, match=r"s\.npz"):
-        read_samples(path)
-
-
-def test_places_that_are_no_files(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for place, message in (
-        (tmp_path, "it is no file"),
-        (tmp_path / "pipe", "it is no file"),
-        (tmp_path / "x", "not exist"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_samples(place)
-
-
-def test_either_order_of_axes_is_read(tmp_path: Path) -> None:
-    np.savez(tmp_path / "s.npz", arr_0=np.asfortranarray(IMAGES))
-    assert np.array_equal(read_samples(tmp_path / "s.npz")[0], IMAGES)
-
-
-def test_more_samples_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez(tmp_path / "s.npz", arr_0=IMAGES)
-    monkeypatch.setattr("dig.memory.available_memory", lambda device: 239)
-    with pytest.raises(ValueError, match="cut the file into several"):
-        read_samples(tmp_path / "s.npz")
 
 
 # Unreadable images
@@ -415,23 +294,6 @@ def test_results_go_on_in_a_file_of_results_alone(
     assert samples.read_bytes() == before
 
 
-def test_lines_are_appended_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rows.jsonl"
-    files.append_line(path, '{"a": 1}')
-    with path.open("a") as file:
-        file.write('{"cut')
-    files.append_line(path, '{"b": 2}')
-    assert path.read_text() == '{"a": 1}\n{"cut\n{"b": 2}\n'
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        files.append_line(path, '{"c": 3}')
-    assert path.read_text() == '{"a": 1}\n{"cut\n{"b": 2}\n'
-
-
 def test_results_are_printed_where_they_cannot_be_appended(
     data: Path, classifier: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -568,55 +430,6 @@ def test_paths_are_no_markup(data: Path, classifier: Path, samples: Path, tmp_pa
     assert result.exit_code == 0, result.output
     assert rf"classifier in {tmp_path}/\udce9\n: " in result.output
     assert f"{place}/none does not exist" in refused("classifier", "--data", place / "none", "--out", place / "d")
-
-
-# Writing
-
-
-def test_temporary_names_cannot_be_foretold_and_are_cleared(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-
-    def write(content: bytes, seen: list[Path]) -> None:
-        with files.replacing(path) as temporary:
-            temporary.write_bytes(content)
-            seen.append(temporary)
-            assert len(content) < 4
-            assert sorted(tmp_path.glob(".x.*")) == sorted(seen)
-
-    (tmp_path / ".x.abandoned.tmp").write_bytes(b"cut")  # of a process that was killed
-    names: list[Path] = []
-    with files.replacing(path) as living:
-        living.write_bytes(b"newer")
-        write(b"new", [living])
-        with pytest.raises(AssertionError):
-            write(b"failed", [living])
-        names.append(living)
-    write(b"new", [])
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(b"last")
-        assert temporary not in names
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
-    assert path.read_bytes() == b"last"
-
-
-def test_links_under_old_temporary_names_are_not_followed(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("keep")
-    for name in (".x.tmp", ".x.1.tmp"):
-        (tmp_path / name).symlink_to(precious)
-    files.write_atomically(tmp_path / "x", b"new")
-    assert precious.read_text() == "keep"
-    assert (tmp_path / "x").read_bytes() == b"new"
-
-
-def test_an_error_names_the_file_that_was_meant(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file or directory") as caught:
-        files.write_atomically(tmp_path / "none" / "x", b"")
-    assert caught.value.filename == str(tmp_path / "none" / "x")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="Is a directory"):
-        files.write_atomically(tmp_path / "folder", b"")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_specs_that_no_classifier_has() -> None:

@@ -66,7 +66,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
     else:
         kind = {"F": "floating-point numbers", "I": "32-bit or signed integers"}.get(image.mode, "deep integers")
         raise ValueError(f"its pixels are {kind}, and nothing says which is white; convert it to 8 or 16 bits")
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int32)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds for 8 bits alone
         values = white - values
     return Image.fromarray(((values * 510 + white) // (2 * white)).clip(0, 255).astype(np.uint8))
