@@ -137,7 +137,7 @@ def open_decoder(vae: str | None, scale: float | None, device: str) -> Callable[
         raise ValueError("this model works on pixels: it needs no --vae")
     import torch
 
-    from dig.training.data.encoding import load_vae
+    from dig.training.data.vae import load_vae
 
     model: Any = load_vae(vae, torch.device(device))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -19,12 +18,12 @@ from dig.commands.common import (
     progress_bar,
     refusing,
 )
+from dig.sampling.classes import parse_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GRID_IMAGES = 100
-NULL_WORD = "null"
 
 
 def sample_command(
@@ -39,7 +38,10 @@ def sample_command(
     samples: Annotated[int | None, typer.Option(help="How many. Default: 8 a class, 100 at most.")] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Indices or names, separated by commas, taken in turn; null is no class. Default: all."),
+        typer.Option(
+            help="Indices or names, separated by commas, taken in turn; null is no class. A name with a comma stands "
+            "in double quotes; where names are numbers, @3 is the index. Default: all."
+        ),
     ] = None,
     sampler: Annotated[
         str | None,
@@ -170,7 +172,7 @@ def sample_command(
 
 
 def _first_images(npz: Path, count: int) -> Any:
-    from dig.evaluation.features import read_samples
+    from dig.evaluation.samples import read_samples
 
     return read_samples(npz)[0][:count]
 
@@ -196,39 +198,3 @@ def _finish(
             )
         return to_pixels, "arr_0"
     return (lambda x: to_pixels(decode(x))), "arr_0"
-
-
-def parse_classes(text: str | None, class_names: Sequence[str], num_classes: int, null_label: int) -> tuple[int, ...]:
-    """Labels from indices and names, separated by commas; every class if there is no text.
-
-    Args:
-        text: ``3,7``, ``Bag,Ankle boot``, or ``null`` for the label that stands for no class.
-        class_names: Name of each label; empty where they are not known.
-        num_classes: How many labels there are.
-        null_label: The model's.
-
-    Raises:
-        ValueError: No such class; the message offers the closest one.
-    """
-    if text is None:
-        return tuple(range(num_classes))
-    by_name = {name.lower(): label for label, name in enumerate(class_names)}
-    labels = []
-    for word in (word.strip() for word in text.split(",")):
-        # A name first: MNIST's classes are called 0 to 9, and another data set's may be other numbers.
-        if word.lower() in by_name:
-            labels.append(by_name[word.lower()])
-        elif word == NULL_WORD:
-            labels.append(null_label)
-        elif word.isdecimal() and int(word) < num_classes:
-            labels.append(int(word))
-        elif word.lstrip("-").isdecimal():
-            raise ValueError(f"there is no class {word}: this model has 0 to {num_classes - 1}")
-        elif not class_names:
-            raise ValueError(f"this checkpoint doesn't name its classes; give indices, 0 to {num_classes - 1}")
-        else:
-            near = difflib.get_close_matches(word.lower(), list(by_name), n=1, cutoff=0.4)
-            hint = f"did you mean {class_names[by_name[near[0]]]}? " if near else ""
-            known = ", ".join(class_names[:20]) + (" and more" if len(class_names) > 20 else "")
-            raise ValueError(f"there is no class {word!r}: {hint}Known: {known}")
-    return tuple(labels)

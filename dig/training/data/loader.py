@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet
+from dig.training.data.files import shown
 from dig.training.data.order import DataOrder
 
 logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,12 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def check_workers(workers: int | None) -> None:
+    """Raise ValueError unless so many processes may read the data; None stands for the default."""
+    if workers is not None and not 0 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers must be 0 to {MAX_WORKERS}; got {workers}")
+
+
 def default_workers(dataset: DataSet) -> int:
     """No worker for data in RAM; else one for each processor that this process may use, 8 at most."""
     return 0 if dataset.in_memory else min(8, len(os.sched_getaffinity(0)))
@@ -120,8 +131,12 @@ class Loader:
         if first_step < 0:
             raise ValueError(f"first_step must not be negative; got {first_step}")
         workers = default_workers(dataset) if workers is None else workers
-        if workers < 0 or prefetch < 1:
-            raise ValueError(f"workers must be at least 0 and prefetch at least 1; got {workers} and {prefetch}")
+        check_workers(workers)
+        if prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1; got {prefetch}")
+        one = 4 * order.batch_size * math.prod(dataset.sample_shape)
+        needs = {"a batch": one, f"those that {workers} workers read ahead": one * workers * prefetch}
+        check_memory(needs, device="cpu", advice="choose a smaller --batch, or fewer --workers")
         self.step = first_step
         self.unreadable: dict[str, str] = {}
         loader: DataLoader[Any] = DataLoader(
@@ -156,7 +171,7 @@ class Loader:
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                logger.warning("cannot read %s (%s); another image stands in for it", name, reason)
+                logger.warning("cannot read %s (%s); another image stands in for it", shown(name), reason)
         self.step = batch.step + 1
         return batch
 
