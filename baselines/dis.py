@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.selective_scan import IMPLEMENTATIONS, DirectionWeights
+from baselines.selective_scan import IMPLEMENTATIONS, DirectionWeights, both_directions
 from dig.layers import Backbone, FinalLayer, LabelEmbedder, PatchEmbed, timestep_embedding, unpatchify
 from dig.packages import require
 
-Mixer = Literal["reference", "mamba-ssm"]
+Backend = Literal["reference", "mamba-ssm"]
 
 STATE = 16
 CONVOLUTION = 4
@@ -28,9 +28,9 @@ EXTRA_TOKENS = 2
 """The label token, then the time token, before the patches."""
 
 SIZES = {"S": (24, 368), "B": (24, 768), "M": (48, 768), "L": (48, 1024), "XL": (48, 1152), "H": (48, 1536)}
-"""Size → (depth, width). All published but XL."""
-ASSUMED_SIZES = frozenset({"XL"})
-"""The DiG paper measures a "DiS-XL/2" that nobody published; 1152×48 fits its figure, and is an assumption."""
+"""Size → (depth, width). All published but XL: the DiG paper measures a "DiS-XL/2", of which 1152×48 is an assumption
+that fits its figure.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class DiSConfig:
         patch_size: Side P of a patch.
         depth: The model has 2·(depth // 2) + 1 blocks.
         width: D.
-        mixer: ``reference`` (a scan in PyTorch) or ``mamba-ssm`` (its fused, recomputing kernels and fused add-norm).
+        backend: ``reference`` (a scan in PyTorch) or ``mamba-ssm`` (its fused, recomputing kernels and fused add-norm).
         label_dropout: Share of the labels replaced by the null label in training.
         drop_path: Stochastic depth of the last block; it grows linearly from 0.
     """
@@ -55,14 +55,14 @@ class DiSConfig:
     patch_size: int = 2
     depth: int
     width: int
-    mixer: Mixer = "reference"
+    backend: Backend = "reference"
     label_dropout: float = 0.1
     drop_path: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no DiS can have."""
-        if self.mixer not in get_args(Mixer):
-            raise ValueError(f"mixer must be one of {', '.join(get_args(Mixer))}; got {self.mixer!r}")
+        if self.backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {self.backend!r}")
         if self.depth < 2:
             raise ValueError(f"depth must be at least 2; got {self.depth}")
 
@@ -74,7 +74,7 @@ class BidirectionalMamba(nn.Module):
         super().__init__()
         D, E = config.width, 2 * config.width
         rank = math.ceil(D / 16)
-        self.direction = IMPLEMENTATIONS[config.mixer]
+        self.direction = IMPLEMENTATIONS[config.backend]
         self.in_proj = nn.Linear(D, 2 * E, bias=False)
         self.out_proj = nn.Linear(E, D, bias=False)
         for suffix in ("", "_b"):
@@ -116,23 +116,21 @@ class BidirectionalMamba(nn.Module):
         """(B, T, D) to (B, T, D)."""
         # One product into (B, 2E, T), the layout that the scan reads, with no transposition after it.
         xz = torch.matmul(self.in_proj.weight, x.transpose(1, 2))
-        forwards = self.direction(xz, self.weights(""), self.out_proj.weight)
-        backwards = self.direction(xz.flip(-1), self.weights("_b"), self.out_proj.weight)
-        return forwards + backwards.flip(1)
+        return both_directions(self.direction, xz, self.weights(""), self.weights("_b"), self.out_proj.weight)
 
 
 class AddNorm(nn.Module):
     """Adds to the fp32 residual stream and normalises the sum (RMSNorm); fused on mamba-ssm's kernel where asked."""
 
-    def __init__(self, width: int, mixer: Mixer) -> None:
+    def __init__(self, width: int, backend: Backend) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.fused = mixer == "mamba-ssm"
+        self.fused = backend == "mamba-ssm"
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the residual stream, or None before the first block, to (normalised sum, sum)."""
         if self.fused:
-            kernels = require("mamba_ssm.ops.triton.layer_norm", "mixer='mamba-ssm'")
+            kernels = require("mamba_ssm.ops.triton.layer_norm", "backend='mamba-ssm'")
             normalised, total = kernels.rms_norm_fn(
                 x, self.weight, None, residual=residual, prenorm=True, residual_in_fp32=True, eps=EPS
             )
@@ -163,7 +161,7 @@ class DiSBlock(nn.Module):
     def __init__(self, config: DiSConfig, *, drop_path: float, skip: bool) -> None:
         super().__init__()
         self.mixer = BidirectionalMamba(config)
-        self.norm = AddNorm(config.width, config.mixer)
+        self.norm = AddNorm(config.width, config.backend)
         self.drop_path = DropPath(drop_path)
         self.skip_linear = nn.Linear(2 * config.width, config.width) if skip else None
 
@@ -185,9 +183,9 @@ class DiS(Backbone):
             patch_size=config.patch_size,
             num_classes=config.num_classes,
         )
-        if config.mixer == "mamba-ssm":
-            require("mamba_ssm", "mixer='mamba-ssm'")
-            require("causal_conv1d", "mixer='mamba-ssm'")
+        if config.backend == "mamba-ssm":
+            require("mamba_ssm", "backend='mamba-ssm'")
+            require("causal_conv1d", "backend='mamba-ssm'")
         self.config = config
         D, half = config.width, config.depth // 2
         self.patch_embed = PatchEmbed(config.in_channels, D, config.patch_size)
@@ -200,9 +198,9 @@ class DiS(Backbone):
         self.mid_block = DiSBlock(config, drop_path=rates[half], skip=False)
         self.out_blocks = nn.ModuleList(DiSBlock(config, drop_path=rates[half + 1 + i], skip=True) for i in range(half))
         self.drop_path = DropPath(config.drop_path)
-        self.norm_f = AddNorm(D, config.mixer)
+        self.norm_f = AddNorm(D, config.backend)
         self.final_layer = FinalLayer(D, config.patch_size, 2 * config.in_channels)
-        self.implementations = {"mixer": config.mixer, "add_norm": config.mixer}
+        self.implementations = {"mixer": config.backend, "add_norm": config.backend}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -230,5 +228,5 @@ class DiS(Backbone):
         for block in self.out_blocks:
             x, residual = block(x, residual, skips.pop())
         x, _ = self.norm_f(self.drop_path(x), residual)
-        x = self.final_layer(x, time + label)[:, EXTRA_TOKENS:]
+        x = self.final_layer(x[:, EXTRA_TOKENS:], time + label)
         return unpatchify(x, self.grid, self.patch_size)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from baselines.attention import require_flash_attention
 from dig.layers import (
     Backbone,
     FinalLayer,
@@ -29,7 +30,7 @@ from dig.layers import (
 )
 from dig.packages import require
 
-Attention = Literal["materialized", "flash-attn", "sdpa-flash", "sdpa-cudnn"]
+Backend = Literal["materialized", "flash-attn", "sdpa-flash", "sdpa-cudnn"]
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Size → (depth, width, heads), DiT's Tab. 1."""
@@ -47,7 +48,7 @@ class DiTConfig:
         depth: Blocks.
         width: D.
         heads: H.
-        attention: ``materialized`` forms the T×T matrix, as the paper's DiT; ``flash-attn`` is the FlashAttention-2
+        backend: ``materialized`` forms the T×T matrix, as the paper's DiT; ``flash-attn`` is the FlashAttention-2
             package; ``sdpa-flash`` and ``sdpa-cudnn`` are PyTorch's kernels. Each runs or raises: nothing falls back.
         label_dropout: Share of the labels replaced by the null label in training.
     """
@@ -59,13 +60,13 @@ class DiTConfig:
     depth: int
     width: int
     heads: int
-    attention: Attention = "materialized"
+    backend: Backend = "materialized"
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no DiT can have."""
-        if self.attention not in get_args(Attention):
-            raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}; got {self.attention!r}")
+        if self.backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {self.backend!r}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of the heads; got {self.width} and {self.heads}")
 
@@ -76,17 +77,17 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.attention = config.attention
+        self.backend = config.backend
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if self.attention == "flash-attn":
+        if self.backend == "flash-attn":
             # Its backward pass adds in any order, unless it is asked not to.
             repeats = torch.are_deterministic_algorithms_enabled()
-            flash_attn = require("flash_attn", "attention='flash-attn'")
+            flash_attn = require("flash_attn", "backend='flash-attn'")
             y = flash_attn.flash_attn_func(*qkv.unbind(2), deterministic=repeats)
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -96,9 +97,9 @@ class SelfAttention(nn.Module):
 
     def _head_major(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention on (B, H, T, K) tensors."""
-        if self.attention == "materialized":
+        if self.backend == "materialized":
             return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-        backend = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}[self.attention]
+        backend = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}[self.backend]
         # With one backend allowed, PyTorch raises where that one cannot run, instead of falling back.
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
@@ -147,8 +148,8 @@ class DiT(Backbone):
             patch_size=config.patch_size,
             num_classes=config.num_classes,
         )
-        if config.attention == "flash-attn":
-            require("flash_attn", "attention='flash-attn'")
+        if config.backend == "flash-attn":
+            require_flash_attention()
         self.config = config
         D = config.width
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
@@ -157,7 +158,7 @@ class DiT(Backbone):
         self.register_buffer("pos_embed", sincos_position_embedding(D, self.grid))
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(D, config.patch_size, 2 * config.in_channels)
-        self.implementations = {"attention": config.attention}
+        self.implementations = {"attention": config.backend}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dig.flops import counts_as
 from dig.packages import require
+
+SCAN_FLOPS = 9
+"""FLOPs of a selective scan for each channel, token and state value, by mamba-ssm's own count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ def mamba_ssm_direction(xz: Tensor, weights: DirectionWeights, out_proj: Tensor)
     It includes the output projection. That is linear, so projecting each direction and adding gives what DiS computes
     by adding first; the separate functions would be exact too, but keep more for the backward pass than DiS deserves.
     """
-    interface = require("mamba_ssm.ops.selective_scan_interface", "mixer='mamba-ssm'")
+    interface = require("mamba_ssm.ops.selective_scan_interface", "backend='mamba-ssm'")
     output: Tensor = interface.mamba_inner_fn(
         xz,
         weights.conv_weight,
@@ -111,7 +115,47 @@ def mamba_ssm_direction(xz: Tensor, weights: DirectionWeights, out_proj: Tensor)
     return output
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, DirectionWeights, Tensor], Tensor]] = {
+Direction = Callable[[Tensor, DirectionWeights, Tensor], Tensor]
+IMPLEMENTATIONS: dict[str, Direction] = {
     "reference": reference_direction,
     "mamba-ssm": mamba_ssm_direction,
 }
+
+
+def _needed(
+    direction: Direction, xz: Tensor, forwards: DirectionWeights, backwards: DirectionWeights, out_proj: Tensor
+) -> int:
+    """FLOPs of both directions, and of one output projection, of their sum.
+
+    Not of what runs: mamba-ssm's function projects each direction, and the convolutions' outputs past the last token
+    are cut off.
+    """
+    B, E, T = xz.shape[0], xz.shape[1] // 2, xz.shape[2]
+    rank, state = forwards.dt_proj.shape[1], forwards.A.shape[1]
+    macs = E * forwards.conv_weight.shape[-1] + E * (rank + 2 * state) + rank * E
+    return B * T * (2 * (2 * macs + SCAN_FLOPS * E * state) + 2 * out_proj.numel())
+
+
+def _like(
+    direction: Direction, xz: Tensor, forwards: DirectionWeights, backwards: DirectionWeights, out_proj: Tensor
+) -> Tensor:
+    return xz.new_empty(xz.shape[0], xz.shape[2], out_proj.shape[0])
+
+
+@counts_as(_needed, _like)
+def both_directions(
+    direction: Direction, xz: Tensor, forwards: DirectionWeights, backwards: DirectionWeights, out_proj: Tensor
+) -> Tensor:
+    """The sum of both directions of a Mamba mixer, the tokens in their own order.
+
+    Args:
+        direction: What computes one.
+        xz: (B, 2E, T): input and gate.
+        forwards: Weights of the direction from the first token to the last.
+        backwards: Of the other one.
+        out_proj: (D, E).
+
+    Returns:
+        (B, T, D).
+    """
+    return direction(xz, forwards, out_proj) + direction(xz.flip(-1), backwards, out_proj).flip(1)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.jobs import ProbeJob
-from bench.models import VAE_FACTOR
-from bench.nvml import Gpu
 from bench.results import Case
 from bench.runner import WorkerError, run_job
+from dig.nvml import Gpu
+from dig.registry import VAE_FACTOR
 
 CONTEXT = 600 << 20
 """About what CUDA takes of a GPU for a process, in bytes."""

@@ -23,9 +23,9 @@ from bench.capacity import (
     room_on_gpu,
 )
 from bench.choices import one_case
-from bench.environment import describe_environment
 from bench.messages import refuse
 from bench.results import Case
+from dig.environment import describe_environment
 
 GIB = 2**30
 

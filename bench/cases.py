@@ -7,54 +7,57 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from bench.models import (
-    FAMILIES,
-    Family,
-    UnknownModelError,
-    check_options,
-    check_resolution,
-    closest,
-    default_implementation,
-    find_family,
-    implementation_of,
-    model_name,
-)
 from bench.results import Case, Device, Dtype, Execution, Mode
+from dig.family import BACKEND, Family, UnknownModelError, closest
+from dig.registry import check_resolution, model_name, parse_family, source_of
 
 PAPER_RESOLUTIONS = (256, 512, 768, 1024, 1280, 1536, 1792, 2048)
 PEERS = ("DiG:fla:variant=release", "DiT", "Flash-DiT:sdpa-cudnn", "Flash-DiT:flash-attn", "DiS:mamba-ssm")
 """The models of the paper's figures as they were published, each on the fastest published kernels."""
 COMPARED = ("DiG:triton:variant=release", *PEERS)
 """What the suite measures: DiG on this project's kernels, and what it has to be compared with."""
+ON_CPU = ("DiG", "DiT", "Flash-DiT", "DiS")
+"""What is measured on a CPU unless something else is named: each on its reference implementation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """A family with options, as ``--models`` names it: ``DiG``, ``DiG:fla``, ``DiG:fla:variant=release``."""
+    """A family with options, as ``--models`` names it: ``DiG``, ``DiG:fla:variant=release``, ``my_module:MyFamily``.
+
+    Attributes:
+        family: The family.
+        options: Of the family, sorted by name.
+        source: Its import path, where it was named by that.
+    """
 
     family: Family
     options: tuple[tuple[str, str], ...]
+    source: str = ""
 
     @classmethod
     def parse(cls, text: str, device: str = "cpu") -> ModelChoice:
-        """Read a family and its options; a word without ``=`` is the family's implementation.
+        """Read a family and its options; a word without ``=`` is the family's backend.
 
         Args:
             text: As above.
-            device: ``cuda`` or ``cpu``, which decides on the implementation where the text names none.
+            device: ``cuda`` or ``cpu``, which decides on the backend where the text names none.
 
         Raises:
             UnknownModelError: No such family, option or value; the message offers the closest one.
+            FamilyError: An import path that leads to no family.
         """
-        name, *words = text.strip().split(":")
-        family = find_family(name)
-        options: dict[str, str] = {}
-        for word in words:
-            key, separator, value = word.partition("=")
-            options.update({key: value} if separator else {family.implementation: word})
-        check_options(family, options)
-        options.setdefault(family.implementation, default_implementation(family, device))
-        return cls(family=family, options=tuple(sorted(options.items())))
+        family, rest, options = parse_family(text, sized=False)
+        if rest:
+            raise UnknownModelError(
+                f"{family.name}{rest}: sizes and patch are axes of their own here; write {family.name}"
+            )
+        if family.backends:
+            options.setdefault(BACKEND, family.default_backend(device))
+        return cls(family=family, options=tuple(sorted(options.items())), source=source_of(family.name))
+
+    def model(self, size: str, patch: int) -> str:
+        """``DiG-S/2``, checked."""
+        return model_name(self.family.name, size, patch)
 
 
 def sweep(
@@ -84,15 +87,12 @@ def sweep(
     cases = []
     for size, resolution, mode, execution, choice in itertools.product(sizes, resolutions, modes, executions, choices):
         check_resolution(resolution, patch)
-        if device == "cpu" and implementation_of(choice.family, dict(choice.options)) in choice.family.gpu_only:
-            runs = [v for v in choice.family.options[choice.family.implementation] if v not in choice.family.gpu_only]
-            raise ValueError(
-                f"{choice.family.name} runs on a CPU with {' or '.join(runs)} only, not {dict(choice.options)}"
-            )
+        choice.family.require_device(dict(choice.options), device)
         cases.append(
             Case(
-                model=model_name(choice.family.name, size, patch),
+                model=choice.model(size, patch),
                 options=choice.options,
+                source=choice.source,
                 resolution=resolution,
                 batch=batch,
                 mode=mode,
@@ -131,10 +131,9 @@ def paper_suite() -> list[Case]:
 
 def cpu_suite() -> list[Case]:
     """Both figures in small, with the reference implementations, for a machine without a GPU."""
-    models = list(FAMILIES)
-    figure1 = sweep(models, resolutions=(64, 128, 192, 256), executions=("eager",), dtype="fp32", device="cpu")
+    figure1 = sweep(ON_CPU, resolutions=(64, 128, 192, 256), executions=("eager",), dtype="fp32", device="cpu")
     figure2 = sweep(
-        models,
+        ON_CPU,
         sizes=("S", "B"),
         resolutions=(128,),
         modes=("forward",),

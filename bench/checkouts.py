@@ -1,8 +1,8 @@
 """The two sides of a comparison as folders: the working tree as it is, and its base. No torch here.
 
 Both are copies, so that editing the tree while it is measured changes nothing. Both are measured by the change's
-harness: the base's copy gets the change's ``bench``, but for the modules that describe the models. What differs between
-the sides is then what they compute, never how it is timed.
+harness: the base's copy gets the change's ``bench``, and keeps what describes its models, which is in ``dig`` and
+``baselines``. What differs between the sides is then what they compute, never how it is timed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MEASURED = ("dig", "baselines")
-OF_THE_MODELS = ("models.py", "flops.py")
-"""Modules of ``bench`` that belong to the models: each side keeps its own."""
+DECLARATION = "pyproject.toml"
+"""Says which modules declare models (`dig.discovery`): each side keeps its own."""
+REGISTRY = Path("dig", "family.py")
+"""What the harness asks of a side's models; a base from before it has none."""
 
 
 class CheckoutError(ValueError):
@@ -47,10 +49,20 @@ def _copy_sources(source: Path, target: Path, folder: str) -> None:
     shutil.copytree(source / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
 
+def _copy_declaration(source: Path, target: Path) -> None:
+    try:
+        shutil.copy(source / DECLARATION, target / DECLARATION)
+    except OSError as error:
+        raise CheckoutError(
+            f"{source} has no {DECLARATION} ({error.strerror}); give a checkout of the project"
+        ) from None
+
+
 def copy_tree(source: Path, target: Path, name: str) -> Checkout:
     """Copy a tree's sources, uncommitted changes and untracked files included."""
     for folder in (*MEASURED, "bench"):
         _copy_sources(source, target, folder)
+    _copy_declaration(source, target)
     return Checkout(root=target, name=name)
 
 
@@ -67,23 +79,24 @@ def check_out_base(repository: Path, base: str, target: Path) -> Checkout:
     """
     if Path(base).is_dir():
         name = base
-        for folder in (*MEASURED, "bench"):
+        for folder in MEASURED:
             _copy_sources(Path(base), target, folder)
+        _copy_declaration(Path(base), target)
     else:
         try:
             # --end-of-options: a branch whose name begins with a dash is no option.
             name = _git(repository, "rev-parse", "--verify", "--end-of-options", f"{base}^{{commit}}").decode().strip()
         except CheckoutError as error:
             raise CheckoutError(f"--base {base!r} is neither a revision nor a folder here ({error})") from None
-        content = _git(repository, "archive", "--format=tar", name, *MEASURED, "bench")
+        content = _git(repository, "archive", "--format=tar", name, *MEASURED, DECLARATION)
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             archive.extractall(target, filter="data")
-    own = {module: (target / "bench" / module) for module in OF_THE_MODELS}
-    kept = {module: path.read_bytes() for module, path in own.items() if path.exists()}
-    shutil.rmtree(target / "bench")
+    if not (target / REGISTRY).is_file():
+        raise CheckoutError(
+            f"--base {base} is older than {REGISTRY.as_posix()}, which this harness asks for models; measure both with "
+            "their own (python -m bench run --launches 6 in each checkout), then python -m bench compare"
+        )
     _copy_sources(repository, target, "bench")
-    for module, content in kept.items():
-        own[module].write_bytes(content)
     return Checkout(root=target, name=name)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 from bench.cases import sweep
-from bench.environment import gpu_present
 from bench.messages import refuse
-from bench.models import missing_packages, parse_name
 from bench.results import Case
+from dig.environment import gpu_present
+from dig.registry import parse_family, parse_name
 
 
 def choose_device(device: str, *, present: bool | None = None) -> str:
@@ -43,11 +43,11 @@ def one_case(
 ) -> Case:
     """The case that ``--model DiG-XL/2:triton`` and its companions name; anything wrong ends the command."""
     where = choose_device(device)
-    name, *words = model.strip().split(":")
     try:
-        family, size, patch = parse_name(name)
+        family, rest, options = parse_family(model, sized=True)
+        _, size, patch = parse_name(f"{family.name}{rest}")
         (case,) = sweep(
-            [":".join([family.name, *words])],
+            [":".join([family.name, *(f"{option}={word}" for option, word in options.items())])],
             sizes=[size],
             patch=patch,
             resolutions=[resolution],
@@ -59,6 +59,6 @@ def one_case(
         )
     except ValueError as error:
         refuse(str(error))
-    if message := missing_packages(family, dict(case.options)):
+    if message := family.missing_packages(dict(case.options)):
         refuse(message)
     return case

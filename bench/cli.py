@@ -15,17 +15,18 @@ from bench import cases as case_lists
 from bench.capacity_command import capacity
 from bench.choices import choose_device, default_dtype, default_execution
 from bench.compare_command import compare, export
-from bench.environment import ROOT, describe_environment, gpu_present
 from bench.first_step import first_step
 from bench.identity import code_hash
 from bench.kernels_command import kernels
 from bench.messages import refuse
-from bench.models import FAMILIES, PATCHES, missing_packages, model_name, parse_name
 from bench.profile_command import profile
 from bench.regression_command import regression
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
 from bench.runner import Sweep, finished_launches, run_sweep
 from dig.commands.common import progress_bar
+from dig.environment import ROOT, describe_environment, gpu_present
+from dig.packages import MissingPackageError
+from dig.registry import VAE_FACTOR, ModelSpec, families, list_models, parse_name
 
 app = typer.Typer(
     add_completion=False,
@@ -50,7 +51,7 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _default_models(device: str) -> list[str]:
-    return list(case_lists.COMPARED) if device == "cuda" else list(FAMILIES)
+    return list(case_lists.COMPARED if device == "cuda" else case_lists.ON_CPU)
 
 
 @app.command()
@@ -65,8 +66,9 @@ def run(
         str | None,
         typer.Option(
             help="Families with options, separated by commas: DiG, DiG:fla, DiG:fla:variant=release, "
-            "Flash-DiT:sdpa-cudnn. Default: DiG on this project's kernels and every model of the paper on its fastest "
-            "published ones (GPU), or every model on its reference implementation (CPU)."
+            "Flash-DiT:sdpa-cudnn, or your own by import path: my_package.my_module:MyFamily. "
+            "Default: DiG on this project's kernels and every model of the paper on its fastest published ones (GPU), "
+            "or every model on its reference implementation (CPU)."
         ),
     ] = None,
     sizes: Annotated[str, typer.Option(help="Model sizes, separated by commas.")] = "S",
@@ -140,7 +142,7 @@ def run(
 def _require_packages(selected: list[Case]) -> None:
     """Refuse a run that names a model whose package is missing; a suite records it as a row instead."""
     for case in selected:
-        if message := missing_packages(parse_name(case.model)[0], dict(case.options)):
+        if message := parse_name(case.model)[0].missing_packages(dict(case.options)):
             refuse(message)
 
 
@@ -202,29 +204,32 @@ def list_command() -> None:
     """List every model: parameters, and multiply-adds of a forward pass, counted in full and as the paper does."""
     import torch
 
-    from bench.flops import forward_macs, paper_macs
-    from bench.models import create_model
+    from bench.flops import paper_macs
+    from dig.flops import UncountedError, forward_macs, model_macs
     from dig.model import DiG
 
     table = Table(title="256x256 images, 1000 classes, default options")
     for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    assumed = False
-    with torch.device("meta"):
-        for family in FAMILIES.values():
-            for size in family.sizes:
-                for patch in PATCHES:
-                    name = model_name(family.name, size, patch)
-                    model = create_model(name, image_size=256)
-                    mark = " (assumed)" if size in family.assumed else ""
-                    assumed = assumed or bool(mark)
-                    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                    paper = f"{paper_macs(model) / 1e9:.3f}" if isinstance(model, DiG) else ""
-                    table.add_row(name + mark, f"{count:,}", f"{forward_macs(model) / 1e9:.3f}", paper)
+    side = 256 // VAE_FACTOR
+    for name in list_models():
+        family, size, _ = parse_name(name)
+        spec = ModelSpec(name=name, input_size=(side, side), in_channels=4, num_classes=1000)
+        try:
+            with torch.device("meta"):
+                model = spec.build()
+            macs = forward_macs(model) if spec.reference() == spec else model_macs(spec)
+        except (UncountedError, MissingPackageError) as error:
+            table.add_row(name, "", str(error), "")
+            continue
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        paper = f"{paper_macs(model, macs) / 1e9:.3f}" if isinstance(model, DiG) else ""
+        mark = " (assumed)" if size in family.assumed else ""
+        table.add_row(name + mark, f"{count:,}", f"{macs / 1e9:.3f}", paper)
     console = Console()
     console.print(table)
-    for family in FAMILIES.values():
+    for family in families().values():
         for option, values in family.options.items():
             console.print(f"{family.name}: {option} = {values[0]} (default)" + "".join(f" | {v}" for v in values[1:]))
-    if assumed:
-        console.print("assumed: nobody published this size; see baselines/dis.py")
+    if any(family.assumed for family in families().values()):
+        console.print("assumed: nobody published this size")

@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.models import create_model, implementation_of, model_name, parse_name
-from bench.results import Case
+from bench.results import Case, Mark
 from bench.steps import make_inputs
+from dig.family import Signature
 from dig.layers import Backbone
+from dig.registry import create_model, parse_name, reference_model
 
 PIXELS_PER_PATCH = 64
 """Side of the small image over the patch side: 8 × 8 tokens for every patch size."""
@@ -76,14 +77,16 @@ class Agreement:
     gradients_off: float | None = None
 
 
+def has_reference(case: Case) -> bool:
+    """Whether anything computes what a case's model does: a reference, or the model if it is one."""
+    return parse_name(case.model)[0].reference is not None
+
+
 def reference_of(case: Case) -> tuple[str, dict[str, Any]] | None:
-    """Name and options of the reference that a case's model must agree with; None where it is the reference itself."""
-    family, size, patch = parse_name(case.model)
-    options = dict(case.options)
-    chosen = implementation_of(family, options)
-    if "reference" in family.options[family.implementation]:
-        return None if chosen == "reference" else (case.model, {**options, family.implementation: "reference"})
-    return None if family.name == "DiT" else (model_name("DiT", size, patch), {})
+    """Name and options of the reference that a case's model must agree with; None for a reference, or without one."""
+    own = (case.model, dict(case.options))
+    twin = reference_model(*own)
+    return None if twin == own else twin
 
 
 def _autocast(case: Case, dtype: str) -> torch.autocast:
@@ -220,56 +223,46 @@ def tune_without_timing() -> None:
     Autotuner.do_bench = property(lambda self: run_once, lambda self, given: None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Signature:
-    """Kernels by which an implementation is known: one that ``expected`` finds must run, none that ``foreign`` finds.
-
-    ``forward`` kernels only: they run in a training step too.
-    """
-
-    expected: str
-    foreign: str = r"(?!)"
-
-
-# Names as the profiler gives them: cuDNN's say cudnn_generated_fort_native_sdpa_sm90_flash_fprop_..., flash-attn's
-# flash::flash_fwd_kernel<...>, PyTorch's copy of the latter pytorch_flash::flash_fwd_kernel<...>.
-_FUSED_ATTENTION = r"flash_fwd|fmha|cudnn\w*(sdpa|flash|mha)|efficient_attention|scaled_dot_product_\w*flash"
-_SOFTMAX = r"(?i:softmax)"
-SIGNATURES: dict[tuple[str, str], Signature] = {
-    ("cuda", "materialized"): Signature(expected=_SOFTMAX, foreign=_FUSED_ATTENTION),
-    ("cuda", "sdpa-cudnn"): Signature(expected=r"cudnn\w*(sdpa|flash|fmha|mha)", foreign=rf"flash_fwd|{_SOFTMAX}"),
-    ("cuda", "sdpa-flash"): Signature(expected=r"pytorch_flash.*flash_fwd", foreign=rf"cudnn\w*sdpa|{_SOFTMAX}"),
-    ("cuda", "flash-attn"): Signature(
-        expected=r"flash_fwd", foreign=rf"pytorch_flash|cudnn\w*sdpa|efficient_attention|{_SOFTMAX}"
-    ),
-    ("cuda", "fla"): Signature(expected=r"chunk_gla_fwd|chunk_fwd_kernel_h|fused_recurrent_gla|fused_chunk_gla"),
-    ("cuda", "mamba-ssm"): Signature(expected=r"selective_scan_fwd"),
-    ("cpu", "materialized"): Signature(expected=_SOFTMAX, foreign=_FUSED_ATTENTION),
-    ("cpu", "sdpa-flash"): Signature(expected=r"scaled_dot_product_flash_attention", foreign=r"aten::softmax"),
-}
-
-
-def _own_kernels() -> frozenset[str]:
-    """Names of this project's Triton kernels for the recurrence, read from the modules that are loaded."""
+def _triton_kernels(package: str) -> frozenset[str]:
+    """Names of the Triton kernels in a package's modules, of those that are loaded."""
     return frozenset(
         value.__name__
         for name, module in list(sys.modules.items())
-        if name.startswith("dig.ops.gla")
+        if f"{name}.".startswith(f"{package}.")
         for value in vars(module).values()
         if hasattr(value, "arg_names") and str(getattr(value, "__name__", "")).endswith("_kernel")
     )
 
 
 def signature_of(case: Case) -> Signature | None:
-    """How the kernels of a case's implementation are known; None for references made of many plain operations."""
+    """How the kernels of a case's implementation are known; None where nobody said, or nothing could be said."""
     family, _, _ = parse_name(case.model)
-    chosen = implementation_of(family, dict(case.options))
     if case.execution == "compile" and case.device == "cpu":
         return None  # Inductor's fused loops have no names that say what they do.
-    if case.device == "cuda" and chosen == "triton":
-        own = "|".join(map(re.escape, sorted(_own_kernels()))) or r"(?!)"
-        return Signature(expected=rf"\b(?:{own})", foreign=SIGNATURES["cuda", "fla"].expected)
-    return SIGNATURES.get((case.device, chosen))
+    signature = family.signatures.get((case.device, family.backend_of(dict(case.options))))
+    if signature is None or not signature.kernels_in:
+        return signature
+    own = "|".join(map(re.escape, sorted(_triton_kernels(signature.kernels_in)))) or r"(?!)"
+    return Signature(expected=rf"\b(?:{own})", foreign=signature.foreign)
+
+
+def doubts(case: Case, names: Collection[str]) -> list[Mark]:
+    """What a reader should know of a case's checks: that nobody saw its kernels, or that it has no reference.
+
+    Args:
+        case: What ran.
+        names: Kernels of its step, from the profiler.
+    """
+    family, _, _ = parse_name(case.model)
+    is_reference = family.reference is not None and reference_of(case) is None
+    # A reference is many plain operations, and has no kernel of its own.
+    unknown = not is_reference and (case.device, family.backend_of(dict(case.options))) not in family.signatures
+    marks: list[Mark] = []
+    if not names or unknown:
+        marks.append("unverified")
+    if not has_reference(case):
+        marks.append("no-reference")
+    return marks
 
 
 def check_kernels(case: Case, names: Iterable[str]) -> tuple[str, ...]:

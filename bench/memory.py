@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.ledgers import Memory
-from bench.nvml import Gpu
+from dig.nvml import Gpu
 
 
 def _reset_peak_resident() -> None:

@@ -13,13 +13,32 @@ memory.gradients,
 .optimizer, .activations,
 .context                  None: not recorded
 ========================= ==========================================================================================
+
+Schema 3 (2026-11) calls the option that says which implementation runs by one name in every family, ``backend``:
+
+========================= ==========================================================================================
+field                     in a row that was written as schema 1 or 2
+========================= ==========================================================================================
+case.options.backend      was ``recurrence`` (DiG), ``attention`` (DiT, Flash-DiT) or ``mixer`` (DiS)
+case.source               empty: every family was this project's own
+look                      None: figures know the looks of this project's families
+========================= ==========================================================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
+FORMER_BACKEND = {"DiG": "recurrence", "DiT": "attention", "Flash-DiT": "attention", "DiS": "mixer"}
+"""Family → what ``backend`` was called until schema 2, and in sampling rows and training runs of that time."""
+
+
+def rename_backend(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's options, with the backend by its present name; those of today are left as they are."""
+    former = FORMER_BACKEND.get(model.rpartition("-")[0])
+    return {"backend" if name == former else name: value for name, value in options.items()}
 
 
 def _from_1(record: dict[str, Any]) -> dict[str, Any]:
@@ -28,8 +47,16 @@ def _from_1(record: dict[str, Any]) -> dict[str, Any]:
     return {"launch": 0, "key": "", "marks": [] if watched else ["unwatched"], **record}
 
 
-_STEPS = {1: _from_1}
-_NEW_IN_2 = frozenset({"launch", "key", "marks", "timing", "clocks", "checks"})
+def _from_2(record: dict[str, Any]) -> dict[str, Any]:
+    case = record.get("case")
+    if not isinstance(case, dict) or not isinstance(case.get("options"), dict):
+        return record  # No row; whoever decodes it says so.
+    return {**record, "case": {**case, "options": rename_backend(str(case.get("model")), case["options"])}}
+
+
+_STEPS = {1: _from_1, 2: _from_2}
+_NEW_IN = {2: frozenset({"launch", "key", "marks", "timing", "clocks", "checks"}), 3: frozenset({"look"})}
+"""Version → the fields that it brought."""
 
 
 def to_present(record: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +75,8 @@ def to_present(record: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"schema {version} is newer than the one this version reads ({SCHEMA}); update the project to read the file"
         )
-    if version < 2 and (alien := _NEW_IN_2 & fields.keys()):
+    later = frozenset().union(*(names for schema, names in _NEW_IN.items() if schema > version))
+    if alien := later & fields.keys():
         raise ValueError(f"a row of schema {version} has no field {min(alien)!r}")
     while version < SCHEMA:
         fields = _STEPS[version](fields)

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from bench.choices import one_case
-from bench.environment import describe_environment
 from bench.messages import refuse
+from dig.environment import describe_environment
 
 
 def profile(

@@ -16,13 +16,14 @@ from rich.console import Console
 from bench.checkouts import Checkout, CheckoutError, check_out_base, copy_tree, describe_tree, slow_down
 from bench.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, Thresholds, cell, exit_status, marks_of, to_markdown
 from bench.compare_command import percent
-from bench.environment import ROOT, gpu_present
 from bench.messages import refuse
-from bench.models import closest, missing_packages, parse_name
 from bench.regression import BUDGETS, SUITES, Comparison, Plan, compare_checkouts, compare_sides
 from bench.results import ResultError
 from bench.side import Side, SideError
 from bench.statistics import noise_floor
+from dig.environment import ROOT, gpu_present
+from dig.family import closest
+from dig.registry import parse_name
 
 SLOWDOWN = 0.05
 BOOST_MHZ = 1980.0
@@ -70,7 +71,7 @@ def regression(
         refuse("no NVIDIA GPU was found; use --suite cpu, or run on a machine with one")
     cases = SUITES[name]()
     for case in cases:
-        if message := missing_packages(parse_name(case.model)[0], dict(case.options)):
+        if message := parse_name(case.model)[0].missing_packages(dict(case.options)):
             refuse(message)
     try:
         plan = Plan(

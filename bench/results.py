@@ -21,17 +21,21 @@ from typing import Any, Literal, get_args
 from bench.decoding import decode_dataclass, parse_json
 from bench.ledgers import Checks, Clocks, Memory, Timing
 from bench.migrations import SCHEMA, to_present
+from dig.family import Look
 
 Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
 Mode = Literal["train", "forward"]
 Execution = Literal["eager", "graph", "compile"]
 Dtype = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
-Mark = Literal["throttled", "shared-gpu", "unsteady", "unwatched", "unverified", "memory-kept", "measured-again"]
+Mark = Literal[
+    "throttled", "shared-gpu", "unsteady", "unwatched", "unverified", "memory-kept", "no-reference", "measured-again"
+]
 """What a reader should know before trusting a row's times: the clock was held down in most readings; another process
-was on the GPU; warm-up did not settle; NVML could not be asked; the profiler saw no kernels to check; the case before
-it had not given its memory back; the launch was throttled before, and is here once more (and throttled again where it
-carries that mark too).
+was on the GPU; warm-up did not settle; NVML could not be asked; which kernels ran was not checked, for the profiler saw
+none or nobody said which they should be; the case before it had not given its memory back; nothing else computes what
+the model does, so that its outputs were compared with nothing; the launch was throttled before, and is here once more
+(and throttled again where it carries that mark too).
 """
 
 
@@ -50,13 +54,14 @@ class Case:
 
     Attributes:
         model: Family, size and patch: ``DiG-S/2``.
-        options: Options of `bench.models.create_model`, sorted by name: ``(("recurrence", "fla"),)``.
+        options: Of the family, sorted by name: ``(("backend", "fla"),)``; see `dig.registry.create_model`.
         resolution: Side of the square image in pixels; the latent is an eighth of it.
         batch: Images a step.
         mode: ``train`` (forward, backward, fused AdamW) or ``forward`` (no gradients).
         execution: ``eager``, ``graph`` (the whole step replayed as one CUDA graph) or ``compile`` (torch.compile).
         dtype: ``bf16`` (autocast over fp32 weights) or ``fp32``.
         device: ``cuda`` or ``cpu``.
+        source: The family's import path, where no installed package declares it: a worker finds it by that.
     """
 
     model: str
@@ -67,6 +72,7 @@ class Case:
     execution: Execution = "eager"
     dtype: Dtype = "bf16"
     device: Device = "cuda"
+    source: str = ""
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no row may have."""
@@ -95,7 +101,7 @@ class Case:
         return int(self.model.rpartition("/")[2])
 
     def describe(self) -> str:
-        """One line for people: ``DiG-S/2 (recurrence=fla) 1024px train graph bf16 batch 1``."""
+        """One line for people: ``DiG-S/2 (backend=fla) 1024px train graph bf16 batch 1``."""
         options = f" ({', '.join(f'{k}={v}' for k, v in self.options)})" if self.options else ""
         return (
             f"{self.model}{options} {self.resolution}px {self.mode} {self.execution} {self.dtype} "
@@ -110,16 +116,17 @@ class Row:
     Attributes:
         case: What was measured.
         status: ``ok``, or why there are no times: ``oom``, ``timeout``, ``unsupported`` (a missing package), ``error``.
-        message: What happened, where status is not ``ok``.
+        message: What happened, where status is not ``ok``; of an ok row, what could not be said of it.
         samples_ms: Every timed step, in milliseconds, in order.
         memory: The ledger, or None where the case did not come that far.
         parameters: Trainable parameters.
-        flops: Floating-point operations of one step in full (two a multiply-add), by `bench.flops`.
+        flops: Floating-point operations of one step in full (two a multiply-add), by `bench.flops`; None where they
+            could not be counted, which ``message`` then says.
         matmul_ceiling: FLOP/s of a large matrix product in this dtype, on this device, in this run; or None.
         implementations: Which implementation of each operation ran.
         stop_reason: Why sampling ended.
         seconds: Wall time by phase: ``start`` (imports, model, inputs), ``warmup``, ``measure``.
-        environment: Commit, versions and device, by `bench.environment`.
+        environment: Commit, versions and device, by `dig.environment`.
         started_at: ISO 8601, UTC.
         launch: Which process launch of its case this is, from 0: launches are what intervals are taken over.
         key: Content address of case, code and environment, by `bench.identity`; empty where it was not recorded.
@@ -127,6 +134,7 @@ class Row:
         timing: How the samples came to be, and where a step's time goes.
         clocks: SM clock, throttling and other processes during the samples; None without NVML.
         checks: What the fairness gate found.
+        look: What the family says of its look in figures, by `dig.family.Look`.
     """
 
     case: Case
@@ -148,6 +156,7 @@ class Row:
     timing: Timing | None = None
     clocks: Clocks | None = None
     checks: Checks | None = None
+    look: Look | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError where status and samples contradict each other."""

@@ -19,8 +19,8 @@ from typing import Any
 from bench.identity import measurement_key
 from bench.jobs import BUDGETS, Budget, CaseJob, CeilingJob, GateJob, Job
 from bench.ledgers import Checks
-from bench.nvml import POWER_CAP, Gpu
 from bench.results import Case, ResultsWriter, Row, utc_now
+from dig.nvml import POWER_CAP, Gpu
 
 FINAL = frozenset({"ok", "oom", "unsupported"})
 """Statuses that a resumed run does not measure again; a timeout or an error may have been the moment's."""
@@ -126,7 +126,7 @@ class Sweep:
         time_limit: Seconds a case may take, model build and kernel tuning included.
         budget: How long to sample, or None for the device's own.
         code: Content of the code that measures, by `bench.identity.code_hash`.
-        environment: By `bench.environment.describe_environment`.
+        environment: By `dig.environment.describe_environment`.
         again_s: Seconds after which no throttled launch is measured again (`run_sweep`).
     """
 

@@ -21,11 +21,12 @@ from typing import Any
 
 from bench.checkouts import Checkout
 from bench.decoding import decode_dataclass
-from bench.environment import COMMIT_VARIABLE, ROOT, describe_environment
 from bench.identity import code_hash, measurement_key
 from bench.jobs import Budget, CaseJob
 from bench.results import Case, ResultError, Row
 from bench.runner import Referee
+from dig.environment import COMMIT_VARIABLE, ROOT, describe_environment
+from dig.registry import load_source
 
 
 class SideError(RuntimeError):
@@ -51,7 +52,9 @@ class Side:
         self._time_limit = time_limit
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = {**os.environ, COMMIT_VARIABLE: checkout.name, "PYTHONHASHSEED": "0"}
-        environment["PYTHONPATH"] = without_checkouts(environment.get("PYTHONPATH", ""))
+        # Where the harness was started, a family of one's own may lie, as may any package on the path.
+        given = os.pathsep.join([environment.get("PYTHONPATH", ""), os.getcwd()])
+        environment["PYTHONPATH"] = without_checkouts(given)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.side"],
             cwd=checkout.root,
@@ -107,6 +110,7 @@ def _read_job(line: str, environment: Mapping[str, Any], code: str) -> tuple[Cas
     question = json.loads(line)
     case_fields = question["case"]
     case = Case(**{**case_fields, "options": tuple(case_fields["options"].items())})
+    load_source(case.source)
     budget = decode_dataclass(Budget, question["budget"], "budget")
     key = measurement_key(case, code=code, environment=environment, budget=budget)
     job = CaseJob(

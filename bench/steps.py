@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.models import create_model
 from bench.results import Case
+from dig.graphs import on_capture_stream, record
 from dig.layers import Backbone
+from dig.registry import create_model
 
 SEED = 0
 WARMUP_STEPS = 2
@@ -129,11 +129,7 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
     The step must have run before, so that kernels are tuned and optimizer states exist.
     """
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=_stream()):
-        result = run()
+    graph, result = record(run)
     return graph.replay, result
 
 
@@ -144,24 +140,6 @@ def warm_up(run: Callable[[], Tensor], device: str) -> None:
             run()
 
 
-@functools.cache
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
-
-
-@contextlib.contextmanager
-def capture_stream(device: str) -> Iterator[None]:
-    """Run what is within on the one stream that this process captures on, and wait for it; nothing on a CPU.
-
-    A graph can't be captured on the default stream. And cuBLAS keeps a workspace, 32 MiB on an H100, for every stream
-    that a thread has called it on, to the end of the process: steps on several streams would be charged with several.
-    """
-    if device == "cpu":
-        yield
-        return
-    stream = _stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+def capture_stream(device: str) -> contextlib.AbstractContextManager[None]:
+    """Run what is within on the one stream that this process captures on, and wait for it; nothing on a CPU."""
+    return on_capture_stream(torch.device(device))

@@ -18,19 +18,22 @@ import torch
 from torch import Tensor
 
 from bench.flops import step_flops
-from bench.gate import check_against_reference, check_kernels, check_replay, tune_without_timing
+from bench.gate import check_against_reference, check_kernels, check_replay, doubts, tune_without_timing
 from bench.jobs import Budget, CaseJob, CeilingJob, GateJob, Job, ProbeJob
 from bench.kernels import kernel_names
 from bench.ledgers import Checks, Memory, Timing
 from bench.memory import MemoryMeter
-from bench.models import missing_packages, parse_name
-from bench.nvml import Gpu, Watch
+from bench.nvml import Watch
 from bench.results import Case, Mark, Row, Status, utc_now
 from bench.steps import Step, build_step, capture, capture_stream, warm_up
 from bench.timing import Sampled, sample
+from dig.ceiling import large_product
+from dig.flops import UncountedError
+from dig.layers import Backbone
+from dig.nvml import Gpu
 from dig.packages import MissingPackageError
+from dig.registry import ModelSpec, load_source, parse_name
 
-CEILING_SIDE = {"cuda": 8192, "cpu": 1024}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,12 +45,10 @@ LEAST_CPUS = 4
 
 def measure_ceiling(job: CeilingJob) -> float:
     """FLOP/s of a square matrix product on random data: what a model's share is taken of."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job.dtype]
-    side = CEILING_SIDE[job.device]
-    a, b = torch.randn(2, side, side, device=job.device).to(dtype).unbind(0)
+    run, flops = large_product(job.device, job.dtype)
     budget = Budget(settle_s=0.2, settle_max_s=0.2, min_samples=10, target_s=0.3)
-    found = sample(lambda: a @ b, device=job.device, budget=budget)
-    return 2 * side**3 / (found.interval.median / 1000)
+    found = sample(run, device=job.device, budget=budget)
+    return flops / (found.interval.median / 1000)
 
 
 def _versions(case: Case) -> dict[str, Any]:
@@ -95,8 +96,7 @@ def measure_case(job: CaseJob) -> Row:
             key=job.key,
         )
 
-    missing = missing_packages(parse_name(case.model)[0], dict(case.options))
-    if missing:
+    if missing := parse_name(case.model)[0].missing_packages(dict(case.options)):
         return failed("unsupported", missing)
     try:
         return _measure(job, started_at, environment)
@@ -138,9 +138,9 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
     marks: list[Mark] = watch.marks() if case.device == "cuda" else []
     if found.warmup == "bound":
         marks.append("unsteady")
-    if not names:
-        marks.append("unverified")
+    marks += doubts(case, names)
     graph_ms = _graph_ms(step.run) if case.device == "cuda" and case.execution == "eager" else None
+    flops, uncounted = _flops(case, step.model)
     start, warmup, measure = (after - before for before, after in pairwise(clock))
     return Row(
         case=case,
@@ -149,7 +149,8 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
         samples_ms=tuple(round(x, 5) for x in found.samples_ms),
         memory=memory,
         parameters=sum(p.numel() for p in step.model.parameters() if p.requires_grad),
-        flops=step_flops(step.model, batch=case.batch, mode=case.mode),
+        flops=flops,
+        message=uncounted,
         matmul_ceiling=job.matmul_ceiling,
         implementations=step.model.implementations,
         stop_reason=found.stop_reason,
@@ -161,7 +162,24 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
         timing=_timing(case, found, eager=eager, graph_ms=graph_ms, flushed=flush is not None),
         clocks=watch.clocks() if case.device == "cuda" else None,
         checks=checks,
+        look=parse_name(case.model)[0].look,
     )
+
+
+def _flops(case: Case, model: Backbone) -> tuple[int | None, str]:
+    """FLOPs of the step, or why nobody counted them; the times are good without."""
+    spec = ModelSpec(
+        name=case.model,
+        options=dict(case.options),
+        input_size=model.input_size,
+        in_channels=model.in_channels,
+        num_classes=model.num_classes,
+        source=case.source,
+    )
+    try:
+        return step_flops(spec, batch=case.batch, mode=case.mode), ""
+    except UncountedError as error:
+        return None, str(error)
 
 
 def _prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], object], Memory]:
@@ -293,6 +311,8 @@ def _die_with_parent() -> None:
 
 
 def _answer(job: Job) -> Any:
+    if not isinstance(job, CeilingJob):
+        load_source(job.case.source)
     if isinstance(job, CaseJob):
         return measure_case(job).to_json()
     if isinstance(job, GateJob):

@@ -1,4 +1,4 @@
-"""The command line of ``python -m dig``; `dig.__main__` starts it with the models that there are."""
+"""The command line of ``python -m dig``."""
 
 from __future__ import annotations
 

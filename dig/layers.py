@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,11 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         output: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return output
+
+
+def adaln_linear(modulation: nn.Sequential) -> nn.Linear:
+    """The linear layer of adaLN's ``Sequential(SiLU, Linear)``."""
+    return cast(nn.Linear, modulation[1])
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

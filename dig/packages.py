@@ -34,6 +34,8 @@ def is_installed(module: str) -> bool:
 def missing_message(module: str, purpose: str) -> str:
     """One line that says what is missing, what for, and how to install it."""
     package = module.partition(".")[0]
+    if package not in DISTRIBUTIONS:  # Of somebody's own family: its name on PyPI is anybody's guess.
+        return f"{purpose} needs the package {package}, which is not installed"
     extra = EXTRAS.get(package, "gpu")
     return (
         f"{purpose} needs the package {DISTRIBUTIONS[package]}; install it with: "
@@ -45,8 +47,8 @@ def require(module: str, purpose: str) -> ModuleType:
     """Import ``module``, or raise `MissingPackageError` naming the package and the extra.
 
     Args:
-        module: Dotted import name, whose first part is a key of `DISTRIBUTIONS`.
-        purpose: What needs it, as the start of the message: ``"recurrence='fla'"``.
+        module: Dotted import name.
+        purpose: What needs it, as the start of the message: ``"backend='fla'"``.
     """
     if not is_installed(module):
         raise MissingPackageError(missing_message(module, purpose))

@@ -6,6 +6,7 @@ transposes the grid after every second one, so the orders follow each other with
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -30,6 +31,23 @@ class ScanOrder(NamedTuple):
 
 
 RASTER = ScanOrder(transposed=False, reversed=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """How tokens pass through a block.
+
+    Attributes:
+        grid: (rows, columns) of the image's tokens.
+        source: The order in which they reach it.
+        order: The order in which it walks them.
+        target: The order in which it hands them on.
+    """
+
+    grid: tuple[int, int]
+    source: ScanOrder
+    order: ScanOrder
+    target: ScanOrder
 
 
 def scan_orders(depth: int, scan: Scan) -> list[ScanOrder]:

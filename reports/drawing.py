@@ -1,7 +1,7 @@
 """How a panel is drawn: lines with markers, spreads, and lanes for what failed. Knows nothing of result rows.
 
-Lines must be told apart without colour: every family has its hue, its dash pattern and its marker, and every series of
-a family its own shade and marker.
+Lines must be told apart without colour: every family has its hue, its dash pattern and its marker (`reports.looks`),
+and every series of a family its own shade and marker.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
+from dig.family import Look
+
 WIDTH_INCHES = 9.0
 PANEL_INCHES = 3.3
 INK = "#222222"
 SOFT_INK = "#555555"
 LANE = 0.075  # height of a lane of failures, as a share of the panel
 LANE_COLOR = "#F4F4F4"
+PLAIN_WIDTH = 1.5
+"""Points of a line that nothing stands for."""
 
 RC: Mapping[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -79,42 +83,25 @@ class Line:
     failures: tuple[Failure, ...] = ()
 
 
-# Hues of Okabe and Ito's palette, which colour-blind readers can tell apart, each in three shades. Crosses are missing
-# among the markers: a cross is a failure.
-_SHADES = {
-    "DiG": ("#D55E00", "#B8860B", "#F0A04B"),
-    "Flash-DiT": ("#0072B2", "#56B4E9", "#1F3F77"),
-    "DiT": ("#222222", "#777777", "#AAAAAA"),
-    "DiS": ("#009E73", "#00624A", "#5CCFAE"),
-    "": ("#CC79A7", "#8E3B6B", "#E8B4D0"),
-}
-_MARKERS = {
-    "DiG": "oDp",
-    "Flash-DiT": "shd",
-    "DiT": "^<>",
-    "DiS": "v8*",
-    "": "PHp",
-}
-_DASHES = {
-    "DiG": ("-", (0, (7, 1.5)), (0, (4, 1))),
-    "Flash-DiT": ((0, (4, 1.6)), (0, (2, 1.2)), (0, (3, 1, 1, 1))),
-    "DiT": ((0, (1, 1.2)), (0, (1, 2)), (0, (1, 3))),
-    "DiS": ((0, (6, 1.5, 1, 1.5)), (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (3, 3))),
-    "": ((0, (8, 2, 2, 2)), (0, (8, 2, 1, 2)), (0, (2, 4))),
-}
+def style(look: Look, variant: int) -> Style:
+    """How the ``variant``-th series of a family looks, counted from 0.
 
-
-def style(family: str, variant: int) -> Style:
-    """The look of the ``variant``-th series of a family, counted from 0."""
-    known = family if family in _SHADES else ""
-    index = variant % 3
+    Args:
+        look: The family's, with at least a colour, a marker and a dash pattern.
+        variant: Its series take turns in the look's.
+    """
     return Style(
-        color=_SHADES[known][index],
-        marker=_MARKERS[known][index],
-        dashes=_DASHES[known][index],
-        width=2.2 if family == "DiG" and variant == 0 else 1.5,
+        color=look.colors[variant % len(look.colors)],
+        marker=look.markers[variant % len(look.markers)],
+        dashes=_dashes(look.dashes[variant % len(look.dashes)]),
+        width=look.width if variant == 0 else PLAIN_WIDTH,
         hollow=variant % 2 == 1,
     )
+
+
+def _dashes(pattern: Any) -> Any:
+    """A pattern as matplotlib takes it; from a row, its tuples are lists."""
+    return pattern if isinstance(pattern, str) else (pattern[0], tuple(pattern[1]))
 
 
 def draw_panel(

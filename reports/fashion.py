@@ -17,9 +17,11 @@ from typing import Annotated, Any
 import matplotlib as mpl
 import typer
 
+from bench.migrations import rename_backend
 from reports import drawing
 from reports.drawing import Line, Point, Style
 from reports.figures import Drawing
+from reports.looks import Looks
 from reports.refusing import refusing
 
 LOSS_POINTS = 24
@@ -38,7 +40,7 @@ class Run:
 
     Attributes:
         model: ``DiG-S/2``.
-        implementation: What ran: ``recurrence=triton``.
+        implementation: What ran: ``backend=triton``.
         batch: Images a step.
         gpu: Name of the card, or of the processor.
         log: Lines of ``train.jsonl``.
@@ -78,13 +80,12 @@ def read_run(folder: Path) -> Run:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config, environment = content["config"], content["environment"]
-        options = config["model"]["options"]
-        kept = [name for name in ("recurrence", "attention", "mixer") if name in options]
+        options = rename_backend(config["model"]["name"], config["model"]["options"])
         events = _read_lines(folder / "events.jsonl")
         evaluations = _read_lines(folder / "evaluation.jsonl")
         return Run(
             model=config["model"]["name"],
-            implementation=", ".join(f"{name}={options[name]}" for name in kept),
+            implementation=f"backend={options['backend']}" if "backend" in options else "",
             batch=config["batch"],
             gpu=environment.get("gpu_name") or environment.get("cpu") or "unknown hardware",
             log=tuple(_read_lines(folder / "train.jsonl")),
@@ -176,10 +177,10 @@ def _times(count: int) -> str:
 
 def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     """Loss against steps, and the Fréchet distance against steps and against seconds of training."""
-    counts: dict[str, int] = {}
+    looks, counts = Looks(), dict[str, int]()
     styles: dict[str, Style] = {}
     for run in runs:
-        styles[run.model] = drawing.style(run.family, counts.get(run.family, 0))
+        styles[run.model] = looks.style(run.family, counts.get(run.family, 0))
         counts[run.family] = counts.get(run.family, 0) + 1
     samples = _samples_of_curves(runs)
     rows = [row for run in runs for row in run.evaluations if row["samples"] == samples]

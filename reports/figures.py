@@ -167,8 +167,9 @@ def _styles(sweep: Sweep, rows: Iterable[Row]) -> dict[Series, Style]:
     variants: Counter[str] = Counter()
     styles = {}
     for series in sweep.labels:
+        look = sweep.looks.style(series.family, variants[series.family])
         if series in timed:
-            styles[series] = drawing.style(series.family, variants[series.family])
+            styles[series] = look
         variants[series.family] += 1
     return styles
 

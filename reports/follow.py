@@ -17,10 +17,12 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from bench.migrations import rename_backend
 from reports import drawing
 from reports.drawing import Line, Point
 from reports.fashion import RunError
 from reports.figures import Drawing
+from reports.looks import Looks
 from reports.refusing import refusing
 
 NAMES = ("reference", "first", "second")
@@ -50,7 +52,8 @@ class Log:
     def words(self) -> str:
         """``DiG-S/2, triton, bf16``."""
         model = self.config["model"]
-        return f"{model['name']}, {model['options'].get('recurrence', '')}, {self.config['dtype']}"
+        options = rename_backend(model["name"], model["options"])
+        return f"{model['name']}, {options.get('backend', '')}, {self.config['dtype']}"
 
 
 def read_log(folder: Path) -> Log:
@@ -91,7 +94,7 @@ def read_logs(folder: Path) -> dict[str, Log]:
 
 
 def _common(config: dict[str, Any]) -> dict[str, Any]:
-    options = {name: value for name, value in config["model"]["options"].items() if name != "recurrence"}
+    options = rename_backend(config["model"]["name"], config["model"]["options"]) | {"backend": None}
     return {**config, "model": {**config["model"], "options": options}, "dtype": None}
 
 
@@ -192,7 +195,7 @@ def draw(logs: dict[str, Log], verdict: Verdict) -> Drawing:
     """The moving averages of both, and how far they are apart."""
     reference, first = logs["reference"], logs["first"]
     lines = []
-    for log, look in ((reference, drawing.style("DiT", 0)), (first, drawing.style("DiG", 0))):
+    for log, look in ((reference, Looks().style("DiT", 0)), (first, Looks().style("DiG", 0))):
         values = moving_average(log.losses)
         lines.append(Line(label=log.words, style=look, points=_points(values)))
     apart = np.abs(moving_average(first.losses) / moving_average(reference.losses) - 1)

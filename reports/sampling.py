@@ -13,6 +13,7 @@ from bench.sampling.rows import Comparison, RowError, SamplingCase, SamplingRow,
 from reports import drawing
 from reports.drawing import Style
 from reports.figures import Drawing
+from reports.looks import Looks
 from reports.refusing import refusing
 from reports.series import STATUS_NAMES
 
@@ -91,11 +92,11 @@ def draw(entries: Sequence[Comparison], title: str | None = None) -> Drawing | N
     rows = [entry.row for entry in timed if _without_size(entry.row.case) == setting]
     sides = sorted({row.case.resolution for row in rows})[:PANELS]
     styles: dict[str, Style] = {}
-    counts: dict[str, int] = {}
+    looks, counts = Looks(), dict[str, int]()
     for row in rows:
         if row.case.label not in styles:
             variant = counts.get(row.case.family, 0)
-            styles[row.case.label] = drawing.style(row.case.family, variant)
+            styles[row.case.label] = looks.style(row.case.family, variant)
             counts[row.case.family] = variant + 1
     confidence = min(row.speed.confidence for row in rows if row.speed is not None)
     caption = (

@@ -14,6 +14,7 @@ from statistics import median
 from typing import TypeVar
 
 from bench.results import Case, Device, Dtype, Execution, Mark, Mode, ResultError, Row, read_results
+from reports.looks import Looks
 
 SIZES = ("S", "B", "L", "XL")
 FAMILIES = ("DiG", "Flash-DiT", "DiT", "DiS")
@@ -38,6 +39,7 @@ DOUBTS: Mapping[Mark, tuple[str, str]] = {
     "unwatched": ("w", "clock and other processes were not watched"),
     "unverified": ("v", "which kernels ran was not checked"),
     "memory-kept": ("m", "the case before had not given its memory back"),
+    "no-reference": ("r", "no reference computes the same: the outputs were compared with nothing else"),
 }
 """Letter and meaning of each mark that is a reason to doubt a row's times."""
 ASSUMED_NOTE = "* DiS-XL is assumed (1152 wide, 48 deep): the published DiS has no XL."
@@ -70,19 +72,26 @@ class Series:
         return (_rank(self.family, FAMILIES), len(self.options), self.options)
 
 
-def series_labels(series: Iterable[Series]) -> dict[Series, str]:
-    """Names for a set of series: ``DiG (fla)``; ``DiG (recurrence=fla)`` where the values alone would not tell."""
+def series_labels(series: Iterable[Series], name: Callable[[str], str] = str) -> dict[Series, str]:
+    """Names for a set of series: ``DiG (fla)``; ``DiG (backend=fla)`` where the values alone would not tell.
+
+    Args:
+        series: The set.
+        name: Family to what it is called.
+    """
     ordered = sorted(set(series), key=lambda s: s.rank)
-    short = {s: _label(s, [value for _, value in s.options]) for s in ordered}
+    short = {s: _label(name(s.family), [value for _, value in s.options]) for s in ordered}
     uses = Counter(short.values())
     return {
-        s: _label(s, [f"{k}={v}" for k, v in s.options]) if uses[short[s]] > 1 or not _telling(s) else short[s]
+        s: _label(name(s.family), [f"{k}={v}" for k, v in s.options])
+        if uses[short[s]] > 1 or not _telling(s)
+        else short[s]
         for s in ordered
     }
 
 
-def _label(series: Series, words: list[str]) -> str:
-    return f"{series.family} ({', '.join(words)})" if words else series.family
+def _label(family: str, words: list[str]) -> str:
+    return f"{family} ({', '.join(words)})" if words else family
 
 
 def _telling(series: Series) -> bool:
@@ -233,14 +242,18 @@ class Sweep:
         rows: The rows.
         warnings: What a reader of the files should know: a torn last line.
         labels: The name of every series, in the order to show them.
+        looks: How its families look.
     """
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
     labels: Mapping[Series, str] = field(init=False)
+    looks: Looks = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", series_labels(Series.of(row) for row in self.rows))
+        looks = Looks(self.rows)
+        object.__setattr__(self, "looks", looks)
+        object.__setattr__(self, "labels", series_labels((Series.of(row) for row in self.rows), looks.label))
 
 
 def read_sweep(paths: list[Path]) -> Sweep:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from bench.cases import sweep
 from bench.checkouts import copy_tree
-from bench.environment import ROOT
 from bench.jobs import Budget, GateJob
 from bench.models import create_model
-from bench.nvml import Gpu
 from bench.results import ResultsWriter, read_results
 from bench.runner import Sweep, run_job, run_sweep
 from bench.side import Side
+from dig.environment import ROOT
 from dig.model import DiG, DiGConfig
+from dig.nvml import Gpu
 from dig.ops.gla import gated_linear_attention
 from tests.helpers import example, randomize, relative_error
 
@@ -62,20 +62,20 @@ def _assert_twins(reference: nn.Module, twin: nn.Module, *, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("attention", ["sdpa-cudnn", "sdpa-flash", "flash-attn"])
 def test_flash_dit_equals_dit(attention: str) -> None:
-    twin = create_model("Flash-DiT-S/2", image_size=128, attention=attention)
+    twin = create_model("Flash-DiT-S/2", image_size=128, backend=attention)
     _assert_twins(create_model("DiT-S/2", image_size=128), twin, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dis_on_mamba_ssm_equals_reference(dtype: torch.dtype) -> None:
-    twin = create_model("DiS-S/2", image_size=128, mixer="mamba-ssm")
+    twin = create_model("DiS-S/2", image_size=128, backend="mamba-ssm")
     _assert_twins(create_model("DiS-S/2", image_size=128), twin, dtype=dtype)
 
 
 def test_dig_on_fla_equals_reference() -> None:
     """One block: fla rounds scores and states to bf16 where the reference keeps fp32, and depth amplifies that."""
     config = DiGConfig(input_size=(16, 16), depth=1, width=384, heads=6)
-    _assert_twins(DiG(config), DiG(replace(config, recurrence="fla")), dtype=torch.bfloat16)
+    _assert_twins(DiG(config), DiG(replace(config, backend="fla")), dtype=torch.bfloat16)
 
 
 def test_fla_recurrence_and_gradients_equal_step_by_step() -> None:
@@ -93,7 +93,7 @@ def test_fla_recurrence_and_gradients_equal_step_by_step() -> None:
 
 
 def test_flash_kernels_refuse_instead_of_falling_back() -> None:
-    model = create_model("Flash-DiT-S/2", image_size=64, attention="sdpa-cudnn").cuda()
+    model = create_model("Flash-DiT-S/2", image_size=64, backend="sdpa-cudnn").cuda()
     with pytest.raises(RuntimeError):  # fp32: cuDNN's attention takes half precision only.
         model(*example(model))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.choices import one_case
 from bench.results import Case
+from dig.graphs import on_capture_stream, record
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = ("forward", "forward+backward")
@@ -56,17 +57,15 @@ def set_count(size: int, most: int = 64) -> int:
 
 def capture(steps: list[Step]) -> torch.cuda.CUDAGraph:
     """All steps in one graph, after enough runs outside it to have compiled everything."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for step in steps:
-                step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for step in steps:
             step()
+
+    with on_capture_stream(torch.device("cuda")):
+        for _ in range(2):
+            run()
+    graph, _ = record(run)
     return graph
 
 

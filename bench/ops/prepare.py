@@ -5,8 +5,8 @@
 
 A kernel beside others cannot be judged by itself: what counts is the step. Each choice is a CUDA graph of the whole
 step, as the benchmark captures it; the graphs take turns, so that the card's clock is the same for all, and the figure
-is the median of their rounds. What is tried: weights that ride in the product upwards (`dig.raster_block.Rider`, where
-it takes them), or all of them aside, by so many programs (`dig.raster.programs_beside`).
+is the median of their rounds. What is tried: weights that ride in the product upwards (`dig.raster_weights.Rider`,
+where it takes them), or all of them aside, by so many programs (`dig.raster.programs_beside`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from bench.ops.common import case_for, parse, replaced, require_gpu
 from bench.ops.turns import add_turns, append_row, steps_in_turns
-from dig import raster, raster_block
+from dig import raster, raster_weights
 from dig.ops.swiglu import products
 
 
@@ -51,7 +51,7 @@ def chosen(choice: Choice) -> Iterator[None]:
         if choice.riding:
             stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
         else:
-            stack.enter_context(replaced(raster_block, "rides", lambda *_: False))
+            stack.enter_context(replaced(raster_weights, "rides", lambda *_: False))
         yield
 
 

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cases import ModelChoice
-from bench.environment import describe_environment, gpu_present
-from bench.models import check_resolution, closest, implementation_of, missing_packages, model_name
 from bench.sampling.rows import RowError, SamplingCase, SamplingRow, append_row, compare
 from bench.sampling.run import measure
+from dig.environment import describe_environment, gpu_present
+from dig.family import closest
+from dig.registry import check_resolution
 
 app = typer.Typer(add_completion=False)
 DEFAULT_MODELS = {"cuda": "DiG:triton:variant=release,Flash-DiT:sdpa-cudnn", "cpu": "DiG:variant=release,Flash-DiT"}
@@ -50,9 +51,8 @@ def _cases(
         raise ValueError("nothing to measure: --models and --resolutions must name something")
     for choice in choices:
         options = dict(choice.options)
-        if setting["device"] == "cpu" and implementation_of(choice.family, options) in choice.family.gpu_only:
-            raise ValueError(f"{choice.family.name} with {options} needs an NVIDIA GPU")
-        if message := missing_packages(choice.family, options):
+        choice.family.require_device(options, setting["device"])
+        if message := choice.family.missing_packages(options):
             raise ValueError(message)
     groups = []
     for resolution in sides:
@@ -60,8 +60,9 @@ def _cases(
         groups.append(
             [
                 SamplingCase(
-                    model=model_name(choice.family.name, size, patch),
+                    model=choice.model(size, patch),
                     options=choice.options,
+                    source=choice.source,
                     resolution=resolution,
                     batch=batch or default_batch(resolution),
                     **setting,

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.models import create_model
 from bench.sampling.rows import SamplingCase
 from bench.steps import fill_zeros
+from dig.registry import create_model, load_source
 from dig.sampling.runner import BatchSampler, SamplePlan
 
 SEED = 0
@@ -31,6 +31,7 @@ class Contestant:
 
     def __init__(self, case: SamplingCase) -> None:
         self.case = case
+        load_source(case.source)
         device = torch.device(case.device)
         torch.manual_seed(SEED)
         options: dict[str, Any] = dict(case.options)

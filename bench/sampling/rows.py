@@ -12,7 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-SCHEMA = 1
+from bench.migrations import rename_backend
+
+SCHEMA = 2
+"""2 calls the backend by its present name (`bench.migrations`) and has ``case.source``; 1 is read too."""
 KIND = "sampling"
 """Tells these rows from those of `bench.results`, which are of single steps."""
 CONFIDENCE = 0.95
@@ -80,6 +83,7 @@ class SamplingCase:
         dtype: ``bf16`` or ``fp32``.
         device: ``cuda`` or ``cpu``.
         execution: ``graph``, all steps as one CUDA graph; or ``eager``.
+        source: The family's import path, as of `bench.results.Case`.
     """
 
     model: str
@@ -93,6 +97,7 @@ class SamplingCase:
     dtype: str = "bf16"
     device: str = "cuda"
     execution: str = "graph"
+    source: str = ""
 
     @property
     def family(self) -> str:
@@ -108,7 +113,7 @@ class SamplingCase:
     @property
     def setting(self) -> SamplingCase:
         """Everything but the model: what two models must have in common to be compared."""
-        return dataclasses.replace(self, model="", options=())
+        return dataclasses.replace(self, model="", options=(), source="")
 
     def describe(self) -> str:
         """The setting in words: ``ddim, 50 steps, guidance 1.5 (three channels), 32 at once, bf16, graph``."""
@@ -170,11 +175,12 @@ class SamplingRow:
         """Read a line that `to_json` wrote. Raises RowError on anything else."""
         try:
             record = json.loads(line)
-            if (record.pop("kind"), record.pop("schema")) != (KIND, SCHEMA):
+            if record.pop("kind") != KIND or (version := record.pop("schema")) not in (1, SCHEMA):
                 raise RowError(f"not a row of {KIND}, schema {SCHEMA}")
             record.pop("samples_per_second")
             case = record.pop("case")
-            case["options"] = tuple(sorted(case["options"].items()))
+            options = rename_backend(case["model"], case["options"]) if version == 1 else case["options"]
+            case["options"] = tuple(sorted(options.items()))
             seconds = tuple(float(second) for second in record.pop("seconds"))
             return cls(case=SamplingCase(**case), seconds=seconds, **record)
         except RowError:

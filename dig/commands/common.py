@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dig.messages import describe, one_line
 from dig.packages import MissingPackageError
-from dig.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +54,12 @@ def refusing() -> Iterator[None]:
     except RuntimeError as error:
         from torch import OutOfMemoryError
 
+        from dig.graphs import CaptureError
         from dig.training.watch import TrainingError
 
         if isinstance(error, OutOfMemoryError):
             message = f"the GPU's memory is not enough; {_SMALLER}"
-        elif isinstance(error, TrainingError):
+        elif isinstance(error, (TrainingError, CaptureError)):
             message = str(error)
         elif "can't allocate memory" in str(error):  # torch's allocator of the host has no class of its own
             message = f"the host's memory is not enough; {_SMALLER}"
@@ -103,11 +103,6 @@ def choose_precision(dtype: str | None, device: str) -> str:
     if chosen not in ("bf16", "fp32"):
         raise ValueError(f"dtype must be bf16 or fp32; got {chosen!r}")
     return chosen
-
-
-def registry_of(context: typer.Context) -> Registry:
-    """The registry of models that ``python -m dig`` was started with."""
-    return cast(Registry, context.obj)
 
 
 def open_console() -> Console:
@@ -186,7 +181,7 @@ def open_decoder(
     import torch
 
     from dig.diffusion import NotFiniteError
-    from dig.training.data.encoding import load_vae, weights_sha256
+    from dig.training.data.vae import load_vae, weights_sha256
 
     model: Any = load_vae(vae, torch.device(device))
     if channels is not None and model.config.latent_channels != channels:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +22,14 @@ from dig.commands.common import (
     progress_bar,
     refusing,
 )
+
+if TYPE_CHECKING:
+    from dig.training.data import DataSet
+
+logger = logging.getLogger(__name__)
+
+NEEDED = 4
+"""Images of either kind: precision and recall look at the third neighbour of each."""
 
 
 def evaluate_command(
@@ -54,54 +64,80 @@ def evaluate_command(
     with refusing():
         if (classifier is None) == (inception is None):
             raise ValueError("choose the features: either --classifier or --inception")
+        for name, value in (("count", count), ("reference", reference)):
+            if value is not None and value < NEEDED:
+                raise ValueError(
+                    f"{name} must be at least {NEEDED}, for the third neighbour of each image; got {value}"
+                )
+        if append is not None:
+            _check_rows(append)
         import torch
 
         from dig.evaluation.features import (
             ClassifierFeatures,
+            DatasetBatches,
             Extractor,
             InceptionFeatures,
             array_batches,
-            dataset_batches,
             extract,
-            read_samples,
         )
         from dig.evaluation.metrics import Gaussian, frechet_distance, precision_recall
+        from dig.evaluation.samples import read_samples
+        from dig.training.data.files import append_line, shown
 
         where = torch.device(one_device(device))
+        dataset = open_data(data, image_size=image_size, channels=channels)
+        # All files first: a wrong one shouldn't end the run between two others.
+        sets = [read_samples(path) for path in samples]
+        for (images, _), path in zip(sets, samples, strict=True):
+            _check_images(images.shape[1:3], dataset.sample_shape)
+            if len(images) < NEEDED:
+                raise ValueError(f"precision and recall need more than {NEEDED - 1} images; {path} holds {len(images)}")
+            if count is not None and len(images) < count:
+                raise ValueError(f"{path} holds {len(images):,} samples, fewer than --count {count:,}")
         extractor: Extractor
         if inception is not None:
             extractor = InceptionFeatures(inception, where)
         else:
             assert classifier is not None
             extractor = ClassifierFeatures(classifier, where)
-        if count is not None and count < 1:
-            raise ValueError(f"count must be at least 1; got {count}")
-        dataset = open_data(data, image_size=image_size, channels=channels)
-        # All files first: a wrong one shouldn't end the run between two others.
-        sets = [read_samples(path) for path in samples]
-        for (images, _), path in zip(sets, samples, strict=True):
-            _check_images(images.shape[1:3], dataset.sample_shape)
-            if count is not None and len(images) < count:
-                raise ValueError(f"{path} holds {len(images):,} samples, fewer than --count {count:,}")
+            extractor.check(dataset.sample_shape, (images for images, _ in sets))
+            if extractor.spec.class_names != dataset.class_names:
+                logger.warning("%s was trained on other classes than those of %s", classifier, dataset.name)
         sizes = {len(images) if count is None else count for images, _ in sets}
         if len(sizes) > 1 and reference is None:
             raise ValueError(
                 "these files hold different numbers of samples; give --reference or --count, so that they are compared "
                 "with the same images"
             )
+        if reference is not None and reference > len(dataset):
+            raise ValueError(f"{dataset.name} holds {len(dataset):,} images, fewer than --reference {reference:,}")
         compared = min(len(dataset), reference if reference is not None else sizes.pop())
         # One draw, then cut in two: halves that share no image.
-        doubled = min(len(dataset), 2 * compared)
-        real = extract(extractor, dataset_batches(dataset, doubled), where)
-        shuffled = real[torch.randperm(doubled, generator=torch.Generator().manual_seed(0)).to(where)]
+        batches = DatasetBatches(dataset, min(len(dataset), 2 * compared))
+        real = extract(extractor, batches, where)
+        lost = _tell_unreadable(batches.unreadable)
+        if len(real) < max(NEEDED, reference or 0):
+            raise ValueError(f"of {dataset.name} only {len(real):,} images can be read{lost}")
+        compared = min(compared, len(real))
+        shuffled = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).to(where)]
         real, other = shuffled[:compared], shuffled[compared : 2 * compared]
         truth = Gaussian.of(real)
         floor = frechet_distance(truth, Gaussian.of(other)) if len(other) == compared else None
-        lines = []
-        for images, about in sets:
+        failed = None
+        for (images, about), path in zip(sets, samples, strict=True):
             generated = extract(extractor, array_batches(images[:count]), where)
             distance = frechet_distance(truth, Gaussian.of(generated))
             precision, recall = precision_recall(real, generated)
+            # At once: what comes after may fail.
+            line = (
+                (f"{path}: " if len(samples) > 1 else "")
+                + f"{extractor.metric}: {distance:.3f}"
+                + (f" (two halves of the data: {floor:.3f})" if floor is not None else "")
+                + f", precision {precision:.3f}, recall {recall:.3f}; {len(generated):,} samples, {compared:,} images "
+                f"of the data{lost}, features of {extractor.description}"
+            )
+            typer.echo(shown(line))
             result: dict[str, Any] = {
                 "metric": extractor.metric,
                 "features": extractor.description,
@@ -111,21 +147,43 @@ def evaluate_command(
                 "recall": recall,
                 "samples": len(generated),
                 "reference": compared,
+                "unreadable_images": len(batches.unreadable),
                 "data": dataset.class_names if len(dataset.class_names) <= 20 else len(dataset.class_names),
                 "of": about,
             }
             if append is not None:
-                append.parent.mkdir(parents=True, exist_ok=True)
-                with append.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
-            lines.append(
-                f"{extractor.metric}: {distance:.3f}"
-                + (f" (two halves of the data: {floor:.3f})" if floor is not None else "")
-                + f", precision {precision:.3f}, recall {recall:.3f}; {len(generated):,} samples, {compared:,} images "
-                f"of the data, features of {extractor.description}"
-            )
-    for path, line in zip(samples, lines, strict=True):
-        typer.echo(f"{path}: {line}" if len(samples) > 1 else line)
+                try:
+                    append_line(append, json.dumps(result))
+                except OSError as error:
+                    failed = f"cannot append to {append}: {error.strerror}; the results are those printed here"
+        if failed:
+            raise ValueError(failed)
+
+
+def _check_rows(path: Path) -> None:
+    """Raise ValueError unless lines of JSON can be appended to a file: samples given by mistake would be spoilt."""
+    from dig.training.data.files import prepare_output
+
+    prepare_output(path)
+    if path.exists():
+        with path.open("ab+") as file:
+            file.seek(0)
+            if file.read(1) not in (b"", b"{"):
+                raise ValueError(f"{path} holds no lines of JSON; --append takes a file of results, or a new one")
+
+
+def _tell_unreadable(unreadable: Mapping[str, str]) -> str:
+    """Warn of images that could not be read, by name, and say how many for the line of results."""
+    if not unreadable:
+        return ""
+    from dig.training.data.files import shown
+
+    some = ", ".join(f"{shown(name)} ({reason})" for name, reason in list(unreadable.items())[:5])
+    more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+    logger.warning(
+        "unreadable images of the data, which are not among those compared: %d: %s%s", len(unreadable), some, more
+    )
+    return f" ({len(unreadable):,} more unreadable)"
 
 
 def _check_images(size: tuple[int, ...], shape: tuple[int, int, int]) -> None:
@@ -155,32 +213,67 @@ def classifier_command(
     """Train the small classifier whose features evaluate can measure samples with."""
     console = open_console()
     with refusing():
-        if epochs <= 0 or batch < 2:
-            raise ValueError(f"epochs must be above 0 and batch at least 2; got {epochs:g} and {batch}")
         import dataclasses
 
-        from dig.evaluation.classifier import accuracy, save_classifier, train_classifier
+        from dig.evaluation.classifier import (
+            Classifier,
+            ClassifierSpec,
+            accuracy,
+            classifier_bytes,
+            read_spec,
+            train_classifier,
+        )
+        from dig.memory import check_disk
         from dig.training.data import IdxImages, open_dataset
+        from dig.training.data.files import prepare_output, shown, write_or_keep
         from dig.training.data.idx import find_idx
+        from dig.training.data.loader import check_workers
 
         where = one_device(device)
+        check_workers(workers)
+        # All that may be wrong is looked at before the training, which it would cost.
+        prepare_output(out)
+        if out.exists() and read_spec(out) is None:
+            raise ValueError(f"{out} exists and is no classifier; choose another file, or remove it")
         dataset = open_data(data, image_size=image_size, channels=channels)
         if dataset.sample_shape[0] not in (1, 3):
             raise ValueError("the data are latents; a classifier is trained on images")
-        with progress_bar(console) as bar:
-            task = bar.add_task(f"training {out}", total=None)
-            for step, steps, trained in train_classifier(
-                dataset, epochs=epochs, batch=batch, seed=seed, device=where, workers=workers
-            ):
-                bar.update(task, total=steps, completed=step)
-                model = trained
         test = None
         if test_data is not None:
-            test = open_dataset(test_data, image_size=image_size, channels=channels)
+            test = open_dataset(test_data, image_size=dataset.sample_shape[1], channels=dataset.sample_shape[0])
         elif isinstance(dataset, IdxImages) and find_idx(data, "t10k-images-idx3-ubyte"):
             channels_of, side, _ = dataset.sample_shape
-            test = IdxImages(data, split="test", image_size=side, channels=channels_of)
-        rate = accuracy(model, test) if test is not None else None
-        save_classifier(model, dataclasses.replace(model.spec, accuracy=rate), out)
-    tested = f": {rate:.2%} of {test.name} right" if test is not None and rate is not None else ", not tested"
-    typer.echo(f"classifier in {out}{tested}")
+            test = IdxImages(data, split="test", image_size=side, channels=channels_of, class_names=dataset.class_names)
+        if test is not None and (test.sample_shape, test.class_names) != (dataset.sample_shape, dataset.class_names):
+            raise ValueError(
+                f"{test.name} cannot test a classifier of {dataset.name}: it has {_describe(test)}, that "
+                f"{_describe(dataset)}"
+            )
+        spec = ClassifierSpec(shape=dataset.sample_shape, class_names=dataset.class_names)
+        size = len(classifier_bytes(Classifier(spec), spec))
+        check_disk(out.parent, size, "the classifier's weights", "make room, or choose another place")
+        with progress_bar(console) as bar:
+            task = bar.add_task(f"training {out}", total=None)
+            for trained in train_classifier(
+                dataset, epochs=epochs, batch=batch, seed=seed, device=where, workers=workers
+            ):
+                bar.update(task, total=trained.steps, completed=trained.step)
+        model = trained.model
+        # Before it is tested: a test that fails costs the figure, not the classifier.
+        write_or_keep(out, classifier_bytes(model, model.spec))
+        tested, words = None, ", not tested"
+        if test is not None:
+            tested = accuracy(model, test)
+            write_or_keep(out, classifier_bytes(model, dataclasses.replace(model.spec, accuracy=tested.rate)))
+            words = f": {tested.rate:.2%} of {test.name} right"
+            if tested.unreadable:
+                words += f" ({len(tested.unreadable):,} unreadable)"
+        if trained.unreadable:
+            words += f"; {len(trained.unreadable):,} of {dataset.name} unreadable, which others stood in for"
+    typer.echo(shown(f"classifier in {out}{words}"))
+
+
+def _describe(dataset: DataSet) -> str:
+    """Shape and classes of a data set, in short."""
+    names = ", ".join(dataset.class_names[:5]) + (" and more" if dataset.num_classes > 5 else "")
+    return f"samples of {'x'.join(map(str, dataset.sample_shape))} and {dataset.num_classes} classes ({names})"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -21,9 +20,9 @@ from dig.commands.common import (
     open_decoder,
     progress_bar,
     refusing,
-    registry_of,
 )
 from dig.messages import describe
+from dig.sampling.classes import parse_classes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,11 +32,9 @@ if TYPE_CHECKING:
     from dig.sampling.weights import Weights
 
 GRID_IMAGES = 100
-NULL_WORD = "null"
 
 
 def sample_command(
-    context: typer.Context,
     checkpoint: Annotated[
         Path,
         typer.Option(
@@ -49,7 +46,10 @@ def sample_command(
     samples: Annotated[int | None, typer.Option(help="How many. Default: 8 a class, 100 at most.")] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Indices or names, separated by commas, taken in turn; null is no class. Default: all."),
+        typer.Option(
+            help="Indices or names, separated by commas, taken in turn; null is no class. A name with a comma stands "
+            "in double quotes; where names are numbers, @3 is the index. Default: all."
+        ),
     ] = None,
     sampler: Annotated[
         str | None,
@@ -91,8 +91,11 @@ def sample_command(
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Of a published file, in pixels. Default: 256.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Of a published file. Default: 1000.")] = None,
-    implementation: Annotated[
-        str | None, typer.Option(help="Which implementation runs: triton, fla, reference, sdpa-cudnn, ...")
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", "--implementation", help="Which implementation runs: triton, fla, reference, sdpa-cudnn, ..."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU.")] = None,
     device: DeviceOption = "auto",
@@ -135,7 +138,6 @@ def sample_command(
         from dig.sampling.weights import Published, load_weights
         from dig.training.needs import Footprint, check_sampling
 
-        registry = registry_of(context)
         published = None
         if model is not None:
             published = Published(
@@ -145,14 +147,13 @@ def sample_command(
             )
         found = load_weights(
             checkpoint,
-            registry,
             device=where,
             published=published,
-            implementation=implementation,
+            backend=backend,
             choice=cast(Any, weights),
         )
         labels = parse_classes(classes, found.class_names, found.spec.num_classes, found.spec.num_classes)
-        size = Footprint.of(found.spec, registry)
+        size = Footprint.of(found.spec)
         name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
         at_once = model_batch if model_batch is not None else default_model_batch(size.tokens, where)
         plan = SamplePlan(
@@ -182,7 +183,7 @@ def sample_command(
         for path, suffix in ((npz, ".npz"), (grid, ".png")):
             if path is not None:
                 check_output(path, suffix)
-        network = found.build(registry, where)
+        network = found.build(where)
         about = {
             "model": found.spec.name,
             "options": dict(found.spec.options),
@@ -264,39 +265,3 @@ def _finish(decoder: Decoder | None, *, latents: bool) -> Callable[[Tensor], NDA
     if decoder is None:
         return to_pixels
     return lambda x: to_pixels(decoder.decode(x))
-
-
-def parse_classes(text: str | None, class_names: Sequence[str], num_classes: int, null_label: int) -> tuple[int, ...]:
-    """Labels from indices and names, separated by commas; every class if there is no text.
-
-    Args:
-        text: ``3,7``, ``Bag,Ankle boot``, or ``null`` for the label that stands for no class.
-        class_names: Name of each label; empty where they are not known.
-        num_classes: How many labels there are.
-        null_label: The model's.
-
-    Raises:
-        ValueError: No such class; the message offers the closest one.
-    """
-    if text is None:
-        return tuple(range(num_classes))
-    by_name = {name.lower(): label for label, name in enumerate(class_names)}
-    labels = []
-    for word in (word.strip() for word in text.split(",")):
-        # A name first: MNIST's classes are called 0 to 9, and another data set's may be other numbers.
-        if word.lower() in by_name:
-            labels.append(by_name[word.lower()])
-        elif word == NULL_WORD:
-            labels.append(null_label)
-        elif word.isdecimal() and int(word) < num_classes:
-            labels.append(int(word))
-        elif word.lstrip("-").isdecimal():
-            raise ValueError(f"there is no class {word}: this model has 0 to {num_classes - 1}")
-        elif not class_names:
-            raise ValueError(f"this checkpoint doesn't name its classes; give indices, 0 to {num_classes - 1}")
-        else:
-            near = difflib.get_close_matches(word.lower(), list(by_name), n=1, cutoff=0.4)
-            hint = f"did you mean {class_names[by_name[near[0]]]}? " if near else ""
-            known = ", ".join(class_names[:20]) + (" and more" if len(class_names) > 20 else "")
-            raise ValueError(f"there is no class {word!r}: {hint}Known: {known}")
-    return tuple(labels)

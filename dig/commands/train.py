@@ -23,8 +23,8 @@ from dig.commands.common import (
     open_decoder,
     progress_bar,
     refusing,
-    registry_of,
 )
+from dig.registry import ModelSpec, parse_model
 
 
 @contextmanager
@@ -48,7 +48,6 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def train_command(
-    context: typer.Context,
     data: DataOption,
     out: Annotated[
         Path, typer.Option(help="Folder of the run. With checkpoints in it, the run goes on from the newest whole one.")
@@ -57,7 +56,8 @@ def train_command(
         str,
         typer.Option(
             help="Family-size/patch, with options after colons: DiG-S/2, DiG-S/2:fla, DiG-B/2:variant=release, "
-            "Flash-DiT-S/2:sdpa-cudnn. Default implementation: triton for DiG and mamba-ssm for DiS on a GPU, "
+            "Flash-DiT-S/2:sdpa-cudnn; your own by import path: my_package.my_module:MyFamily-S/2. "
+            "Default backend: triton for DiG and mamba-ssm for DiS on a GPU, "
             "else the one that runs anywhere."
         ),
     ] = "DiG-S/2",
@@ -90,8 +90,12 @@ def train_command(
     dtype: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU.")] = None,
     device: DeviceOption = "auto",
     execution: Annotated[
-        str, typer.Option(help="eager; compile (the model through torch.compile); graph (the step as a CUDA graph).")
-    ] = "eager",
+        str,
+        typer.Option(
+            help="eager; compile (the model through torch.compile); graph (the step as a CUDA graph); auto: as the run "
+            "began, else graph on a GPU and eager on a CPU."
+        ),
+    ] = "auto",
     checkpoint_blocks: Annotated[
         bool,
         typer.Option("--checkpoint-blocks", help="Compute each block's activations again instead of keeping them."),
@@ -119,16 +123,15 @@ def train_command(
         where = one_device(device)
         precision = choose_precision(dtype, where)
         dataset = open_data(data, image_size=image_size, channels=channels, mirror=mirror)
-        registry = registry_of(context)
-        name, options = registry.parse(model, where)
+        name, options, source = parse_model(model, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
-        from dig.registry import ModelSpec
-        from dig.training.config import DataSpec, TrainConfig
+        from dig.training.config import DataSpec, TrainConfig, choose_execution
         from dig.training.resuming import recorded_config
         from dig.training.trainer import Status, Trainer
 
-        data_spec = DataSpec.of(dataset)
         begun = recorded_config(out)
+        chosen, reason = choose_execution(execution, device=where, begun=begun)
+        data_spec = DataSpec.of(dataset)
         config = TrainConfig(
             model=ModelSpec(
                 name=name,
@@ -136,6 +139,7 @@ def train_command(
                 input_size=dataset.sample_shape[1:],
                 in_channels=dataset.sample_shape[0],
                 num_classes=dataset.num_classes,
+                source=source,
             ),
             data=data_spec,
             device=cast(Any, where),
@@ -153,7 +157,8 @@ def train_command(
             ema=ema,
             ema_warmup=ema_warmup if ema_warmup is not None else begun is None or begun.ema_warmup,
             dtype=cast(Any, precision),
-            execution=cast(Any, execution),
+            execution=cast(Any, chosen),
+            execution_reason=reason,
             checkpoint_blocks=checkpoint_blocks,
             deterministic=deterministic,
             log_every=log_every,
@@ -171,13 +176,14 @@ def train_command(
             made_by=data_spec.vae_sha256,
         )
         console.print(f"{config.model.describe()}\n{dataset.describe()}")
+        console.print(f"execution {chosen}: {reason}")
         if grid_every and data_spec.latent_scale is not None and decoder is None:
             console.print("no grids of samples: the data are latents, and no --vae was given to decode them")
         elif grid_every and grid_cfg != 1 and not label_dropout:
             console.print("grids of samples without guidance: with --label-dropout 0 there is nothing to guide against")
         decode = decoder.decode if decoder is not None else None
         with _interrupts() as interrupted:
-            trainer = Trainer(config, dataset, registry, out, decode=decode, workers=workers)
+            trainer = Trainer(config, dataset, out, decode=decode, workers=workers)
             if trainer.step:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}")
             with progress_bar(console, "loss {task.fields[loss]:.4f}", "{task.fields[rate]:.0f} img/s") as bar:

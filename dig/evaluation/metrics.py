@@ -12,15 +12,22 @@ from torch import Tensor
 
 NEIGHBOURS = 3
 """k of the manifolds, as published (arXiv 1904.06991 §3)."""
-ROWS_AT_ONCE = 2048
+DISTANCES_AT_ONCE = 2**26
+"""Half a GiB of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian:
-    """Mean (F,) and covariance (F, F) of features, fp64."""
+    """A normal distribution of features, fp64.
+
+    Attributes:
+        mean: (F,).
+        factor: (R, F), whose product ``factor.T @ factor`` is the covariance: what is small in the features is not
+            squared, and so not lost beside what is large.
+    """
 
     mean: Tensor
-    covariance: Tensor
+    factor: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> Gaussian:
@@ -28,20 +35,27 @@ class Gaussian:
         if len(features) < 2:
             raise ValueError(f"a distribution needs at least 2 images; got {len(features)}")
         features = features.double()
-        return cls(mean=features.mean(0), covariance=torch.cov(features.T).reshape(features.shape[1], -1))
+        mean = features.mean(0)
+        factor = torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
+        return cls(mean=mean, factor=factor)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(F, F)."""
+        return self.factor.T @ self.factor
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two normal distributions (arXiv 1706.08500 Eq. 6).
 
-    ``|m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. The last trace is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2),
-    which is symmetric, so its eigenvalues are found without the complex detour of a general matrix root.
+    ``|m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. With ``C = R^T R`` the last trace is the sum of the singular
+    values of ``R_a R_b^T``. Roots of eigenvalues, the usual way, would turn a rounding error e of a singular
+    covariance (fewer images than features, features that never vary) into one of e^(1/2), once for each feature.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    spread = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return float(((a.mean - b.mean) ** 2).sum() + spread)
+    cross = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
+    spread = a.factor.square().sum() + b.factor.square().sum() - 2 * cross
+    # Of equal distributions rounding may leave a little less than nothing.
+    return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
@@ -58,15 +72,33 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
     """
     if min(len(real), len(generated)) <= k:
         raise ValueError(f"precision and recall need more than {k} images of either kind")
-    real, generated = real.float(), generated.float()
-    return _share_inside(generated, real, k), _share_inside(real, generated, k)
+    real, generated = real.double(), generated.double()
+    real_radii, generated_radii = _radii(real, k), _radii(generated, k)
+    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    at_once = _rows_at_once(real)
+    for rows, radii in zip(generated.split(at_once), generated_radii.split(at_once), strict=True):
+        distances = _distances(rows, real)
+        precise.append((distances <= real_radii).any(1))
+        recalled |= (distances <= radii[:, None]).any(0)
+    return float(torch.cat(precise).double().mean()), float(recalled.double().mean())
 
 
-def _share_inside(points: Tensor, centres: Tensor, k: int) -> float:
-    """Share of points that lie in the ball of at least one centre."""
+def _radii(features: Tensor, k: int) -> Tensor:
+    """(N,) distance from each row to its k-th nearest other."""
     # The nearest row of all is the row itself.
-    radii = torch.cat(
-        [torch.cdist(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(ROWS_AT_ONCE)]
-    )
-    inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(ROWS_AT_ONCE)]
-    return float(torch.cat(inside).double().mean())
+    parts = features.split(_rows_at_once(features))
+    return torch.cat([_distances(rows, features).kthvalue(k + 1, dim=1).values for rows in parts])
+
+
+def _rows_at_once(others: Tensor) -> int:
+    """How many rows' distances to all others are held at a time."""
+    return max(1, DISTANCES_AT_ONCE // len(others))
+
+
+def _distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Distance of every row to every other one, from their differences.
+
+    Expanded into squares and products, which is cdist's choice for many rows, they cancel where rows lie closer to
+    each other than to the origin, and equal rows are not at distance zero.
+    """
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")

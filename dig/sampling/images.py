@@ -28,6 +28,8 @@ def to_pixels(x: Tensor) -> NDArray[np.uint8]:
 def make_grid(pixels: NDArray[np.uint8], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:
     """Lay out (N, H, W, 3) images row by row on white, ``gap`` pixels apart; about square if not told otherwise."""
     count, height, width, _ = pixels.shape
+    if count == 0:
+        raise ValueError("there are no images to lay out")
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)

@@ -29,6 +29,7 @@ from dig.diffusion import (
     initial_noise,
     step_noise,
 )
+from dig.graphs import Captured, CaptureError, capture
 from dig.layers import Backbone, CfgChannels
 from dig.sampling.images import to_pixels
 
@@ -132,9 +133,8 @@ class BatchSampler:
             dtype=torch.bfloat16 if plan.bf16 else None,
         )
         self._loop = SamplingLoop(denoiser, self._solver, device=device)
-        self._graph: Any = None
-        self._static: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None
         self._captures = graph
+        self._captured: Captured[Tensor] | None = None
         self._last: tuple[int, NDArray[Any]] | None = None
 
     def batch(self, number: int) -> NDArray[Any]:
@@ -162,32 +162,17 @@ class BatchSampler:
 
     def _replay(self, x_T: Tensor, y: Tensor, noises: Iterator[Tensor]) -> Tensor:
         noise = torch.stack(list(noises)) if self._solver.noises else None
-        if self._static is None:
-            self._capture(x_T, y, noise)
-        assert self._static is not None
-        static_x, static_y, static_noise, output = self._static
-        static_x.copy_(x_T)
-        static_y.copy_(y)
-        if static_noise is not None and noise is not None:
-            static_noise.copy_(noise)
-        self._graph.replay()
-        return output
+        if self._captured is None:
+            try:
+                self._captured = capture(self._loop.run, x_T, y, noise, warm_up=self._first_step)
+            except CaptureError as error:
+                raise CaptureError(f"{error}; or sample with execution eager") from error
+        return self._captured(x_T, y, noise)
 
-    def _capture(self, x_T: Tensor, y: Tensor, noise: Tensor | None) -> None:
-        """Capture the loop. One step before compiles the model's kernels; the solver's are PyTorch's own."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(2):
-                self._loop.denoiser(x_T, self._loop.timesteps[0], self._loop.denoiser.labels(y))
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        inputs = (x_T.clone(), y.clone(), None if noise is None else noise.clone())
-        self._graph = torch.cuda.CUDAGraph()
-        # On the stream of the first steps: cuBLAS keeps a workspace for each stream that it has run on.
-        with torch.cuda.graph(self._graph, stream=stream):
-            output = self._loop.run(*inputs)
-        self._static = (*inputs, output)
+    @torch.no_grad()
+    def _first_step(self, x_T: Tensor, y: Tensor, _: Tensor | None) -> Tensor:
+        """What the loop is made of: it compiles the model's kernels; the solver's are PyTorch's own."""
+        return self._loop.denoiser(x_T, self._loop.timesteps[0], self._loop.denoiser.labels(y))
 
     def samples(self, indices: range) -> NDArray[Any]:
         """The samples of consecutive indices, finished: (N, ...)."""

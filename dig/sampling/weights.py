@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dig.diffusion import LossName
+from dig.family import BACKEND
 from dig.layers import Backbone
-from dig.registry import ModelSpec, Registry
+from dig.registry import ModelSpec, list_variants, parse_model
 from dig.sampling.published import file_kind, read_published
 from dig.training.average import share_of_first_weights
 from dig.training.config import INTEGERS, TrainConfig
@@ -53,7 +54,7 @@ class Published:
     """What a published file doesn't say of itself.
 
     Attributes:
-        model: Name with options, as the registry parses it.
+        model: Name with options, as `dig.registry.parse_model` reads it.
         image_size: Side of the images in pixels.
         num_classes: Labels.
     """
@@ -70,7 +71,7 @@ class Weights:
     Attributes:
         path: The file.
         sha256: Of the file.
-        spec: The model, its implementation chosen for the device.
+        spec: The model, its backend chosen for the device.
         state: Its state dict, on the CPU.
         choice: Which of a run's weights they are; None of a published file's.
         class_names: Name of each label, where it is known.
@@ -127,35 +128,33 @@ class Weights:
             "draw noise: --weights raw samples from the last ones"
         )
 
-    def build(self, registry: Registry, device: torch.device | str) -> Backbone:
+    def build(self, device: torch.device | str) -> Backbone:
         """The model with these weights, in eval mode.
 
         Raises:
             CheckpointError: The weights are not this model's; the message says what they are.
         """
-        model = registry.build(self.spec)
-        check_fit(self.state, model, self.spec, registry, self.path)
+        model = self.spec.build()
+        check_fit(self.state, model, self.spec, self.path)
         model.load_state_dict(self.state)
         return model.to(device).eval()
 
 
 def load_weights(
     path: Path,
-    registry: Registry,
     *,
     device: str,
     published: Published | None = None,
-    implementation: str | None = None,
+    backend: str | None = None,
     choice: WeightsChoice | None = None,
 ) -> Weights:
     """Find and read weights.
 
     Args:
         path: A run's folder (its newest whole checkpoint is taken), or a file of a run or a published one.
-        registry: Knows the models.
-        device: ``cuda`` or ``cpu``; decides which implementation runs, unless that is chosen.
+        device: ``cuda`` or ``cpu``; decides which backend runs, unless that is chosen.
         published: For a published file only.
-        implementation: A value of the option that chooses the model's implementation.
+        backend: One of the family's.
         choice: Which weights of a run's checkpoint; the averaged ones if not given.
 
     Raises:
@@ -178,12 +177,12 @@ def load_weights(
     if kind == "safetensors" and read_about(path) is not None:
         if published is not None:
             raise CheckpointError(f"{path} says itself which model it is; leave out the model's name, size and classes")
-        return _own(path, registry, device, implementation, choice or "averaged")
+        return _own(path, device, backend, choice or "averaged")
     if choice is not None:
         raise CheckpointError(f"{path} is no checkpoint of a run: it has one set of weights; leave out --weights")
     if published is None:
         raise CheckpointError(f"{path} does not say which model it is; name it, as in --model DiG-XL/2")
-    return _published(path, published, registry, device, implementation)
+    return _published(path, published, device, backend)
 
 
 def _check_run(folder: Path, checkpoint: Path) -> None:
@@ -194,7 +193,7 @@ def _check_run(folder: Path, checkpoint: Path) -> None:
         check_same_run(config, checkpoint, about)
 
 
-def _own(path: Path, registry: Registry, device: str, implementation: str | None, choice: WeightsChoice) -> Weights:
+def _own(path: Path, device: str, backend: str | None, choice: WeightsChoice) -> Weights:
     checkpoint = read_checkpoint(path, _PREFIXES[choice])
     about = checkpoint.about
     try:
@@ -208,7 +207,7 @@ def _own(path: Path, registry: Registry, device: str, implementation: str | None
     return Weights(
         path=checkpoint.path,
         sha256=sha256_of(checkpoint.path),
-        spec=_on_device(config.model, registry, device, implementation),
+        spec=_on_device(config.model, device, backend),
         state=checkpoint.tensors,
         class_names=config.data.class_names,
         latent_scale=config.data.latent_scale,
@@ -222,20 +221,17 @@ def _own(path: Path, registry: Registry, device: str, implementation: str | None
     )
 
 
-def _on_device(spec: ModelSpec, registry: Registry, device: str, implementation: str | None) -> ModelSpec:
-    """The same weights on the implementation for this device: it need not be the one of training."""
-    option = registry.implementation(spec.name)
-    words = [f"{name}={value}" for name, value in spec.options.items() if name != option]
-    if implementation is not None:
-        words.append(f"{option}={implementation}")
-    name, options = registry.parse(":".join([spec.name, *words]), device)
+def _on_device(spec: ModelSpec, device: str, backend: str | None) -> ModelSpec:
+    """The same weights on the backend for this device: it need not be the one of training."""
+    words = [f"{name}={value}" for name, value in spec.options.items() if name != BACKEND]
+    if backend is not None:
+        words.append(f"{BACKEND}={backend}")
+    name, options, _ = parse_model(":".join([spec.name, *words]), device)
     return replace(spec, name=name, options=options)
 
 
-def _published(
-    path: Path, published: Published, registry: Registry, device: str, implementation: str | None
-) -> Weights:
-    name, options = registry.parse(published.model, device)
+def _published(path: Path, published: Published, device: str, backend: str | None) -> Weights:
+    name, options, source = parse_model(published.model, device)
     if not VAE_FACTOR <= published.image_size <= MAX_SIDE or not 1 <= published.num_classes <= MAX_SIDE**2:
         raise CheckpointError(
             f"--image-size must be {VAE_FACTOR} to {MAX_SIDE:,}, --num-classes 1 to {MAX_SIDE**2:,}; got "
@@ -250,9 +246,10 @@ def _published(
         input_size=(side, side),
         in_channels=LATENT_CHANNELS,
         num_classes=published.num_classes,
+        source=source,
     )
-    if implementation is not None:
-        spec = _on_device(spec, registry, device, implementation)
+    if backend is not None:
+        spec = _on_device(spec, device, backend)
     return Weights(
         path=path,
         sha256=sha256_of(path),
@@ -309,7 +306,7 @@ class Anatomy:
         return [f"{text} {ours} (model: {theirs})" for text, ours, theirs in pairs if ours != theirs]
 
 
-def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, registry: Registry, path: Path) -> None:
+def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, path: Path) -> None:
     """Raise `CheckpointError` unless the state dict is this model's, saying in words what it is instead."""
     expected = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
@@ -324,30 +321,30 @@ def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, reg
         says += [f"{extra[0]}, which the model has not ({len(extra)} such)"] if extra else []
         says += [f"{other[0]} as {tuple(shapes[other[0]])}, not {tuple(expected[other[0]].shape)}"] if other else []
     hint = ""
-    known = (found.width, found.classes, found.input_channels, found.patch_size)
-    if all(number is not None and number > 0 for number in known):
-        names = _models_of(shapes, found, spec, registry)
+    patch, channels, classes = found.patch_size, found.input_channels, found.classes
+    if found.width and patch and channels and classes and classes > 0:
+        names = _models_of(shapes, patch, channels, classes)
         hint = f"; the weights are those of {' or '.join(names)}" if names else "; no known model has such weights"
         if names and found.classes != wanted.classes:
             hint += f" with {found.classes} classes"
     raise CheckpointError(f"{path} does not hold {spec.describe()}: it has {', '.join(says)}{hint}")
 
 
-def _models_of(shapes: Mapping[str, torch.Size], found: Anatomy, spec: ModelSpec, registry: Registry) -> list[str]:
+def _models_of(shapes: Mapping[str, torch.Size], patch: int, channels: int, classes: int) -> list[str]:
     """Names of the models that have these parameters; the positions, which image size decides on, are left out."""
-    names = []
+    names: list[str] = []
     ours = {name: shape for name, shape in shapes.items() if name != "pos_embed"}
-    for name, options in registry.variants():
-        if not name.endswith(f"/{found.patch_size}"):
+    for name, options in list_variants():
+        if not name.endswith(f"/{patch}"):
             continue
         with torch.device("meta"):
-            model = registry.create(
-                name,
-                input_size=(found.patch_size, found.patch_size),
-                in_channels=found.input_channels,
-                num_classes=found.classes,
-                **options,
-            )
+            model = ModelSpec(
+                name=name,
+                options=options,
+                input_size=(patch, patch),
+                in_channels=channels,
+                num_classes=classes,
+            ).build()
         theirs = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "pos_embed"}
         if ours == theirs:
             names.append(":".join([name, *(f"{option}={value}" for option, value in options.items())]))

@@ -102,6 +102,7 @@ class TrainConfig:
             which don't record it, began without, and go on so.
         dtype: ``bf16`` runs the model in autocast, over fp32 weights.
         execution: ``eager``; ``compile``, the model through torch.compile; ``graph``, the whole step as one CUDA graph.
+        execution_reason: Why that one, as `choose_execution` says.
         checkpoint_blocks: Whether each block's activations are computed again in the backward pass.
         deterministic: Whether PyTorch is told to use deterministic algorithms, so that a resumed run on a GPU repeats
             bit for bit.
@@ -139,6 +140,7 @@ class TrainConfig:
     grid_every: int = _free(0)
     grid_steps: int = _free(50)
     grid_cfg: float = _free(1.5)
+    execution_reason: str = _free("")
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no run can have."""
@@ -226,6 +228,28 @@ class TrainConfig:
             for name in names
             if ours.get(name) != theirs.get(name)
         ]
+
+
+def choose_execution(asked: str, *, device: str, begun: TrainConfig | None) -> tuple[str, str]:
+    """Which execution a run takes, and why.
+
+    Args:
+        asked: One by name, or ``auto``: the one that the run began with, else a CUDA graph on a GPU, eager on a CPU.
+        device: Where it runs.
+        begun: The run, if it has begun.
+
+    Raises:
+        ValueError: There is no such execution.
+    """
+    if asked in get_args(Execution):
+        return asked, "asked for"
+    if asked != "auto":
+        raise ValueError(f"execution must be one of auto, {', '.join(get_args(Execution))}; got {asked!r}")
+    if begun is not None and begun.device == device:
+        return begun.execution, begun.execution_reason or "the run began with it"
+    if device == "cuda":
+        return "graph", "the default on a GPU, where it spares the launches; --execution eager does without"
+    return "eager", "the default on a CPU, which has no CUDA graphs"
 
 
 _CHECKSUMS = {"data.sha256": "content of the data", "data.vae_sha256": "VAE of the latents"}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from dig.diffusion import Loss, training_noise
 from dig.training.config import TrainConfig
@@ -54,10 +55,9 @@ class StepInputs:
         """A copy in page-locked memory, from where copying to the GPU can run beside its work."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
-    def copy_(self, other: StepInputs) -> None:
-        """Overwrite these tensors, which a CUDA graph reads, with others."""
-        for entry in fields(self):
-            getattr(self, entry.name).copy_(getattr(other, entry.name), non_blocking=True)
+
+# So that a captured step takes them as they are.
+register_dataclass(StepInputs)
 
 
 def step_inputs(config: TrainConfig, loss: Loss, batch: Batch, null_label: int) -> StepInputs:

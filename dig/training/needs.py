@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 
+from dig.family import BACKEND
 from dig.memory import check_memory
-from dig.registry import ModelSpec, Registry
+from dig.registry import ModelSpec, parse_name
 from dig.training.config import TrainConfig
 from dig.training.inputs import AHEAD
 
 FP32 = 4
 MAX_CLASSES = 2**31
-_PATCH = re.compile(r".*/([1-9]\d{0,5})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +42,19 @@ class Footprint:
     values: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, registry: Registry) -> Footprint:
+    def of(cls, spec: ModelSpec) -> Footprint:
         """Of a model that isn't built: only its smallest sibling is, of one patch, without memory.
 
         Raises:
             ValueError: No such model.
         """
-        found = _PATCH.fullmatch(spec.name)
-        patch = int(found.group(1)) if found else 1
+        patch = parse_name(spec.name)[2]
         if spec.num_classes >= MAX_CLASSES or max(spec.input_size) >= MAX_CLASSES or spec.in_channels >= MAX_CLASSES:
             raise ValueError(f"{spec.describe()} is beyond any machine: sizes and classes must be below 2^31")
-        # An implementation changes no weight, and might not be there to build from.
-        implementation = registry.implementation(spec.name)
-        options = {name: value for name, value in spec.options.items() if name != implementation}
+        # A backend changes no weight, and might not be there to build from.
+        options = {name: value for name, value in spec.options.items() if name != BACKEND}
         with torch.device("meta"):
-            model = registry.build(dataclasses.replace(spec, input_size=(patch, patch), options=options))
+            model = dataclasses.replace(spec, input_size=(patch, patch), options=options).build()
         patches = next((p.shape for p in model.parameters() if p.ndim == 4), torch.Size())
         depth = sum(len(child) for child in model.children() if isinstance(child, torch.nn.ModuleList))
         width = patches[0] if patches else 0
@@ -72,12 +69,12 @@ class Footprint:
         )
 
 
-def check_training(config: TrainConfig, registry: Registry) -> None:
+def check_training(config: TrainConfig) -> None:
     """Raise `dig.memory.TooLargeError` where a run needs more memory than there is.
 
     Activations are counted as one input of each block, which is what `checkpoint_blocks` keeps.
     """
-    model = Footprint.of(config.model, registry)
+    model = Footprint.of(config.model)
     at_once = config.batch // config.accumulate
     number = 2 if config.dtype == "bf16" else FP32
     needs = {

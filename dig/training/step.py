@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dig.diffusion import Loss
+from dig.graphs import Captured, CaptureError, capture
 from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
 from dig.training.average import moving_average
@@ -29,9 +29,6 @@ from dig.training.config import TrainConfig
 from dig.training.inputs import StepInputs
 
 logger = logging.getLogger(__name__)
-
-WARMUP_STEPS = 3
-"""Steps that run before a graph is captured, so that every kernel is compiled and every buffer there."""
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -70,8 +67,8 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     A block is a member of a `ModuleList` whose name ends in ``blocks``, or a module whose name ends in ``block``.
 
     Args:
-        model: Parameters keep their names. Its blocks' ``forward`` is replaced; of DiG on this project's kernels,
-            which doesn't call them, they are marked for `dig.raster`.
+        model: Parameters keep their names. Its blocks' ``forward`` is replaced, but for DiG, which does it itself
+            (`dig.model.DiG.recompute_blocks`).
         preserve_rng_state: Whether blocks draw random numbers, which must be the same the second time.
 
     Returns:
@@ -80,10 +77,8 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     Raises:
         ValueError: The model has none.
     """
-    if isinstance(model, DiG) and model.config.recurrence == "triton":
-        from dig.raster import recompute_blocks  # here, because it takes triton
-
-        recompute_blocks(model.blocks)
+    if isinstance(model, DiG):
+        model.recompute_blocks(preserve_rng_state=preserve_rng_state)
         return len(model.blocks)
     blocks: list[nn.Module] = []
     for name, child in model.named_children():
@@ -138,17 +133,10 @@ class TrainingStep:
             if parameter.requires_grad
         ]
         self._average = moving_average(config.ema, warmup=config.ema_warmup)
-        graph = config.execution == "graph"
-        # A graph reads the learning rate where it lies; a tensor elsewhere would cost an eager step a wait.
-        self._rate = torch.zeros((), device=self.device) if graph else None
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self._rate if self._rate is not None else config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-            capturable=graph,
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        # AdamW makes its state at the first step; made now, it can be loaded, and a graph finds it in place.
+        # AdamW makes its state at the first step; made now, it can be loaded.
         for parameter in self.parameters:
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=self.device),
@@ -157,8 +145,7 @@ class TrainingStep:
             }
         self.sums = torch.zeros(len(loss.terms) + 1, dtype=torch.float64, device=self.device)
         self._network: Callable[..., Tensor] = torch.compile(model) if config.execution == "compile" else model
-        self._inputs: StepInputs | None = None
-        self._graph: Any = None
+        self._captured: Captured[None] | None = None
         self._strict = config.deterministic
         self._tried = False
 
@@ -188,42 +175,40 @@ class TrainingStep:
             tensor.copy_(tensors[name])
 
     def run(self, inputs: StepInputs, learning_rate: float) -> None:
-        """Do one step."""
-        if self._rate is None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._inputs = inputs.to(self.device)
-            self._step()
+        """Do one step.
+
+        Raises:
+            CaptureError: It is the first one, in execution graph, and can't be captured.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.config.execution != "graph":
+            self._step(inputs.to(self.device))
             return
-        if self._graph is None:
-            self._inputs = inputs.to(self.device)
-            self._capture()
-        else:
-            assert self._inputs is not None
-            self._inputs.copy_(inputs)
-        self._rate.fill_(learning_rate)
-        self._graph.replay()
+        if self._captured is None:
+            self._captured = self._capture(inputs)
+        self._captured(inputs)
 
     def _model_fn(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         bf16 = self.config.dtype == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext():
             return self._network(x, t, y)
 
-    def _step(self) -> None:
+    def _step(self, inputs: StepInputs) -> None:
         """One step, by deterministic algorithms alone if the first one shows that this model can be trained so."""
         if not self._strict:
-            self._update()
+            self._update(inputs)
             return
         if self._tried:
             with _strictly_deterministic():
-                self._update()
+                self._update(inputs)
             return
         self._tried = True
         cuda = self.device.type == "cuda"
         random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
         try:
             with _strictly_deterministic():
-                self._update()
+                self._update(inputs)
             return
         except torch.OutOfMemoryError:
             raise
@@ -235,7 +220,7 @@ class TrainingStep:
         torch.set_rng_state(random[0])
         if random[1] is not None:
             torch.cuda.set_rng_state(random[1], self.device)
-        self._update()
+        self._update(inputs)
         logger.warning(
             "%s can't be trained by deterministic algorithms alone (%s): a run that is gone on with may differ from "
             "one that wasn't stopped",
@@ -243,10 +228,9 @@ class TrainingStep:
             reason,
         )
 
-    def _update(self) -> None:
+    def _update(self, inputs: StepInputs) -> None:
         """The step itself, a function of tensors that stay where they are."""
-        inputs, parts = self._inputs, self.config.accumulate
-        assert inputs is not None
+        parts = self.config.accumulate
         self.optimizer.zero_grad(set_to_none=True)
         terms = torch.zeros_like(self.sums[:-1])
         for i in range(parts):
@@ -262,30 +246,15 @@ class TrainingStep:
             self._average(self._ema_parameters, self.parameters, self.optimizer.state[self.parameters[0]]["step"])
             self.sums += torch.cat([terms, norm.double().reshape(1)])
 
-    def _capture(self) -> None:
-        """Capture the step. Running it first moves the weights; they are put back."""
-        before = {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
-        random = torch.cuda.get_rng_state(self.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), warnings.catch_warnings():
-            # The optimizer remarks that it is made for graphs and runs without one: here it should.
-            warnings.filterwarnings("ignore", message=".*capturable=True.*")
-            for _ in range(WARMUP_STEPS):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        if self.config.checkpoint_blocks and not torch.equal(random, torch.cuda.get_rng_state(self.device)):
+    def _capture(self, inputs: StepInputs) -> Captured[None]:
+        """Capture the step, which moves nothing."""
+        try:
+            captured = capture(self._step, inputs, optimizer=self.optimizer)
+        except CaptureError as error:
+            raise CaptureError(f"{error}; or train with execution eager") from error
+        if self.config.checkpoint_blocks and captured.draws:
             raise ValueError(
                 f"{type(self.model).__name__} draws random numbers in its blocks, which a CUDA graph can't draw again "
                 "in the backward pass; use execution eager, or leave out the checkpointing of blocks"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        self._graph = torch.cuda.CUDAGraph()
-        # The thread that makes the next inputs pins memory meanwhile, which the default mode forbids every thread.
-        # And on the stream of the first steps, for cuBLAS keeps a workspace for each stream that it has run on.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._step()
-        self.load(before)
-        torch.cuda.set_rng_state(random, self.device)
+        return captured

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dig.ceiling import gpu_ceiling
 from dig.diffusion import build_loss
+from dig.environment import describe_environment
+from dig.flops import UncountedError, model_macs
 from dig.layers import Backbone
 from dig.locks import lock_file
 from dig.messages import describe
-from dig.registry import Registry
 from dig.sampling.images import write_png
 from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
@@ -71,6 +73,15 @@ class Status:
     images_per_second: float = math.nan
 
 
+def _macs(config: TrainConfig) -> int | None:
+    """Multiply-adds of the model for one image; None, with a warning, where they can't be counted."""
+    try:
+        return model_macs(config.model)
+    except UncountedError as error:
+        logger.warning("the log has no share of the ceiling: %s", error)
+        return None
+
+
 class Trainer:
     """A training run in a folder, begun or gone on with.
 
@@ -78,7 +89,6 @@ class Trainer:
         config: The run. With checkpoints in the folder, it must be the one that they were made by, but for the fields
             that no weight depends on.
         dataset: What it is trained on, `DataSpec.of` which is ``config.data``.
-        registry: Builds the model, and counts and measures what the log says of its speed.
         folder: Of the run; made if it is not there.
         decode: Latents (B, C, h, w), scaled, to images (B, 3, H, W), for grids of samples. None in pixel space; with
             latents, there are then no grids.
@@ -101,7 +111,6 @@ class Trainer:
         self,
         config: TrainConfig,
         dataset: DataSet,
-        registry: Registry,
         folder: Path,
         *,
         decode: Callable[[Tensor], Tensor] | None = None,
@@ -113,20 +122,20 @@ class Trainer:
         self._decode = decode
         self._workers = workers
         check_workers(workers)
-        check_training(config, registry)
+        check_training(config)
         folder.mkdir(parents=True, exist_ok=True)
         message = f"another process is training into {folder}; wait for it, or choose another folder"
         self._lock = lock_file(folder / ".lock", message)
         try:
-            self._prepare(registry)
+            self._prepare()
         except BaseException:
             self._lock.close()
             raise
 
-    def _prepare(self, registry: Registry) -> None:
+    def _prepare(self) -> None:
         """Build the model, load the newest checkpoint, open the logs."""
         config, folder = self.config, self.folder
-        environment = registry.environment()
+        environment = describe_environment()
         check_folder(config, folder, environment)
         # What can't be made should be known now, and not when there is something to write.
         for name in (FOLDER, GRIDS_NAME):
@@ -136,9 +145,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         device = torch.device(config.device)
         # Made on the CPU: its generator gives the same weights on every device.
-        model = registry.build(config.model).to(device)
+        model = config.model.build().to(device)
         self._null_label = model.null_label
-        self._macs = registry.macs(model)
+        self._macs = _macs(config)
         self._step = TrainingStep(config, model, build_loss(config.loss, device=device))
         self._watch = StepWatch((*self._step.loss.terms, "grad_norm"), config.device)
         self._whole = True  # whether all of the state is of the same step
@@ -150,7 +159,7 @@ class Trainer:
         self._ceiling = None
         if config.device == "cuda":
             # Before the random states are restored: its operands are random too.
-            self._ceiling = registry.ceiling(config.device, config.dtype)
+            self._ceiling = gpu_ceiling(config.dtype)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self._resume()
@@ -370,7 +379,9 @@ class Trainer:
         means = [value / steps for value in sums.tolist()]
         names = (*self._step.loss.terms, "grad_norm")
         rate = self._pending_timed * self.config.batch / self._pending_seconds if self._pending_timed else None
-        share = TRAINING_FLOPS_PER_MAC * self._macs * rate / self._ceiling if rate and self._ceiling else None
+        share = None
+        if rate and self._ceiling and self._macs:
+            share = TRAINING_FLOPS_PER_MAC * self._macs * rate / self._ceiling
         memory = torch.cuda.max_memory_allocated() / GIB if self.config.device == "cuda" else None
         self.log.metrics(
             self.step,

@@ -18,14 +18,14 @@ from tests.helpers import example, randomize, relative_error
 
 def test_flash_dit_equals_dit_with_the_same_weights() -> None:
     dit = randomize(create_model("DiT-S/4", image_size=64)).eval()
-    flash = create_model("Flash-DiT-S/4", image_size=64, attention="sdpa-flash").eval()
+    flash = create_model("Flash-DiT-S/4", image_size=64, backend="sdpa-flash").eval()
     flash.load_state_dict(dit.state_dict())
     inputs = example(dit)
     assert relative_error(flash(*inputs), dit(*inputs)) < 1e-5
 
 
 def test_a_forced_kernel_that_cannot_run_raises() -> None:
-    model = create_model("Flash-DiT-S/4", image_size=64, attention="sdpa-cudnn")
+    model = create_model("Flash-DiT-S/4", image_size=64, backend="sdpa-cudnn")
     with pytest.raises(RuntimeError, match=r"No (available kernel|viable backend)"):
         model(*example(model))
 
@@ -39,9 +39,10 @@ def test_flash_attn_is_asked_to_repeat_itself(deterministic: bool, monkeypatch: 
         asked.append(deterministic)
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    monkeypatch.setattr("baselines.dit.require", lambda *_: SimpleNamespace(flash_attn_func=attend))
+    for module in ("baselines.attention", "baselines.dit"):
+        monkeypatch.setattr(f"{module}.require", lambda *_: SimpleNamespace(flash_attn_func=attend))
     dit = randomize(create_model("DiT-S/4", image_size=64)).eval()
-    flash = create_model("Flash-DiT-S/4", image_size=64, attention="flash-attn").eval()
+    flash = create_model("Flash-DiT-S/4", image_size=64, backend="flash-attn").eval()
     flash.load_state_dict(dit.state_dict())
     inputs = example(dit)
     torch.use_deterministic_algorithms(deterministic)

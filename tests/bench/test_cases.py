@@ -6,24 +6,23 @@ from collections import Counter
 
 import pytest
 
-from bench.cases import PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
-from bench.models import FAMILIES
+from bench.cases import COMPARED, ON_CPU, PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
 
 
 def test_a_choice_names_family_implementation_and_options() -> None:
     choice = ModelChoice.parse("DiG:fla:variant=release")
     assert choice.family.name == "DiG"
-    assert dict(choice.options) == {"recurrence": "fla", "variant": "release"}
-    assert dict(ModelChoice.parse("Flash-DiT").options) == {"attention": "sdpa-flash"}
+    assert dict(choice.options) == {"backend": "fla", "variant": "release"}
+    assert dict(ModelChoice.parse("Flash-DiT").options) == {"backend": "sdpa-flash"}
 
 
 def test_the_device_decides_where_nothing_is_named() -> None:
-    assert dict(ModelChoice.parse("DiG", "cpu").options) == {"recurrence": "reference"}
-    assert dict(ModelChoice.parse("DiG", "cuda").options) == {"recurrence": "triton"}
-    assert dict(ModelChoice.parse("DiG:fla", "cuda").options) == {"recurrence": "fla"}
-    assert dict(ModelChoice.parse("Flash-DiT", "cuda").options) == {"attention": "sdpa-flash"}
+    assert dict(ModelChoice.parse("DiG", "cpu").options) == {"backend": "reference"}
+    assert dict(ModelChoice.parse("DiG", "cuda").options) == {"backend": "triton"}
+    assert dict(ModelChoice.parse("DiG:fla", "cuda").options) == {"backend": "fla"}
+    assert dict(ModelChoice.parse("Flash-DiT", "cuda").options) == {"backend": "sdpa-flash"}
     (case,) = sweep(["DiS"], resolutions=(256,))
-    assert dict(case.options) == {"mixer": "mamba-ssm"}
+    assert dict(case.options) == {"backend": "mamba-ssm"}
 
 
 def test_sweep_keeps_the_models_of_one_comparison_together() -> None:
@@ -38,17 +37,18 @@ def test_sweep_keeps_the_models_of_one_comparison_together() -> None:
 
 def test_paper_suite_is_both_figures_and_the_eager_probes() -> None:
     cases = paper_suite()
-    assert len(set(cases)) == len(cases) == 156
+    models = len(COMPARED)
+    assert len(set(cases)) == len(cases) == 26 * models
     graph_s = Counter((c.resolution, c.mode) for c in cases if c.execution == "graph" and c.size == "S")
-    assert graph_s == {(r, m): 6 for r in PAPER_RESOLUTIONS for m in ("train", "forward")}
-    assert Counter(c.size for c in cases if c.size != "S") == {"B": 12, "L": 12, "XL": 12}
+    assert graph_s == {(r, m): models for r in PAPER_RESOLUTIONS for m in ("train", "forward")}
+    assert Counter(c.size for c in cases if c.size != "S") == dict.fromkeys(("B", "L", "XL"), 2 * models)
     assert {c.resolution for c in cases if c.execution == "eager"} == {1024, 1792}
     assert {(c.device, c.dtype, c.batch) for c in cases} == {("cuda", "bf16", 1)}
 
 
 def test_cpu_suite_runs_every_family_on_its_reference() -> None:
     cases = cpu_suite()
-    assert {c.family for c in cases} == set(FAMILIES)
+    assert {c.family for c in cases} == set(ON_CPU)
     assert {(c.device, c.execution) for c in cases} == {("cpu", "eager")}
     assert len({c.resolution for c in cases if c.mode == "train"}) >= 3
     assert {c.size for c in cases if c.mode == "forward"} == {"S", "B"}

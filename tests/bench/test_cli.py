@@ -137,6 +137,6 @@ def test_capacity_keeps_every_probe_with_its_machine(tmp_path: Path, monkeypatch
     fits = [r["case"]["batch"] for r in records if r["fits"] and r["case"]["resolution"] == 512]
     assert max(fits) == 4
     for record in records:
-        assert record["case"]["options"] == {"recurrence": "reference"}
+        assert record["case"]["options"] == {"backend": "reference"}
         assert record["environment"]["python"]
         assert record["limit"] == 1 << 30

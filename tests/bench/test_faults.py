@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.capacity import CapacityError, largest_batch, largest_resolution, largest_that_fits, probe_case
-from bench.environment import ROOT
 from bench.ledgers import Memory
 from bench.results import Case, ResultsWriter, Row, read_results
 from bench.runner import Referee
+from dig.environment import ROOT
 
 RUN = ["run", "--models", "DiT", "--patch", "8", "--modes", "forward", "--resolution", "64"]
 CASE = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
@@ -164,7 +164,7 @@ def test_two_harnesses_on_one_file(tmp_path: Path) -> None:
 
 
 def test_a_file_of_a_newer_schema_ends_a_resumed_run_before_it_measures(tmp_path: Path) -> None:
-    line = Row(case=CASE, status="error", started_at="").to_json().replace('"schema":2', '"schema":7')
+    line = Row(case=CASE, status="error", started_at="").to_json().replace('"schema":3', '"schema":7')
     (tmp_path / "rows.jsonl").write_text(line + "\n")
     done = harness(tmp_path, "", "--resume")
     assert done.returncode == 2
@@ -181,7 +181,7 @@ def test_a_host_without_memory_is_a_probe_that_does_not_fit() -> None:
 
 
 def test_a_probe_that_fails_otherwise_ends_the_search() -> None:
-    case = Case(model="Flash-DiT-S/8", options=(("attention", "sdpa-cudnn"),), resolution=64, device="cpu")
+    case = Case(model="Flash-DiT-S/8", options=(("backend", "sdpa-cudnn"),), resolution=64, device="cpu")
     with pytest.raises(CapacityError, match="RuntimeError"):
         probe_case(case, limit=None, time_limit=60)
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bench import gate
-from bench.environment import ROOT
 from bench.gate import GateError, check_against_reference, check_kernels, reference_of, signature_of
-from bench.models import FAMILIES, create_model
 from bench.results import Case
 from bench.steps import build_step
+from dig.environment import ROOT
+from dig.registry import create_model, find_family
 
 FLASH_TRAIN = Case(model="Flash-DiT-S/8", resolution=64, dtype="bf16", device="cpu", mode="train")
 FLASH = Case(model="Flash-DiT-S/8", resolution=64, dtype="fp32", device="cpu", mode="forward")
@@ -38,8 +38,7 @@ MAMBA = ["void selective_scan_fwd_kernel<Selective_Scan_fwd_kernel_traits<64>>(S
 
 
 def case(model: str, implementation: str) -> Case:
-    family = FAMILIES[model]
-    return Case(model=f"{model}-S/2", options=((family.implementation, implementation),), resolution=256)
+    return Case(model=f"{model}-S/2", options=(("backend", implementation),), resolution=256)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_kernels_tell_implementations_apart(
     if implementation == "triton":
         pytest.importorskip("dig.ops.gla.kernels")
         own = re.compile(signature_of(case(model, implementation)).expected)
-        right = [["gemm", next(name for name in sorted(gate._own_kernels()) if own.search(name))]]
+        right = [["gemm", next(name for name in sorted(gate._triton_kernels("dig.ops.gla")) if own.search(name))]]
     for names in right:
         assert check_kernels(case(model, implementation), names)
     for names in wrong:
@@ -80,8 +79,8 @@ def test_own_kernels_are_known_in_what_a_profiler_printed_on_an_h100(commit: str
 
 
 def test_every_implementation_has_a_reference_or_is_one() -> None:
-    for family in FAMILIES.values():
-        values = family.options[family.implementation]
+    for family in map(find_family, ("DiG", "DiT", "Flash-DiT", "DiS")):
+        values = family.backends
         twins = {value: reference_of(case(family.name, value)) for value in values}
         own = [value for value, twin in twins.items() if twin is None]
         assert own == (["reference"] if "reference" in values else ["materialized"] if family.name == "DiT" else [])
@@ -206,7 +205,7 @@ def test_a_replay_that_is_not_the_eager_step_is_found_out() -> None:
 def test_all_families_get_the_same_inputs_whatever_they_drew_before() -> None:
     digests = {
         build_step(Case(model=f"{family}-S/8", resolution=64, dtype="fp32", device="cpu", mode="forward")).inputs
-        for family in FAMILIES
+        for family in ("DiG", "DiT", "Flash-DiT", "DiS")
     }
     assert len(digests) == 1
     other = build_step(Case(model="DiT-S/8", resolution=64, batch=2, dtype="fp32", device="cpu", mode="forward"))
@@ -215,5 +214,5 @@ def test_all_families_get_the_same_inputs_whatever_they_drew_before() -> None:
 
 def test_a_grid_has_the_same_tokens_in_every_family() -> None:
     with torch.device("meta"):
-        grids = {create_model(f"{family}-S/2", image_size=256).grid for family in FAMILIES}
+        grids = {create_model(f"{family}-S/2", image_size=256).grid for family in ("DiG", "DiT", "Flash-DiT", "DiS")}
     assert grids == {(16, 16)}

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from bench.nvml import Gpu, Reading, Watch
+from bench.nvml import Watch
+from dig.nvml import Gpu, Reading
 
 
 class Card:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.environment import ROOT
+from dig.environment import ROOT
 
 CHECK = """
 import sys
@@ -35,4 +35,19 @@ def test_a_package_that_is_broken_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "einops.py").write_text("raise RuntimeError('built for another torch')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     code = "import bench.preload, sys; assert 'bench.worker' in sys.modules and 'einops' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_package_that_would_start_cuda_is_left_to_the_workers(tmp_path: Path) -> None:
+    """As torchao does, which transformers imports where it is installed."""
+    (tmp_path / "einops.py").write_text("import torch\ntorch.cuda._lazy_init()\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    code = """
+import sys, torch
+started = []
+torch.cuda._lazy_init = start = lambda: started.append(1)
+import bench.preload
+assert not started and "einops" not in sys.modules and "bench.worker" in sys.modules
+assert torch.cuda._lazy_init is start
+"""
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

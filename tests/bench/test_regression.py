@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from bench import cli, regression_command
 from bench.checkouts import CheckoutError, check_out_base, copy_tree, slow_down
 from bench.compare import Thresholds, exit_status
-from bench.environment import ROOT
 from bench.jobs import Budget
 from bench.ledgers import Memory
 from bench.regression import Plan, compare_checkouts, cpu_suite, gpu_suite, rounds
 from bench.results import Case, Row, read_results
 from bench.side import Side, SideError, without_checkouts
+from dig.environment import ROOT
 
 CASE = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.0, max_samples=3)
@@ -50,13 +50,21 @@ def test_a_round_holds_both_sides_of_every_case_side_by_side_in_changing_order()
 def test_the_base_is_measured_by_the_changes_harness_with_its_own_models(tmp_path: Path) -> None:
     tree = repository(tmp_path / "tree")
     (tree / "dig" / "layers.py").write_text("changed")
-    for name in ("models.py", "timing.py", "new.py"):
-        (tree / "bench" / name).write_text("changed")
+    for name in ("bench/models.py", "bench/timing.py", "bench/new.py", "dig/registry.py", "baselines/declared.py"):
+        (tree / name).write_text("changed")
     base = check_out_base(tree, "main", tmp_path / "base")
     assert len(base.name) == 40
     changed = {p.name for p in base.root.rglob("*.py") if p.read_text() == "changed"}
-    assert changed == {"timing.py", "new.py"}
-    assert (base.root / "bench" / "models.py").read_text() == (ROOT / "bench" / "models.py").read_text()
+    assert changed == {"models.py", "timing.py", "new.py"}
+    for name in ("dig/registry.py", "baselines/declared.py", "pyproject.toml"):
+        assert (base.root / name).read_text() == (ROOT / name).read_text()
+
+
+def test_a_base_that_knows_no_such_registry_is_refused(tmp_path: Path) -> None:
+    old = copy_tree(ROOT, tmp_path / "old", "old")
+    (old.root / "dig" / "family.py").unlink()
+    with pytest.raises(CheckoutError, match=r"is older than dig/family.py, .* then python -m bench compare"):
+        check_out_base(ROOT, str(old.root), tmp_path / "base")
 
 
 @pytest.mark.parametrize("base", ["no-such-branch", "--upload-pack=touch x", "main:README.md"])

@@ -19,7 +19,7 @@ from bench.results import Case, ResultError, ResultsWriter, Row, read_results
 
 
 def make_row(**changes: object) -> Row:
-    case = Case(model="DiG-S/2", options=(("recurrence", "fla"),), resolution=1024)
+    case = Case(model="DiG-S/2", options=(("backend", "fla"),), resolution=1024)
     memory = Memory(parameters=10, resident=20, allocator_peak=30, reserved_peak=40, process_peak=50)
     fields: dict[str, object] = {
         "case": case,
@@ -104,15 +104,15 @@ def test_a_damaged_row_is_an_error_or_the_same_row(position: int, junk: str) -> 
 
 
 def test_newer_schema_is_refused() -> None:
-    line = make_row().to_json().replace('"schema":2', '"schema":3')
-    with pytest.raises(ResultError, match=r"schema 3 is newer than .* \(2\); update the project"):
+    line = make_row().to_json().replace('"schema":3', '"schema":4')
+    with pytest.raises(ResultError, match=r"schema 4 is newer than .* \(3\); update the project"):
         Row.from_json(line)
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "true", "1.0", '"2"', "null"])
 def test_what_is_no_version_is_refused(version: str) -> None:
     with pytest.raises(ResultError, match="is no version of a result row"):
-        Row.from_json(make_row().to_json().replace('"schema":2', f'"schema":{version}'))
+        Row.from_json(make_row().to_json().replace('"schema":3', f'"schema":{version}'))
 
 
 def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
@@ -128,6 +128,7 @@ def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
     assert (row.launch, row.key, row.marks, row.timing) == (0, "", ("unwatched",), None)
     assert (row.memory.allocator_peak, row.memory.gradients) == (3, None)
     assert row.samples_ms == (5.5, 5.4)
+    assert row.case.options == (("backend", "fla"),)
     assert Row.from_json(row.to_json()) == row
     with pytest.raises(ResultError, match="a row of schema 1 has no field 'marks'"):
         Row.from_json(line.replace('"message":""', '"marks":[]'))
@@ -138,6 +139,15 @@ def test_every_published_row_can_be_read(name: str, count: int) -> None:
     rows = read_results(Path(__file__).parents[2] / "results" / name).rows
     assert len(rows) == count
     assert all(Row.from_json(row.to_json()) == row for row in rows)
+    assert {dict(row.case.options)["backend"] for row in rows} >= {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
+
+
+def test_a_row_of_schema_2_calls_the_backend_as_its_family_did() -> None:
+    line = make_row(case=Case(model="DiS-S/2", options=(("backend", "mamba-ssm"),), resolution=64)).to_json()
+    old = line.replace('"schema":3', '"schema":2').replace('"backend"', '"mixer"').replace(',"look":null', "")
+    assert Row.from_json(old) == Row.from_json(line)
+    with pytest.raises(ResultError, match="a row of schema 2 has no field 'look'"):
+        Row.from_json(line.replace('"schema":3', '"schema":2'))
 
 
 WHOLE = make_row(
@@ -199,7 +209,7 @@ def _same(a: object, b: object) -> bool:
         lambda line: line.replace("[2.0,", f"[1{'0' * 400},"),
         lambda line: line.replace('"launch":2', '"lunch":2'),
         lambda line: line.replace('"launch":2', '"launch":-2'),
-        lambda line: line.replace('"options":{"recurrence":"fla"}', '"options":{"recurrence":1}'),
+        lambda line: line.replace('"options":{"backend":"fla"}', '"options":{"backend":1}'),
     ],
 )
 def test_lines_that_would_crash_or_mislead_a_trusting_reader(damage: Callable[[str], str]) -> None:

@@ -96,13 +96,13 @@ def _command(process_id: int) -> bytes:
 
 def test_an_error_is_a_row_with_its_message(tmp_path: Path) -> None:
     # Attention by cuDNN has no kernel on a CPU; cases built past the checks of the command line get this far.
-    (row,) = measure([small("Flash-DiT-S/8", options=(("attention", "sdpa-cudnn"),))], tmp_path / "results.jsonl")
+    (row,) = measure([small("Flash-DiT-S/8", options=(("backend", "sdpa-cudnn"),))], tmp_path / "results.jsonl")
     assert row.status == "error"
     assert "RuntimeError" in row.message
 
 
 def test_a_missing_package_is_an_unsupported_row(tmp_path: Path) -> None:
-    (row,) = measure([small("DiG-S/8", options=(("recurrence", "fla"),))], tmp_path / "results.jsonl")
+    (row,) = measure([small("DiG-S/8", options=(("backend", "fla"),))], tmp_path / "results.jsonl")
     assert row.status == "unsupported"
     assert "flash-linear-attention" in row.message
 

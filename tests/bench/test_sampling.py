@@ -24,7 +24,7 @@ from dig.sampling import runner as runs
 
 CASE = SamplingCase(
     model="Flash-DiT-S/8",
-    options=(("attention", "sdpa-flash"),),
+    options=(("backend", "sdpa-flash"),),
     resolution=64,
     steps=2,
     batch=2,
@@ -32,7 +32,7 @@ CASE = SamplingCase(
     device="cpu",
     execution="eager",
 )
-DIG = replace(CASE, model="DiG-S/8", options=(("recurrence", "reference"),))
+DIG = replace(CASE, model="DiG-S/8", options=(("backend", "reference"),))
 
 
 def row(case: SamplingCase = CASE, *seconds: float, **fields: Any) -> SamplingRow:

@@ -235,15 +235,28 @@ def test_idx_reads_pads_and_repeats(tmp_path: Path, zipped: bool, channels: int)
         (lambda raw: b"\0\0\x08\x03" + bytes(4), "cut off inside its header"),
         (lambda raw: b"\0\0\x08\x03" + bytes(12), "7 labels"),
         (lambda raw: raw[:12] + bytes(40) + raw[52:], "is damaged or cut off"),
+        (lambda raw: raw + b"<html>", "is damaged or cut off"),
+        (lambda raw: b"<!DOCTYPE html>", r"is no idx file.*; it is an HTML page: the download went wrong"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", r"; it is a Git-LFS pointer: git lfs pull"),
+        (lambda raw: b"\0\0\x08\x03" + b"\xff" * 12, r"GiB are needed \(.*4294967295 x 4294967295 x 4294967295"),
     ],
 )
 def test_spoilt_idx_is_refused(tmp_path: Path, spoil: object, message: str) -> None:
     folder = write_idx(tmp_path / "idx", IMAGES, LABELS)
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(spoil(path.read_bytes()))  # type: ignore[operator]
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         open_dataset(folder)
     assert path.name in str(caught.value)
+
+
+def test_idx_sizes_that_cannot_be(tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "idx", IMAGES, LABELS)
+    for size in (0, -5):
+        with pytest.raises(ValueError, match="image_size must be a whole number, at least 1"):
+            IdxImages(folder, image_size=size)
+    with pytest.raises(ValueError, match=r"GiB are needed \(7 images, padded to 9999999x9999999"):
+        IdxImages(folder, image_size=9_999_999)
 
 
 def test_idx_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,16 +18,23 @@ from typer.testing import CliRunner
 
 from dig.cli import app
 from dig.evaluation.classifier import load_classifier
-from dig.evaluation.features import read_samples
 from dig.evaluation.metrics import Gaussian, frechet_distance, precision_recall
+from dig.evaluation.samples import read_samples
 from dig.training.data import IdxImages
-from tests.dig.tiny import TINY, make_fashion
+from tests.dig.tiny import TINY, make_fashion, using
 
 runner = CliRunner()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
+
+
 def gaussian(mean: list[float], covariance: Any) -> Gaussian:
-    return Gaussian(mean=torch.tensor(mean).double(), covariance=torch.as_tensor(covariance).double())
+    values, vectors = torch.linalg.eigh(torch.as_tensor(covariance).double())
+    return Gaussian(mean=torch.tensor(mean).double(), factor=values.sqrt()[:, None] * vectors.T)
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -51,6 +59,63 @@ def test_frechet_distance_is_scipys_for_dependent_features() -> None:
         Gaussian.of(x[:1])
 
 
+@pytest.mark.parametrize(("count", "features"), [(10, 64), (64, 10), (40, 40)])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_frechet_distance_loses_no_digits(count: int, features: int, offset: float) -> None:
+    """Fewer images than features, features that never vary or lie far from zero: closed forms hold to the last digits.
+
+    Of scaled features, C_b = s² C_a, so that the distance of the covariances is (s - 1)² tr C_a.
+    """
+    x = torch.randn(count, features, generator=torch.Generator().manual_seed(0)).double()
+    x[:, ::3] = 0
+    a = Gaussian.of(x + offset)
+    spread = float((x - x.mean(0)).square().sum() / (count - 1))
+    assert frechet_distance(a, a) <= 1e-12 * spread
+    for scale in (1 + 1e-3, 2.0):
+        centred = x - x.mean(0)
+        b = Gaussian.of(centred * scale + x.mean(0) + offset)
+        tolerance = 1e-12 * spread + 1e-16 * offset * spread  # an offset leaves fewer digits in the features themselves
+        assert frechet_distance(a, b) == pytest.approx((scale - 1) ** 2 * spread, abs=tolerance, rel=1e-9)
+
+
+def exact_precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
+    def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.sqrt(((a[:, None].astype(np.float64) - b[None]) ** 2).sum(-1))
+
+    def share(points: np.ndarray, centres: np.ndarray) -> float:
+        radii = np.sort(distances(centres, centres), axis=1)[:, k]
+        return float((distances(points, centres) <= radii).any(1).mean())
+
+    return share(generated, real), share(real, generated)
+
+
+@pytest.mark.parametrize(("offset", "width"), [(0.0, 1.0), (10.0, 1e-2), (100.0, 1e-2), (1000.0, 1e-3)])
+def test_precision_and_recall_where_features_lie_close(offset: float, width: float) -> None:
+    """fp32 squares and products, as cdist would take for so many rows, are off by percents, up to 1.0 of anything."""
+    draw = torch.Generator().manual_seed(0)
+    real = offset + width * torch.randn(90, 24, generator=draw)
+    generated = offset + width * 1.1 * torch.randn(80, 24, generator=draw)
+    assert precision_recall(real, generated) == exact_precision_recall(real.numpy(), generated.numpy())
+
+
+def test_equal_rows_are_at_distance_zero() -> None:
+    """Of nearly uniform pictures many features are the same bits."""
+    draw = torch.Generator().manual_seed(0)
+    few = 30 + torch.randn(6, 32, generator=draw)
+    real, generated = few[torch.arange(60) % 5], few[torch.arange(90) % 6]
+    assert precision_recall(real, generated) == (75 / 90, 1.0)
+    assert precision_recall(real, generated + 1e-5) == (0.0, 0.0)
+
+
+def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    real, generated = torch.randn(30, 4, generator=draw), torch.randn(20, 4, generator=draw)
+    whole = precision_recall(real, generated)
+    for size in (1, 70):
+        monkeypatch.setattr("dig.evaluation.metrics.DISTANCES_AT_ONCE", size)
+        assert precision_recall(real, generated) == whole
+
+
 def test_precision_and_recall_of_known_sets() -> None:
     real = torch.tensor([[0.0], [1], [2], [3], [10], [11], [12], [13]])
     assert precision_recall(real, real) == (1.0, 1.0)
@@ -71,7 +136,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*words: Any) -> Any:
-    return runner.invoke(app, list(map(str, words)), obj=TINY)
+    return runner.invoke(app, list(map(str, words)))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +210,7 @@ def test_several_files_at_once_and_a_part_of_each(classifier: Path, data: Path, 
     assert rows("--samples", files[0], "--count", 40) == rows("--samples", cut)
     for options, message in (
         (("--count", 50), "fewer than --count 50"),
-        (("--count", 0), "count must be at least 1"),
+        (("--count", 0), "count must be at least 4"),
     ):
         result = invoke(*words, "--samples", files[0], "--samples", files[1], *options)
         assert result.exit_code == 2
@@ -223,7 +288,7 @@ def test_bad_input(data: Path, classifier: Path, tmp_path: Path) -> None:
         assert result.output.count("error:") == 1
     result = invoke("classifier", "--data", data, "--out", tmp_path / "c", "--epochs", 0)
     assert result.exit_code == 2
-    assert "epochs must be above 0" in result.output
+    assert "epochs must be a number above 0" in result.output
 
 
 def test_grey_samples_may_have_one_channel(tmp_path: Path) -> None:

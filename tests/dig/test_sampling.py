@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,30 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from bench.models import list_models
-from dig.__main__ import REGISTRY
 from dig.checkpoints import to_release
 from dig.cli import app
 from dig.commands.sample import parse_classes
+from dig.declared import DIG
 from dig.diffusion import sample
+from dig.graphs import CaptureError
 from dig.layers import Backbone
+from dig.registry import create_model, list_variants
 from dig.sampling import runner as runs
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.weights import load_weights
 from dig.training.saving import checkpoint_files
+from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training import damage_bytes
-from tests.dig.tiny import TINY, create, make_fashion
+from tests.dig.tiny import TINY, make_fashion, using
 from tests.helpers import randomize
 
 runner = CliRunner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +49,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = make_fashion(folder / "data")
     options = ["--model", "DiG-S/8", "--steps", "4", "--batch", "8", "--lr", "1e-2", "--ema", "0.5", "--device", "cpu"]
     options += ["--save-every", "2", "--log-every", "1", "--grid-every", "0"]
-    result = runner.invoke(app, ["train", "--data", str(data), "--out", str(folder / "run"), *options], obj=TINY)
+    result = runner.invoke(app, ["train", "--data", str(data), "--out", str(folder / "run"), *options])
     assert result.exit_code == 0, result.output
     return folder / "run"
 
 
 def draw(checkpoint: Path, *options: str, steps: int = 3) -> Any:
     words = ["sample", "--checkpoint", str(checkpoint), "--device", "cpu", "--steps", str(steps), *options]
-    return runner.invoke(app, words, obj=TINY)
+    return runner.invoke(app, words)
 
 
 def images(checkpoint: Path, file: Path, *options: str, steps: int = 3) -> Any:
@@ -66,7 +75,7 @@ def test_images_are_of_the_averaged_weights(run: Path, tmp_path: Path) -> None:
     assert file["arr_1"].tolist() == [3, 7, 3, 7, 3]
     about = json.loads(str(file["about"]))
     assert (about["model"], about["step"], about["plan"]["sampler"]) == ("DiG-S/8", 4, "ddim")
-    model = load_weights(run, TINY, device="cpu").build(TINY, "cpu")
+    model = load_weights(run, device="cpu").build("cpu")
     x = sample(model, torch.tensor([3, 7, 3, 7, 3]), sampler="ddim", steps=3, cfg_scale=1.5, seed=11)
     assert np.abs(ours.astype(int) - to_pixels(x).astype(int)).max() <= 1
     assert np.asarray(Image.open(tmp_path / "g.png")).shape == (32, 10 * 34 - 2, 3)
@@ -128,7 +137,7 @@ def test_interrupted_batches_are_kept(run: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_the_null_label_is_the_models(run: Path) -> None:
-    model = load_weights(run, TINY, device="cpu").build(TINY, "cpu")
+    model = load_weights(run, device="cpu").build("cpu")
     assert parse_classes("null,1", (), 10, model.null_label) == (10, 1)
     assert parse_classes(None, (), 3, 3) == (0, 1, 2)
     assert parse_classes("bag, 2,SHOE", ("hat", "Bag", "shoe"), 3, 3) == (1, 2, 2)
@@ -161,7 +170,7 @@ def test_damaged_newest_checkpoint_and_single_files(
     shutil.copytree(run, copied)
     latest, earlier = checkpoint_files(copied / "checkpoints")[:2]
     damage_bytes(latest)
-    assert load_weights(copied, TINY, device="cpu").step == 2
+    assert load_weights(copied, device="cpu").step == 2
     assert "is damaged" in caplog.text
     result = draw(latest, "--grid", str(tmp_path / "g.png"))
     assert result.exit_code == 2
@@ -211,7 +220,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 def published_model(**changes: Any) -> Backbone:
     arguments: dict[str, Any] = {"input_size": (4, 4), "in_channels": 4, "num_classes": 5, **changes}
-    model = create("DiG-S/2", **arguments)
+    model = create_model("DiG-S/2", **arguments)
     randomize(model)
     return model
 
@@ -253,7 +262,8 @@ def test_published_files(tmp_path: Path) -> None:
 def test_wrong_published_files_are_told_from_their_shapes(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.models.list_models", lambda: [name for name in list_models() if name[:5] == "DiG-S"])
+    variants = [entry for entry in list_variants() if entry[0][:5] == "DiG-S"]
+    monkeypatch.setattr("dig.sampling.weights.list_variants", lambda: variants)
     torch.save(published_model(**changes).state_dict(), tmp_path / "a.pt")
     result = published(tmp_path / "a.pt")
     assert result.exit_code == 2
@@ -268,12 +278,13 @@ def test_another_family_is_named(tmp_path: Path) -> None:
     def build(name: str, **options: str) -> tuple[Backbone, ModelSpec]:
         spec = ModelSpec(name=name, options=options, input_size=(4, 4), in_channels=4, num_classes=5)
         with torch.device("meta"):
-            return REGISTRY.build(spec), spec
+            return spec.build(), spec
 
-    given, _ = build("DiG-B/2", variant="release")
-    asked, spec = build("DiT-S/2")
-    with pytest.raises(CheckpointError) as caught:
-        check_fit(given.state_dict(), asked, spec, REGISTRY, tmp_path / "a.pt")
+    with using(DIG):
+        given, _ = build("DiG-B/2", variant="release")
+        asked, spec = build("DiT-S/2")
+        with pytest.raises(CheckpointError) as caught:
+            check_fit(given.state_dict(), asked, spec, tmp_path / "a.pt")
     assert "width 768 (model: 384)" in str(caught.value)
     assert "the weights are those of DiG-B/2:variant=release" in str(caught.value)
 
@@ -330,3 +341,31 @@ def test_latents_need_a_vae(tmp_path: Path) -> None:
         expected = to_pixels(vae.decode(latents / 0.18215).sample)
     assert decoded.shape == (2, 8, 8, 3)
     assert np.abs(decoded.astype(int) - expected.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+def test_a_captured_loop_gives_the_same_samples(sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch after batch, each with noise and classes of its own; the model alone is run before the capture."""
+    monkeypatch.setattr("dig.sampling.runner.capture", capture_fake)
+    model = create_model("DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10).eval()
+    randomize(model, 0.02)
+    plan = runs.SamplePlan(
+        classes=(1, 2), count=8, sampler=sampler, steps=3, cfg_scale=1.5, cfg_channels="all", model_batch=2
+    )
+    found = [
+        runs.BatchSampler(model, plan, torch.device("cpu"), graph=graph, finish=lambda x: x.numpy().copy())
+        for graph in (False, True)
+    ]
+    ours, theirs = (sampler.samples(range(4)) for sampler in found)
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours[:2], ours[2:])
+
+
+def test_a_model_that_can_not_be_captured_says_what_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dig.sampling.runner.capture", capture_fake)
+    model = create_model("DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10).eval()
+    model.register_forward_hook(lambda _model, _inputs, output: output * output.sum().item())
+    plan = runs.SamplePlan(classes=(1,), count=1, steps=2, model_batch=1)
+    sampler = runs.BatchSampler(model, plan, torch.device("cpu"), graph=True)
+    with pytest.raises(CaptureError, match=r"reads a value from the GPU.*; or sample with execution eager"):
+        sampler.batch(0)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,18 @@ from dig.training.logs import lines_until
 from dig.training.saving import checkpoint_files, checkpoint_path
 from dig.training.trainer import Trainer, TrainingError
 from tests.dig.test_training_step import config
-from tests.dig.tiny import TINY, make_fashion
+from tests.dig.tiny import TINY, make_fashion, using
 
 runner = CliRunner()
 OPTIONS = ["--model", "DiG-S/8", "--steps", "50", "--batch", "8", "--log-every", "1", "--save-every", "7"]
 OPTIONS += ["--ema", "0.9", "--grid-every", "0", "--device", "cpu"]
 MEASURED = ("images_per_second", "seconds", "memory_gib", "ceiling_share")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def command(data: Path, out: Path, *options: str) -> list[str]:
 
 
 def train(data: Path, out: Path, *options: str) -> Any:
-    return runner.invoke(app, command(data, out, *options), obj=TINY)
+    return runner.invoke(app, command(data, out, *options))
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -72,6 +79,21 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_choice_of_execution_is_said_and_kept(data: Path, tmp_path: Path) -> None:
+    """By default what the device is good at; a run that has begun keeps its own."""
+    first = train(data, tmp_path / "first", "--steps", "1")
+    assert "execution eager: the default on a CPU, which has no CUDA graphs" in first.output.replace("\n", " ")
+    content = json.loads((tmp_path / "first" / "config.json").read_text())["config"]
+    assert (content["execution"], content["execution_reason"].split(",")[0]) == ("eager", "the default on a CPU")
+    path = tmp_path / "first" / "config.json"
+    path.write_text(path.read_text().replace('"execution": "eager"', '"execution": "compile"'))
+    again = train(data, tmp_path / "first", "--steps", "1")
+    assert again.exit_code == 0, again.output
+    assert "execution compile: " in again.output
+    other = train(data, tmp_path / "first", "--steps", "1", "--execution", "eager")
+    assert "execution: eager, compile" in other.output.replace("\n", " ")
 
 
 def test_loss_falls_and_everything_is_saved(whole: Path) -> None:
@@ -267,8 +289,8 @@ def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
     [
         (["--model", "DiG-S/3"], "unknown patch size 3"),
         (["--model", "Dig-S/2"], "did you mean DiG"),
-        (["--model", "DiG-S/2:recurence=fla"], "did you mean recurrence?"),
-        (["--model", "DiG-S/2:triton"], "needs an NVIDIA GPU; on a CPU: reference"),
+        (["--model", "DiG-S/2:recurence=fla"], "did you mean backend?"),
+        (["--model", "DiG-S/2:triton"], "needs an NVIDIA GPU; DiG runs on a CPU with reference only"),
         (["--image-size", "30"], "multiples of the patch size 8"),
         (["--image-size", "20"], "larger than image_size 20"),
         (["--steps", "0"], "steps must be at least 1"),
@@ -281,7 +303,7 @@ def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
         (["--clip", "-1"], "clip must be 0 or more"),
         (["--dtype", "fp16"], "dtype must be bf16 or fp32"),
         (["--execution", "graph"], "needs an NVIDIA GPU; use eager or compile"),
-        (["--execution", "jit"], "execution must be one of eager, compile, graph"),
+        (["--execution", "jit"], "execution must be one of auto, eager, compile, graph"),
         (["--device", "cuda"], "no NVIDIA GPU was found"),
         (["--device", "tpu"], "choose auto, cuda or cpu"),
         (["--vae", "sd-vae"], "it needs no --vae"),
@@ -324,11 +346,11 @@ def test_trainer_is_a_library_too(data: Path, tmp_path: Path) -> None:
     dataset = open_dataset(data, image_size=32)
     spec = ModelSpec(name="DiG-S/8", input_size=(32, 32), in_channels=1, num_classes=10)
     run = config(model=spec, data=DataSpec.of(dataset), steps=2)
-    trainer = Trainer(run, dataset, TINY, tmp_path / "run")
+    trainer = Trainer(run, dataset, tmp_path / "run")
     assert trainer.run() == 2
-    held = Trainer(run, dataset, TINY, tmp_path / "run")
+    held = Trainer(run, dataset, tmp_path / "run")
     with pytest.raises(ValueError, match="another process is training into"):
-        Trainer(run, dataset, TINY, tmp_path / "run")
+        Trainer(run, dataset, tmp_path / "run")
     assert held.run() == 2
     with pytest.raises(ValueError, match="the model takes"):
         config(data=DataSpec.of(dataset))

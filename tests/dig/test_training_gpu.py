@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dig.__main__ import REGISTRY
-from dig.registry import ModelSpec
+from dig.registry import ModelSpec, create_model, parse_model
 from dig.sampling.runner import BatchSampler, SamplePlan
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
@@ -40,13 +39,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> IdxImages:
 
 def train(folder: Path, data: IdxImages, model: str, steps: int, **fields: Any) -> list[float]:
     """Losses of the steps that the log has so far."""
-    name, options = REGISTRY.parse(model, "cuda")
+    name, options, _ = parse_model(model, "cuda")
     side = data.sample_shape[1]
     spec = ModelSpec(name=name, options=options, input_size=(side, side), in_channels=1, num_classes=10)
     config = TrainConfig(
         model=spec, data=DataSpec.of(data), device="cuda", steps=steps, batch=32, log_every=1, keep=1, **fields
     )
-    Trainer(config, data, REGISTRY, folder).run()
+    Trainer(config, data, folder).run()
     return [json.loads(line)["loss"] for line in (folder / "train.jsonl").read_text().splitlines()]
 
 
@@ -113,8 +112,8 @@ def test_executions_agree(model: str, data: IdxImages, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_sampling_graph_is_the_loop(sampler: Any) -> None:
-    name, options = REGISTRY.parse("DiG-S/4", "cuda")
-    model = REGISTRY.create(name, input_size=(32, 32), in_channels=1, num_classes=10, **options)
+    name, options, _ = parse_model("DiG-S/4", "cuda")
+    model = create_model(name, input_size=(32, 32), in_channels=1, num_classes=10, **options)
     randomize(model, 0.02)
     model.cuda().eval()
     plan = SamplePlan(

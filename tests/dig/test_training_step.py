@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dig.diffusion import build_loss
+from dig.graphs import CaptureError
 from dig.layers import Backbone
-from dig.registry import ModelSpec
-from dig.training.config import DataSpec, TrainConfig
+from dig.registry import ModelSpec, create_model
+from dig.training.config import DataSpec, TrainConfig, choose_execution
 from dig.training.data import Batch
 from dig.training.inputs import step_inputs
 from dig.training.step import TrainingStep, checkpoint_blocks
-from tests.dig.tiny import create
+from tests.dig.fake_graph import capture_fake
+from tests.dig.tiny import TINY, using
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
 
 
 def config(**fields: Any) -> TrainConfig:
@@ -72,7 +82,7 @@ def test_inputs_are_distributed_as_they_should() -> None:
 
 
 def small_model(patch: int = 8) -> Backbone:
-    return create(f"DiG-S/{patch}", input_size=(16, 16), in_channels=1, num_classes=10)
+    return create_model(f"DiG-S/{patch}", input_size=(16, 16), in_channels=1, num_classes=10)
 
 
 def trained(steps: int = 2, **fields: Any) -> TrainingStep:
@@ -135,7 +145,7 @@ def test_checkpointed_blocks_run_twice_and_keep_their_names() -> None:
 @pytest.mark.parametrize("name", ["DiT-S/8", "Flash-DiT-S/8", "DiS-S/8"])
 def test_blocks_of_the_baselines_are_found(name: str) -> None:
     with torch.device("meta"):
-        model = create(name, input_size=(16, 16), in_channels=1, num_classes=10)
+        model = create_model(name, input_size=(16, 16), in_channels=1, num_classes=10)
     assert checkpoint_blocks(model, preserve_rng_state=True) == model.config.depth + (name[:3] == "DiS")
 
 
@@ -191,3 +201,42 @@ def test_labels_are_dropped_by_the_inputs_alone() -> None:
     y = torch.zeros(64, dtype=torch.int64)
     embedded = step.model.y_embedder(y)  # type: ignore[operator]
     assert (embedded == embedded[0]).all()
+
+
+def test_a_captured_step_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts, clipping, averages, sums and the learning rate of each step; and capturing has moved nothing before."""
+    monkeypatch.setattr("dig.training.step.capture", capture_fake)
+    # Rates that are the same as Python floats and in fp32.
+    fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "warmup": 8, "learning_rate": 2.0**-7}
+    eager = trained(steps=4, **fields)
+    graph = trained(steps=4, execution="graph", device="cuda", **fields)
+    ours, theirs = graph.tensors(), eager.tensors()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert eager.optimizer.param_groups[0]["lr"] == graph.optimizer.param_groups[0]["lr"].item() == 2.0**-8
+
+
+def test_a_step_that_can_not_be_captured_says_what_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dig.training.step.capture", capture_fake)
+    step = trained(steps=0, execution="graph", device="cuda")
+    before = weights(step).clone()
+    step.model.register_forward_hook(lambda _model, _inputs, output: output * output.sum().item())
+    with pytest.raises(CaptureError, match=r"reads a value from the GPU.*; or train with execution eager"):
+        step.run(step_inputs(config(), step.loss, batch_of(0), 10), 1e-4)
+    assert torch.equal(before, weights(step))
+
+
+def test_execution_is_chosen_once(tmp_path: Path) -> None:
+    """A graph on a GPU, unless the run began otherwise; whatever is asked for by name is taken."""
+    recorded = tmp_path / "config.json"
+    assert choose_execution("auto", device="cuda", recorded=recorded)[0] == "graph"
+    assert choose_execution("auto", device="cpu", recorded=recorded)[0] == "eager"
+    content = config(device="cuda").to_json()
+    del content["execution_reason"]  # as older runs have it
+    recorded.write_text(json.dumps({"config": content}))
+    assert choose_execution("auto", device="cuda", recorded=recorded) == ("eager", "the run began with it")
+    assert choose_execution("graph", device="cuda", recorded=recorded) == ("graph", "asked for")
+    recorded.write_text("{")
+    assert choose_execution("auto", device="cuda", recorded=recorded)[0] == "graph"
+    with pytest.raises(ValueError, match="execution must be one of auto, eager, compile, graph; got 'jit'"):
+        choose_execution("jit", device="cuda", recorded=recorded)
+    assert config(execution_reason="asked for").differences(config()) == []

@@ -6,26 +6,36 @@ Any DiG is one of two blocks and width 64 here; everything else is as it is.
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.models import parse_name
-from dig.__main__ import REGISTRY
+from dig import declared, registry
 from dig.cli import app
+from dig.family import Family
 from dig.model import DiG, DiGConfig
 
 
-def create(name: str, **arguments: Any) -> Any:
-    family, _, patch = parse_name(name)
-    if family.name != "DiG":
-        return REGISTRY.create(name, **arguments)
-    return DiG(DiGConfig(depth=2, width=64, heads=2, patch_size=patch, **arguments))
+def build(size: str, **arguments: Any) -> DiG:
+    return DiG(DiGConfig(depth=2, width=64, heads=2, **arguments))
 
 
-TINY = replace(REGISTRY, create=create)
+TINY = replace(declared.DIG, build=build)
+
+
+@contextmanager
+def using(family: Family) -> Iterator[None]:
+    """Within, this family is what its name stands for."""
+    before = registry.families()[family.name]
+    registry._families[family.name] = family
+    try:
+        yield
+    finally:
+        registry._families[family.name] = before
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -51,4 +61,5 @@ def make_fashion(folder: Path, train: int = 300, test: int = 100, side: int = 28
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m dig", obj=TINY)
+    with using(TINY):
+        app(prog_name="python -m dig")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dig import raster_block
+from dig import raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops import aside as aside_module
 from dig.ops.aside import aside, mark, side_work, wait
@@ -18,7 +18,7 @@ from dig.ops.chain import chained, supported
 from dig.ops.swiglu import products
 from tests.helpers import example, randomize
 
-CONFIG = DiGConfig(input_size=(32, 64), depth=3, width=128, heads=2, num_classes=3, recurrence="triton")
+CONFIG = DiGConfig(input_size=(32, 64), depth=3, width=128, heads=2, num_classes=3, backend="triton")
 SLOW = 2_000_000
 """Clock cycles, about a millisecond: longer than the work that it holds up."""
 
@@ -97,13 +97,13 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
     model = randomize(DiG(replace(CONFIG, variant=variant, **size))).eval().cuda()
     inputs = example(model, batch)
     rides = []
-    prepare = raster_block.project_up_preparing
+    prepare = raster_weights.project_up_preparing
 
     def prepare_counted(*arguments: Any) -> list[Tensor]:
         rides.append(products.rides(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3])))
         return prepare(*arguments)
 
-    monkeypatch.setattr(raster_block, "project_up_preparing", prepare_counted)
+    monkeypatch.setattr(raster_weights, "project_up_preparing", prepare_counted)
     weight = torch.randn(batch, 2 * model.in_channels, *model.input_size, device="cuda")
 
     def run() -> list[Tensor]:

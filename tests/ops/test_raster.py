@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dig import raster_block
+from dig import raster_block, raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
@@ -29,13 +29,15 @@ CASES = {
     "bidirectional": replace(BASE, scan="bidirectional", depth=2),
     "causal, no convolution": replace(BASE, scan="causal", convolution="none", depth=1),
     "heads of 36": replace(BASE, width=144, heads=2, depth=1),
+    "skips as released": replace(BASE, skip="linear"),
+    "skips to the same place": replace(BASE, skip="identity-init", skip_order="aligned", variant="release"),
 }
 
 
 def twins(config: DiGConfig) -> tuple[DiG, DiG]:
     """The same weights on the reference and on the kernels."""
     reference = randomize(DiG(config)).eval()
-    kernels = DiG(replace(config, recurrence="triton")).eval()
+    kernels = DiG(replace(config, backend="triton")).eval()
     kernels.load_state_dict(reference.state_dict())
     return reference.to(DEVICE), kernels.to(DEVICE)
 
@@ -113,14 +115,14 @@ def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
     _, kernels = twins(replace(BASE, width=128, heads=2, depth=2, variant="release"))
     inputs = example(kernels, 1)
     ridden = 0
-    prepare = raster_block.project_up_preparing
+    prepare = raster_weights.project_up_preparing
 
     def count(*arguments: Any) -> list[Tensor]:
         nonlocal ridden
         ridden += products.rides(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3]))
         return prepare(*arguments)
 
-    monkeypatch.setattr(raster_block, "project_up_preparing", count)
+    monkeypatch.setattr(raster_weights, "project_up_preparing", count)
     outputs = []
     for narrowest in (0, 1000):
         monkeypatch.setattr(products, "NARROW_D", narrowest)

@@ -19,7 +19,7 @@ from tests.reports.test_report_follow import ROOT, tiny_python
 
 def write_run(folder: Path, model: str, **evaluation: Any) -> Path:
     folder.mkdir(parents=True)
-    config = {"model": {"name": model, "options": {"recurrence": "triton", "variant": "paper"}}, "batch": 256}
+    config = {"model": {"name": model, "options": {"backend": "triton", "variant": "paper"}}, "batch": 256}
     (folder / "config.json").write_text(json.dumps({"config": config, "environment": {"gpu_name": "H100"}}))
     events = [{"event": "started", "step": 0}, {"event": "resumed", "step": 300}, {"event": "finished", "step": 1200}]
     log = [{"step": 20 * (i + 1), "loss": 1 / (i + 1)} for i in range(60)]
@@ -49,7 +49,7 @@ def test_the_figure_draws_the_logs(tmp_path: Path) -> None:
     assert len(windows.get_xdata()) == 20
     assert windows.get_ydata()[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
     words = " ".join(text.get_text() for text in figure.texts)
-    assert "recurrence=triton, once interrupted" in words
+    assert "backend=triton, once interrupted" in words
     assert "Two halves of the data are 0.5 apart" in words
     assert "FID" not in words
 

@@ -6,12 +6,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from bench.ledgers import Memory
-from reports.drawing import log_ticks, style
+from reports.drawing import log_ticks
 from reports.figures import Drawing, model_size, speed_memory
+from reports.looks import Looks
 from reports.series import Sweep, merge_launches
 
 GIB = 2**30
-FLASH = {"options": (("attention", "sdpa-cudnn"),)}
+KNOWN = ("DiG", "Flash-DiT", "DiT", "DiS")
+FLASH = {"options": (("backend", "sdpa-cudnn"),)}
 
 
 def artist(axes, gid):
@@ -236,9 +238,9 @@ def test_training_rows_alone_make_the_size_figure_and_are_said(make_row):
 
 def test_series_look_the_same_in_both_figures(make_row):
     rows = [
-        make_row("DiG-S/2", options=(("recurrence", "fla"),)),
+        make_row("DiG-S/2", options=(("backend", "fla"),)),
         *(forward(make_row, f"DiG-{size}/2", 1024, 1.0) for size in "SB"),
-        *(forward(make_row, f"DiG-{size}/2", 1024, 1.0, options=(("recurrence", "fla"),)) for size in "SB"),
+        *(forward(make_row, f"DiG-{size}/2", 1024, 1.0, options=(("backend", "fla"),)) for size in "SB"),
     ]
     sweep = Sweep(rows=tuple(rows))
     first = artist(speed_memory(sweep).figure.axes[0], "line:DiG (fla)")
@@ -247,10 +249,11 @@ def test_series_look_the_same_in_both_figures(make_row):
 
 
 def test_series_differ_without_colour():
-    looks = [style(family, i) for family in ("DiG", "Flash-DiT", "DiT", "DiS", "Other") for i in range(2)]
-    assert len({look.marker for look in looks}) == len(looks)
-    assert len({str(look.dashes) for look in looks}) == len(looks)
-    assert "x" not in {look.marker for look in looks}
+    looks = Looks()
+    drawn = [looks.style(family, i) for family in (*KNOWN, "Other", "Another") for i in range(2)]
+    assert len({(look.marker, str(look.dashes)) for look in drawn}) == len(drawn)
+    assert len({str(look.dashes) for look in drawn}) == len(drawn)
+    assert "x" not in {look.marker for look in drawn}
 
 
 def test_legend_lists_the_drawn_series(rows):

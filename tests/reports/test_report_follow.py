@@ -25,7 +25,7 @@ def write_run(
     folder: Path, losses: Any, recurrence: str = "triton", dtype: str = "bf16", weight: float = 1.0, **config: Any
 ) -> None:
     (folder / "checkpoints").mkdir(parents=True)
-    options = {"recurrence": recurrence, "variant": "paper"}
+    options = {"backend": recurrence, "variant": "paper"}
     content = {"model": {"name": "DiG-S/2", "options": options}, "dtype": dtype, "batch": 32, **config}
     (folder / "config.json").write_text(json.dumps({"config": content, "environment": {"gpu_name": "H100"}}))
     lines = [json.dumps({"step": i, "loss": float(loss)}) for i, loss in enumerate(losses, 1)]

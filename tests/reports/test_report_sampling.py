@@ -14,10 +14,8 @@ from typer.testing import CliRunner
 from bench.sampling.rows import SamplingCase, SamplingRow, append_row, compare
 from reports.sampling import app, draw, table
 
-DIG = SamplingCase(
-    model="DiG-XL/2", options=(("recurrence", "triton"), ("variant", "release")), resolution=256, batch=32
-)
-FLASH = replace(DIG, model="Flash-DiT-XL/2", options=(("attention", "sdpa-cudnn"),))
+DIG = SamplingCase(model="DiG-XL/2", options=(("backend", "triton"), ("variant", "release")), resolution=256, batch=32)
+FLASH = replace(DIG, model="Flash-DiT-XL/2", options=(("backend", "sdpa-cudnn"),))
 
 
 def row(case: SamplingCase, *seconds: float, **fields: Any) -> SamplingRow:

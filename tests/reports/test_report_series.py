@@ -13,8 +13,8 @@ def series(family, **options):
 
 
 def test_labels_are_in_the_order_to_show_them():
-    given = [series("DiS", scan="mamba-ssm"), series("DiT"), series("Mamba"), series("DiG", recurrence="fla"),
-             series("Flash-DiT", attention="sdpa-cudnn"), series("DiG")]  # fmt: skip
+    given = [series("DiS", scan="mamba-ssm"), series("DiT"), series("Mamba"), series("DiG", backend="fla"),
+             series("Flash-DiT", backend="sdpa-cudnn"), series("DiG")]  # fmt: skip
     assert list(series_labels(given).values()) == [
         "DiG",
         "DiG (fla)",
@@ -26,13 +26,13 @@ def test_labels_are_in_the_order_to_show_them():
 
 
 def test_values_that_would_not_tell_are_named():
-    by_recurrence, by_srem = series("DiG", recurrence="triton"), series("DiG", srem="triton")
-    heads, twice = series("DiG", heads="18"), series("DiG", recurrence="fla", srem="fla")
+    by_recurrence, by_srem = series("DiG", backend="triton"), series("DiG", srem="triton")
+    heads, twice = series("DiG", heads="18"), series("DiG", backend="fla", srem="fla")
     labels = series_labels([by_recurrence, by_srem, heads, twice])
-    assert labels[by_recurrence] == "DiG (recurrence=triton)"
+    assert labels[by_recurrence] == "DiG (backend=triton)"
     assert labels[by_srem] == "DiG (srem=triton)"
     assert labels[heads] == "DiG (heads=18)"
-    assert labels[twice] == "DiG (recurrence=fla, srem=fla)"
+    assert labels[twice] == "DiG (backend=fla, srem=fla)"
     assert len(set(labels.values())) == 4
 
 

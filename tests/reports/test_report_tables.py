@@ -32,7 +32,7 @@ def test_numbers_are_within_half_a_unit_of_the_third_digit(value):
 
 
 def test_tiny_example_in_full(make_row):
-    flash = {"options": (("attention", "flash-attn"),)}
+    flash = {"options": (("backend", "flash-attn"),)}
     rows = (
         make_row("DiG-S/2", 2048, 12.0, gib=2.5, implementations={"recurrence": "triton"}),
         make_row("DiG-S/2", 512, 4.0, gib=0.5, implementations={"recurrence": "triton"}),
@@ -157,7 +157,7 @@ def test_environment_tells_every_version_and_uncommitted_changes(make_row):
 
 
 def test_nothing_from_a_row_can_break_a_table(make_row):
-    row = make_row(options=(("recurrence", "a|b"),), environment={"gpu_name": "A\nB"})
+    row = make_row(options=(("backend", "a|b"),), environment={"gpu_name": "A\nB"})
     text = tables(Sweep(rows=(row,)), title="one\ntwo")
     assert text.startswith("# one two\n")
     assert "## A B\n" in text

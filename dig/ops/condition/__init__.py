@@ -28,8 +28,8 @@ MAX_PERIOD = 10_000.0
 @torch.library.custom_op("dig::condition", mutates_args=())
 def condition(
     t: Tensor, y: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, table: Tensor
-) -> Tensor:
-    """``silu(second silu(first e(t) + first_bias) + second_bias + table[y])``, computed in fp32.
+) -> tuple[Tensor, Tensor]:
+    """``c = second silu(first e(t) + first_bias) + second_bias + table[y]`` and ``silu(c)``, computed in fp32.
 
     e is `dig.layers.timestep_embedding`. Weights and table are contiguous.
 
@@ -43,13 +43,13 @@ def condition(
         table: (labels, D).
 
     Returns:
-        (B, D) in the table's dtype.
+        c and silu(c), (B, D) both, in the table's dtype.
     """
     first, second, table = first.contiguous(), second.contiguous(), table.contiguous()
     D, E = first.shape
     B = len(t)
     hidden = torch.empty(B, D, dtype=torch.float32, device=t.device)
-    out = torch.empty(B, D, dtype=table.dtype, device=t.device)
+    c, activated = (torch.empty(B, D, dtype=table.dtype, device=t.device) for _ in range(2))
     grid = triton.cdiv(D, ROWS), B
     with on_device(t.device):
         embed_timestep_kernel[grid](
@@ -58,14 +58,15 @@ def condition(
             BLOCK=triton.next_power_of_2(E // 2), num_warps=WARPS,
         )  # fmt: skip
         finish_condition_kernel[grid](
-            hidden, second, second_bias, table, y.contiguous(), out, len(table),
+            hidden, second, second_bias, table, y.contiguous(), c, activated, len(table),
             D=D, ROWS=ROWS, BLOCK=min(COLUMNS, triton.next_power_of_2(D)), num_warps=WARPS,
         )  # fmt: skip
-    return out
+    return c, activated
 
 
 @condition.register_fake
 def _(
     t: Tensor, y: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, table: Tensor
-) -> Tensor:
-    return torch.empty(len(t), len(first), dtype=table.dtype, device=t.device)
+) -> tuple[Tensor, Tensor]:
+    c = torch.empty(len(t), len(first), dtype=table.dtype, device=t.device)
+    return c, torch.empty_like(c)

@@ -51,12 +51,13 @@ def finish_condition_kernel(
     table,
     y,
     out,
+    activated,
     labels,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out = silu(weight hidden + bias + table[y])`` (B, D); NaN where the table (labels, D) has no such label."""
+    """``out = weight hidden + bias + table[y]`` (B, D) and its SiLU; NaN for a label that the table lacks."""
     image = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = weight + rows[:, None] * D
@@ -70,4 +71,6 @@ def finish_condition_kernel(
     known = (label >= 0) & (label < labels)
     vector = tl.load(table + label.to(tl.int64) * D + rows, mask=(rows < D) & known, other=float("nan")).to(tl.float32)
     value = tl.sum(total, axis=1) + tl.load(bias + rows, mask=rows < D, other=0.0).to(tl.float32) + vector
-    tl.store(out + image * D + rows, silu(value).to(out.dtype.element_ty), mask=rows < D)
+    at = image * D + rows
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=rows < D)
+    tl.store(activated + at, silu(value).to(out.dtype.element_ty), mask=rows < D)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from dig.flops import counts_as
 from dig.ops.gla.peer import fla_gla
 from dig.ops.gla.reference import chunked_gla, recurrent_gla
 from dig.packages import require
@@ -38,6 +39,16 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] =
 }
 
 
+def _needed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, implementation: str) -> int:
+    """FLOPs of the recurrence itself: k_t^T v_t into the state, q_t times the state."""
+    return 2 * 2 * q.numel() * v.shape[-1]
+
+
+def _like(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, implementation: str) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@counts_as(_needed, _like)
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, implementation: str) -> Tensor:
     """Run the gated linear recurrence over the tokens in the order given.
 

@@ -67,6 +67,22 @@ class DataSet(ABC):
             DataError: The samples, and those that could stand in for them, cannot be read.
         """
 
+    def fetch_readable(self, indices: NDArray[np.int64]) -> Samples:
+        """Read samples, none mirrored, and leave out those that cannot be read instead of letting others stand in.
+
+        For measuring: a sample that stands in for another would be counted twice.
+
+        Args:
+            indices: (B,), each at least 0 and below the length.
+
+        Returns:
+            At most B samples, in the order of the indices, and the names of what is missing.
+
+        Raises:
+            DataError: The data set is damaged as a whole.
+        """
+        return self.fetch(indices, np.zeros(len(indices), dtype=np.bool_))
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One sample, not mirrored: (C, H, W) float32 and its label."""
         if not 0 <= index < len(self):

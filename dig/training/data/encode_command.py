@@ -10,6 +10,7 @@ import typer
 
 from dig.commands.common import choose_device, open_console, progress_bar, refusing
 from dig.training.data.encoding import Progress, encode
+from dig.training.data.files import shown
 
 
 def encode_command(
@@ -35,12 +36,12 @@ def encode_command(
     Interrupted, it goes on with the same command: finished shards are verified and skipped. Several processes share
     the work with --rank and --world-size (or under torchrun), each writing shards of its own.
     """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     console = open_console()
     last = Progress(shards=0)
     try:
         with refusing(), progress_bar(console) as bar:
+            rank = _from_environment("RANK", 0) if rank is None else rank
+            world_size = _from_environment("WORLD_SIZE", 1) if world_size is None else world_size
             where = choose_device(device)
             task = bar.add_task(f"encoding into {out}", total=None)
             for last in encode(
@@ -53,16 +54,25 @@ def encode_command(
                 dtype=cast(Any, dtype),
                 seed=seed,
                 # Under torchrun, each process of a machine has a GPU of its own.
-                device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if where == "cuda" else where,
+                device=f"cuda:{_from_environment('LOCAL_RANK', 0)}" if where == "cuda" else where,
                 rank=rank,
                 world_size=world_size,
                 workers=workers,
             ):
                 bar.update(task, total=last.shards, completed=last.done)
     except KeyboardInterrupt:
-        console.print(f"stopped: {last.done} shards are in {out}; go on with the same command")
+        # A path is no markup, whatever brackets it has.
+        console.print(f"stopped: {last.done} shards are in {out}; go on with the same command", markup=False)
         raise typer.Exit(130) from None
-    typer.echo(_summary(last, out, world_size))
+    typer.echo(shown(_summary(last, out, world_size or 1)))
+
+
+def _from_environment(name: str, default: int) -> int:
+    """What torchrun says, as a number."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"the environment variable {name} must be a number, as torchrun sets it; got {text!r}")
+    return int(text)
 
 
 def _summary(last: Progress, out: Path, world_size: int) -> str:

@@ -9,9 +9,11 @@ Shapes: n images; C, h, w channels, rows and columns of a latent.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +27,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from dig.packages import require
-from dig.training.data.base import DataError, pixels_to_unit
+from dig.memory import check_disk, check_memory
+from dig.training.data.base import DataError
+from dig.training.data.checks import check_whole
 from dig.training.data.draws import noise_seed
-from dig.training.data.files import write_atomically
+from dig.training.data.files import shown, write_atomically
 from dig.training.data.folder import MAX_UNREADABLE_RUN, ImageFolder
 from dig.training.data.latents import (
     INDEX_NAME,
@@ -39,11 +42,14 @@ from dig.training.data.latents import (
     Storage,
     check_shard,
     join_records,
-    read_json,
+    read_record,
     record_name,
     shard_name,
     to_json,
 )
+from dig.training.data.loader import MAX_WORKERS
+from dig.training.data.ranks import sharing
+from dig.training.data.vae import downsampling, load_vae, sample_latents, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -67,56 +73,6 @@ class Progress:
     images: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
     joined: bool = False
-
-
-def load_vae(name: str, device: torch.device) -> Any:
-    """diffusers' AutoencoderKL, in fp32, frozen.
-
-    Args:
-        name: A folder with the VAE's ``config.json``, one with a whole pipeline (its ``vae`` is taken), or a hub name.
-        device: Where it will run.
-
-    Raises:
-        MissingPackageError: diffusers is not installed.
-        DataError: There is no such VAE.
-    """
-    diffusers = require("diffusers", "encode")
-    # Only safetensors: the other format is a pickle, which can run anything.
-    options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
-    if (Path(name) / "vae" / "config.json").is_file():
-        options["subfolder"] = "vae"
-    kind = diffusers.AutoencoderKL
-    try:
-        vae = kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"cannot load the VAE {name!r}: {' '.join(str(error).split())[:300]}") from None
-    if getattr(vae.config, "shift_factor", None):
-        raise DataError(
-            f"the VAE {name!r} shifts its latents, which is not supported; Stable Diffusion's 1 and 2 do not"
-        )
-    return vae.to(device).eval().requires_grad_(False)
-
-
-def weights_sha256(vae: torch.nn.Module) -> str:
-    """SHA-256 of a model's names, shapes and weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _downsampling(vae: Any) -> int:
-    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
-    return factor
-
-
-def _sample(vae: Any, pixels: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """(n, 3, H, W) uint8 to (n, C, h, w) on the CPU: the posterior's mean plus its deviation times noise, scaled."""
-    device = next(vae.parameters()).device
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        posterior = vae.encode(pixels_to_unit(pixels.to(device))).latent_dist
-        return ((posterior.mean + posterior.std * noise.to(device)) * scale).cpu()
 
 
 def _noise(seed: int, indices: list[int], mirrored: bool, shape: tuple[int, int, int]) -> Tensor:
@@ -144,7 +100,7 @@ def _encode_shard(
     vae: Any, images: ImageFolder, encoding: Encoding, indices: range, *, batch_size: int, pool: ThreadPoolExecutor
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one shard, and its unreadable images."""
-    side = encoding.image_size // _downsampling(vae)
+    side = encoding.image_size // downsampling(vae)
     shape = (int(vae.config.latent_channels), side, side)
     kept: list[int] = []
     unreadable: dict[str, str] = {}
@@ -156,18 +112,18 @@ def _encode_shard(
             pixels = torch.stack(batch)
             for mirrored, found in enumerate(latents):
                 noise = _noise(encoding.seed, kept[-len(batch) :], bool(mirrored), shape)
-                found.append(_sample(vae, pixels.flip(-1) if mirrored else pixels, noise, encoding.scale))
+                found.append(sample_latents(vae, pixels.flip(-1) if mirrored else pixels, noise, encoding.scale))
             batch.clear()
 
     in_a_row = 0
-    for index, image in _read_ahead(images, indices, pool, 2 * batch_size):
+    for index, image in _read_ahead(images, indices, pool, 2 * min(batch_size, len(indices))):
         if image is None:
             name, in_a_row = images.file_name(index), in_a_row + 1
             unreadable[name] = images.reason(index)
-            logger.warning("cannot read %s (%s); it is left out", name, unreadable[name])
+            logger.warning("cannot read %s (%s); it is left out", shown(name), unreadable[name])
             if in_a_row == MAX_UNREADABLE_RUN:
                 raise DataError(
-                    f"{in_a_row} images one after the other cannot be read, up to {images.root / name} "
+                    f"{in_a_row} images one after the other cannot be read, up to {images.root / shown(name)} "
                     f"({unreadable[name]}); check the disk and the files"
                 )
             continue
@@ -188,11 +144,10 @@ def _encode_shard(
 
 def _finished(out: Path, number: int, encoding: Encoding) -> ShardRecord | None:
     """The record of a shard that is whole, or None where it has to be made; a damaged one is reported."""
-    path = out / record_name(number)
-    if not path.is_file():
+    if not (out / record_name(number)).is_file():
         return None
     try:
-        theirs, (record,) = read_json(path)
+        theirs, record = read_record(out, number)
     except DataError as error:
         logger.warning("%s; the shard is made again", error)
         return None
@@ -201,10 +156,44 @@ def _finished(out: Path, number: int, encoding: Encoding) -> ShardRecord | None:
             f"{out} holds latents of another encoding ({'; '.join(encoding.differences(theirs))}: asked for, there); "
             "choose another folder, or remove this one"
         )
-    if wrong := check_shard(out, record):
+    if wrong := check_shard(out, encoding, number, record):
         logger.warning("%s; the shard is made again", wrong)
         return None
     return record
+
+
+def _check_out(images: Path, out: Path) -> None:
+    """Raise DataError where no shards may lie."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; name a folder for the latent shards")
+    if out.resolve().is_relative_to(images.resolve()):
+        raise DataError(f"{out} lies in the images' own folder, {images}, where it would be a class; choose another")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"cannot make {out}: nothing can be written in {there}; choose another folder")
+
+
+def _check_room(out: Path, encoding: Encoding, numbers: range, shape: tuple[int, int, int], batch_size: int) -> None:
+    """Raise ValueError where a shard does not fit into memory, or those that are missing not on the disk."""
+    latent = 2 * math.prod(shape)  # as it is and mirrored
+    width = STORAGE_DTYPES[encoding.dtype].itemsize
+    largest = len(encoding.sources(0))
+    check_memory(
+        {
+            # In fp32, as they are stored, and as the bytes of the file.
+            f"a shard of {largest:,} images": largest * latent * (4 + 2 * width),
+            "a batch of images": min(batch_size, largest) * 3 * encoding.image_size**2 * 5,
+        },
+        device="cpu",
+        advice="choose a smaller --shard-size or --batch",
+    )
+    missing = [number for number in numbers if not (out / shard_name(number)).is_file()]
+    check_disk(
+        out,
+        sum(len(encoding.sources(number)) for number in missing) * latent * width,
+        f"{len(missing):,} shards",
+        "make room, or choose another folder",
+    )
 
 
 def encode(
@@ -246,60 +235,92 @@ def encode(
         workers: Threads that decode images. Default: one for each processor that this process may use, 16 at most.
 
     Raises:
-        DataError: The images, the VAE or the folder of the shards cannot be used.
+        DataError: The images, the VAE or the folder of the shards cannot be used, or no image can be read.
+        ValueError: An argument is out of its range, or asks for more memory or disk than there is; or another process
+            is encoding into the folder.
         MissingPackageError: diffusers is not installed.
     """
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("image_size", image_size)):
+        check_whole(name, value, least=1)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be at least 0 and below the world size {world_size}; got {rank} of {world_size}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers must be 1 to {MAX_WORKERS}; got {workers}")
+    out = Path(out)
+    _check_out(Path(images), out)
     folder = ImageFolder(images, image_size=image_size)
-    model = load_vae(vae, torch.device(device))
-    if image_size % _downsampling(model) or model.config.in_channels != 3:
-        raise DataError(
-            f"the VAE {vae!r} takes {model.config.in_channels} channels and sides that are multiples of "
-            f"{_downsampling(model)}; got 3 channels of {image_size}x{image_size}"
-        )
-    if rank == 0 and model.config.scaling_factor != scale:
-        logger.warning("the VAE %r names the scale %g; %g is used", vae, model.config.scaling_factor, scale)
+    # All that can be wrong with it is found before the VAE is fetched.
     encoding = Encoding(
         listing_sha256=folder.listing_sha256(),
         images=len(folder),
         class_names=folder.class_names,
         image_size=image_size,
         vae=vae,
-        vae_sha256=weights_sha256(model),
+        vae_sha256="0" * 64,
         scale=scale,
         dtype=dtype,
         seed=seed,
         shard_size=shard_size,
     )
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    model = load_vae(vae, torch.device(device))
+    if image_size % downsampling(model) or model.config.in_channels != 3:
+        raise DataError(
+            f"the VAE {vae!r} takes {model.config.in_channels} channels and sides that are multiples of "
+            f"{downsampling(model)}; got 3 channels of {image_size}x{image_size}"
+        )
+    if rank == 0 and model.config.scaling_factor != scale:
+        logger.warning("the VAE %r names the scale %g; %g is used", vae, model.config.scaling_factor, scale)
+    encoding = dataclasses.replace(encoding, vae_sha256=weights_sha256(model))
     numbers = range(rank, encoding.shards, world_size)
+    side = image_size // downsampling(model)
+    out.mkdir(parents=True, exist_ok=True)
     skipped = done = count = 0
     unreadable: dict[str, str] = {}
-    with ThreadPoolExecutor(workers or min(16, len(os.sched_getaffinity(0)))) as pool:
+    with (
+        sharing(out, rank, world_size),
+        ThreadPoolExecutor(workers or min(16, len(os.sched_getaffinity(0)))) as pool,
+    ):
+        _check_room(out, encoding, numbers, (int(model.config.latent_channels), side, side), batch_size)
         for number in numbers:
             record = _finished(out, number, encoding)
             if record is not None:
                 skipped += 1
             else:
-                # Neither may speak of a shard that is about to change: the index first, then the record.
-                (out / INDEX_NAME).unlink(missing_ok=True)
-                (out / record_name(number)).unlink(missing_ok=True)
-                indices = range(number * shard_size, min((number + 1) * shard_size, len(folder)))
-                tensors, bad = _encode_shard(model, folder, encoding, indices, batch_size=batch_size, pool=pool)
-                record = _write_shard(out, number, encoding, tensors, bad)
+                record = _make_shard(out, number, model, folder, encoding, batch_size=batch_size, pool=pool, whole=done)
             done += 1
             count += record.count
             unreadable |= record.unreadable
             yield Progress(shards=len(numbers), done=done, skipped=skipped, images=count, unreadable=dict(unreadable))
-    if rank == 0:
-        joined = _join(out)
-        yield Progress(
-            shards=len(numbers), done=done, skipped=skipped, images=count, unreadable=unreadable, joined=joined
-        )
+        if rank == 0:
+            joined = _join(out)
+            yield Progress(
+                shards=len(numbers), done=done, skipped=skipped, images=count, unreadable=unreadable, joined=joined
+            )
+
+
+def _make_shard(
+    out: Path,
+    number: int,
+    vae: Any,
+    images: ImageFolder,
+    encoding: Encoding,
+    *,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    whole: int,
+) -> ShardRecord:
+    """Encode a shard and write it; ``whole`` is how many lie behind, for the message where the disk is full."""
+    # Neither may speak of a shard that is about to change: the index first, then the record.
+    (out / INDEX_NAME).unlink(missing_ok=True)
+    (out / record_name(number)).unlink(missing_ok=True)
+    tensors, bad = _encode_shard(vae, images, encoding, encoding.sources(number), batch_size=batch_size, pool=pool)
+    try:
+        return _write_shard(out, number, encoding, tensors, bad)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {out / shard_name(number)}: {error.strerror or error}; {whole} shards are whole; make room, "
+            "and go on with the same command"
+        ) from None
 
 
 def _write_shard(
@@ -326,5 +347,7 @@ def _join(out: Path) -> bool:
         encoding, records = join_records(out)
     except DataError:
         return False
+    if not any(record.count for record in records):
+        raise DataError(f"none of the {encoding.images:,} images can be read; {out} has the reasons in its records")
     write_atomically(out / INDEX_NAME, to_json(encoding, records))
     return True

@@ -7,13 +7,16 @@ import hashlib
 import math
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet, Samples, mirror_where, pixels_to_unit
+from dig.training.data.checks import check_whole
+from dig.training.data.files import told_by_start
 
 Split = Literal["train", "test"]
 
@@ -33,15 +36,11 @@ _FASHION_LABELS = frozenset(
 )
 
 
-def _content(path: Path) -> bytes:
-    """The file's bytes, decompressed."""
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged or cut off: {error}; fetch it again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed while they are read."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(path)) if compressed else path.open("rb")
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -57,25 +56,39 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     Raises:
         DataError: The file cannot be read, is cut off, or is something else; the message says which.
     """
-    content = _content(path)
-    if len(content) < 4 or content[:2] != b"\0\0":
-        raise DataError(f"{path} is no idx file: it must start with two zero bytes; got {content[:4].hex(' ')!r}")
-    if content[2] != _UINT8:
-        raise DataError(f"{path} holds values of type {content[2]:#04x}; only unsigned bytes (0x08) are read")
-    if content[3] != dimensions:
+    try:
+        with _open(path) as stream:
+            return _read_values(path, stream, dimensions)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged or cut off: {error}; fetch it again") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_values(path: Path, stream: IO[bytes], dimensions: int) -> NDArray[np.uint8]:
+    header = stream.read(4 + 4 * dimensions)
+    if len(header) < 4 or header[:2] != b"\0\0":
+        got = f"it must start with two zero bytes; got {header[:4].hex(' ')!r}"
+        raise DataError(f"{path} is no idx file: {got}{told_by_start(path)}")
+    if header[2] != _UINT8:
+        raise DataError(f"{path} holds values of type {header[2]:#04x}; only unsigned bytes (0x08) are read")
+    if header[3] != dimensions:
         kind = {1: "labels", 3: "grey images"}.get(dimensions, "data")
-        raise DataError(f"{path} has {content[3]} dimensions; {kind} have {dimensions}")
-    start = 4 + 4 * dimensions
-    if len(content) < start:
+        raise DataError(f"{path} has {header[3]} dimensions; {kind} have {dimensions}")
+    if len(header) < 4 + 4 * dimensions:
         raise DataError(f"{path} is cut off inside its header")
-    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4))
     expected = math.prod(shape)
-    if len(content) - start != expected:
+    announced = f"{' x '.join(map(str, shape))} = {expected:,} values"
+    # Before they are read: four bytes can announce more than any machine has, and a few more unpack to it.
+    check_memory({f"{path}, {announced}": expected}, device="cpu", advice="is the file damaged?")
+    content = stream.read(expected + 1)
+    if len(content) != expected:
+        more = " or more" if len(content) > expected else ""
         raise DataError(
-            f"{path} announces {' x '.join(map(str, shape))} = {expected:,} values but holds {len(content) - start:,}; "
-            "it is cut off or damaged: fetch it again"
+            f"{path} announces {announced} but holds {len(content):,}{more}; it is cut off or damaged: fetch it again"
         )
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def find_idx(folder: Path, stem: str) -> Path | None:
@@ -125,6 +138,7 @@ class IdxImages(DataSet):
     ) -> None:
         if split not in _PREFIXES:
             raise ValueError(f"split must be one of {', '.join(_PREFIXES)}; got {split!r}")
+        check_whole("image_size", image_size, least=1)
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3; got {channels}")
         self.name = f"idx files ({split}) in {folder}"
@@ -144,6 +158,8 @@ class IdxImages(DataSet):
             raise DataError(f"{paths[0]} holds no image")
         if max(rows, columns) > image_size:
             raise DataError(f"{paths[0]} holds images of {rows}x{columns}, larger than image_size {image_size}")
+        needs = {f"{count:,} images, padded to {image_size}x{image_size}": count * image_size**2}
+        check_memory(needs, device="cpu", advice="choose a smaller --image-size")
         digest = hashlib.sha256(b"\0\0\x08\x01" + count.to_bytes(4, "big") + labels.tobytes()).hexdigest()
         names = class_names or (FASHION_NAMES if digest in _FASHION_LABELS else None)
         names = names or tuple(map(str, range(max(10, int(labels.max()) + 1))))

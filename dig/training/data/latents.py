@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +25,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet, Samples
-from dig.training.data.files import sha256_of
+from dig.training.data.checks import check_between, check_names, check_sha256, check_shape, check_whole
+from dig.training.data.files import sha256_of, told_by_start
 
 SCHEMA = 1
 INDEX_NAME = "index.json"
@@ -37,6 +41,8 @@ STORAGE_DTYPES: dict[Storage, torch.dtype] = {"fp16": torch.float16, "bf16": tor
 MAX_BYTES_IN_MEMORY = 4 * 2**30
 """Shards of at most so many bytes in all are held in RAM unless the caller says otherwise."""
 
+_TENSORS = ("labels", "latents", "mirrored", "sources")
+_STORED: dict[Storage, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}  # as safetensors writes it
 _REDO = "run encode again with the same options: it redoes what is missing or damaged"
 
 
@@ -69,20 +75,27 @@ class Encoding:
     shard_size: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError on a field that no encoding may have."""
-        object.__setattr__(self, "class_names", tuple(self.class_names))
+        """Raise ValueError on a field that no encoding may have; fields may come from a file."""
+        _as_tuple(self, "class_names")
         if self.dtype not in get_args(Storage):
             raise ValueError(f"dtype must be one of {', '.join(get_args(Storage))}; got {self.dtype!r}")
         for name in ("images", "image_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative; got {self.seed}")
+            check_whole(name, getattr(self, name), least=1)
+        check_whole("seed", self.seed, least=0)
+        check_between("scale", self.scale, 0, math.inf)
+        check_names("class_names", self.class_names)
+        check_names("vae", (self.vae,))
+        check_sha256("listing_sha256", self.listing_sha256)
+        check_sha256("vae_sha256", self.vae_sha256)
 
     @property
     def shards(self) -> int:
         """How many shards there are."""
         return -(-self.images // self.shard_size)
+
+    def sources(self, number: int) -> range:
+        """Places in the listing of the images of a shard, the unreadable ones too."""
+        return range(number * self.shard_size, min((number + 1) * self.shard_size, self.images))
 
     def differences(self, other: Encoding) -> list[str]:
         """``name: ours, theirs`` of every field that differs."""
@@ -110,8 +123,20 @@ class ShardRecord:
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take the shape as JSON gives it."""
-        object.__setattr__(self, "shape", tuple(self.shape))
+        """Raise ValueError on a field that no shard may have; fields may come from a file."""
+        _as_tuple(self, "shape")
+        check_whole("count", self.count, least=0)
+        check_shape("shape", self.shape)
+        check_sha256("sha256", self.sha256)
+        bad: Any = self.unreadable
+        if not isinstance(bad, dict) or not all(isinstance(word, str) for pair in bad.items() for word in pair):
+            raise ValueError(f"unreadable must name files and reasons; got {str(bad)[:60]}")
+
+
+def _as_tuple(record: Encoding | ShardRecord, name: str) -> None:
+    """Take a list, as JSON gives it."""
+    value = getattr(record, name)
+    object.__setattr__(record, name, tuple(value) if isinstance(value, list) else value)
 
 
 def shard_name(number: int) -> str:
@@ -135,23 +160,50 @@ def to_json(encoding: Encoding, records: list[ShardRecord]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def read_json(path: Path) -> tuple[Encoding, list[ShardRecord]]:
+def read_json(path: Path, numbers: range | None = None) -> tuple[Encoding, list[ShardRecord]]:
     """Read what `to_json` wrote.
 
+    Args:
+        path: The file.
+        numbers: The shards that it must speak of. Default: all of the encoding.
+
     Raises:
-        DataError: The file cannot be read or is something else.
+        DataError: The file cannot be read, is something else, or contradicts itself.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: Any = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("it holds no object")
         if content["schema"] != SCHEMA:
             raise DataError(f"{path} has the schema {content['schema']!r}, this version reads {SCHEMA}; encode again")
-        return Encoding(**content["encoding"]), [ShardRecord(**record) for record in content["shards"]]
+        encoding = Encoding(**content["encoding"])
+        records = [ShardRecord(**record) for record in content["shards"]]
+        _check_records(encoding, records, range(encoding.shards) if numbers is None else numbers, content["count"])
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except DataError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is not an index of latent shards ({type(error).__name__}: {error})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        told = told_by_start(path) if isinstance(error, ValueError) else ""
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise DataError(f"{path} is not an index of latent shards{told} ({why}); remove it, and {_REDO}") from None
+    return encoding, records
+
+
+def _check_records(encoding: Encoding, records: list[ShardRecord], numbers: range, count: object) -> None:
+    """Raise ValueError where records don't fit the encoding, each other, or their sum."""
+    if len(records) != len(numbers):
+        raise ValueError(f"it lists {len(records)} shards instead of {len(numbers)}")
+    for number, record in zip(numbers, records, strict=True):
+        if record.file != shard_name(number):
+            raise ValueError(f"shard {number} is {shard_name(number)}; got {str(record.file)[:60]!r}")
+        there, listed = record.count + len(record.unreadable), len(encoding.sources(number))
+        if there != listed:
+            raise ValueError(f"{record.file} accounts for {there} images of {listed}")
+        if record.shape != records[0].shape:
+            raise ValueError(f"{record.file} holds {record.shape}, but {records[0].file} {records[0].shape}")
+    if isinstance(count, bool) or count != sum(record.count for record in records):
+        raise ValueError(f"count must be the sum of the shards'; got {str(count)[:60]}")
 
 
 def holds_latents(folder: Path) -> bool:
@@ -168,17 +220,37 @@ def join_records(folder: Path) -> tuple[Encoding, list[ShardRecord]]:
     found = sorted(folder.glob("shard-*.json"))
     if not found:
         raise DataError(f"{folder} holds no latent shards")
-    encoding = read_json(found[0])[0]
-    records = []
+    encoding, _ = read_record(folder, _number(found[0]))
+    records: list[ShardRecord] = []
     for number in range(encoding.shards):
         path = folder / record_name(number)
         if not path.is_file():
             raise DataError(f"{folder} is not finished: {len(found)} of {encoding.shards} shards are there; {_REDO}")
-        theirs, own = read_json(path)
+        theirs, record = read_record(folder, number)
         if theirs != encoding:
             raise DataError(f"{path} is of another encoding ({'; '.join(encoding.differences(theirs))}); {_REDO}")
-        records += own
+        if records and record.shape != records[0].shape:
+            raise DataError(f"{path} is of latents of another shape than {records[0].file}; remove it, and {_REDO}")
+        records.append(record)
     return encoding, records
+
+
+def read_record(folder: Path, number: int) -> tuple[Encoding, ShardRecord]:
+    """The record of one shard.
+
+    Raises:
+        DataError: See `read_json`.
+    """
+    encoding, (record,) = read_json(folder / record_name(number), range(number, number + 1))
+    return encoding, record
+
+
+def _number(path: Path) -> int:
+    """Of the shard that a record is of, by its name."""
+    found = re.fullmatch(r"shard-(\d{5,9})\.json", path.name)
+    if found is None:
+        raise DataError(f"{path} has not the name of a shard's record; remove it")
+    return int(found.group(1))
 
 
 def read_index(folder: Path) -> tuple[Encoding, list[ShardRecord]]:
@@ -191,15 +263,48 @@ def read_index(folder: Path) -> tuple[Encoding, list[ShardRecord]]:
     return read_json(path) if path.is_file() else join_records(folder)
 
 
-def check_shard(folder: Path, record: ShardRecord) -> str | None:
-    """What is wrong with a shard's file, or None."""
+def check_shard(
+    folder: Path, encoding: Encoding, number: int, record: ShardRecord, *, checksum: bool = True
+) -> str | None:
+    """What is wrong with a shard's file, or None: its checksum, then what its tensors are, and labels and sources."""
     path = folder / record.file
     try:
-        return None if sha256_of(path) == record.sha256 else f"{path} is damaged: its checksum is not the index's"
+        if checksum and sha256_of(path) != record.sha256:
+            return f"{path} is damaged: its checksum is not the index's{told_by_start(path)}"
+        with safe_open(path, framework="pt") as file:
+            wrong = _check_tensors(file, encoding, number, record)
+            return wrong and f"{path} is damaged: {wrong}"
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
-        return f"cannot read {path}: {error.strerror}"
+        return f"cannot read {path}: {error.strerror or error}"
+    except SafetensorError as error:
+        return f"{path} is damaged: {' '.join(str(error).split())[:200]}"
+
+
+def _check_tensors(file: Any, encoding: Encoding, number: int, record: ShardRecord) -> str | None:
+    names = tuple(sorted(file.keys()))
+    if names != _TENSORS:
+        return f"it holds {', '.join(names)[:100] or 'nothing'} instead of {', '.join(_TENSORS)}"
+    latent = (_STORED[encoding.dtype], [record.count, *record.shape])
+    kinds = {
+        "latents": latent,
+        "mirrored": latent,
+        "labels": ("I64", [record.count]),
+        "sources": ("I64", [record.count]),
+    }
+    for name, (dtype, shape) in kinds.items():
+        part = file.get_slice(name)
+        if (part.get_dtype(), list(part.get_shape())) != (dtype, shape):
+            return f"its {name} are {part.get_dtype()} {part.get_shape()} instead of {dtype} {shape}"
+    if record.count == 0:
+        return None
+    labels, sources, places = file.get_tensor("labels"), file.get_tensor("sources"), encoding.sources(number)
+    if labels.min() < 0 or labels.max() >= len(encoding.class_names):
+        return f"it has the label {labels.min() if labels.min() < 0 else labels.max()} of {len(encoding.class_names)}"
+    if sources[0] < places.start or sources[-1] >= places.stop or not bool((sources.diff() > 0).all()):
+        return "its sources are not those of its place in the listing"
+    return None
 
 
 class LatentShards(DataSet):
@@ -225,11 +330,13 @@ class LatentShards(DataSet):
         self.name = f"latents in {self.folder}"
         self.mirror = mirror
         self.encoding, self._records = read_index(self.folder)
-        if verify:
-            with ThreadPoolExecutor(4) as pool:
-                wrong = [what for what in pool.map(lambda r: check_shard(self.folder, r), self._records) if what]
-            if wrong:
-                raise DataError(f"{'; '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}; {_REDO}")
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(
+                lambda pair: check_shard(self.folder, self.encoding, *pair, checksum=verify), enumerate(self._records)
+            )
+            wrong = [what for what in found if what]
+        if wrong:
+            raise DataError(f"{'; '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}; {_REDO}")
         self._records = [record for record in self._records if record.count]
         if not self._records:
             raise DataError(f"{self.folder} holds no latents: none of the encoded images could be read")
@@ -237,18 +344,18 @@ class LatentShards(DataSet):
         self.sample_shape = self._records[0].shape
         self._starts = np.cumsum([0, *(record.count for record in self._records)])
         self._open: dict[int, Any] = {}
-        labels = [self._shard(number).get_tensor("labels") for number in range(len(self._records))]
-        self._labels = torch.cat(labels)
-        if len(self._labels) != self._starts[-1]:
-            raise DataError(f"{self.folder} holds {len(self._labels)} labels for {self._starts[-1]} latents; {_REDO}")
+        self._labels = torch.cat([self._shard(number).get_tensor("labels") for number in range(len(self._records))])
         if in_memory is None:
-            width = STORAGE_DTYPES[self.encoding.dtype].itemsize
-            in_memory = 2 * len(self) * int(np.prod(self.sample_shape)) * width <= MAX_BYTES_IN_MEMORY
+            in_memory = self._bytes() <= MAX_BYTES_IN_MEMORY
         self.in_memory = in_memory
         self._held = self._hold() if in_memory else None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def _bytes(self) -> int:
+        """Of all latents, as they are and mirrored."""
+        return 2 * len(self) * math.prod(self.sample_shape) * STORAGE_DTYPES[self.encoding.dtype].itemsize
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files stay with their process
@@ -264,6 +371,7 @@ class LatentShards(DataSet):
 
     def _hold(self) -> Tensor:
         """(2, length, C, h, w) in the stored dtype: as they are, then mirrored."""
+        check_memory({self.name: self._bytes()}, device="cpu", advice="read them from the disk: in_memory=False")
         held = torch.empty(2, len(self), *self.sample_shape, dtype=STORAGE_DTYPES[self.encoding.dtype])
         for number in range(len(self._records)):
             shard = self._shard(number)
@@ -287,4 +395,9 @@ class LatentShards(DataSet):
                     )
                 ]
             )
-        return Samples(x=x.float(), y=self._labels[chosen])
+        x = x.float()
+        if not bool(x.isfinite().all()):
+            bad = int(indices[int((~x.isfinite()).flatten(1).any(1).nonzero()[0])])
+            file = self._records[int(np.searchsorted(self._starts, bad, side="right")) - 1].file
+            raise DataError(f"{self.folder / file} holds latents that are not finite; remove it, and {_REDO}")
+        return Samples(x=x, y=self._labels[chosen])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet
+from dig.training.data.files import shown
 from dig.training.data.order import DataOrder
 
 logger = logging.getLogger(__name__)
@@ -163,6 +166,9 @@ class Loader:
         check_workers(workers)
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1; got {prefetch}")
+        one = 4 * order.batch_size * math.prod(dataset.sample_shape)
+        needs = {"a batch": one, f"those that {workers} workers read ahead": one * workers * prefetch}
+        check_memory(needs, device="cpu", advice="choose a smaller --batch, or fewer --workers")
         self.step = first_step
         self.unreadable: dict[str, str] = {}
         loader: DataLoader[Any] = DataLoader(
@@ -209,7 +215,7 @@ class Loader:
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                logger.warning("cannot read %s (%s); another image stands in for it", name, reason)
+                logger.warning("cannot read %s (%s); another image stands in for it", shown(name), reason)
         self.step = batch.step + 1
         return batch
 

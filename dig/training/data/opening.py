@@ -27,6 +27,8 @@ def open_dataset(path: str | Path, **options: Any) -> DataSet:
         what = "is a file; name the folder that holds it" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}")
     kind: type[LatentShards] | type[IdxImages] | type[ImageFolder]
+    if holds_latents(folder) and holds_idx(folder):
+        raise DataError(f"{folder} holds both latent shards and idx files; move one of them into a folder of its own")
     if holds_latents(folder):
         kind, words = LatentShards, "latent shards"
     elif holds_idx(folder):

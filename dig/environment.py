@@ -1,4 +1,4 @@
-"""Where a row was measured: commit, versions, device. No torch here, so that the harness can ask at once."""
+"""Where something was measured or trained: commit, versions, device. No torch here, so that a harness asks at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.nvml import Gpu
+from dig.nvml import Gpu
 from dig.packages import DISTRIBUTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ def gpu_present() -> bool:
 
 
 def describe_environment() -> dict[str, Any]:
-    """What the ``environment`` field of a row holds; a key is None or absent where there is nothing to say."""
+    """What the ``environment`` of a row or a run holds; a key is None or absent where there is nothing to say."""
     gpu = Gpu.open()
     return {
         **_commit(),

@@ -1,0 +1,74 @@
+"""Which modules a fused pass may compute in their place, and which have to be called.
+
+A fused pass reads the weights of several modules and computes at once what they would one by one. That is right only as
+long as each is what the model was built with. Whatever else somebody made of it would be skipped without a word: a
+hook, an adapter, a parametrization, a pruning mask, a quantized weight, another ``forward``. So a fused pass asks here
+for every module that it doesn't call, and where one isn't untouched, that one is called.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+M = TypeVar("M", bound=nn.Module)
+
+_PLAIN = (nn.Parameter, Tensor)
+"""Types of a weight that is no more than its numbers. Every subclass may compute something else than they say."""
+
+
+def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether calling the module would run ``kind.forward`` on plain weights and nothing else.
+
+    Of this one module; its children are asked for by whoever wants to skip them too.
+    """
+    return (
+        type(module) is kind
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or nn_module._has_any_global_hook()
+        )
+        and "forward" not in module.__dict__
+        and getattr(module, "_compiled_call_impl", None) is None
+        and all(weight is None or type(weight) in _PLAIN for weight in module._parameters.values())
+    )
+
+
+def untouched_linear(module: nn.Module, *, bias: bool) -> bool:
+    """`untouched`, of a linear layer that has a bias, or has none."""
+    return untouched(module, nn.Linear) and (module.bias is not None) == bias
+
+
+def untouched_adaln(module: nn.Module) -> bool:
+    """`untouched`, of adaLN's ``Sequential(SiLU, Linear)`` and both of its parts."""
+    return (
+        untouched(module, nn.Sequential)
+        and len(module) == 2
+        and untouched(module[0], nn.SiLU)
+        and untouched_linear(module[1], bias=True)
+    )
+
+
+def untouched_layer_norm(module: nn.Module, eps: float) -> bool:
+    """`untouched`, of a LayerNorm over the last dimension without weight and bias."""
+    return (
+        untouched(module, nn.LayerNorm)
+        and not module.elementwise_affine
+        and module.eps == eps
+        and len(module.normalized_shape) == 1
+    )
+
+
+def untouched_convolution(module: nn.Module, kind: type[nn.Conv2d]) -> bool:
+    """`untouched`, of a convolution with a bias that pads with zeros and leaves nothing out."""
+    return (
+        untouched(module, kind)
+        and module.bias is not None
+        and module.padding_mode == "zeros"
+        and module.dilation == (1, 1)
+    )

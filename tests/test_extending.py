@@ -1,0 +1,74 @@
+"""docs/extending.md does what it says: its example is run as it stands in the page, and its files are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.results import read_results
+from dig.environment import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    """The first block of the page in a language."""
+    found = re.search(rf"```{language}\n(.*?)```", PAGE, re.S)
+    assert found is not None
+    return found.group(1)
+
+
+def test_the_example_is_measured_beside_dig_and_drawn(tmp_path: Path) -> None:
+    code = block("python")
+    assert len(code.splitlines()) < 30
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "conv.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for line in block("console").splitlines():
+        command = [sys.executable, *shlex.split(line.removeprefix("$ python "))]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    rows = read_results(tmp_path / "out" / "mine.jsonl").rows
+    assert [(row.status, row.message) for row in rows] == [("ok", "")] * 8
+    assert {row.case.model for row in rows} == {"DiG-S/2", "ConvNet-S/2"}
+    assert all(row.flops for row in rows)
+    assert {row.marks for row in rows if row.case.family == "ConvNet"} == {("unverified", "no-reference")}
+    drawn = {path.name for path in (tmp_path / "out" / "mine").iterdir()}
+    assert {"speed_memory.png", "tables.md"} <= drawn
+    tables = (tmp_path / "out" / "mine" / "tables.md").read_text()
+    assert "| ConvNet" in tables
+    assert "DiG (reference)" in tables
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:bench|dig|baselines|reports|tests|docs)/[\w/.]+\.\w+)`", PAGE)))
+)
+def test_files_of_the_page_are_there(name: str) -> None:
+    assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (bench\.ops\.\w+)", PAGE))))
+def test_modules_of_the_page_are_there(module: str) -> None:
+    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_tables_and_names_of_the_page_are_there() -> None:
+    for name in re.findall(r"^\| `(dig/ops/[\w/.]+)` \| `(\w+)`", PAGE, re.M):
+        assert re.search(rf"^{name[1]}\b", (ROOT / name[0]).read_text(), re.M), name
+    solvers = (ROOT / "dig/diffusion/solvers.py").read_text()
+    assert all(
+        word in solvers for word in ("class Solver(Protocol)", "SamplerName", "DEFAULT_STEPS", "def build_solver")
+    )
+    for argument in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE.partition("### What a family may say")[2], re.M):
+        from dig.family import Family
+
+        fields = re.findall(r"`(\w+)`", argument)
+        assert argument.startswith("`dig") or set(fields) <= set(Family.__dataclass_fields__)

@@ -1,0 +1,330 @@
+"""The registry: who may import whom, families of one's own, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import cases, identity
+from bench.checkouts import copy_tree
+from bench.jobs import BUDGETS, Budget
+from bench.results import Case, read_results
+from bench.side import Side
+from dig import discovery, registry
+from dig.declared import DIG
+from dig.environment import ROOT
+from dig.family import Family, FamilyError, UnknownModelError
+from dig.registry import ModelSpec, create_model, find_family, load_family, parse_family, parse_model, register
+
+MODULE = '''
+"""A backbone in few lines."""
+from torch import nn
+
+from dig.layers import Backbone
+from dig.registry import register
+
+
+@register(sizes=("S", "B"))
+class Plain(Backbone):
+    def __init__(self, size, **shape):
+        super().__init__(**shape)
+        self.conv = nn.Conv2d(shape["in_channels"], 2 * shape["in_channels"], 1)
+
+    def forward(self, x, t, y):
+        return self.conv(x) * (1 + t.view(-1, 1, 1, 1)) + y.view(-1, 1, 1, 1)
+
+
+@register(name="Two-Ways", sizes=("S",), options={"backend": ("plain", "fast"), "shade": ("light", "dark")},
+          gpu_only=frozenset({"fast"}), on_gpu="fast", reference="Two-Ways:plain")
+def two_ways(size, *, backend, shade="light", **shape):
+    return Plain(size, **shape)
+
+
+NOTHING = 3
+'''
+
+
+def run(*words: str, folder: Path, module: str = "bench") -> subprocess.CompletedProcess[str]:
+    """A command, started where the module of one's own lies."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module with families, importable in this process; all is forgotten afterwards."""
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(registry.families())
+    yield name
+    registry._families.clear()
+    registry._families.update(before)
+    registry._sources.clear()
+    identity._family_hash.cache_clear()
+    sys.modules.pop(name, None)
+
+
+def imported(path: Path) -> set[str]:
+    """First parts of the names of all modules that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("folder", "above"), [("dig", {"baselines", "bench", "reports"}), ("baselines", {"bench", "reports"})]
+)
+def test_imports_go_upwards_only(folder: str, above: set[str]) -> None:
+    assert {path.name for path in (ROOT / folder).rglob("*.py") if imported(path) & above} == set()
+
+
+def test_names_and_options_are_checked_without_torch() -> None:
+    code = (
+        "import sys; from dig.registry import *; from dig.registry import parse_model\n"
+        "assert list(families())[:4] == ['DiG', 'DiT', 'Flash-DiT', 'DiS'], list(families())\n"
+        "print(parse_model('DiG-S/2:variant=release', 'cpu')); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_other_packages_declare_families_by_entry_points(tmp_path: Path) -> None:
+    (tmp_path / "stranger.py").write_text(MODULE)
+    info = tmp_path / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dig.models]\nstranger = stranger\nbroken = no_such_module\n")
+    code = (
+        "from dig.registry import families, find_family, source_of; print(list(families()))\n"
+        "assert source_of('Plain') == ''\ntry: find_family('Plane')\nexcept ValueError as e: print(e)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "'DiG', 'DiT', 'Flash-DiT', 'DiS', 'Plain', 'Two-Ways'" in done.stdout
+    assert "did you mean Plain?" in done.stdout
+    assert "no_such_module, which declares models, raised ModuleNotFoundError" in done.stdout
+
+
+def test_a_checkout_declares_its_own_families_without_being_installed() -> None:
+    assert discovery.modules()[:2] == ("dig.declared", "baselines.declared")
+
+
+def test_a_family_by_its_import_path(own: str) -> None:
+    family, rest, options = parse_family(f"{own}:Plain", sized=False)
+    assert (family.name, rest, options) == ("Plain", "", {})
+    assert load_family(f"{own}:Plain") is family
+    assert registry.source_of("Plain") == f"{own}:Plain"
+    model = create_model("Plain-B/2", input_size=(8, 8), num_classes=3)
+    assert (type(model).__name__, model.patch_size, model.num_classes) == ("Plain", 2, 3)
+    family, rest, options = parse_family(f"{own}:two_ways-S/4:plain:shade=dark", sized=True)
+    assert (family.name, rest, options) == ("Two-Ways", "-S/4", {"backend": "plain", "shade": "dark"})
+
+
+def test_a_case_carries_the_import_path(own: str) -> None:
+    plain, fast = cases.sweep([f"{own}:Plain", f"{own}:two_ways"], resolutions=(64,))
+    assert (plain.model, plain.options, plain.source) == ("Plain-S/2", (), f"{own}:Plain")
+    assert (fast.model, fast.options, fast.source) == ("Two-Ways-S/2", (("backend", "fast"),), f"{own}:two_ways")
+    with pytest.raises(ValueError, match=r"Two-Ways with backend=fast needs an NVIDIA GPU; .* plain only"):
+        cases.sweep([f"{own}:two_ways:fast"], resolutions=(64,), executions=("eager",), device="cpu")
+    with pytest.raises(UnknownModelError, match="sizes and patch are axes of their own here; write Plain"):
+        cases.sweep([f"{own}:Plain-S/2"], resolutions=(64,))
+    with pytest.raises(UnknownModelError, match="Plain has no backends to choose from; got 'fast'"):
+        cases.sweep([f"{own}:Plain:fast"], resolutions=(64,))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("no_such.module:Family", "no module 'no_such' for no_such.module:Family; is its folder on PYTHONPATH?"),
+        ("{own}:Plane", "{own} has no 'Plane'; its families: Plain, two_ways"),
+        ("{own}:NOTHING", "{own}:NOTHING is no family: give a dig.registry.Family, or decorate it with"),
+        ("broken:Plain", "importing broken for broken:Plain raised ZeroDivisionError: division by zero"),
+        ("leaving:Plain", "importing leaving for leaving:Plain raised SystemExit: 1"),
+        ("lacking:Plain", "importing lacking for lacking:Plain raised ModuleNotFoundError: No module named 'nowhere'"),
+        ("taken:DiG", "two families are called DiG: of dig.declared._build and of taken.DiG"),
+        ("dig:fla", "unknown model 'dig': did you mean DiG?"),
+    ],
+)
+def test_what_is_no_family_is_said_in_one_line(words: str, message: str, own: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(1)")
+    (tmp_path / "lacking.py").write_text("import nowhere")
+    (tmp_path / "taken.py").write_text("from dig.registry import register\n@register(sizes=('S',))\nclass DiG: ...\n")
+    with pytest.raises((FamilyError, UnknownModelError)) as caught:
+        parse_family(words.format(own=own), sized=False)
+    assert message.format(own=own) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_commands_refuse_with_status_2(own: str, tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "1.png").write_bytes(b"")
+    for module, words in (
+        ("bench", ["run", "--models", f"{own}:Plane"]),
+        ("bench", ["kernels", "--model", f"{own}:Plane-S/2"]),
+        ("bench", ["capacity", "--model", f"{own}:Plane-S/2"]),
+        ("bench.sampling", ["--models", f"{own}:Plane"]),
+        ("dig", ["train", "--model", f"{own}:Plane-S/2", "--data", "images", "--out", "run"]),
+    ):
+        done = run(*words, "--device", "cpu", folder=tmp_path, module=module)
+        assert done.returncode == 2, (words, done.stderr)
+        assert f"{own} has no 'Plane'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "a:b"}, "a family's name is letters"),
+        ({"sizes": ()}, "needs sizes such as"),
+        ({"sizes": ("S-1",)}, "without '-' and '/'"),
+        ({"options": {"shade": "dark"}}, "option 'shade' of Fine needs a tuple of words"),
+        ({"gpu_only": frozenset({"fast"})}, "Fine has no backend 'fast'; it has ''"),
+    ],
+)
+def test_what_no_family_can_be(fields: dict, message: str) -> None:
+    with pytest.raises(FamilyError, match=message):
+        Family(**{"name": "Fine", "sizes": ("S",), "build": dict, **fields})
+
+
+def test_two_families_of_one_name_are_refused_and_the_same_one_again_is_not(own: str) -> None:
+    assert register(DIG) is DIG
+    with pytest.raises(FamilyError, match="two families are called DiG"):
+        register(replace(DIG, build=dict))
+
+
+def test_what_a_family_builds_must_be_a_backbone(own: str) -> None:
+    register(Family(name="Odd", sizes=("S",), build=lambda size, **shape: dict(shape)))
+    with pytest.raises(TypeError, match=r"Odd builds a dict, which is no dig.layers.Backbone"):
+        create_model("Odd-S/2", image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "former"), [("DiG-S/2", "recurrence"), ("DiT-S/2", "attention"), ("DiS-S/2", "mixer")]
+)
+def test_former_words_are_read(name: str, former: str) -> None:
+    family = find_family(name.partition("-")[0])
+    word = family.backends[0]
+    assert create_model(name, image_size=64, **{former: word}).config.backend == word
+    assert parse_model(f"{name}:{former}={word}", "cpu")[1]["backend"] == word
+    assert cases.ModelChoice.parse(f"{family.name}:{former}={word}").options == (("backend", word),)
+    spec = ModelSpec(name=name, options={former: word}, input_size=[8, 8], in_channels=4, num_classes=3)
+    assert spec.options == {"backend": word}
+    with pytest.raises(
+        UnknownModelError, match=r"unknown option 'attenton' of DiT: did you mean backend\? Known: backend"
+    ):
+        find_family("DiT").read_options({"attenton": "materialized"})
+
+
+def test_one_option_by_two_names_is_refused() -> None:
+    with pytest.raises(UnknownModelError, match="DiG is given backend twice: fla and triton"):
+        find_family("DiG").read_options({"recurrence": "fla", "backend": "triton"})
+
+
+def test_a_family_of_ones_own_is_trained_and_sampled(own: str, tmp_path: Path) -> None:
+    from tests.dig.tiny import make_fashion
+
+    make_fashion(tmp_path / "data", train=40, test=10)
+    words = ["train", "--model", f"{own}:Plain-S/8", "--data", "data", "--out", "run", "--steps", "2", "--batch", "4"]
+    done = run(*words, "--device", "cpu", "--grid-every", "0", folder=tmp_path, module="dig")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["model"]["name"], config["model"]["source"]) == ("Plain-S/8", f"{own}:Plain")
+    words = ["sample", "--checkpoint", "run", "--npz", "out.npz", "--steps", "2", "--device", "cpu", "--samples", "2"]
+    done = run(*words, folder=tmp_path, module="dig")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.npz").exists()
+
+
+def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(own: str, tmp_path: Path) -> None:
+    words = ["run", "--models", f"{own}:Plain,DiT", "--patch", "8", "--resolution", "64", "--modes", "forward"]
+    words += ["--device", "cpu", "--out", "rows.jsonl", "--resume"]
+    for expected, change in (("2 cases", ""), ("0 cases", "# another\n"), ("1 cases", "")):
+        done = run(*words, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"{expected} to measure" in done.stderr
+        (tmp_path / f"{own}.py").write_text(MODULE + change)
+    plain, dit, again = read_results(tmp_path / "rows.jsonl").rows
+    assert (plain.status, plain.case.model, plain.case.source) == ("ok", "Plain-S/8", f"{own}:Plain")
+    assert plain.marks == ("unverified", "no-reference")
+    assert (plain.flops, plain.message) == (2 * 8 * 8 * 4 * 8, "")
+    assert dit.marks == ()
+    assert again.case == plain.case
+    assert again.key != plain.key
+
+
+def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_path: Path) -> None:
+    text = MODULE.replace('gpu_only=frozenset({"fast"}), on_gpu="fast", ', "").replace(
+        "    return Plain(size, **shape)",
+        "    return Plain(size, **shape) if backend == 'plain' else Wrong(size, **shape)",
+    )
+    text += "\n\nclass Wrong(Plain):\n    def forward(self, x, t, y):\n        return 1.5 * super().forward(x, t, y)\n"
+    (tmp_path / f"{own}.py").write_text(text)
+    words = ["run", "--models", f"{own}:two_ways:plain,{own}:two_ways:fast", "--patch", "8", "--resolution", "64"]
+    done = run(*words, "--modes", "forward", "--device", "cpu", "--out", "rows.jsonl", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    right, wrong = read_results(tmp_path / "rows.jsonl").rows
+    assert (right.status, right.marks) == ("ok", ())
+    assert wrong.status == "error"
+    assert "Two-Ways-S/8 differs from its reference (Two-Ways-S/8 backend=plain)" in wrong.message
+
+
+def test_a_side_of_the_gate_finds_a_family_of_ones_own(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(model="Plain-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu", source=f"{own}:Plain")
+    monkeypatch.chdir(tmp_path)
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.0, max_samples=3)
+    with Side(copy_tree(ROOT, tmp_path / "side", "side"), time_limit=60) as side:
+        row = side.measure(case, budget=budget, launch=0)
+    assert (row.status, row.message) == ("ok", "")
+
+
+def test_a_familys_files_are_in_its_rows_addresses_alone(own: str, tmp_path: Path) -> None:
+    def keys() -> dict[str, str]:
+        identity._family_hash.cache_clear()
+        environment, budget = {"torch": "2"}, BUDGETS["cpu"]
+        given = [Case(model=model, resolution=64) for model in ("DiG-S/2", "Flash-DiT-S/2")]
+        given.append(Case(model="Plain-S/2", resolution=64, source=f"{own}:Plain"))
+        return {c.model: identity.measurement_key(c, code="c", environment=environment, budget=budget) for c in given}
+
+    before = keys()
+    assert len(set(before.values())) == 3
+    (tmp_path / f"{own}.py").write_text(MODULE + "# another\n")
+    after = keys()
+    assert [model for model in before if before[model] != after[model]] == ["Plain-S/2"]
+    files = {name for name, _ in identity.family_files(find_family("Flash-DiT"))}
+    assert {"baselines/declared.py", "baselines/dit.py"} <= files
+    helper = tmp_path / "kernels.cu"
+    helper.write_text("first")
+    named = replace(find_family("Plain"), files=(str(helper),))
+    assert {name for name, _ in identity.family_files(named)} == {f"{own}.py", "kernels.cu"}
+    with pytest.raises(FamilyError, match=r"names the source file nowhere.cu, which is not there"):
+        identity.family_files(replace(named, files=("nowhere.cu",)))
+
+
+def test_a_package_counts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    package = tmp_path / "whole_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "layers.py").write_text("WIDTH = 1\n")
+    (package / "families.py").write_text(MODULE.replace("Plain", "Packed").replace("Two-Ways", "Packed-Ways"))
+    family = load_family("whole_package.families:Packed")
+    assert {name for name, _ in identity.family_files(family)} == {
+        "whole_package/__init__.py",
+        "whole_package/layers.py",
+        "whole_package/families.py",
+    }
