@@ -17,6 +17,7 @@ from bench.checkouts import Checkout, CheckoutError, check_out_base, copy_tree, 
 from bench.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, Thresholds, cell, exit_status, marks_of, to_markdown
 from bench.compare_command import percent
 from bench.environment import ROOT, gpu_present
+from bench.lifeline import scratch_folder
 from bench.messages import refuse
 from bench.models import closest, missing_packages, parse_name
 from bench.regression import BUDGETS, SUITES, Comparison, Plan, compare_checkouts, compare_sides
@@ -86,7 +87,7 @@ def regression(
         if against_itself < 0:
             raise ValueError(f"--against-itself must not be negative; got {against_itself}")
         folder = out / datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        with tempfile.TemporaryDirectory(prefix="dig-regression-") as scratch:
+        with tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch:
             gate = _Gate(plan, Path(scratch), folder, console)
             if against_itself or self_test:
                 status, text = gate.test_itself(runs=against_itself, slowed=self_test)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import signal
@@ -22,6 +21,7 @@ from bench.gate import check_against_reference, check_kernels, check_replay, tun
 from bench.jobs import Budget, CaseJob, CeilingJob, GateJob, Job, ProbeJob
 from bench.kernels import kernel_names
 from bench.ledgers import Checks, Memory, Timing
+from bench.lifeline import die_with_parent, end_with_parent, give_way
 from bench.memory import MemoryMeter
 from bench.models import missing_packages, parse_name
 from bench.nvml import Gpu, Watch
@@ -31,8 +31,6 @@ from bench.timing import Sampled, sample
 from dig.packages import MissingPackageError
 
 CEILING_SIDE = {"cuda": 8192, "cpu": 1024}
-_PR_SET_PDEATHSIG = 1
-
 
 EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
 """How long the step is timed in the execution that is not the case's."""
@@ -284,14 +282,6 @@ def _failure(error: Exception) -> tuple[Status, str]:
     return "oom" if full else "error", text
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that forked it is gone, so that no orphan holds the GPU."""
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return  # Not Linux: the harness's own clean-up is all there is.
-
-
 def _answer(job: Job) -> Any:
     if isinstance(job, CaseJob):
         return measure_case(job).to_json()
@@ -308,8 +298,9 @@ def worker_main(connection: Connection, job: Job, errors: str) -> None:
         job: What to do.
         errors: Path of a file that takes what the process prints to stderr, for the message of a crash.
     """
-    os.setsid()  # A group of its own, so that a time limit ends it together with its children.
-    _die_with_parent()
+    end_with_parent()  # In a group of its own, which a time limit ends too.
+    die_with_parent()
+    give_way()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
     try:
         with open(errors, "ab", buffering=0) as stderr:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.lifeline import end_with_parent, give_way
 from bench.models import create_model
 from bench.sampling.rows import SamplingCase
 from bench.steps import fill_zeros
@@ -85,6 +86,8 @@ def serve(connection: Connection, case: SamplingCase) -> None:
 
     An answer is ``("ok", value)``, or ``("failed", (status, message))``.
     """
+    end_with_parent()
+    give_way()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
     contestant: Contestant | None = None
     try:
