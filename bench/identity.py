@@ -1,7 +1,8 @@
 """The content address of a measurement: case, code and environment. No torch here.
 
-A resumed run leaves a case alone only where its file has a row with the same address. What was measured with other code
-or other versions is another measurement, whatever its commit was called.
+A resumed run leaves a case alone only where its file has a row with the same address. What was measured with other
+code, other versions or under other circumstances (threads, CPUs, limits, variables that change what runs) is another
+measurement, whatever its commit was called.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.environment import CIRCUMSTANCES
 from bench.jobs import Budget
 from bench.results import Case
 
@@ -24,7 +26,8 @@ MEASURING = (
 """Modules of ``bench`` whose change can change a number; the command line's cannot."""
 
 VERSIONS = ("gpu_name", "driver", "torch", "triton", "packages", "python", "cpu")
-"""Keys of `bench.environment.describe_environment` that count. Two cards of one name are one environment."""
+"""Keys of `bench.environment.describe_environment` that count, beside its `CIRCUMSTANCES`. Two cards of one name are
+one environment."""
 
 
 def code_hash(root: Path) -> str:
@@ -50,7 +53,7 @@ def measurement_key(case: Case, *, code: str, environment: Mapping[str, Any], bu
     content = {
         "case": dataclasses.asdict(case),
         "code": code,
-        "environment": {name: environment.get(name) for name in VERSIONS},
+        "environment": {name: environment.get(name) for name in (*VERSIONS, *CIRCUMSTANCES)},
         "budget": dataclasses.asdict(budget),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
