@@ -11,16 +11,18 @@ import pandas as pd
 
 from bench.migrations import SCHEMA
 from bench.results import Row
+from bench.selection import newest
 
 FORMATS = ("parquet", "csv")
 
 
 def to_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """Rows as a frame. Nested fields are named with dots; options and environment keep one column per name."""
-    return pd.json_normalize([_flat(row) for row in rows], max_level=3)
+    counted = {id(row) for row in newest(rows).rows}
+    return pd.json_normalize([_flat(row, id(row) in counted) for row in rows], max_level=3)
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flat(row: Row, is_newest: bool) -> dict[str, Any]:
     record = dataclasses.asdict(row)
     record["case"]["options"] = dict(row.case.options)
     # None where a part is absent would be a column of its own beside those of its fields.
@@ -29,7 +31,7 @@ def _flat(row: Row) -> dict[str, Any]:
     if row.checks is not None:
         record["checks"]["kernels"] = " ".join(row.checks.kernels)
     derived = {"median_ms": row.median_ms, "fps": row.fps, "ceiling_share": row.ceiling_share}
-    return {"schema": SCHEMA, **record, **derived, "samples": len(row.samples_ms)}
+    return {"schema": SCHEMA, **record, **derived, "samples": len(row.samples_ms), "newest": is_newest}
 
 
 def export_rows(rows: Sequence[Row], path: Path, format: str) -> None:
