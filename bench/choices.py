@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from bench.cases import sweep
 from bench.environment import gpu_present
-from bench.messages import refuse
+from bench.messages import check_count, refuse
 from bench.models import missing_packages, parse_name
 from bench.results import Case
 
@@ -42,6 +42,8 @@ def one_case(
     device: str,
 ) -> Case:
     """The case that ``--model DiG-XL/2:triton`` and its companions name; anything wrong ends the command."""
+    check_count(resolution, "--resolution")
+    check_count(batch, "--batch")
     where = choose_device(device)
     name, *words = model.strip().split(":")
     try:

@@ -6,12 +6,12 @@ on neither side says nothing about the change, and counts for none of them: it i
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
+from bench.messages import cell
 from bench.results import Case, Row
 from bench.selection import by_case_and_machine, newest
 from bench.statistics import (
@@ -278,12 +278,6 @@ def to_markdown(
         lines.append(f"- cases that could not be compared, and count for nothing: {unmeasured}")
     lines += [f"- {cell(note)}" for note in notes]
     return "\n".join(lines) + "\n"
-
-
-def cell(text: str) -> str:
-    """Text that can neither leave its table cell nor become markup: messages hold what code under test says."""
-    flat = " ".join(text.split())
-    return html.escape(flat, quote=False).translate({ord(mark): f"&#{ord(mark)};" for mark in "|`@[]*_#!\\"})
 
 
 def _line(finding: Finding, several_machines: bool) -> str:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from bench.compare import Thresholds, compare_rows, exit_status, marks_of, to_markdown
-from bench.messages import refuse
+from bench.files import write_file
+from bench.messages import refuse, say
 from bench.results import ResultError, Results, read_results
 from bench.selection import differences, machine, newest
 
@@ -19,8 +20,9 @@ def percent(text: str, option: str) -> float:
         share = float(text.strip().removesuffix("%")) / 100
     except ValueError:
         share = -1.0
-    if not 0 < share < 1:
-        refuse(f"{option} takes a percentage above 0 and below 100, such as 2%; got {text!r}")
+    # Below a millionth nothing is measured, and 1 + share would be 1.
+    if not 1e-8 <= share < 1:
+        refuse(f"{option} takes a percentage above 0 and below 100, such as 2%; got {text[:80]!r}")
     return share
 
 
@@ -50,6 +52,8 @@ def compare(
     Of a file that holds several measurements of a case, the newest counts. What differs between the files' machines,
     versions and settings is listed; a case that they have on different machines only gets a ratio and no verdict.
     """
+    if out is not None:
+        _spare((base, change), out)
     try:
         thresholds = Thresholds(
             time=percent(least_effect, "--least-effect"),
@@ -65,10 +69,17 @@ def compare(
     typer.echo(text, nl=False)
     if out is not None:
         try:
-            out.write_text(text, encoding="utf-8")
+            write_file(out, text)
         except OSError as error:
             refuse(f"cannot write {out}: {error.strerror}; choose another --out")
     raise typer.Exit(exit_status(findings))
+
+
+def _spare(results: tuple[Path, ...], out: Path) -> None:
+    """Refuse to write over what is read."""
+    for path in results:
+        if out.exists() and path.exists() and out.samefile(path):
+            refuse(f"--out {out} is the results file itself, and measured rows are kept; choose another --out")
 
 
 def _notes(sides: list[tuple[str, Results]]) -> list[str]:
@@ -110,11 +121,12 @@ def export(
         if not rows:
             refuse(f"{results} holds no rows")
         path = out if out is not None else results.with_suffix(f".{format}")
+        _spare((results,), path)
         export_rows(rows, path, format)
     except ResultError as error:
         refuse(str(error))
     except OSError as error:
         refuse(f"cannot write {path}: {error.strerror}; choose another --out")
-    typer.echo(f"wrote {len(rows)} rows to {path}")
+    say(f"wrote {len(rows)} rows to {path}")
     if words := newest(rows).describe():
-        typer.echo(f"not newest: {words.removeprefix('rows left out: ')}")
+        say(f"not newest: {words.removeprefix('rows left out: ')}")

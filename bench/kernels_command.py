@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.choices import one_case
 from bench.messages import refuse
@@ -37,7 +38,7 @@ def kernels(
 
 def _table(title: str, *headings: str) -> Table:
     """The first column is text, the others are numbers."""
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for heading in headings:
         first = heading == headings[0]
         table.add_column(heading, justify=cast(Any, "left" if first else "right"), no_wrap=not first)
@@ -51,7 +52,7 @@ def _print_by_time(case: Case, top: int) -> None:
     total = sum(kernel.us for kernel in found)
     table = _table(f"{case.describe()}: {total / 1000:.3f} ms", "kernel", "calls", "us a step", "share")
     for kernel in found[:top]:
-        table.add_row(kernel.name, f"{kernel.calls:g}", f"{kernel.us:,.1f}", f"{kernel.us / total:.1%}")
+        table.add_row(Text(kernel.name), f"{kernel.calls:g}", f"{kernel.us:,.1f}", f"{kernel.us / total:.1%}")
     rest = found[top:]
     if rest:
         us = sum(kernel.us for kernel in rest)
@@ -71,7 +72,7 @@ def _print_in_order(case: Case, top: int) -> None:
     table = _table(title, "kernel", "stream", "begins, us", "takes, us", "gap before, us")
     for span in spans[:top]:
         numbers = (f"{x:,.1f}" for x in (span.start_us, span.us, span.gap_us))
-        table.add_row(span.name, str(span.stream), *numbers)
+        table.add_row(Text(span.name), str(span.stream), *numbers)
     if len(spans) > top:
         table.add_row(f"{len(spans) - top} later")
     Console().print(table)

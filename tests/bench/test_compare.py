@@ -17,13 +17,13 @@ from bench.compare import (
     REGRESSION,
     Thresholds,
     ambiguous_cases,
-    cell,
     compare_rows,
     exit_status,
     marks_of,
     to_markdown,
 )
 from bench.ledgers import Checks, Memory
+from bench.messages import cell
 from bench.results import Case, Row, read_results
 
 CASE = Case(model="DiG-S/2", resolution=256)
