@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 from bench.cases import sweep
@@ -29,6 +31,20 @@ def default_execution(device: str) -> str:
 def default_dtype(device: str) -> str:
     """bf16 on a GPU, fp32 on a CPU."""
     return "bf16" if device == "cuda" else "fp32"
+
+
+@contextlib.contextmanager
+def fitting(case: Case) -> Iterator[None]:
+    """End the command with one line where a case that it runs in its own process does not fit in memory."""
+    try:
+        yield
+    except Exception as error:
+        from bench.worker import failure
+
+        status, message = failure(error)
+        if status != "oom":
+            raise
+        refuse(f"{case.describe()} does not fit in memory; choose a smaller --batch or --resolution ({message:.200})")
 
 
 def one_case(

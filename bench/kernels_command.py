@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.choices import one_case
-from bench.messages import refuse
+from bench.choices import fitting, one_case
+from bench.messages import check_count, refuse
 from bench.results import Case
 
 
@@ -22,7 +22,7 @@ def kernels(
     batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    top: Annotated[int, typer.Option(help="Rows to print.", min=1)] = 25,
+    top: Annotated[int, typer.Option(help="Rows to print.")] = 25,
     in_order: Annotated[
         bool, typer.Option("--in-order", help="One step's kernels as they ran, with the gaps between them; GPU.")
     ] = False,
@@ -31,9 +31,11 @@ def kernels(
     case = one_case(
         model, resolution=resolution, mode=mode, execution=execution, batch=batch, dtype=dtype, device=device
     )
+    check_count(top, "--top")
     if in_order and case.device != "cuda":
         refuse("--in-order shows what ran on a GPU's streams; leave it out on a CPU, or use --device cuda")
-    _print_in_order(case, top) if in_order else _print_by_time(case, top)
+    with fitting(case):
+        _print_in_order(case, top) if in_order else _print_by_time(case, top)
 
 
 def _table(title: str, *headings: str) -> Table:

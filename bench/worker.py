@@ -100,7 +100,7 @@ def measure_case(job: CaseJob) -> Row:
         return _measure(job, started_at, environment)
     except Exception as error:
         traceback.print_exc()
-        return failed(*_failure(error))
+        return failed(*failure(error))
 
 
 def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> Row:
@@ -233,7 +233,7 @@ def agree(job: GateJob) -> dict[str, Any]:
         found = check_against_reference(job.case)
     except Exception as error:
         traceback.print_exc()
-        status, message = _failure(error)
+        status, message = failure(error)
         return {"status": status, "message": message}
     return {} if found is None else dataclasses.asdict(found)
 
@@ -251,7 +251,7 @@ def probe(job: ProbeJob) -> dict[str, Any]:
         _, memory = _prepare(step, job.case, meter)
     except Exception as error:
         traceback.print_exc()
-        status, message = _failure(error)
+        status, message = failure(error)
         return {"status": status, "message": message}
     return {"status": "ok", **dataclasses.asdict(memory)}
 
@@ -268,7 +268,14 @@ def _limit_memory(device: str, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + limit, mapped + limit))
 
 
-def _failure(error: Exception) -> tuple[Status, str]:
+_FULL = (
+    "out of memory", "can't allocate memory", "alloc_failed",
+    # More than any address: torch's words, and NumPy's.
+    "size calculation overflow", "integer multiplication overflow", "array is too big", "maximum allowed dimension",
+)  # fmt: skip
+
+
+def failure(error: BaseException) -> tuple[Status, str]:
     """A row's status and message for what a case raised."""
     if isinstance(error, MissingPackageError):
         return "unsupported", str(error)
@@ -278,8 +285,7 @@ def _failure(error: Exception) -> tuple[Status, str]:
         return "oom", str(error) or "out of host memory"
     text = f"{type(error).__name__}: {error}"
     # cuDNN, cuBLAS and the CPU allocator report a full memory as a plain RuntimeError.
-    full = any(word in text.lower() for word in ("out of memory", "can't allocate memory", "alloc_failed"))
-    return "oom" if full else "error", text
+    return "oom" if any(words in text.lower() for words in _FULL) else "error", text
 
 
 def _answer(job: Job) -> Any:
