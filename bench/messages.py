@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import sys
 import unicodedata
 from typing import Any, NoReturn
@@ -31,10 +32,14 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+_MARKS = re.compile(r"[|`@\[\]*!\\$~]|(?<!&)#|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown reads as more than itself; an underscore between letters is none of it."""
+
+
 def cell(text: str) -> str:
     """Text that can neither leave its table cell nor become markup: messages hold what code under test says."""
     flat = visible(" ".join(text.split()))
-    return html.escape(flat, quote=False).translate({ord(mark): f"&#{ord(mark)};" for mark in "|`@[]*_#!\\$~"})
+    return _MARKS.sub(lambda found: f"&#{ord(found[0])};", html.escape(flat, quote=False))
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -38,7 +38,8 @@ with the profiler's own cost, {{ "%.2f"|format(busy / 1000) }} ms of it {{ where
 {{ rate(profile.flop_rate, "FLOP/s") }} in a matrix product, {{ rate(profile.byte_rate, "B/s") }} in a copy.</p>
 {% for heading, entries, rest in sections %}
 <h2>{{ heading }}</h2>
-<div class="wide"><table><tr><th>name</th><th>calls</th><th>µs</th><th>share of the step</th><th>of the roofline</th></tr>
+<div class="wide"><table>
+<tr><th>name</th><th>calls</th><th>µs</th><th>share of the step</th><th>of the roofline</th></tr>
 {% for e in entries %}<tr><td title="{{ e.name }}">{{ short(e.name) }}</td>
 <td>{{ e.calls }}</td><td>{{ "%.1f"|format(e.us) }}</td>
 <td><meter min="0" max="1" value="{{ e.us / busy }}"></meter> {{ "%.1f%%"|format(100 * e.us / busy) }}</td>

@@ -37,8 +37,8 @@ class Entry:
         calls: In the step.
         us: Microseconds, all calls together: on the device, or of the operator's own on a CPU.
         cost: The least work of the operations behind it, as far as it is known.
-        share: Of the roofline that this work and the time make, 0 to 1 or little above; None where no work is known, or its
-            data was in a cache.
+        share: Of the roofline that this work and the time make, 0 to 1 or little above; None where no work is known, or
+            its data was in a cache.
     """
 
     name: str

@@ -43,6 +43,17 @@ _MAPPINGS = ("packages", "variables")
 """Entries of an environment that are words or null, and mappings from words to words; others may be anything."""
 
 
+def check_environment(environment: Mapping[str, Any]) -> None:
+    """Raise ValueError where an entry that readers know is of another kind."""
+    for name in _WORDS:
+        value = environment.get(name)
+        require(value is None or isinstance(value, str), f"environment.{name} must be a word; got {value!r:.80}")
+    for name in _MAPPINGS:
+        value = environment.get(name)
+        good = value is None or (isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()))
+        require(good, f"environment.{name} must be words by name; got {value!r:.80}")
+
+
 def utc_now() -> str:
     """The time of day, ISO 8601, UTC, as ``started_at`` has it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -171,13 +182,7 @@ class Row:
             require((value or 0) >= 0, f"{name} must not be negative; got {value}")
         ceiling = self.matmul_ceiling
         require(ceiling is None or 1 <= ceiling < 1e30, f"matmul_ceiling must be FLOP/s of a machine; got {ceiling}")
-        for name in _WORDS:
-            value = self.environment.get(name)
-            require(value is None or isinstance(value, str), f"environment.{name} must be a word; got {value!r:.80}")
-        for name in _MAPPINGS:
-            value = self.environment.get(name)
-            good = value is None or (isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()))
-            require(good, f"environment.{name} must be words by name; got {value!r:.80}")
+        check_environment(self.environment)
 
     @property
     def median_ms(self) -> float | None:

@@ -6,6 +6,7 @@ Figures and tables take names, order and grouping from here, so that a series is
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from bench.results import Case, Device, Dtype, Execution, Mark, Mode, ResultErro
 from bench.selection import by_case_and_machine, machine, newest
 
 SIZES = ("S", "B", "L", "XL")
+_MODEL_NAME = re.compile(r"[^/]+-[^-/]+/[1-9][0-9]{0,8}")
 FAMILIES = ("DiG", "Flash-DiT", "DiT", "DiS")
 ATTENTION_FAMILIES = ("Flash-DiT", "DiT")
 # A figure shows the first of these that was measured: a graph leaves out the launches, which say little of a model.
@@ -76,10 +78,16 @@ def series_labels(series: Iterable[Series]) -> dict[Series, str]:
     ordered = sorted(set(series), key=lambda s: s.rank)
     short = {s: _label(s, [value for _, value in s.options]) for s in ordered}
     uses = Counter(short.values())
-    return {
+    labels = {
         s: _label(s, [f"{k}={v}" for k, v in s.options]) if uses[short[s]] > 1 or not _telling(s) else short[s]
         for s in ordered
     }
+    # An option's value may look like two options; columns and lines need a name of their own all the same.
+    taken: Counter[str] = Counter()
+    for s, label in labels.items():
+        taken[label] += 1
+        labels[s] = label if taken[label] == 1 else f"{label} #{taken[label]}"
+    return labels
 
 
 def _label(series: Series, words: list[str]) -> str:
@@ -251,12 +259,10 @@ def read_sweep(paths: list[Path]) -> Sweep:
     for path in paths:
         results = read_results(path)
         for row in results.rows:
-            try:
-                _ = row.case.patch
-            except ValueError:
+            if _MODEL_NAME.fullmatch(row.case.model) is None:
                 raise ResultError(
-                    f"{path}: {row.case.model!r} is no model name; expected family, size and patch, such as DiG-S/2"
-                ) from None
+                    f"{path}: {row.case.model!r:.80} is no model name; expected family, size and patch, such as DiG-S/2"
+                )
         rows += results.rows
         if results.torn:
             warnings.append(

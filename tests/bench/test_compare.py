@@ -155,7 +155,7 @@ def test_the_summary_says_what_changed_first_and_escapes_what_it_quotes() -> Non
     assert not {"<script>", "](http", "@someone", "\n# heading"} & {
         part for part in ("<script>", "](http", "@someone", "\n# heading") if part in text
     }
-    assert cell("a_b*c") == "a&#95;b&#42;c"
+    assert cell("a_b*c _d_ #1 $x$ &#35;") == "a_b&#42;c &#95;d&#95; &#35;1 &#36;x&#36; &amp;&#35;35;"
 
 
 def test_marks_are_counted_by_launch_and_only_of_rows_that_count() -> None:
@@ -328,7 +328,7 @@ def test_settings_that_differ_are_named(tmp_path: Path) -> None:
     found = [line for line in output.splitlines() if "differs" in line]
     assert found == [
         "- differs: cpus: 0-1 in a.jsonl; 0 in b.jsonl",
-        "- differs: variable OMP&#95;NUM&#95;THREADS: 2 in a.jsonl; none in b.jsonl",
+        "- differs: variable OMP_NUM_THREADS: 2 in a.jsonl; none in b.jsonl",
     ]
 
 
