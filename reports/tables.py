@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
-from bench.messages import cell, visible
+from bench.messages import cell
 from bench.results import Mark, Row
 from reports.series import (
     ASSUMED_NOTE,
@@ -244,7 +244,5 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span that its text cannot end."""
-    inner = visible(" ".join(text.split()))
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", inner)), default=0))
-    return f"{fence}{f' {inner} ' if '`' in inner else inner}{fence}"
+    """A code span; a text that could end it, or be read as more by a lesser reader of Markdown, is none."""
+    return f"`{text}`" if re.fullmatch(r"[\w.:/+ -]*\w", text) else cell(text)
