@@ -15,6 +15,8 @@ MOST_SECONDS = 1e6
 """Of any limit on time: eleven days."""
 MOST_COUNT = 2**31 - 1
 """Of images, pixels, steps."""
+MOST_LETTERS = 800
+"""Of a message."""
 
 
 def visible(text: str) -> str:
@@ -48,9 +50,14 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def refuse(message: str) -> NoReturn:
-    """End with exit status 2 and one clear line."""
-    say(f"error: {message}", err=True)
+    """End with exit status 2 and one clear line, cut where it quotes more than anybody reads."""
+    _complain(message)
     raise typer.Exit(2)
+
+
+def _complain(message: str) -> None:
+    cut = message if len(message) <= MOST_LETTERS else f"{message[:MOST_LETTERS]}…"
+    say(f"error: {cut}", err=True)
 
 
 def check_count(value: int, option: str, *, least: int = 1, most: int = MOST_COUNT) -> None:
@@ -83,7 +90,7 @@ def _one_line(main: Any, standalone: bool, *arguments: Any, **named: Any) -> Any
         else:
             context = getattr(error, "ctx", None)
             hint = f"; see {context.command_path} --help" if context is not None else ""
-            say(f"error: {error.format_message().rstrip('.')}{hint}", err=True)
+            _complain(f"{error.format_message().rstrip('.')[: MOST_LETTERS // 2]}{hint}")
         sys.exit(2)
     if not standalone:
         return status

@@ -19,6 +19,7 @@ SCHEMA = 1
 MOST_CFG = 1e6
 KIND = "sampling"
 """Tells these rows from those of `bench.results`, which are of single steps."""
+_BEGINS = f'{{"kind":"{KIND}"'.encode()
 CONFIDENCE = 0.95
 Status = Literal["ok", "oom", "timeout", "error"]
 
@@ -237,7 +238,7 @@ def read_rows(path: Path) -> tuple[list[SamplingRow], list[int]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if not line.rstrip().endswith(b"}"):
+        if not line.rstrip().endswith(b"}") and (line.startswith(_BEGINS) or _BEGINS.startswith(line)):
             torn.append(number)
             continue
         try:
