@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -97,6 +98,9 @@ def _notes(sides: list[tuple[str, Results]]) -> list[str]:
             notes.append(f"{len(elsewhere)} cases are on {machines} in {name} alone: left out there")
         if words := side.describe():
             notes.append(f"{name}: {words}")
+        if failed := Counter(row.status for row in side.rows if row.status != "ok"):
+            counts = ", ".join(f"{count} {status}" for status, count in failed.items())
+            notes.append(f"{name}: launches that failed, and are in no median: {counts}")
     notes += marks_of(*(side.rows for _, side in chosen))
     return notes + [f"{name} ends inside a row; left out" for name, side in sides if side.torn]
 

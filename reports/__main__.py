@@ -24,8 +24,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULTS.jsonl",
-            help="Results files of the benchmark. Of a launch measured twice on a machine, the last row counts; "
-            "several launches of a case are shown as their median and range.",
+            help="Results files of the benchmark. Of a case measured by several versions of the code on a machine, the "
+            "newest counts; several launches of a case are shown as their median and range.",
         ),
     ],
     out: Annotated[

@@ -336,3 +336,10 @@ def test_a_ratio_is_shown_even_without_a_verdict() -> None:
     findings = compare_rows(rows([10.0]), rows([12.0]), Thresholds())
     assert "| 1.2000 |" in to_markdown(findings, Thresholds(), title="x")
     assert findings[0].verdict == "ambiguous"
+
+
+def test_launches_that_failed_on_the_base_are_told_too(tmp_path: Path) -> None:
+    base = [*rows(STEADY), Row(case=CASE, status="timeout", started_at="", launch=5)]
+    files = [write(tmp_path / "a.jsonl", base), write(tmp_path / "b.jsonl", rows(STEADY))]
+    output = runner.invoke(cli.app, ["compare", *files]).output
+    assert "- a.jsonl: launches that failed, and are in no median: 1 timeout" in output

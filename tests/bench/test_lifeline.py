@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ ENDLESS = (
     "import subprocess; module.DiT.forward = lambda self, x, t, y: "
     "(open({pids!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid)), [None for _ in iter(int, 1)])"
 )
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a short name: the server's socket is in its TMPDIR, and the path of a socket has 107 letters at most."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="dig-test-") as name:
+        yield Path(name)
 
 
 def begin(folder: Path, command: list[str]) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
@@ -50,10 +58,10 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 @pytest.mark.parametrize("command", [RUN, SAMPLING, REGRESSION], ids=["run", "sampling", "regression"])
 def test_a_killed_harness_leaves_no_process_and_the_next_start_no_folder(
-    command: list[str], number: signal.Signals, tmp_path: Path
+    command: list[str], number: signal.Signals, folder: Path
 ) -> None:
-    pids = tmp_path / "pids"
-    harness, environment = begin(tmp_path, [*command, "--out", str(tmp_path / "out")])
+    pids = folder / "pids"
+    harness, environment = begin(folder, [*command, "--out", str(folder / "out")])
     try:
         assert wait_until(lambda: pids.exists() and pids.read_text(), 60)
         descendants = children(harness.pid)
@@ -68,11 +76,11 @@ def test_a_killed_harness_leaves_no_process_and_the_next_start_no_folder(
     start = "from bench.lifeline import scratch_folder; scratch_folder()"
     subprocess.run([sys.executable, "-c", start], env=environment, cwd=ROOT, check=True)
     # torch keeps what it compiled from one run to the next.
-    assert {path.name.partition("_")[0] for path in (tmp_path / "tmp").iterdir()} <= {"torchinductor"}
+    assert {path.name.partition("_")[0] for path in (folder / "tmp").iterdir()} <= {"torchinductor"}
 
 
-def test_a_harness_killed_while_its_server_imports_leaves_none(tmp_path: Path) -> None:
-    harness, _ = begin(tmp_path, [*RUN, "--out", str(tmp_path / "out")])
+def test_a_harness_killed_while_its_server_imports_leaves_none(folder: Path) -> None:
+    harness, _ = begin(folder, [*RUN, "--out", str(folder / "out")])
     try:
         assert wait_until(lambda: len(children(harness.pid)) >= 2, 30)
         descendants = children(harness.pid)
