@@ -71,8 +71,8 @@ def read_run(folder: Path) -> Run:
     options = model.object("options")
     kept = [name for name in ("recurrence", "attention", "mixer") if name in options.content]
     hardware = next((name for name in ("gpu_name", "cpu") if environment.content.get(name)), None)
-    log = read_lines(folder / "train.jsonl")
     evaluations = [_evaluation(line) for line in read_lines(folder / "evaluation.jsonl")]
+    log = read_lines(folder / "train.jsonl")
     return Run(
         folder=folder.name,
         model=model.word("name"),
