@@ -78,7 +78,9 @@ class Record:
         self.where = where
 
     def _refuse(self, name: str, kind: str) -> RunError:
-        return RunError(f"{self.where}: {name} must be {kind}; got {self.content.get(name)!r:.80}")
+        return RunError(
+            f"{self.where}: {name} must be {kind}; got {self.content.get(name)!r:.80}; is it a log of dig train?"
+        )
 
     def word(self, name: str) -> str:
         """A text."""

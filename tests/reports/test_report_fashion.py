@@ -136,7 +136,7 @@ def test_bad_input(tmp_path: Path) -> None:
     (run / "evaluation.jsonl").unlink()
     assert "cannot read" in message()
     (run / "config.json").write_text("{}")
-    assert "holds no logs" in message()
+    assert "config.json: config must be an object" in message()
 
 
 def test_the_figure_needs_no_torch() -> None:
