@@ -23,7 +23,9 @@ from bench.capacity import (
     room_on_gpu,
 )
 from bench.choices import one_case
-from bench.messages import refuse
+from bench.decoding import parse_json
+from bench.files import append_line, read_file, require_appendable
+from bench.messages import check_count, check_positive, refuse, visible
 from bench.results import Case
 from dig.environment import describe_environment
 
@@ -51,15 +53,18 @@ def capacity(
     Exit status 0: both were found; 3: a probe failed otherwise than by memory; 2: bad input.
     """
     console = Console(soft_wrap=True)
-    if limit is not None and not limit > 0:
-        refuse(f"--limit must be positive; got {limit:g}")
-    if min(most_batch, most_resolution, batch) < 1 or not time_limit > 0:
-        refuse("--batch, --most-batch, --most-resolution and --time-limit must be positive")
+    if limit is not None:
+        check_positive(limit, "--limit")
+    for option, value in (("--batch", batch), ("--most-batch", most_batch), ("--most-resolution", most_resolution)):
+        check_count(value, option)
+    check_positive(time_limit, "--time-limit")
     case = one_case(
         model, resolution=resolution, mode=mode, execution=execution, batch=batch, dtype=dtype, device=device
     )
     if case.device == "cpu" and limit is None:
         refuse("on a CPU say how much memory there is to fill: --limit GIB; filling all of the host's would stop it")
+    if out is not None:
+        _require_probes(out)
 
     allowed = None if limit is None else int(limit * GIB)
     where = {"limit": allowed, "environment": describe_environment()}
@@ -67,7 +72,7 @@ def capacity(
     def probe(tried: Case) -> Probe:
         found = probe_case(tried, limit=allowed, time_limit=time_limit)
         peak = f"fits, peak {found.peak / GIB:.2f} GiB" if found.peak else ("fits" if found.fits else "does not fit")
-        console.print(f"  {tried.resolution}px batch {tried.batch}: {peak}", highlight=False)
+        console.print(f"  {tried.resolution}px batch {tried.batch}: {peak}", markup=False, highlight=False)
         if out is not None:
             described = {**asdict(tried), "options": dict(tried.options)}
             _append(out, {"case": described, "fits": found.fits, "peak": found.peak, **where})
@@ -81,7 +86,7 @@ def capacity(
             lambda: largest_resolution(case, probe, most=most_resolution, room=room),
         ),
     ]
-    console.print(case.describe(), highlight=False)
+    console.print(case.describe(), markup=False, highlight=False)
     answers = []
     try:
         for words, search in searches:
@@ -91,16 +96,32 @@ def capacity(
                 f"{words}: {found.largest}{mark}" if found.largest else f"{words}: not even the smallest fits"
             )
     except CapacityError as error:
-        console.print(f"stopped: {error}", markup=False, highlight=False)
+        console.print(visible(f"stopped: {error}"), markup=False, highlight=False)
         raise typer.Exit(3) from None
     for answer in answers:
         console.print(answer, highlight=False)
 
 
+def _require_probes(path: Path) -> None:
+    """Refuse, before anything is tried, a file that cannot be appended to or holds anything but probes."""
+    try:
+        require_appendable(path)
+        lines = read_file(path).splitlines() if path.exists() else []
+    except OSError as error:
+        refuse(f"cannot write {path}: {error.strerror}; choose another --out")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_json(line.decode())
+        except ValueError:
+            if number == len(lines):
+                continue  # What a kill left of a line; the next one begins on its own.
+            record = None
+        if not isinstance(record, dict) or not {"case", "fits", "peak"} <= record.keys() or "schema" in record:
+            refuse(f"{path}, line {number}: no probe of bench capacity; choose another --out")
+
+
 def _append(path: Path, probe: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(probe) + "\n")
+        append_line(path, json.dumps(probe))
     except OSError as error:
         refuse(f"cannot write {path}: {error.strerror}; choose another --out")

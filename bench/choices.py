@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 from bench.cases import sweep
-from bench.messages import refuse
+from bench.messages import check_count, refuse
 from bench.results import Case
 from dig.environment import gpu_present
 from dig.registry import parse_family, parse_name
@@ -31,6 +33,20 @@ def default_dtype(device: str) -> str:
     return "bf16" if device == "cuda" else "fp32"
 
 
+@contextlib.contextmanager
+def fitting(case: Case) -> Iterator[None]:
+    """End the command with one line where a case that it runs in its own process does not fit in memory."""
+    try:
+        yield
+    except Exception as error:
+        from bench.worker import failure
+
+        status, message = failure(error)
+        if status != "oom":
+            raise
+        refuse(f"{case.describe()} does not fit in memory; choose a smaller --batch or --resolution ({message:.200})")
+
+
 def one_case(
     model: str,
     *,
@@ -42,6 +58,8 @@ def one_case(
     device: str,
 ) -> Case:
     """The case that ``--model DiG-XL/2:triton`` and its companions name; anything wrong ends the command."""
+    check_count(resolution, "--resolution")
+    check_count(batch, "--batch")
     where = choose_device(device)
     try:
         family, rest, options = parse_family(model, sized=True)

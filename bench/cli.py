@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,7 +19,7 @@ from bench.compare_command import compare, export
 from bench.first_step import first_step
 from bench.identity import code_hash
 from bench.kernels_command import kernels
-from bench.messages import refuse
+from bench.messages import OneLineGroup, check_count, check_positive, refuse, say, visible
 from bench.profile_command import profile
 from bench.regression_command import regression
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
@@ -29,6 +30,7 @@ from dig.packages import MissingPackageError
 from dig.registry import VAE_FACTOR, ModelSpec, families, list_models, parse_name
 
 app = typer.Typer(
+    cls=OneLineGroup,
     add_completion=False,
     no_args_is_help=True,
     help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS against resolution and model size.",
@@ -39,15 +41,25 @@ for command in (kernels, compare, export, regression, capacity, profile, first_s
     app.command()(command)
 
 
+MOST_LAUNCHES = 10_000
+
+
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """The words of a list, each once."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in (repeated := [word for word, count in Counter(words).items() if count > 1]):
+        say(f"{word} stands {words.count(word)} times in {text}; it counts once", err=True)
+    return list(dict.fromkeys(words)) if repeated else words
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        refuse(f"{option} takes whole numbers separated by commas; got {text!r}")
+    numbers = []
+    for word in _words(text):
+        if not (word.isascii() and word.removeprefix("-").isdecimal() and len(word) <= 20):
+            refuse(f"{option} takes whole numbers separated by commas; got {text[:80]!r}")
+        check_count(int(word), option)
+        numbers.append(int(word))
+    return numbers
 
 
 def _default_models(device: str) -> list[str]:
@@ -105,12 +117,10 @@ def run(
 
     A launch whose clock was held down is measured once more when all others are done, for half a minute in all.
     """
-    if batch < 1:
-        refuse(f"--batch must be at least 1; got {batch}")
-    if launches < 1:
-        refuse(f"--launches must be at least 1; got {launches}")
-    if not time_limit > 0:
-        refuse(f"--time-limit must be positive; got {time_limit:g}")
+    check_count(batch, "--batch")
+    check_count(patch, "--patch")
+    check_count(launches, "--launches", most=MOST_LAUNCHES)
+    check_positive(time_limit, "--time-limit")
     where = choose_device(device, present=gpu_present())
     try:
         if suite is not None:
@@ -130,6 +140,8 @@ def run(
                 dtype=cast(Any, dtype or default_dtype(where)),
                 device=cast(Any, where),
             )
+        # What stands twice, by two names perhaps (DiG and DiG:reference), is measured once.
+        selected = case_lists.without_repeats(selected)
         if not selected:
             refuse("nothing to measure: every axis needs at least one value")
         if models is not None:
@@ -150,7 +162,8 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, la
     console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
         if writer.torn_path is not None:
-            console.print(f"[yellow]{out} ended inside a row; the torn line was moved to {writer.torn_path}[/yellow]")
+            said = f"{out} ended inside a row; the torn line was moved to {writer.torn_path}"
+            console.print(visible(said), style="yellow", markup=False)
         environment = describe_environment()
         sweep = Sweep(
             cases=tuple(selected),
@@ -161,9 +174,8 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, la
             environment=environment,
         )
         skipped = len(selected) * launches - len(sweep.remaining)
-        console.print(
-            f"{len(sweep.remaining)} cases to measure into {out}" + (f", {skipped} done before" if skipped else "")
-        )
+        before = f", {skipped} done before" if skipped else ""
+        console.print(visible(f"{len(sweep.remaining)} cases to measure into {out}{before}"), markup=False)
         measured = 0
         # SIGINT too: a shell that starts the harness in the background has it ignored.
         for interrupt in (signal.SIGINT, signal.SIGTERM):
@@ -180,11 +192,12 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, la
                     measured += 1
                     if "measured-again" not in row.marks:
                         progress.advance(task)
-                    progress.console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
+                    progress.console.print(visible(_line(row)), markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
-            console.print(f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume")
+            said = f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume"
+            console.print(visible(said), markup=False)
             sys.exit(130)
-    console.print(f"done: {measured} rows in {out}")
+    console.print(visible(f"done: {measured} rows in {out}"), markup=False)
 
 
 def _line(row: Row) -> str:

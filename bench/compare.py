@@ -6,13 +6,14 @@ on neither side says nothing about the change, and counts for none of them: it i
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
+from bench.messages import cell
 from bench.results import Case, Row
+from bench.selection import by_case_and_machine, newest
 from bench.statistics import (
     LEAST_LAUNCHES,
     MOST_SCATTER,
@@ -82,6 +83,7 @@ class Finding:
             and nothing to lose: the case ran on neither side, or does not fit the machine on the base's.
         note: Why there is no number, or what to know about it.
         broken: The base has a number and the change has none, where it should: that is a regression.
+        machine: On which it was compared; ``X against Y`` where the sides ran on two.
     """
 
     case: Case
@@ -93,35 +95,54 @@ class Finding:
     verdict: Outcome = "ambiguous"
     note: str = ""
     broken: bool = False
+    machine: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Change over base: the interval's, or the quotient of the medians; None where a side has no number."""
+        if self.interval is not None:
+            return self.interval.ratio
+        return self.change / self.base if self.base and self.change else None
 
 
-def compare_rows(base: Iterable[Row], change: Iterable[Row], thresholds: Thresholds) -> list[Finding]:
+def compare_rows(
+    base: Iterable[Row], change: Iterable[Row], thresholds: Thresholds, *, across_machines: bool = False
+) -> list[Finding]:
     """Compare two sides, case by case, in the base's order; a case that only one side has is left out.
 
-    Rows of both sides that have the same set of launch numbers are taken as rounds, launch i beside launch i.
+    Of each side the rows count that `bench.selection.newest` chooses. A case is compared on every machine that both
+    sides have it on; where there is none, the last machine of either side is looked at, and gets no verdict. Rows of
+    both sides that have the same set of launch numbers are taken as rounds, launch i beside launch i.
+
+    Args:
+        base, change: Rows, in the order they were measured.
+        thresholds: What counts as a difference.
+        across_machines: Judge a case on two machines too, as two sides without rounds.
     """
-    sides = [_by_case(base), _by_case(change)]
-    return [
-        finding
-        for case in sides[0]
-        if case in sides[1]
-        for finding in _compare_case(case, sides[0][case], sides[1][case], thresholds)
-    ]
+    sides = [by_case_and_machine(newest(rows).rows) for rows in (base, change)]
+    findings = []
+    for case, machines in sides[0].items():
+        others = sides[1].get(case)
+        if others is None:
+            continue
+        for name in (common := [name for name in machines if name in others]):
+            found = _compare_case(case, machines[name], others[name], thresholds)
+            findings += [replace(finding, machine=name) for finding in found]
+        if not common:
+            names = [list(side)[-1] for side in (machines, others)]
+            found = _compare_case(case, machines[names[0]], others[names[1]], thresholds, paired=False)
+            if not across_machines:
+                found = [replace(finding, verdict="ambiguous", broken=False, note=_OTHER_MACHINE) for finding in found]
+            findings += [replace(finding, machine=" against ".join(names)) for finding in found]
+    return findings
 
 
-def _by_case(rows: Iterable[Row]) -> dict[Case, list[Row]]:
-    """Each case's launches, the last row of every launch."""
-    latest: dict[tuple[Case, int], Row] = {}
-    for row in rows:
-        latest[row.case, row.launch] = row
-    found: dict[Case, list[Row]] = {}
-    for (case, _), row in sorted(latest.items(), key=lambda item: item[0][1]):
-        found.setdefault(case, []).append(row)
-    order = {row.case: None for row in latest.values()}
-    return {case: found[case] for case in order}
+_OTHER_MACHINE = "measured on two machines; --across-machines judges all the same"
 
 
-def _compare_case(case: Case, base: list[Row], change: list[Row], thresholds: Thresholds) -> list[Finding]:
+def _compare_case(
+    case: Case, base: list[Row], change: list[Row], thresholds: Thresholds, *, paired: bool = True
+) -> list[Finding]:
     good = [[row for row in rows if row.status == "ok"] for rows in (base, change)]
     if not good[0] or not good[1]:
         return [_missing(case, base, change, good)]
@@ -132,7 +153,7 @@ def _compare_case(case: Case, base: list[Row], change: list[Row], thresholds: Th
     lost = [len(rows) - len(ok) for rows, ok in zip((base, change), good, strict=True)]
     for metric in ("time", "memory"):
         figures = [[(row.launch, x) for row in rows if (x := _figure(row, metric))] for rows in good]
-        finding = _judge(case, metric, figures, thresholds)
+        finding = _judge(case, metric, figures, thresholds, paired=paired)
         if finding is not None:
             findings.append(finding)
     if lost[1] > lost[0]:
@@ -167,7 +188,7 @@ def _figure(row: Row, metric: Metric) -> float | None:
 
 
 def _judge(
-    case: Case, metric: Metric, figures: Sequence[list[tuple[int, float]]], thresholds: Thresholds
+    case: Case, metric: Metric, figures: Sequence[list[tuple[int, float]]], thresholds: Thresholds, *, paired: bool
 ) -> Finding | None:
     values = [[x for _, x in side] for side in figures]
     if not values[0] or not values[1]:
@@ -179,8 +200,8 @@ def _judge(
     launches = (len(values[0]), len(values[1]))
     interval, note = None, ""
     if min(launches) >= LEAST_LAUNCHES:
-        paired = [launch for launch, _ in figures[0]] == [launch for launch, _ in figures[1]]
-        interval = ratio_interval(values[0], values[1], paired=paired)
+        rounds = [launch for launch, _ in figures[0]] == [launch for launch, _ in figures[1]]
+        interval = ratio_interval(values[0], values[1], paired=paired and rounds)
     elif metric == "memory" and case.device == "cuda":
         # The allocator of a GPU hands out the same blocks in every launch: one is enough.
         interval = Interval(ratio=change / base, low=change / base, high=change / base)
@@ -243,10 +264,11 @@ def to_markdown(
     headline = "Nothing was measured" if unmeasured == len(findings) else HEADLINES[exit_status(findings)]
     lines = [f"## {f'{headline}: ' if verdict else ''}{cell(title)}", ""]
     if findings:
+        several = len({finding.machine for finding in findings}) > 1
         lines += ["| case | | base | change | change / base (95%) | launches | verdict |"]
         lines += ["| --- | --- | ---: | ---: | ---: | ---: | --- |"]
         rank = {"slower": 1, "ambiguous": 2, "unmeasured": 3, "faster": 4, "same": 5}
-        lines += [_line(f) for f in sorted(findings, key=lambda f: 0 if f.broken else rank[f.verdict])]
+        lines += [_line(f, several) for f in sorted(findings, key=lambda f: 0 if f.broken else rank[f.verdict])]
     lines += ["", f"Time counts from {thresholds.least_time:.1%}, memory from {thresholds.memory:.1%}."]
     if thresholds.noise is not None:
         lines[-1] += f" The runner's noise floor is {thresholds.noise:.2%}."
@@ -258,34 +280,29 @@ def to_markdown(
     return "\n".join(lines) + "\n"
 
 
-def cell(text: str) -> str:
-    """Text that can neither leave its table cell nor become markup: messages hold what code under test says."""
-    flat = " ".join(text.split())
-    return html.escape(flat, quote=False).translate({ord(mark): f"&#{ord(mark)};" for mark in "|`@[]*_#!\\"})
-
-
-def _line(finding: Finding) -> str:
+def _line(finding: Finding, several_machines: bool) -> str:
     def figure(x: float | None) -> str:
         if x is None:
             return ""
         return f"{x:.4g} ms" if finding.metric == "time" else f"{x / 2**30:.3f} GiB"
 
     i = finding.interval
-    ratio = "" if i is None else f"{i.ratio:.4f} [{i.low:.4f}, {i.high:.4f}]"
+    ratio = "" if finding.ratio is None else f"{finding.ratio:.4f}" + (f" [{i.low:.4f}, {i.high:.4f}]" if i else "")
     verdict = "**broken**" if finding.broken else WORDS[finding.metric].get(finding.verdict, finding.verdict)
     note = f": {cell(finding.note)}" if finding.note else ""
     launches = f"{finding.launches[0]} + {finding.launches[1]}" if any(finding.launches) else ""
+    where = cell(finding.case.describe()) + (f", {cell(finding.machine)}" if several_machines else "")
     return (
-        f"| {cell(finding.case.describe())} | {finding.metric} | {figure(finding.base)} | {figure(finding.change)} | "
+        f"| {where} | {finding.metric} | {figure(finding.base)} | {figure(finding.change)} | "
         f"{ratio} | {launches} | {verdict}{note} |"
     )
 
 
 def marks_of(*sides: Iterable[Row]) -> list[str]:
-    """One line for each mark that rows carry, with how many launches' last rows carry it."""
+    """One line for each mark that rows which count carry, with how many of them do."""
     counts: dict[str, int] = {}
     for side in sides:
-        for row in {(row.case, row.launch): row for row in side}.values():
+        for row in newest(side).rows:
             for mark in row.marks:
                 counts[mark] = counts.get(mark, 0) + 1
     return [f"{count} launches are marked {mark}" for mark, count in sorted(counts.items())]

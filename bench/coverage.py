@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import NoReturn
 
 import numpy as np
 
 from bench.compare import Thresholds
+from bench.messages import visible
 from bench.statistics import LEAST_LAUNCHES, judge_launches, ratio_interval
 
+MOST_TRIALS, MOST_LAUNCHES = 10**6, 200
 Noise = Callable[[np.random.Generator, int], np.ndarray]
 """Logarithms of so many launches' figures."""
 
@@ -83,16 +87,24 @@ def simulate(noise: Noise, launches: int, *, paired: bool, trials: int, seed: in
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {visible(message)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m bench.coverage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=1000, help="comparisons a line")
     parser.add_argument("--launches", type=int, nargs="+", default=[5, 6, 12, 18], help="of each side")
     options = parser.parse_args(arguments)
-    if options.trials < 1 or min(options.launches) < LEAST_LAUNCHES:
-        parser.error(f"--trials must be at least 1 and --launches at least {LEAST_LAUNCHES}")
+    if not 1 <= options.trials <= MOST_TRIALS:
+        parser.error(f"--trials must be at least 1 and at most {MOST_TRIALS}")
+    if not all(LEAST_LAUNCHES <= launches <= MOST_LAUNCHES for launches in options.launches):
+        parser.error(f"--launches must be at least {LEAST_LAUNCHES} and at most {MOST_LAUNCHES}")
     error = math.sqrt(0.95 * 0.05 / options.trials)
     print(f"{options.trials} comparisons of equal code a line: a share of 95% is known to {2 * error:.1%}")
     print("noise        launches       in  covered   width   same ambiguous  wrong")

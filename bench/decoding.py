@@ -12,6 +12,9 @@ from functools import cache
 from typing import Any, Literal, NoReturn, TypeVar
 
 T = TypeVar("T")
+MOST_DEEP = 32
+MOST_WHOLE = 2**63 - 1
+"""Whole numbers beyond it fit no table's column, and measure nothing."""
 
 
 def _refuse_constant(word: str) -> NoReturn:
@@ -26,15 +29,45 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON: no NaN or Infinity, and no name twice in an object, for either would be read as somebody's guess.
+    """Parse JSON that a row may be.
+
+    No NaN or Infinity, and no name twice in an object, for either would be read as somebody's guess; no whole number of
+    more than 64 bits, no half of a surrogate pair, nothing nested deeply, for neither can be written or shown again.
 
     Raises:
-        ValueError: Not such JSON, or nested too deeply to be a row.
+        ValueError: Not such JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _check(value, 0)
+    return value
+
+
+def _check(value: Any, depth: int) -> None:
+    if depth > MOST_DEEP:
+        raise ValueError("nested too deeply")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair") from None
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _check(name, depth + 1)
+            _check(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check(inner, depth + 1)
+    elif isinstance(value, int) and abs(value) > MOST_WHOLE:
+        raise ValueError("a whole number has more than 64 bits")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 @cache

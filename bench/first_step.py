@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from bench.choices import one_case
+from bench.choices import fitting, one_case
+from bench.lifeline import scratch_folder
 
 
 def first_step(
@@ -30,7 +31,7 @@ def first_step(
     eagerly, each until the device is done. The driver's own cache of compiled code is left alone.
     """
     case = one_case(model, resolution=resolution, mode=mode, execution="eager", batch=batch, dtype=dtype, device=device)
-    with tempfile.TemporaryDirectory(prefix="dig-first-step-") as folder:
+    with fitting(case), tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
         # Before torch and Triton are imported: they read these once.
         os.environ |= {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         os.environ["FLA_CACHE_RESULTS"] = "0"

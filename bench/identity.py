@@ -1,7 +1,8 @@
 """The content address of a measurement: case, code and environment. No torch here.
 
-A resumed run leaves a case alone only where its file has a row with the same address. What was measured with other code
-or other versions is another measurement, whatever its commit was called.
+A resumed run leaves a case alone only where its file has a row with the same address. What was measured with other
+code, other versions or under other circumstances (threads, CPUs, limits, variables that change what runs) is another
+measurement, whatever its commit was called.
 
 The code has two parts. The harness and ``dig``, which every model stands on, are in every row's address (`code_hash`).
 A family's own files, with those of the family that it is compared with, are in its rows' addresses alone
@@ -22,6 +23,7 @@ from typing import Any
 
 from bench.jobs import Budget
 from bench.results import Case
+from dig.environment import CIRCUMSTANCES
 from dig.family import Family, FamilyError
 from dig.packages import DISTRIBUTIONS
 from dig.registry import find_family, load_source
@@ -33,7 +35,8 @@ MEASURING = (
 """Modules of ``bench`` whose change can change a number; the command line's cannot."""
 
 VERSIONS = ("gpu_name", "driver", "torch", "triton", "packages", "python", "cpu")
-"""Keys of `dig.environment.describe_environment` that count. Two cards of one name are one environment."""
+"""Keys of `dig.environment.describe_environment` that count, beside its `CIRCUMSTANCES`. Two cards of one name are
+one environment."""
 
 
 def _digest(files: Iterable[tuple[str, Path]]) -> str:
@@ -130,7 +133,7 @@ def measurement_key(case: Case, *, code: str, environment: Mapping[str, Any], bu
         "case": dataclasses.asdict(case),
         "code": code,
         "family": family_hash(case),
-        "environment": {name: environment.get(name) for name in VERSIONS},
+        "environment": {name: environment.get(name) for name in (*VERSIONS, *CIRCUMSTANCES)},
         "budget": dataclasses.asdict(budget),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -7,9 +7,10 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from bench.choices import one_case
-from bench.messages import refuse
+from bench.choices import fitting, one_case
+from bench.messages import check_count, refuse
 from bench.results import Case
 
 
@@ -21,7 +22,7 @@ def kernels(
     batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    top: Annotated[int, typer.Option(help="Rows to print.", min=1)] = 25,
+    top: Annotated[int, typer.Option(help="Rows to print.")] = 25,
     in_order: Annotated[
         bool, typer.Option("--in-order", help="One step's kernels as they ran, with the gaps between them; GPU.")
     ] = False,
@@ -30,14 +31,16 @@ def kernels(
     case = one_case(
         model, resolution=resolution, mode=mode, execution=execution, batch=batch, dtype=dtype, device=device
     )
+    check_count(top, "--top")
     if in_order and case.device != "cuda":
         refuse("--in-order shows what ran on a GPU's streams; leave it out on a CPU, or use --device cuda")
-    _print_in_order(case, top) if in_order else _print_by_time(case, top)
+    with fitting(case):
+        _print_in_order(case, top) if in_order else _print_by_time(case, top)
 
 
 def _table(title: str, *headings: str) -> Table:
     """The first column is text, the others are numbers."""
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for heading in headings:
         first = heading == headings[0]
         table.add_column(heading, justify=cast(Any, "left" if first else "right"), no_wrap=not first)
@@ -51,7 +54,7 @@ def _print_by_time(case: Case, top: int) -> None:
     total = sum(kernel.us for kernel in found)
     table = _table(f"{case.describe()}: {total / 1000:.3f} ms", "kernel", "calls", "us a step", "share")
     for kernel in found[:top]:
-        table.add_row(kernel.name, f"{kernel.calls:g}", f"{kernel.us:,.1f}", f"{kernel.us / total:.1%}")
+        table.add_row(Text(kernel.name), f"{kernel.calls:g}", f"{kernel.us:,.1f}", f"{kernel.us / total:.1%}")
     rest = found[top:]
     if rest:
         us = sum(kernel.us for kernel in rest)
@@ -71,7 +74,7 @@ def _print_in_order(case: Case, top: int) -> None:
     table = _table(title, "kernel", "stream", "begins, us", "takes, us", "gap before, us")
     for span in spans[:top]:
         numbers = (f"{x:,.1f}" for x in (span.start_us, span.us, span.gap_us))
-        table.add_row(span.name, str(span.stream), *numbers)
+        table.add_row(Text(span.name), str(span.stream), *numbers)
     if len(spans) > top:
         table.add_row(f"{len(spans) - top} later")
     Console().print(table)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bench.decoding import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -36,6 +38,11 @@ class Memory:
     context: int | None = None
     process_peak: int | None = None
     process_source: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on bytes that cannot be."""
+        for name in ("parameters", "allocator_peak", "process_peak"):
+            require((getattr(self, name) or 0) >= 0, f"memory.{name} must not be negative; got {getattr(self, name)}")
 
     @property
     def peak(self) -> int | None:

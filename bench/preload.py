@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
+
+from bench.lifeline import die_with_parent
+from dig.environment import HARNESS_VARIABLE
+
+harness = os.environ.pop(HARNESS_VARIABLE, "")
+if harness:
+    # Until it serves, the server does not look whether its harness is still there.
+    die_with_parent()
+    if os.getppid() != int(harness):
+        os._exit(1)
 
 # With this, asking whether there is a GPU does not start CUDA, whose state would not survive the fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # A training step of plain attention at 1792 pixels fits on an 80 GB card only if the allocator does not fragment it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import torch  # after the variables that it reads
+import torch  # noqa: E402 - it reads these variables
 
 
 def _refuse() -> None:
@@ -31,3 +42,9 @@ try:
             importlib.import_module(name)
 finally:
     torch.cuda._lazy_init = _start_cuda
+
+if harness:
+    # From here on it ends with its last client; the signal would come with the thread that started it, too. It ends at
+    # once: to take torch apart keeps a core busy for seconds.
+    die_with_parent(0)
+    atexit.register(os._exit, 0)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bench.choices import one_case
-from bench.messages import refuse
+from bench.choices import fitting, one_case
+from bench.files import require_appendable, write_file
+from bench.lifeline import scratch_folder
+from bench.messages import refuse, say
 from dig.environment import describe_environment
 
 
@@ -27,17 +30,25 @@ def profile(
     case = one_case(model, resolution=resolution, mode=mode, execution="eager", batch=batch, dtype=dtype, device=device)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "index.html").touch()
+        for name in ("index.html", "trace.json", "profile.json"):
+            require_appendable(out / name)
     except OSError as error:
         refuse(f"cannot write {error.filename or out}: {error.strerror}; choose another --out")
     from bench.profile_page import page
     from bench.profiles import profile_case
 
     environment = describe_environment()
-    found = profile_case(case, out / "trace.json")
-    (out / "index.html").write_text(page(found, environment), encoding="utf-8")
-    (out / "profile.json").write_text(json.dumps({"environment": environment, **asdict(found)}) + "\n")
+    with fitting(case), tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+        # Beside the folder, so that a step that fails leaves the pages of the one before as they were.
+        trace = Path(folder) / "trace.json"
+        found = profile_case(case, trace)
+        try:
+            write_file(out / "trace.json", trace.read_bytes())
+            write_file(out / "index.html", page(found, environment))
+            write_file(out / "profile.json", json.dumps({"environment": environment, **asdict(found)}) + "\n")
+        except OSError as error:
+            refuse(f"cannot write {error.filename or out}: {error.strerror}; choose another --out")
     for entry in found.kernels[:10]:
         share = "" if entry.share is None else f", {entry.share:.0%} of the roofline"
-        typer.echo(f"{entry.us:10.1f} us  {entry.calls:4d} x  {entry.name[:80]}{share}")
-    typer.echo(f"wrote {out / 'index.html'}, trace.json and profile.json")
+        say(f"{entry.us:10.1f} us  {entry.calls:4d} x  {entry.name[:80]}{share}")
+    say(f"wrote {out / 'index.html'}, trace.json and profile.json")

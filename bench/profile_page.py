@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment
 
 from bench.kernels import short_name
+from bench.messages import visible
 from bench.profiles import Entry, Profile
 
 TOP = 40
@@ -23,7 +25,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; font-family: ui-monospace, monospace;
-  font-size: .85em; }
+  font-size: .85em; min-width: 14rem; }
+.wide { overflow-x: auto; }
 td:not(:first-child) { white-space: nowrap; } meter { width: 5rem; } svg { width: 100%; height: auto; }
 polyline { fill: none; stroke: var(--bar); stroke-width: 1.5; }
 text { fill: currentColor; font-size: 12px; } small { opacity: .75; }
@@ -32,21 +35,22 @@ text { fill: currentColor; font-size: 12px; } small { opacity: .75; }
 <p>{{ environment }}</p>
 <p>One step, launched eagerly under the profiler: {{ "%.2f"|format(profile.wall_us / 1000) }} ms on the host's clock
 with the profiler's own cost, {{ "%.2f"|format(busy / 1000) }} ms of it {{ where }}. Ceilings measured beside it:
-{{ "%.1f"|format(profile.flop_rate / 1e12) }} TFLOP/s in a matrix product,
-{{ "%.0f"|format(profile.byte_rate / 1e9) }} GB/s in a copy.</p>
+{{ rate(profile.flop_rate, "FLOP/s") }} in a matrix product, {{ rate(profile.byte_rate, "B/s") }} in a copy.</p>
 {% for heading, entries, rest in sections %}
 <h2>{{ heading }}</h2>
-<table><tr><th>name</th><th>calls</th><th>µs</th><th>share of the step</th><th>of the roofline</th></tr>
+<div class="wide"><table>
+<tr><th>name</th><th>calls</th><th>µs</th><th>share of the step</th><th>of the roofline</th></tr>
 {% for e in entries %}<tr><td title="{{ e.name }}">{{ short(e.name) }}</td>
 <td>{{ e.calls }}</td><td>{{ "%.1f"|format(e.us) }}</td>
 <td><meter min="0" max="1" value="{{ e.us / busy }}"></meter> {{ "%.1f%%"|format(100 * e.us / busy) }}</td>
 <td>{% if e.share is not none %}{{ "%.0f%%"|format(100 * e.share) }}{% endif %}</td></tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% if rest %}<p><small>and {{ rest }} more</small></p>{% endif %}
 {% endfor %}
 <p><small>Names are cut at their arguments; the full one shows where the pointer rests. Of the roofline: the least time
 for the least work (each input read once, products counted in full) at the measured ceilings, over the time taken. Where
-a part of the work is not known, the share is too low; where nothing is, there is none.</small></p>
+a part of the work is not known, the share is too low; where nothing is, or the data was in a cache and faster than the
+ceilings, there is none.</small></p>
 <h2>Memory over the step</h2>
 {% if line %}<svg viewBox="0 0 1000 260" role="img" aria-label="Allocated bytes over time">
 <polyline points="{{ line }}"/>
@@ -72,6 +76,12 @@ def _line(points: Sequence[tuple[float, int]]) -> tuple[str, int]:
     return " ".join(f"{1000 * t / last:.1f},{240 - 220 * (b - low) / (top - low):.1f}" for t, b in kept), top
 
 
+def rate(per_second: float, unit: str) -> str:
+    """Three digits with a prefix, ``97.5 GFLOP/s``: a CPU's rate is no ``0.0 TFLOP/s``."""
+    power = min(max(int(math.log10(per_second) // 3), 0), 4) if per_second >= 1 else 0
+    return f"{per_second / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}{unit}"
+
+
 def page(profile: Profile, environment: dict[str, Any]) -> str:
     """The page's HTML."""
     machine = environment.get("gpu_name") if profile.case.device == "cuda" else environment.get("cpu")
@@ -85,8 +95,8 @@ def page(profile: Profile, environment: dict[str, Any]) -> str:
         Environment(autoescape=True)
         .from_string(_PAGE)
         .render(
-            title=profile.case.describe(),
-            environment=f"{machine}, torch {environment.get('torch')}, commit {environment.get('commit')}",
+            title=visible(profile.case.describe()),
+            environment=visible(f"{machine}, torch {environment.get('torch')}, commit {environment.get('commit')}"),
             profile=profile,
             busy=sum(e.us for e in profile.kernels) or 1.0,
             where="on the GPU" if profile.case.device == "cuda" else "in operators",
@@ -94,6 +104,7 @@ def page(profile: Profile, environment: dict[str, Any]) -> str:
             line=line,
             top=top,
             mib=MIB,
-            short=short_name,
+            short=lambda name: visible(short_name(name)),
+            rate=rate,
         )
     )

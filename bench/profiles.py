@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.jobs import Budget, CeilingJob
 from bench.results import Case, Device
-from bench.roofline import Cost, cost_of, kernel_costs
+from bench.roofline import MOST_SHARE, Cost, cost_of, kernel_costs
 from bench.steps import build_step, warm_up
 from bench.timing import sample
 from bench.worker import measure_ceiling
@@ -37,7 +37,8 @@ class Entry:
         calls: In the step.
         us: Microseconds, all calls together: on the device, or of the operator's own on a CPU.
         cost: The least work of the operations behind it, as far as it is known.
-        share: Of the roofline that this work and the time make, 0 to 1; None where no work is known.
+        share: Of the roofline that this work and the time make, 0 to 1 or little above; None where no work is known, or
+            its data was in a cache.
     """
 
     name: str
@@ -177,6 +178,8 @@ def memory_timeline(events: Iterable[Mapping[str, Any]], *, device: Device) -> t
 def _ranked(tally: Tally, rates: tuple[float, float]) -> tuple[Entry, ...]:
     entries = []
     for name, (calls, us, cost) in tally.items():
-        least = cost.least_us(*rates)
-        entries.append(Entry(name=name, calls=calls, us=us, cost=cost, share=least / us if least else None))
+        share = cost.least_us(*rates) / us
+        entries.append(
+            Entry(name=name, calls=calls, us=us, cost=cost, share=share if 0 < share <= MOST_SHARE else None)
+        )
     return tuple(sorted(entries, key=lambda entry: -entry.us))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,19 +12,24 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from bench.checkouts import Checkout, CheckoutError, check_out_base, copy_tree, describe_tree, slow_down
-from bench.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, Thresholds, cell, exit_status, marks_of, to_markdown
+from bench.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, Thresholds, exit_status, marks_of, to_markdown
 from bench.compare_command import percent
-from bench.messages import refuse
+from bench.files import require_file_or_nothing
+from bench.lifeline import scratch_folder
+from bench.messages import cell, check_count, check_positive, refuse, visible
 from bench.regression import BUDGETS, SUITES, Comparison, Plan, compare_checkouts, compare_sides
 from bench.results import ResultError
 from bench.side import Side, SideError
-from bench.statistics import noise_floor
+from bench.statistics import LEAST_LAUNCHES, noise_floor
 from dig.environment import ROOT, gpu_present
 from dig.family import closest
 from dig.registry import parse_name
 
+MOST_LAUNCHES = 10_000
 SLOWDOWN = 0.05
 BOOST_MHZ = 1980.0
 """An H100's SM clock, where NVML hides it."""
@@ -64,6 +69,11 @@ def regression(
     alarm and the slowed copy did.
     """
     console = Console(stderr=True, soft_wrap=True)
+    check_count(launches, "--launches", least=LEAST_LAUNCHES, most=MOST_LAUNCHES)
+    check_count(against_itself, "--against-itself", least=0, most=MOST_LAUNCHES)
+    check_count(seed, "--seed", least=0)
+    check_positive(seconds, "--seconds")
+    check_positive(time_limit, "--time-limit")
     name = ("gpu" if gpu_present() else "cpu") if suite == "auto" else suite
     if name not in SUITES:
         refuse(f"unknown suite {name!r}: {closest(name, list(SUITES))}")
@@ -84,10 +94,8 @@ def regression(
                 time=percent(least_effect, "--least-effect"), noise=None if noise is None else percent(noise, "--noise")
             ),
         )
-        if against_itself < 0:
-            raise ValueError(f"--against-itself must not be negative; got {against_itself}")
         folder = out / datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        with tempfile.TemporaryDirectory(prefix="dig-regression-") as scratch:
+        with tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch:
             gate = _Gate(plan, Path(scratch), folder, console)
             if against_itself or self_test:
                 status, text = gate.test_itself(runs=against_itself, slowed=self_test)
@@ -97,6 +105,7 @@ def regression(
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "summary.md").write_text(text, encoding="utf-8")
             if summary is not None:
+                require_file_or_nothing(summary)
                 summary.parent.mkdir(parents=True, exist_ok=True)
                 with summary.open("a", encoding="utf-8") as file:
                     file.write(text)
@@ -105,15 +114,20 @@ def regression(
     except OSError as error:
         refuse(f"cannot write {error.filename or out}: {error.strerror}; choose another --out")
     except SideError as error:
-        console.print(f"nothing can be said: {error}", markup=False, highlight=False)
+        console.print(visible(f"nothing can be said: {error}"), markup=False, highlight=False)
         raise typer.Exit(INCONCLUSIVE) from None
     except KeyboardInterrupt:
-        console.print(f"stopped; the rows measured so far are in {folder}")
+        console.print(visible(f"stopped; the rows measured so far are in {folder}"), markup=False)
         raise typer.Exit(130) from None
     raise typer.Exit(status)
 
 
 _SAID = {NO_REGRESSION: "no alarm", REGRESSION: "an alarm", INCONCLUSIVE: "inconclusive"}
+
+
+def _shown_by(status: Status) -> Callable[[str], None]:
+    """Shows what is measured, as it is written: brackets are no markup."""
+    return lambda text: status.update(Text(visible(text)))
 
 
 class _Gate:
@@ -125,7 +139,13 @@ class _Gate:
 
     def _compare(self, base: Checkout, change: Checkout, name: str, plan: Plan | None = None) -> Comparison:
         with self.console.status("starting") as status:
-            return compare_checkouts(base, change, plan or self.plan, folder=self.folder / name, on_start=status.update)
+            return compare_checkouts(
+                base,
+                change,
+                plan or self.plan,
+                folder=self.folder / name,
+                on_start=_shown_by(status),
+            )
 
     def _summary(self, found: Comparison, title: str) -> str:
         machine = found.change[0].environment if found.change else {}
@@ -188,7 +208,7 @@ class _Gate:
                     (base, change),
                     replace(self.plan, seed=self.plan.seed + index),
                     folder=self.folder / f"itself-{index}",
-                    on_start=status.update,
+                    on_start=_shown_by(status),
                     warm=index > 0,
                 )
 

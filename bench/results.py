@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-from bench.decoding import decode_dataclass, parse_json
+from bench.decoding import decode_dataclass, parse_json, require
+from bench.files import read_file, require_file_or_nothing
 from bench.ledgers import Checks, Clocks, Memory, Timing
 from bench.migrations import SCHEMA, to_present
 from dig.family import Look
@@ -37,6 +38,24 @@ none or nobody said which they should be; the case before it had not given its m
 the model does, so that its outputs were compared with nothing; the launch was throttled before, and is here once more
 (and throttled again where it carries that mark too).
 """
+
+MOST_COUNT = 2**31 - 1
+LEAST_MS, MOST_MS = 1e-6, 1e12
+"""A nanosecond and 31 years: what lies outside is no step's time."""
+_WORDS = ("gpu_name", "gpu_uuid", "driver", "cuda", "torch", "triton", "python", "cpu", "commit")
+_MAPPINGS = ("packages", "variables")
+"""Entries of an environment that are words or null, and mappings from words to words; others may be anything."""
+
+
+def check_environment(environment: Mapping[str, Any]) -> None:
+    """Raise ValueError where an entry that readers know is of another kind."""
+    for name in _WORDS:
+        value = environment.get(name)
+        require(value is None or isinstance(value, str), f"environment.{name} must be a word; got {value!r:.80}")
+    for name in _MAPPINGS:
+        value = environment.get(name)
+        good = value is None or (isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()))
+        require(good, f"environment.{name} must be words by name; got {value!r:.80}")
 
 
 def utc_now() -> str:
@@ -82,8 +101,8 @@ class Case:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         for name in ("batch", "resolution"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_COUNT:
+                raise ValueError(f"{name} must be a whole number from 1 to {MOST_COUNT}; got {value!r:.40}")
 
     @property
     def family(self) -> str:
@@ -166,8 +185,13 @@ class Row:
             raise ValueError("samples_ms must be there exactly if status is ok")
         if not all(math.isfinite(x) and x > 0 for x in self.samples_ms):
             raise ValueError("samples_ms must be finite and positive")
-        if self.launch < 0:
-            raise ValueError(f"launch must not be negative; got {self.launch}")
+        require(all(LEAST_MS <= x <= MOST_MS for x in self.samples_ms), "samples_ms must lie between 1 ns and 31 years")
+        for name in ("launch", "parameters", "flops"):
+            value = getattr(self, name)
+            require((value or 0) >= 0, f"{name} must not be negative; got {value}")
+        ceiling = self.matmul_ceiling
+        require(ceiling is None or 1 <= ceiling < 1e30, f"matmul_ceiling must be FLOP/s of a machine; got {ceiling}")
+        check_environment(self.environment)
 
     @property
     def median_ms(self) -> float | None:
@@ -248,9 +272,13 @@ def read_results(path: Path) -> Results:
         ResultError: The file cannot be opened, or a whole line of it is not a row; the message names file and line.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror}") from None
+    return _rows_of(content, path)
+
+
+def _rows_of(content: bytes, path: Path) -> Results:
     *lines, torn = content.split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
@@ -258,7 +286,9 @@ def read_results(path: Path) -> Results:
             continue
         try:
             rows.append(Row.from_json(line.decode()))
-        except (ResultError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            raise ResultError(f"{path}, line {number}: not text in UTF-8; is it a file of results?") from None
+        except ResultError as error:
             raise ResultError(f"{path}, line {number}: {error}") from None
     return Results(rows=tuple(rows), torn=torn)
 
@@ -267,6 +297,10 @@ class ResultsWriter:
     """Appends rows to a file, each flushed to the disk; the only writer of its file while it is open.
 
     A torn last line is moved to ``<file>.torn`` first, so that nothing whole is lost and nothing torn is read as a row.
+    A file that holds anything but rows is left as it is.
+
+    Raises:
+        ResultError: The file cannot be written, is written by another run, or holds something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -275,6 +309,7 @@ class ResultsWriter:
         self.path = path
         self.torn_path: Path | None = None
         try:
+            require_file_or_nothing(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that a failed write leaves nothing behind that closing the file would try to write again.
             self._file = path.open("a+b", buffering=0)
@@ -285,20 +320,32 @@ class ResultsWriter:
         except OSError:
             self._file.close()
             raise ResultError(f"{path} is being written by another run; wait for it, or choose another --out") from None
-        self._set_torn_line_aside()
+        try:
+            self._set_torn_line_aside()
+        except BaseException:
+            self._file.close()
+            raise
 
     def _set_torn_line_aside(self) -> None:
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
+        try:
+            _rows_of(content[:whole], self.path)
+        except ResultError as error:
+            raise ResultError(f"{error}; choose another --out") from None
         if whole == len(content):
             return
         self.torn_path = self.path.with_name(self.path.name + ".torn")
-        with self.torn_path.open("ab") as torn:
-            torn.write(content[whole:] + b"\n")
-            torn.flush()
-            os.fsync(torn.fileno())
-        self._file.truncate(whole)
+        try:
+            require_file_or_nothing(self.torn_path)
+            with self.torn_path.open("ab") as torn:
+                torn.write(content[whole:] + b"\n")
+                torn.flush()
+                os.fsync(torn.fileno())
+            self._file.truncate(whole)
+        except OSError as error:
+            raise ResultError(f"cannot write {self.torn_path}: {error.strerror}; choose another --out") from None
 
     def write(self, row: Row) -> None:
         """Append one row and wait until it is on the disk.

@@ -1,7 +1,8 @@
 """The least work of an operation: floating-point operations and bytes, from its name and the shapes it was given.
 
-Both are lower bounds: every input read once, the output of known operations written once. A share of the roofline made
-from them can be too low, where an operation must do more, and never too high.
+Both are lower bounds: every input read once, the output of known operations written once; views move nothing. A share
+of the roofline made from them can be too low, where an operation must do more. It is too high only where a cache is
+faster than the ceilings, and is left out there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,29 @@ LIST_BYTES = {"dig::prepare_weights": 6.0}
 """Of operators on lists of tensors, whose dtypes the profiler does not tell, bytes for each element of the first list:
 fp32 weights, copied to bf16.
 """
-PARTLY_READ = frozenset({"dig::gla_mixer_sums"})
-"""Operators that read a few columns of their inputs: what they move at least, shapes alone don't say."""
+PARTLY_READ = frozenset({
+    "dig::gla_mixer_sums",
+    "aten::embedding", "aten::index", "aten::index_select", "aten::gather", "aten::take", "aten::masked_select",
+    "aten::index_put_", "aten::_index_put_impl_", "aten::scatter_", "aten::scatter_add_", "aten::index_add_",
+    "aten::item", "aten::_local_scalar_dense",
+})  # fmt: skip
+"""Operators that read or write a part of their tensors: what they move at least, shapes alone don't say."""
+VIEWS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "t", "transpose", "permute", "movedim", "numpy_T", "view", "_unsafe_view", "_reshape_alias", "reshape",
+        "view_as", "view_as_real", "view_as_complex", "flatten", "unflatten", "expand", "expand_as", "broadcast_to",
+        "as_strided", "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "unsqueeze",
+        "squeeze", "alias", "detach", "detach_", "lift_fresh", "unfold", "diagonal", "real", "imag", "result_type",
+        "empty", "empty_like", "empty_strided", "new_empty", "resize_", "set_", "size", "stride", "is_nonzero",
+    )
+)  # fmt: skip
+"""Operators that move nothing: they give the same memory another shape, or memory that nobody wrote. Those that do copy
+(``reshape``, where it must) call an operator that is counted.
+"""
+MOST_SHARE = 1.1
+"""Of a roofline. What is faster than the ceilings by more than they are known to had its data in a cache, and no share
+of them says anything about it."""
 
 Shape = Sequence[int]
 
@@ -74,7 +96,7 @@ def cost_of(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> Cost:
         shapes: Of its tensor arguments, lists of them for lists of tensors; empty for other arguments.
         types: Of its arguments, as the profiler names them: ``float``, ``c10::BFloat16``.
     """
-    if name in PARTLY_READ:
+    if name in PARTLY_READ or name in VIEWS:
         return Cost()
     if name in LIST_BYTES and shapes:
         elements = sum(math.prod(s) for s in shapes[0] if isinstance(s, Sequence))

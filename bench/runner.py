@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import random
@@ -12,14 +11,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerContext, SpawnContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from bench.identity import measurement_key
 from bench.jobs import BUDGETS, Budget, CaseJob, CeilingJob, GateJob, Job
 from bench.ledgers import Checks
+from bench.lifeline import end_group, scratch_folder
 from bench.results import Case, ResultsWriter, Row, utc_now
+from dig.environment import HARNESS_VARIABLE
 from dig.nvml import POWER_CAP, Gpu
 
 FINAL = frozenset({"ok", "oom", "unsupported"})
@@ -43,16 +43,8 @@ def _context() -> ForkServerContext | SpawnContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.preload"])
+    os.environ[HARNESS_VARIABLE] = str(os.getpid())
     return context
-
-
-def _end(process: BaseProcess) -> None:
-    """Kill a worker with everything that it started, and wait until it is gone."""
-    if process.pid is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
 
 
 def _tail(path: Path, characters: int = 600) -> str:
@@ -72,10 +64,11 @@ def run_job(job: Job, *, time_limit: float) -> Any:
     Raises:
         WorkerError: Time ran out, or the process died; the message holds the end of its stderr.
     """
+    folder = scratch_folder()
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="dig-bench-") as folder:
-        errors = Path(folder) / "stderr"
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        errors = Path(place) / "stderr"
         errors.touch()
         process = context.Process(target=_worker, args=(sender, job, str(errors)), daemon=False)
         process.start()
@@ -89,7 +82,7 @@ def run_job(job: Job, *, time_limit: float) -> Any:
                 process.join()
                 raise WorkerError("error", _post_mortem(process.exitcode, _tail(errors))) from None
         finally:
-            _end(process)
+            end_group(process)
             receiver.close()
 
 

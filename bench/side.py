@@ -23,6 +23,7 @@ from bench.checkouts import Checkout
 from bench.decoding import decode_dataclass
 from bench.identity import code_hash, measurement_key
 from bench.jobs import Budget, CaseJob
+from bench.lifeline import die_with_parent
 from bench.results import Case, ResultError, Row
 from bench.runner import Referee
 from dig.environment import COMMIT_VARIABLE, ROOT, describe_environment
@@ -125,6 +126,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Answer until the input ends."""
+    die_with_parent()  # Its input ends with the harness too, but a launch takes its time.
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What a worker prints must not pass for an answer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import signal
@@ -22,6 +21,7 @@ from bench.gate import check_against_reference, check_kernels, check_replay, dou
 from bench.jobs import Budget, CaseJob, CeilingJob, GateJob, Job, ProbeJob
 from bench.kernels import kernel_names
 from bench.ledgers import Checks, Memory, Timing
+from bench.lifeline import die_with_parent, end_with_parent, give_way
 from bench.memory import MemoryMeter
 from bench.nvml import Watch
 from bench.results import Case, Mark, Row, Status, utc_now
@@ -33,9 +33,6 @@ from dig.layers import Backbone
 from dig.nvml import Gpu
 from dig.packages import MissingPackageError
 from dig.registry import ModelSpec, load_source, parse_name
-
-_PR_SET_PDEATHSIG = 1
-
 
 EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
 """How long the step is timed in the execution that is not the case's."""
@@ -102,7 +99,7 @@ def measure_case(job: CaseJob) -> Row:
         return _measure(job, started_at, environment)
     except Exception as error:
         traceback.print_exc()
-        return failed(*_failure(error))
+        return failed(*failure(error))
 
 
 def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> Row:
@@ -253,7 +250,7 @@ def agree(job: GateJob) -> dict[str, Any]:
         found = check_against_reference(job.case)
     except Exception as error:
         traceback.print_exc()
-        status, message = _failure(error)
+        status, message = failure(error)
         return {"status": status, "message": message}
     return {} if found is None else dataclasses.asdict(found)
 
@@ -271,7 +268,7 @@ def probe(job: ProbeJob) -> dict[str, Any]:
         _, memory = _prepare(step, job.case, meter)
     except Exception as error:
         traceback.print_exc()
-        status, message = _failure(error)
+        status, message = failure(error)
         return {"status": status, "message": message}
     return {"status": "ok", **dataclasses.asdict(memory)}
 
@@ -288,7 +285,14 @@ def _limit_memory(device: str, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + limit, mapped + limit))
 
 
-def _failure(error: Exception) -> tuple[Status, str]:
+_FULL = (
+    "out of memory", "can't allocate memory", "alloc_failed",
+    # More than any address: torch's words, and NumPy's.
+    "size calculation overflow", "integer multiplication overflow", "array is too big", "maximum allowed dimension",
+)  # fmt: skip
+
+
+def failure(error: BaseException) -> tuple[Status, str]:
     """A row's status and message for what a case raised."""
     if isinstance(error, MissingPackageError):
         return "unsupported", str(error)
@@ -298,16 +302,7 @@ def _failure(error: Exception) -> tuple[Status, str]:
         return "oom", str(error) or "out of host memory"
     text = f"{type(error).__name__}: {error}"
     # cuDNN, cuBLAS and the CPU allocator report a full memory as a plain RuntimeError.
-    full = any(word in text.lower() for word in ("out of memory", "can't allocate memory", "alloc_failed"))
-    return "oom" if full else "error", text
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that forked it is gone, so that no orphan holds the GPU."""
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return  # Not Linux: the harness's own clean-up is all there is.
+    return "oom" if any(words in text.lower() for words in _FULL) else "error", text
 
 
 def _answer(job: Job) -> Any:
@@ -328,8 +323,9 @@ def worker_main(connection: Connection, job: Job, errors: str) -> None:
         job: What to do.
         errors: Path of a file that takes what the process prints to stderr, for the message of a crash.
     """
-    os.setsid()  # A group of its own, so that a time limit ends it together with its children.
-    _die_with_parent()
+    end_with_parent()  # In a group of its own, which a time limit ends too.
+    die_with_parent()
+    give_way()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
     try:
         with open(errors, "ab", buffering=0) as stderr:

@@ -1,10 +1,12 @@
-"""Where something was measured or trained: commit, versions, device. No torch here, so that a harness asks at once."""
+"""Where something was measured or trained: commit, versions, device, circumstances. No torch here: it is quick."""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,40 @@ from dig.nvml import Gpu
 from dig.packages import DISTRIBUTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
+HARNESS_VARIABLE = "DIG_HARNESS"
+"""Tells a benchmark's processes the process id of their harness."""
 COMMIT_VARIABLE = "DIG_COMMIT"
 """Names the commit (``<hash>`` or ``<hash>-dirty``) where the code runs without its .git folder."""
+
+CIRCUMSTANCES = (
+    "cpus", "cpu_quota", "cpu_governor", "huge_pages", "memory_limit", "gpu_power_limit", "gpu_ecc", "variables",
+)  # fmt: skip
+"""Keys of `describe_environment` that change from one call to the next on one machine with one set of versions, and a
+number with them."""
+_TELLING = (
+    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "VECLIB_", "DNNL_", "ONEDNN_", "ATEN_",
+    "PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "CUDA_", "CUBLAS_", "CUBLASLT_", "CUDNN_", "CUTLASS_",
+    "TRITON_", "FLA_", "FLASH_", "MAMBA_", "CAUSAL_CONV1D_", "DIG_",
+    "MALLOC_", "MIMALLOC_", "TCMALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "LD_LIBRARY_PATH", "NVIDIA_TF32_OVERRIDE",
+    "PYTHONMALLOC", "PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONTRACEMALLOC",
+)  # fmt: skip
+"""How the names of variables begin that threads, allocators, kernels and compilers listen to. Rather one too many, for
+that measures a case once more; one too few passes another number for the same."""
+_TELLING_NOTHING = frozenset({COMMIT_VARIABLE, HARNESS_VARIABLE, "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST"})
+_ENDINGS_OF_NOTHING = (
+    "_DIR",
+    "_DIRECTORY",
+    "_HOME",
+    "_VERSION",
+    "_LOG",
+    "_LOGS",
+    "_KEY",
+    "_TOKEN",
+    "_SECRET",
+    "_PASSWORD",
+)
+"""Of names that say where something is kept, and of secrets, which no row may hold. Which card of a name was used is no
+circumstance either (its UUID is recorded)."""
 
 
 def _git(*arguments: str) -> str | None:
@@ -53,6 +87,80 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def telling_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that can change a number, by name."""
+    return {
+        name: value
+        for name, value in sorted(variables.items())
+        if name.startswith(_TELLING)
+        and name not in _TELLING_NOTHING
+        and not name.endswith(_ENDINGS_OF_NOTHING)
+        and (not name.endswith("_PATH") or name == "LD_LIBRARY_PATH")
+    }
+
+
+def _allowed_cpus() -> str:
+    """The CPUs that this process may use, ``0-3,8``: two of one core are not two cores."""
+    if not hasattr(os, "sched_getaffinity"):
+        return f"0-{(os.cpu_count() or 1) - 1}"
+    allowed = os.sched_getaffinity(0)
+    first = sorted(cpu for cpu in allowed if cpu - 1 not in allowed)
+    last = sorted(cpu for cpu in allowed if cpu + 1 not in allowed)
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """The folders of this process' control groups, from its own up: a container's limits are in them."""
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        root = Path("/sys/fs/cgroup", *([controller] if controllers else []))
+        if not controllers or controller in controllers.split(","):
+            own = root / path.lstrip("/")
+            yield from (own, *(parent for parent in own.parents if parent.is_relative_to(root)))
+
+
+def _cpu_quota() -> float | None:
+    """CPUs' worth of time that control groups allow; None without such a limit."""
+    quotas = []
+    for group in _control_groups("cpu"):
+        words = _read(group / "cpu.max").split() or [
+            _read(group / "cpu.cfs_quota_us"),
+            _read(group / "cpu.cfs_period_us"),
+        ]
+        if all(word.isdecimal() for word in words):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def _memory_limit() -> int | None:
+    """Bytes that this process may take by ``ulimit -v`` or its control groups; None without such a limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [] if soft == resource.RLIM_INFINITY else [soft]
+    for group in _control_groups("memory"):
+        word = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
+        limits += [int(word)] if word.isdecimal() and int(word) < 1 << 60 else []
+    return min(limits, default=None)
+
+
+def _circumstances() -> dict[str, Any]:
+    huge_pages = _read(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
+    return {
+        "cpus": _allowed_cpus(),
+        "cpu_quota": _cpu_quota(),
+        "cpu_governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")) or None,
+        "huge_pages": huge_pages.partition("[")[2].partition("]")[0] or None,
+        "memory_limit": _memory_limit(),
+        "variables": telling_variables(os.environ),
+    }
+
+
 def gpu_present() -> bool:
     """Say whether NVML finds an NVIDIA GPU, without starting CUDA in this process."""
     return Gpu.open() is not None
@@ -70,4 +178,5 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **_circumstances(),
     }

@@ -69,13 +69,17 @@ class Gpu:
             return None
 
     def describe(self) -> dict[str, Any]:
-        """Name, UUID and driver."""
+        """Name, UUID and driver; what the card was set to: its power limit in watts, and whether memory is checked."""
         import pynvml
 
+        watts = _quietly(pynvml.nvmlDeviceGetEnforcedPowerLimit, self._handle)
+        checked = _quietly(pynvml.nvmlDeviceGetEccMode, self._handle)
         return {
             "gpu_name": _quietly(pynvml.nvmlDeviceGetName, self._handle),
             "gpu_uuid": _quietly(pynvml.nvmlDeviceGetUUID, self._handle),
             "driver": _quietly(pynvml.nvmlSystemGetDriverVersion),
+            "gpu_power_limit": None if watts is None else watts / 1000,
+            "gpu_ecc": None if checked is None else bool(checked[0]),
         }
 
     def _memory(self) -> Any:

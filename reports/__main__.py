@@ -7,23 +7,25 @@ from typing import Annotated
 
 import typer
 
+from bench.files import write_file
+from bench.messages import OneLineCommand, say
 from bench.results import ResultError
 from reports.figures import Drawing, model_size, speed_memory
 from reports.refusing import refusing
-from reports.series import SIZES, read_sweep
+from reports.series import SIZES, read_sweep, size_rank
 from reports.tables import tables
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def report(
     results: Annotated[
         list[Path],
         typer.Argument(
             metavar="RESULTS.jsonl",
-            help="Results files of the benchmark. Of a launch measured twice on a machine, the last row counts; "
-            "several launches of a case are shown as their median and range.",
+            help="Results files of the benchmark. Of a case measured by several versions of the code on a machine, the "
+            "newest counts; several launches of a case are shown as their median and range.",
         ),
     ],
     out: Annotated[
@@ -33,8 +35,9 @@ def report(
         str | None, typer.Option("--title", metavar="TEXT", help="Title of figures and tables, instead of their own.")
     ] = None,
     size: Annotated[
-        str, typer.Option("--size", metavar="SIZE", help=f"Model size of speed_memory: {', '.join(SIZES)}.")
-    ] = "S",
+        str | None,
+        typer.Option("--size", metavar="SIZE", help=f"Model size of speed_memory: {', '.join(SIZES)}; else S."),
+    ] = None,
 ) -> None:
     """Draw benchmark results: two figures and one page of tables.
 
@@ -52,9 +55,13 @@ def report(
     """
     with refusing(ResultError, folder=out, hint="; choose another --out"):
         sweep = read_sweep(results)
+        sizes = sorted({row.case.size for row in sweep.rows}, key=size_rank)
+        if size is not None and size not in sizes:
+            raise ResultError(f"no row has size {size!r}; --size can be {' or '.join(sizes)}")
+        size = size or "S"
         out.mkdir(parents=True, exist_ok=True)
         for warning in sweep.warnings:
-            typer.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
         _write(
             out,
             "speed_memory",
@@ -63,8 +70,8 @@ def report(
         )
         _write(out, "model_size", model_size(sweep, title=title), "no resolution at which two sizes were timed")
         path = out / "tables.md"
-        path.write_text(tables(sweep, title=title), encoding="utf-8")
-        typer.echo(f"wrote {path}")
+        write_file(path, tables(sweep, title=title))
+        say(f"wrote {path}")
 
 
 def _write(folder: Path, name: str, drawing: Drawing | None, reason: str) -> None:
@@ -73,12 +80,12 @@ def _write(folder: Path, name: str, drawing: Drawing | None, reason: str) -> Non
         older = (
             f"; {' and '.join(stale)} there {'is' if len(stale) == 1 else 'are'} from an earlier run" if stale else ""
         )
-        typer.echo(f"did not write {name}: {reason}{older}")
+        say(f"did not write {name}: {reason}{older}")
         return
     for path in drawing.save(folder, name):
-        typer.echo(f"wrote {path}")
+        say(f"wrote {path}")
     for note in drawing.notes:
-        typer.echo(f"  {note}")
+        say(f"  {note}")
 
 
 if __name__ == "__main__":

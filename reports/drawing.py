@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
+from bench.messages import visible
 from dig.family import Look
 
 WIDTH_INCHES = 9.0
@@ -37,6 +38,9 @@ RC: Mapping[str, Any] = {
     "text.color": INK,
     "xtick.color": SOFT_INK,
     "ytick.color": SOFT_INK,
+    # Titles, labels and names are shown as they were typed: $ is no formula, whatever a matplotlibrc says.
+    "text.parse_math": False,
+    "text.usetex": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "dig-diffusion",  # else matplotlib draws random ids, and no two SVGs of one figure are equal
 }
@@ -118,9 +122,9 @@ def draw_panel(
 
     At least one line must have points: they set the axis.
     """
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=7)
-    axes.set_xlabel(x_label, labelpad=5)
-    axes.set_ylabel(y_label, labelpad=5)
+    axes.set_title(visible(title), loc="left", fontsize=10, fontweight="bold", pad=7)
+    axes.set_xlabel(visible(x_label), labelpad=5)
+    axes.set_ylabel(visible(y_label), labelpad=5)
     axes.grid(True, color="#E3E3E3", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -144,7 +148,7 @@ def _draw_line(axes: Any, line: Line) -> None:
     axes.plot(
         [x for x, _ in path],
         [y for _, y in path],
-        gid=f"line:{line.label}",
+        gid=f"line:{visible(line.label)}",
         label=line.label,
         zorder=3,
         **_plot_style(look),
@@ -157,7 +161,7 @@ def _draw_line(axes: Any, line: Line) -> None:
         linewidth=look.width + 1.5,
         alpha=0.4,
         zorder=2,
-        gid=f"spread:{line.label}",
+        gid=f"spread:{visible(line.label)}",
     )
     guesses = [p for p in line.points if p.assumed]
     if guesses:
@@ -165,7 +169,7 @@ def _draw_line(axes: Any, line: Line) -> None:
         axes.plot(
             [p.x for p in guesses],
             [p.y for p in guesses],
-            gid=f"assumed:{line.label}",
+            gid=f"assumed:{visible(line.label)}",
             linestyle="none",
             marker="o",
             markersize=11,
@@ -211,12 +215,12 @@ def _draw_failures(axes: Any, line: Line, y: float) -> None:
             linewidth=0.9,
             linestyle=(0, (1, 2)),
             zorder=2,
-            gid=f"connector:{line.label}",
+            gid=f"connector:{visible(line.label)}",
         )
     axes.plot(
         [f.x for f in line.failures],
         [y] * len(line.failures),
-        gid=f"failed:{line.label}",
+        gid=f"failed:{visible(line.label)}",
         color=look.color,
         linestyle="none",
         marker="x",
@@ -226,7 +230,7 @@ def _draw_failures(axes: Any, line: Line, y: float) -> None:
     )
     for x, align, text in _place_names(axes, line):
         axes.annotate(
-            text,
+            visible(text),
             (x, y),
             xytext=({"left": 8, "right": -8, "center": 0}[align], 0),
             textcoords="offset points",
@@ -274,7 +278,7 @@ def _set_x(axes: Any, ticks: Mapping[float, str]) -> None:
     for x in xs:
         # Four-digit labels closer than this touch.
         room = x - last >= 0.085 * span
-        labels.append(ticks[x] if room else "")
+        labels.append(visible(ticks[x]) if room else "")
         last = x if room else last
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_major_formatter(FixedFormatter(labels))
@@ -322,7 +326,7 @@ def assemble(panels: int, *, title: str, caption: str, styles: Mapping[str, Styl
     """A figure of panels side by side, with a title, a legend above the panels and a caption below them."""
     columns = _legend_columns(list(styles))
     legend_rows = math.ceil(len(styles) / columns)
-    caption_lines = [part for text in caption.split("\n") for part in textwrap.wrap(text, 155)]
+    caption_lines = [part for text in caption.split("\n") for part in textwrap.wrap(visible(text), 155)]
     top = 0.42 + 0.2 * legend_rows + 0.36
     bottom = 0.62 + 0.165 * len(caption_lines)
     height = top + PANEL_INCHES + bottom
@@ -340,10 +344,12 @@ def assemble(panels: int, *, title: str, caption: str, styles: Mapping[str, Styl
         )
         for i in range(panels)
     ]
-    figure.text(0.1 / WIDTH_INCHES, 1 - 0.12 / height, title, fontsize=12, fontweight="bold", va="top")
-    handles = [Line2D([], [], label=label, **_plot_style(look)) for label, look in styles.items()]
-    figure.legend(
-        handles=handles,
+    figure.text(0.1 / WIDTH_INCHES, 1 - 0.12 / height, visible(title), fontsize=12, fontweight="bold", va="top")
+    # matplotlib leaves out labels that begin with an underscore; the texts are set afterwards.
+    handles = [Line2D([], [], **_plot_style(look)) for look in styles.values()]
+    legend = figure.legend(
+        handles,
+        ["x" * len(visible(label)) for label in styles],
         loc="upper left",
         bbox_to_anchor=(0.0, 1 - 0.36 / height),
         ncols=columns,
@@ -352,6 +358,8 @@ def assemble(panels: int, *, title: str, caption: str, styles: Mapping[str, Styl
         columnspacing=1.6,
         labelspacing=0.35,
     )
+    for text, label in zip(legend.get_texts(), styles, strict=True):
+        text.set_text(visible(label))
     figure.text(
         0.1 / WIDTH_INCHES,
         0.1 / height,

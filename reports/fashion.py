@@ -6,7 +6,6 @@ DIR holds a folder for each run with ``config.json`` and ``train.jsonl`` as pyth
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,10 +16,12 @@ from typing import Annotated, Any
 import matplotlib as mpl
 import typer
 
+from bench.messages import OneLineCommand, say
 from bench.migrations import rename_backend
 from reports import drawing
 from reports.drawing import Line, Point, Style
 from reports.figures import Drawing
+from reports.logs import Record, RunError, read_lines, read_object
 from reports.looks import Looks
 from reports.refusing import refusing
 
@@ -30,15 +31,12 @@ LOSS_POINTS = 24
 app = typer.Typer(add_completion=False)
 
 
-class RunError(ValueError):
-    """A run's logs cannot be drawn; the message names the file."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The logs of one run.
 
     Attributes:
+        folder: Its name.
         model: ``DiG-S/2``.
         implementation: What ran: ``backend=triton``.
         batch: Images a step.
@@ -48,6 +46,7 @@ class Run:
         interruptions: How often the run was gone on with.
     """
 
+    folder: str
     model: str
     implementation: str
     batch: int
@@ -62,42 +61,44 @@ class Run:
         return self.model.rpartition("-")[0]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise RunError(f"{path} holds a line that is no JSON: {error}") from None
-
-
 def read_run(folder: Path) -> Run:
     """Read the logs of one run.
 
     Raises:
         RunError: A file is missing or is something else.
     """
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config, environment = content["config"], content["environment"]
-        options = rename_backend(config["model"]["name"], config["model"]["options"])
-        events = _read_lines(folder / "events.jsonl")
-        evaluations = _read_lines(folder / "evaluation.jsonl")
-        return Run(
-            model=config["model"]["name"],
-            implementation=f"backend={options['backend']}" if "backend" in options else "",
-            batch=config["batch"],
-            gpu=environment.get("gpu_name") or environment.get("cpu") or "unknown hardware",
-            log=tuple(_read_lines(folder / "train.jsonl")),
-            evaluations=tuple(sorted(evaluations, key=lambda row: (row["of"]["step"], row["samples"]))),
-            interruptions=sum(event["event"] == "resumed" for event in events),
-        )
-    except OSError as error:
-        raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{folder} holds no logs of python -m dig train: {error!r}") from None
+    content = read_object(folder / "config.json")
+    config, environment = content.object("config"), content.object("environment")
+    model = config.object("model")
+    options = model.object("options")
+    words = rename_backend(model.word("name"), {name: options.word(name) for name in options.content})
+    hardware = next((name for name in ("gpu_name", "cpu") if environment.content.get(name)), None)
+    evaluations = [_evaluation(line) for line in read_lines(folder / "evaluation.jsonl")]
+    log = read_lines(folder / "train.jsonl")
+    return Run(
+        folder=folder.name,
+        model=model.word("name"),
+        implementation=f"backend={words['backend']}" if "backend" in words else "",
+        batch=config.whole("batch", 1),
+        gpu=environment.word(hardware) if hardware else "unknown hardware",
+        log=tuple({"step": line.whole("step"), "loss": line.number("loss", positive=True)} for line in log),
+        evaluations=tuple(sorted(evaluations, key=lambda row: (row["of"]["step"], row["samples"]))),
+        interruptions=sum(line.word("event") == "resumed" for line in read_lines(folder / "events.jsonl")),
+    )
+
+
+def _evaluation(line: Record) -> dict[str, Any]:
+    of = line.object("of")
+    data = None if line.content.get("distance_of_data") is None else line.number("distance_of_data")
+    return {
+        "metric": line.word("metric"),
+        "features": line.word("features"),
+        "distance": line.number("distance", positive=True),
+        "distance_of_data": data,
+        "samples": line.whole("samples", 1),
+        "reference": line.whole("reference", 1),
+        "of": {"step": of.whole("step"), "seconds": of.number("seconds")},
+    }
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -116,6 +117,12 @@ def read_runs(folder: Path) -> list[Run]:
     if len(features) > 1:
         raise RunError(f"the distances in {folder} are of different features or counts, and can't share an axis")
     return runs
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """What the runs are called: their models, and their folders too where two are of one model."""
+    counts = Counter(run.model for run in runs)
+    return [run.model if counts[run.model] == 1 else f"{run.model} in {run.folder}" for run in runs]
 
 
 def _windows(run: Run) -> list[Point]:
@@ -165,7 +172,7 @@ def _others(runs: Sequence[Run], samples: int) -> str:
 
 def _ticks(lines: Iterable[Line]) -> dict[float, str]:
     """Five round values from zero to the last point."""
-    most = max(point.x for line in lines for point in line.points)
+    most = max(point.x for line in lines for point in line.points) or 1.0
     step = 10 ** math.floor(math.log10(most / 4))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if 5 * factor * step >= most)
     return {i * step: f"{i * step:g}" for i in range(math.ceil(most / step) + 1)}
@@ -179,16 +186,22 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     """Loss against steps, and the Fréchet distance against steps and against seconds of training."""
     looks, counts = Looks(), dict[str, int]()
     styles: dict[str, Style] = {}
-    for run in runs:
-        styles[run.model] = looks.style(run.family, counts.get(run.family, 0))
+    labels = _labels(runs)
+    for run, label in zip(runs, labels, strict=True):
+        styles[label] = looks.style(run.family, counts.get(run.family, 0))
         counts[run.family] = counts.get(run.family, 0) + 1
     samples = _samples_of_curves(runs)
     rows = [row for run in runs for row in run.evaluations if row["samples"] == samples]
     data = [row["distance_of_data"] for row in rows if row["distance_of_data"] is not None]
     floor = f" Two halves of the data are {data[-1]:.3g} apart." if data else ""
-    steps = ", ".join(f"{run.model}: {run.implementation}, {_times(run.interruptions)} interrupted" for run in runs)
+    steps = ", ".join(
+        f"{label}: {run.implementation}, {_times(run.interruptions)} interrupted"
+        for run, label in zip(runs, labels, strict=True)
+    )
+    hardware = " and ".join(dict.fromkeys(run.gpu for run in runs))
+    batches = " and ".join(dict.fromkeys(str(run.batch) for run in runs))
     caption = (
-        f"{runs[0].gpu}. Batches of {runs[0].batch}. {steps}.\n"
+        f"{hardware}. Batches of {batches}. {steps}.\n"
         f"{rows[-1]['metric']} ({rows[-1]['features']}) of {samples:,} samples from the averaged weights, "
         f"without guidance, against {rows[-1]['reference']:,} images of the training data.{floor}"
         f"{_others(runs, samples)} Seconds are those of training steps alone."
@@ -203,7 +216,10 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
             3, title=title or "Training on Fashion-MNIST, 32×32 pixels", caption=caption, styles=styles
         )
         for place, (heading, x_label, y_label, points) in zip(axes, panels, strict=True):
-            lines = [Line(label=run.model, style=styles[run.model], points=tuple(points(run))) for run in runs]
+            lines = [
+                Line(label=label, style=styles[label], points=tuple(points(run)))
+                for run, label in zip(runs, labels, strict=True)
+            ]
             drawing.draw_panel(
                 place,
                 lines,
@@ -216,7 +232,7 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     return Drawing(figure=figure)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the runs' folders; the figure goes there.")],
     title: Annotated[str | None, typer.Option(help="Title, instead of the figure's own.")] = None,
@@ -227,7 +243,7 @@ def report(
     """
     with refusing(RunError, folder=folder):
         for path in draw(read_runs(folder), title).save(folder, "training"):
-            typer.echo(f"wrote {path}")
+            say(f"wrote {path}")
 
 
 if __name__ == "__main__":

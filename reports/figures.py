@@ -6,15 +6,18 @@ what the results held beside it.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from bench.files import write_file
 from bench.results import Row
 from reports import drawing
 from reports.drawing import Failure, Line, Point, Style
@@ -50,12 +53,22 @@ class Drawing:
     notes: tuple[str, ...] = ()
 
     def save(self, folder: Path, name: str) -> list[Path]:
-        """Write ``name.png`` (1800 pixels wide) and ``name.svg``; the same figure gives the same bytes."""
+        """Write ``name.png`` (1800 pixels wide) and ``name.svg``; the same figure gives the same bytes.
+
+        Raises:
+            OSError: One cannot be written.
+        """
         paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-        with mpl.rc_context(dict(drawing.RC)):
-            self.figure.savefig(paths[0], dpi=200, metadata={"Software": None})
-            self.figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+        write_file(paths[0], self.rendered("png", dpi=200, metadata={"Software": None}))
+        write_file(paths[1], self.rendered("svg", metadata={"Date": None, "Creator": None}))
         return paths
+
+    def rendered(self, format: str, **how: Any) -> bytes:
+        """The bytes of a file."""
+        content = io.BytesIO()
+        with mpl.rc_context(dict(drawing.RC)):
+            self.figure.savefig(content, format=format, **how)
+        return content.getvalue()
 
 
 def speed_memory(sweep: Sweep, *, size: str = "S", title: str | None = None) -> Drawing | None:
@@ -63,11 +76,11 @@ def speed_memory(sweep: Sweep, *, size: str = "S", title: str | None = None) -> 
 
     Training steps; forward passes where there are no training steps.
     """
-    selection = select(
-        (row for row in sweep.rows if row.case.size == size and row.case.patch == PATCH), modes=("train", "forward")
-    )
+    candidates = [row for row in sweep.rows if row.case.size == size and row.case.patch == PATCH]
+    selection = select(candidates, modes=("train", "forward"))
     if selection is None:
         return None
+    others = len(sweep.rows) - len(candidates)
     setting, rows = selection.setting, selection.rows
     ticks = {float(row.case.resolution): str(row.case.resolution) for row in rows}
     words = MODE_NAMES[setting.mode]
@@ -104,7 +117,7 @@ def speed_memory(sweep: Sweep, *, size: str = "S", title: str | None = None) -> 
         else:
             axes[1].set_axis_off()
             axes[1].text(0.5, 0.5, "these rows hold no memory figures", ha="center", transform=axes[1].transAxes)
-    return Drawing(figure=figure, notes=_notes(selection))
+    return Drawing(figure=figure, notes=_notes(selection, {"of another size or patch": others}))
 
 
 def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
@@ -126,6 +139,15 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     setting, rows = selection.setting, selection.rows
     resolutions = sorted({row.case.resolution for row in rows})
     shown = [r for r in PAPER_RESOLUTIONS if r in resolutions] or resolutions[-2:]
+    unshown = [row for row in rows if row.case.resolution not in shown]
+    sides = " and ".join(str(r) for r in resolutions if r not in shown)
+    left_out = {
+        "of another patch": len(sweep.rows) - len(candidates),
+        "at a resolution where a setting has one size": sum(
+            (Setting.of(row), row.case.resolution) not in comparable for row in candidates
+        ),
+        f"at {sides} pixels, for want of room": len(unshown),
+    }
     rows = tuple(row for row in rows if row.case.resolution in shown)
     order = sorted({row.case.size for row in rows}, key=size_rank)
     ticks = {float(i): size for i, size in enumerate(order)}
@@ -158,7 +180,7 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
                 x_ticks=ticks,
                 failures_at="bottom",
             )
-    return Drawing(figure=figure, notes=_notes(selection))
+    return Drawing(figure=figure, notes=_notes(selection, left_out, len(rows)))
 
 
 def _styles(sweep: Sweep, rows: Iterable[Row]) -> dict[Series, Style]:
@@ -267,10 +289,12 @@ def _doubted(timed: Sequence[Row]) -> list[str]:
     return [f"Marked, of {len(timed)} measurements: {named}; the tables say which."]
 
 
-def _notes(selection: Selection) -> tuple[str, ...]:
-    shown = f"shows {selection.setting.where}, {selection.setting.describe()} ({_rows(len(selection.rows))})"
+def _notes(selection: Selection, others: Mapping[str, int], shown: int | None = None) -> tuple[str, ...]:
+    """What a figure shows, and a line for every reason for which it leaves rows out."""
+    count = len(selection.rows) if shown is None else shown
     return (
-        shown,
+        f"shows {selection.setting.where}, {selection.setting.describe()} ({_rows(count)})",
+        *(f"left out: {reason} ({_rows(count)})" for reason, count in others.items() if count),
         *(f"left out: {s.where}, {s.describe()} ({_rows(count)})" for s, count in selection.left_out.items()),
     )
 

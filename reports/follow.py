@@ -17,11 +17,13 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from bench.files import require_file_or_nothing, write_file
+from bench.messages import OneLineCommand, say
 from bench.migrations import rename_backend
 from reports import drawing
 from reports.drawing import Line, Point
-from reports.fashion import RunError
 from reports.figures import Drawing
+from reports.logs import RunError, read_lines, read_object
 from reports.looks import Looks
 from reports.refusing import refusing
 
@@ -58,22 +60,21 @@ class Log:
 
 def read_log(folder: Path) -> Log:
     """Read a run. Raises RunError where a file is missing or a step has no line."""
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-        log = Log(
-            losses=np.array([float(line["loss"]) for line in lines]),
-            config=content["config"],
-            environment=content["environment"],
-        )
-        _ = log.words
-    except OSError as error:
-        raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder} holds no logs of python -m dig train: {error!r}") from None
-    if [line["step"] for line in lines] != list(range(1, len(lines) + 1)):
+    content = read_object(folder / "config.json")
+    config, environment = content.object("config"), content.object("environment")
+    model = config.object("model")
+    for record, name in ((model, "name"), (config, "dtype")):
+        record.word(name)
+    config.whole("batch", 1)
+    options = model.object("options")
+    if "recurrence" in options.content:
+        options.word("recurrence")
+    # A run that diverged has losses that are no numbers, and is judged too.
+    lines = read_lines(folder / "train.jsonl", finite=False)
+    losses = np.array([line.number("loss", finite=False) for line in lines])
+    if [line.whole("step") for line in lines] != list(range(1, len(lines) + 1)):
         raise RunError(f"{folder}/train.jsonl has not a line for every step; train with --log-every 1")
-    return log
+    return Log(losses=losses, config=config.content, environment=environment.content)
 
 
 def read_logs(folder: Path) -> dict[str, Log]:
@@ -123,6 +124,7 @@ def different_tensors(ours: Path, theirs: Path) -> list[str]:
 def _tensors(path: Path) -> tuple[mmap.mmap, dict[str, tuple[Any, slice]]]:
     """A file's bytes, and of each tensor what it is and where its bytes are."""
     try:
+        require_file_or_nothing(path)
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = 8 + int.from_bytes(content[:8], "little")
@@ -131,13 +133,15 @@ def _tensors(path: Path) -> tuple[mmap.mmap, dict[str, tuple[Any, slice]]]:
         found = {}
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
+            if not (type(begin) is type(end) is int and 0 <= begin <= end):
+                raise ValueError(f"offsets of {name!r:.80} are no range")
             if start + end > len(content):
                 raise ValueError("it is cut off")
             found[name] = ((entry["dtype"], entry["shape"]), slice(start + begin, start + end))
         return content, found
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is no whole safetensors file: {error}") from None
 
 
@@ -240,7 +244,7 @@ def _points(values: NDArray[np.float64]) -> tuple[Point, ...]:
     )
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder of the three runs' logs; the report goes there.")
@@ -269,18 +273,20 @@ def report(
         # What is no number is no JSON either.
         if not np.isfinite(verdict.deviation):
             content["deviation"] = None
-        (folder / "follow.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        if np.isfinite(verdict.deviation):
-            with mpl.rc_context(dict(drawing.RC)):
-                drawn = draw(logs, verdict).figure
-                drawn.savefig(folder / "follow.png", dpi=120, metadata={"Software": None})
-    typer.echo(
+        write_file(folder / "follow.json", json.dumps(content, indent=1) + "\n")
+        averages = np.concatenate([moving_average(log.losses) for log in logs.values()])
+        if np.isfinite(verdict.deviation) and (averages > 0).all():
+            drawn = draw(logs, verdict).rendered("png", dpi=120, metadata={"Software": None})
+            write_file(folder / "follow.png", drawn)
+        else:
+            say("did not write follow.png: a loss is no positive number")
+    say(
         f"{first.words} against {reference.words}, {verdict.steps} steps: moving averages of {WINDOW} steps at most "
         f"{verdict.deviation:.3%} apart, up to step {verdict.deviation_step} (bound: {BOUND:.0%})"
     )
-    typer.echo(f"the run made twice: losses {'identical' if verdict.losses_identical else 'DIFFERENT'}")
+    say(f"the run made twice: losses {'identical' if verdict.losses_identical else 'DIFFERENT'}")
     words = f"{verdict.tensors} DIFFERENT: {', '.join(verdict.different)}" if verdict.tensors else "identical"
-    typer.echo(f"tensors of its last checkpoints: {words}")
+    say(f"tensors of its last checkpoints: {words}")
     if not verdict.holds:
         raise typer.Exit(1)
 

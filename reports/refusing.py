@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import typer
+from bench.messages import refuse
 
 
 @contextmanager
@@ -21,8 +21,6 @@ def refusing(*errors: type[Exception], folder: Path, hint: str = "") -> Iterator
     try:
         yield
     except errors as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        refuse(str(error))
     except OSError as error:
-        typer.echo(f"error: cannot write {error.filename or folder}: {error.strerror}{hint}", err=True)
-        raise typer.Exit(2) from None
+        refuse(f"cannot write {error.filename or folder}: {error.strerror}{hint}")

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import matplotlib as mpl
 import typer
 
-from bench.sampling.rows import Comparison, RowError, SamplingCase, SamplingRow, compare, read_rows
+from bench.files import write_file
+from bench.messages import OneLineCommand, cell, say, visible
+from bench.sampling.rows import Comparison, RowError, SamplingCase, SamplingRow, compare, machine, read_rows
 from reports import drawing
 from reports.drawing import Style
 from reports.figures import Drawing
@@ -39,41 +41,44 @@ def table(entries: Sequence[Comparison], title: str | None = None) -> str:
     """The whole of ``sampling.md``."""
     rows = [entry.row for entry in entries]
     lines = [
-        f"# {title or 'Samples a second'}",
+        f"# {cell(title or 'Samples a second')}",
         "",
-        f"{_where(rows)}. From noise to latents in the host's memory, without decoding; random weights. Medians, in "
-        "brackets the interval that holds the median with the confidence given. Models took turns, batch by batch: the "
-        "ratio to the peer, the last model of a run, is of batches of the same turn. GiB: the most that torch "
+        f"{cell(_where(rows))}. From noise to latents in the host's memory, without decoding; random weights. Medians, "
+        "in brackets the interval that holds the median with the confidence given. Models took turns, batch by batch: "
+        "the ratio to the peer, the last model of a run, is of batches of the same turn. GiB: the most that torch "
         "allocated at a time.",
     ]
-    settings = list(dict.fromkeys(_without_size(row.case) for row in rows))
+    settings = list(dict.fromkeys(map(_setting, rows)))
+    several = len({machine(row) for row in rows}) > 1
     for setting in settings:
-        first = next(row.case for row in rows if _without_size(row.case) == setting)
+        first = next(row for row in rows if _setting(row) == setting)
         lines += [
             "",
-            f"## {_setting_words(first)}",
+            f"## {cell(_setting_words(first.case))}{f', {cell(machine(first))}' if several else ''}",
             "",
             "| pixels | at once | model | samples/s | confidence | times the peer's speed | GiB |",
             "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
         ]
         for entry in entries:
             row = entry.row
-            if _without_size(row.case) != setting:
+            if _setting(row) != setting:
                 continue
             speed = STATUS_NAMES.get(row.status, row.status) if row.speed is None else str(row.speed)
             confidence = "" if row.speed is None else f"{row.speed.confidence:.1%}"
             ratio = "peer" if entry.peer is None else "" if entry.ratio is None else str(entry.ratio)
             memory = "" if row.peak_memory_gib is None else f"{row.peak_memory_gib:.2f}"
             lines.append(
-                f"| {row.case.resolution} | {row.case.batch} | {row.case.label} | {speed} | {confidence} | {ratio} "
-                f"| {memory} |"
+                f"| {row.case.resolution} | {row.case.batch} | {cell(row.case.label)} | {speed} | {confidence} "
+                f"| {ratio} | {memory} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def _without_size(case: SamplingCase) -> tuple[Any, ...]:
-    """What a section of the table has in common."""
-    return (case.sampler, case.steps, case.cfg, case.cfg_channels, case.dtype, case.execution, case.device)
+def _setting(row: SamplingRow) -> tuple[Any, ...]:
+    """What a section of the table and a figure have in common."""
+    case = row.case
+    settings = (case.sampler, case.steps, case.cfg, case.cfg_channels, case.dtype, case.execution, case.device)
+    return (*settings, machine(row))
 
 
 def _setting_words(case: SamplingCase) -> str:
@@ -88,9 +93,17 @@ def draw(entries: Sequence[Comparison], title: str | None = None) -> Drawing | N
     timed = [entry for entry in entries if entry.row.speed is not None]
     if not timed:
         return None
-    setting = _without_size(timed[-1].row.case)
-    rows = [entry.row for entry in timed if _without_size(entry.row.case) == setting]
-    sides = sorted({row.case.resolution for row in rows})[:PANELS]
+    setting = _setting(timed[-1].row)
+    rows = [entry.row for entry in timed if _setting(entry.row) == setting]
+    all_sides = sorted({row.case.resolution for row in rows})
+    sides = all_sides[:PANELS]
+    names = " and ".join(map(str, all_sides[PANELS:]))
+    left_out = {
+        "without a speed": len(entries) - len(timed),
+        "of other settings or machines": len(timed) - len(rows),
+        f"at {names} pixels, for want of room": sum(row.case.resolution not in sides for row in rows),
+    }
+    rows = [row for row in rows if row.case.resolution in sides]
     styles: dict[str, Style] = {}
     looks, counts = Looks(), dict[str, int]()
     for row in rows:
@@ -113,18 +126,21 @@ def draw(entries: Sequence[Comparison], title: str | None = None) -> Drawing | N
             batches = " and ".join(dict.fromkeys(str(row.case.batch) for row in here))
             axis.set_title(f"{side} pixels, {batches} at once", loc="left", fontsize=10, fontweight="bold", pad=7)
         axes[0].set_ylabel("Samples a second", labelpad=5)
-    return Drawing(figure=figure)
+    notes = (f"left out of the figure: {count} rows {reason}" for reason, count in left_out.items() if count)
+    return Drawing(figure=figure, notes=tuple(notes))
 
 
 def _draw_bars(axis: Any, rows: Sequence[SamplingRow], styles: dict[str, Style]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xticks(range(len(rows)), [row.case.family for row in rows])
+    axis.set_xticks(range(len(rows)), [visible(row.case.family) for row in rows])
     axis.tick_params(axis="x", length=0)
     axis.set_xlim(-0.6, max(len(rows), 2) - 0.4)
     for place, row in enumerate(rows):
         speed = row.speed
         assert speed is not None
-        axis.bar(place, speed.median, width=0.7, color=styles[row.case.label].color, gid=f"bar:{row.case.label}")
+        axis.bar(
+            place, speed.median, width=0.7, color=styles[row.case.label].color, gid=f"bar:{visible(row.case.label)}"
+        )
         axis.vlines(place, speed.low, speed.high, color=drawing.INK, linewidth=1.5)
         axis.annotate(
             f"{speed.median:.3g}", (place, speed.high), xytext=(0, 3), textcoords="offset points", ha="center"
@@ -132,7 +148,7 @@ def _draw_bars(axis: Any, rows: Sequence[SamplingRow], styles: dict[str, Style])
     axis.set_ylim(0, 1.12 * max(row.speed.high for row in rows if row.speed is not None))
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl", help="Rows of python -m bench.sampling.")],
     out: Annotated[
@@ -151,17 +167,24 @@ def report(
             found, torn = read_rows(file)
             rows += found
             for number in torn:
-                typer.echo(f"warning: {file}, line {number} ends in the middle and is left out", err=True)
+                say(f"warning: {file}, line {number} ends in the middle and is left out", err=True)
         if not rows:
             raise RowError(f"{files[0]} holds no rows")
         entries = compare(rows)
+        if repeated := len(rows) - len(entries):
+            say(f"warning: rows left out: {repeated} of cases that were measured again since", err=True)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "sampling.md"
-        path.write_text(table(entries, title), encoding="utf-8")
-        typer.echo(f"wrote {path}")
+        write_file(path, table(entries, title))
+        say(f"wrote {path}")
         drawn = draw(entries, title)
-        for path in drawn.save(folder, "sampling") if drawn is not None else []:
-            typer.echo(f"wrote {path}")
+        if drawn is None:
+            say("did not write sampling.png: no row has a speed")
+            return
+        for path in drawn.save(folder, "sampling"):
+            say(f"wrote {path}")
+        for note in drawn.notes:
+            say(f"  {note}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Figures and tables take names, order and grouping from here, so that a series is
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from statistics import median
 from typing import TypeVar
 
 from bench.results import Case, Device, Dtype, Execution, Mark, Mode, ResultError, Row, read_results
+from bench.selection import by_case_and_machine, machine, newest
 from reports.looks import Looks
 
 SIZES = ("S", "B", "L", "XL")
+_MODEL_NAME = re.compile(r"[^/]+-[^-/]+/[1-9][0-9]{0,8}")
 FAMILIES = ("DiG", "Flash-DiT", "DiT", "DiS")
 ATTENTION_FAMILIES = ("Flash-DiT", "DiT")
 # A figure shows the first of these that was measured: a graph leaves out the launches, which say little of a model.
@@ -82,12 +85,18 @@ def series_labels(series: Iterable[Series], name: Callable[[str], str] = str) ->
     ordered = sorted(set(series), key=lambda s: s.rank)
     short = {s: _label(name(s.family), [value for _, value in s.options]) for s in ordered}
     uses = Counter(short.values())
-    return {
+    labels = {
         s: _label(name(s.family), [f"{k}={v}" for k, v in s.options])
         if uses[short[s]] > 1 or not _telling(s)
         else short[s]
         for s in ordered
     }
+    # An option's value may look like two options; columns and lines need a name of their own all the same.
+    taken: Counter[str] = Counter()
+    for s, label in labels.items():
+        taken[label] += 1
+        labels[s] = label if taken[label] == 1 else f"{label} #{taken[label]}"
+    return labels
 
 
 def _label(family: str, words: list[str]) -> str:
@@ -179,15 +188,14 @@ def launches_of(row: Row) -> int:
 def merge_launches(rows: Iterable[Row]) -> Row:
     """One row for all launches of a case on a machine.
 
-    Only launches of the same measurement as the last row's (`Row.key`: code, versions, budget) are taken, and of each
-    the last row; where none of them has times, it is the last row as it is.
+    Only rows that count (`bench.selection.newest`) are taken; where none of them has times, it is the last as it is.
 
     Args:
         rows: Of one case on one machine, at least one, in the order they were measured.
     """
     given = list(rows)
-    latest = {row.launch: row for row in given if row.key == given[-1].key}
-    good = [row for row in latest.values() if row.status == "ok"]
+    latest = newest(given).rows
+    good = [row for row in latest if row.status == "ok"]
     if len(latest) == 1 or not good:
         return given[-1]
     last = good[-1]
@@ -200,13 +208,6 @@ def merge_launches(rows: Iterable[Row]) -> Row:
         launch_ms=tuple(ms for row in good if (ms := row.median_ms) is not None),
         failed=len(latest) - len(good),
     )
-
-
-def machine(row: Row) -> str:
-    """Name of the GPU, or of the processor where the case ran on the CPU."""
-    if row.case.device == "cuda":
-        return str(row.environment.get("gpu_name") or "unnamed GPU")
-    return str(row.environment.get("cpu") or "unnamed processor")
 
 
 Ordered = TypeVar("Ordered", int, str)
@@ -240,7 +241,7 @@ class Sweep:
 
     Attributes:
         rows: The rows.
-        warnings: What a reader of the files should know: a torn last line.
+        warnings: What a reader of the files should know: a torn last line, and how many rows do not count.
         labels: The name of every series, in the order to show them.
         looks: How its families look.
     """
@@ -257,7 +258,7 @@ class Sweep:
 
 
 def read_sweep(paths: list[Path]) -> Sweep:
-    """Read results files. Of a launch measured twice on one machine, the row read last counts.
+    """Read results files; `bench.selection.newest` says which rows count, read one after the other.
 
     Launches of one case become one row (`merge_launches`).
 
@@ -266,25 +267,27 @@ def read_sweep(paths: list[Path]) -> Sweep:
     Raises:
         ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.
     """
-    found: dict[tuple[Case, str], list[Row]] = {}
+    rows: list[Row] = []
     warnings = []
     for path in paths:
         results = read_results(path)
         for row in results.rows:
-            try:
-                _ = row.case.patch
-            except ValueError:
+            if _MODEL_NAME.fullmatch(row.case.model) is None:
                 raise ResultError(
-                    f"{path}: {row.case.model!r} is no model name; expected family, size and patch, such as DiG-S/2"
-                ) from None
-            found.setdefault((row.case, machine(row)), []).append(row)
+                    f"{path}: {row.case.model!r:.80} is no model name; expected family, size and patch, such as DiG-S/2"
+                )
+        rows += results.rows
         if results.torn:
             warnings.append(
                 f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
             )
-    if not found:
+    if not rows:
         raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
-    return Sweep(rows=tuple(map(merge_launches, found.values())), warnings=tuple(warnings))
+    chosen = newest(rows)
+    if left_out := chosen.describe():
+        warnings.append(left_out)
+    groups = [launches for machines in by_case_and_machine(chosen.rows).values() for launches in machines.values()]
+    return Sweep(rows=tuple(map(merge_launches, groups)), warnings=tuple(warnings))
 
 
 @dataclass(frozen=True, kw_only=True)

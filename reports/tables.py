@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
+from bench.messages import cell
 from bench.results import Mark, Row
 from reports.series import (
     ASSUMED_NOTE,
@@ -49,7 +51,7 @@ def number(value: float) -> str:
 
 def tables(sweep: Sweep, *, title: str | None = None) -> str:
     """The whole of ``tables.md``."""
-    parts = [f"# {_plain(title or 'Results')}", _PREAMBLE]
+    parts = [f"# {cell(title or 'Results')}", _PREAMBLE]
     if any(isinstance(row, Launches) for row in sweep.rows):
         parts.append(_LAUNCHES_NOTE)
     parts += _doubts_note(sweep)
@@ -58,7 +60,7 @@ def tables(sweep: Sweep, *, title: str | None = None) -> str:
         machines.setdefault((row.case.device != "cuda", Setting.of(row).where), []).append(row)
     # GPUs first; among them the one with the most rows.
     for (_, where), rows in sorted(machines.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):
-        parts += [f"## {_plain(where)}", environment(rows), *_implementations(sweep, rows), *_sections(sweep, rows)]
+        parts += [f"## {cell(where)}", environment(rows), *_implementations(sweep, rows), *_sections(sweep, rows)]
     if any(is_assumed(row.case) for row in sweep.rows):
         parts.append(ASSUMED_NOTE.replace("*", r"\*", 1))
     return "\n\n".join(parts) + "\n"
@@ -86,6 +88,8 @@ def environment(rows: Sequence[Row]) -> str:
     packages = sorted({name for e in found for name in e.get("packages") or {}} - {"torch", "triton"})
     for package in packages:
         parts.append(f"{package} " + ", ".join(_distinct((e.get("packages") or {}).get(package) for e in found)))
+    names = sorted({name for e in found for name in e.get("variables") or {}})
+    parts += [f"{name}=" + ", ".join(_distinct((e.get("variables") or {}).get(name) for e in found)) for name in names]
     commits = _distinct(
         f"{str(e['commit'])[:12]}{' with uncommitted changes' if e.get('dirty') else ''}"
         for e in found
@@ -94,7 +98,7 @@ def environment(rows: Sequence[Row]) -> str:
     if commits:
         parts.append("commit " + ", ".join(commits))
     parts.append(span([row.started_at[:10] for row in rows]))
-    return _plain(" · ".join(parts))
+    return cell(" · ".join(parts))
 
 
 def _distinct(values: Iterable[object]) -> list[str]:
@@ -112,7 +116,8 @@ def _implementations(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
                     if implementation not in names:
                         names.append(implementation)
     lines = [
-        f"- {label}: " + ", ".join(f"{operation} `{'`, `'.join(names)}`" for operation, names in used.items())
+        f"- {cell(label)}: "
+        + ", ".join(f"{cell(operation)} {', '.join(map(_code, names))}" for operation, names in used.items())
         for label, used in ran.items()
     ]
     return ["What ran:\n\n" + "\n".join(lines)] if lines else []
@@ -130,7 +135,7 @@ def _sections(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     parts = []
     for setting, size, patch in sorted(groups, key=lambda k: (_setting_rank(k[0]), size_rank(k[1]), k[2])):
         described = setting.describe()
-        parts.append(f"### {size}/{patch}: {described}\n\n" + _by_resolution(sweep, groups[setting, size, patch]))
+        parts.append(f"### {cell(size)}/{patch}: {described}\n\n" + _by_resolution(sweep, groups[setting, size, patch]))
     for setting in sorted(by_setting, key=_setting_rank):
         parts.append(f"### All sizes: {setting.describe()}\n\n" + _by_size(sweep, by_setting[setting]))
     return parts
@@ -155,11 +160,11 @@ def _milliseconds(row: Row, shared: frozenset[Mark]) -> str:
 def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
     shared = shared_doubts(sweep.rows)
 
-    def cell(row: Row) -> str:
+    def shown(row: Row) -> str:
         peak = row.memory.peak if row.memory is not None else None
         return f"{_milliseconds(row, shared)} · {number(peak / GIB) if peak else MISSING}"
 
-    frame = _frame(sweep, rows, cell)
+    frame = _frame(sweep, rows, shown)
     table = _pivot(sweep, frame, ["resolution"])
     ratios = _ratios(frame)
     if not ratios.empty:
@@ -170,7 +175,7 @@ def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
 def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
     shared = shared_doubts(sweep.rows)
 
-    def cell(row: Row) -> str:
+    def shown(row: Row) -> str:
         share = row.ceiling_share
         percent = MISSING if share is None else f"{number(100 * share)}%"
         return f"{_milliseconds(row, shared)} · {number(row.fps or 0)} · {percent}"
@@ -180,21 +185,21 @@ def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
     if ceilings:
         low, high = number(ceilings[0]), number(ceilings[-1])
         head += f" ({low if low == high else f'{low} to {high}'} TFLOP/s)"
-    table = _pivot(sweep, _frame(sweep, rows, cell), ["model", "resolution"])
+    table = _pivot(sweep, _frame(sweep, rows, shown), ["model", "resolution"])
     return f"{head}.\n\n{_markdown(table.fillna(MISSING))}"
 
 
-def _frame(sweep: Sweep, rows: Iterable[Row], cell: Callable[[Row], str]) -> pd.DataFrame:
-    """One record a row; ``cell`` gives the text of a row with times, a failed one shows its status."""
+def _frame(sweep: Sweep, rows: Iterable[Row], shown: Callable[[Row], str]) -> pd.DataFrame:
+    """One record a row; ``shown`` gives the text of a row with times, a failed one shows its status."""
     ordered = sorted(rows, key=lambda row: (size_rank(row.case.size), row.case.patch, row.case.resolution))
     frame = pd.DataFrame(
         {
-            "model": f"{row.case.size}/{row.case.patch}",
+            "model": cell(f"{row.case.size}/{row.case.patch}"),
             "resolution": row.case.resolution,
             "family": row.case.family,
             "series": sweep.labels[Series.of(row)],
             "ms": row.median_ms,
-            "cell": (cell(row) if row.status == "ok" else STATUS_NAMES[row.status])
+            "cell": (shown(row) if row.status == "ok" else STATUS_NAMES[row.status])
             + (r"\*" if is_assumed(row.case) else ""),
         }
         for row in ordered
@@ -218,7 +223,7 @@ def _ratios(frame: pd.DataFrame) -> pd.Series[str]:
     both = ours.merge(theirs, left_index=True, right_index=True, suffixes=("_ours", "_theirs"))
     return pd.Series(
         [
-            f"{number(theirs / ours)}\N{MULTIPLICATION SIGN} {name}"
+            f"{number(theirs / ours)}\N{MULTIPLICATION SIGN} {cell(name)}"
             for ours, theirs, name in zip(both["ms_ours"], both["ms_theirs"], both["series_theirs"], strict=True)
         ],
         index=both.index,
@@ -231,13 +236,13 @@ def _markdown(table: pd.DataFrame) -> str:
     flat = table.reset_index()
     keys = len(flat.columns) - len(table.columns)
     lines = [
-        "| " + " | ".join(_plain(str(column)) for column in flat.columns) + " |",
+        "| " + " | ".join(cell(str(column)) for column in flat.columns) + " |",
         "|" + " --- |" * keys + " ---: |" * len(table.columns),
-        *("| " + " | ".join(_plain(str(value)) for value in values) + " |" for values in flat.to_numpy().tolist()),
+        *("| " + " | ".join(map(str, values)) + " |" for values in flat.to_numpy().tolist()),
     ]
     return "\n".join(lines)
 
 
-def _plain(text: str) -> str:
-    """Text that cannot end a table cell or a line."""
-    return " ".join(text.split()).replace("|", r"\|")
+def _code(text: str) -> str:
+    """A code span; a text that could end it, or be read as more by a lesser reader of Markdown, is none."""
+    return f"`{text}`" if re.fullmatch(r"[\w.:/+ -]*\w", text) else cell(text)

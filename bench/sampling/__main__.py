@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.cases import ModelChoice
-from bench.sampling.rows import RowError, SamplingCase, SamplingRow, append_row, compare
+from bench.messages import OneLineCommand, check_count, check_positive, refuse, visible
+from bench.sampling.rows import MOST_CFG, RowError, SamplingCase, SamplingRow, append_row, compare, require_rows
 from bench.sampling.run import measure
 from dig.environment import describe_environment, gpu_present
 from dig.family import closest
-from dig.registry import check_resolution
+from dig.registry import PATCHES, check_resolution
 
+MOST_REPEATS = 10_000
 app = typer.Typer(add_completion=False)
 DEFAULT_MODELS = {"cuda": "DiG:triton:variant=release,Flash-DiT:sdpa-cudnn", "cpu": "DiG:variant=release,Flash-DiT"}
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
@@ -26,11 +29,6 @@ SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 def default_batch(resolution: int) -> int:
     """Samples at once: 32 at 256 pixels down to 4 at 1024, powers of two, the same for every model."""
     return int(max(1, 2 ** round(5 - 1.5 * math.log2(resolution / 256))))
-
-
-def _refuse(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -49,6 +47,11 @@ def _cases(
         raise ValueError(f"--resolutions takes whole numbers separated by commas; got {resolutions!r}") from None
     if not choices or not sides:
         raise ValueError("nothing to measure: --models and --resolutions must name something")
+    if patch not in PATCHES:
+        raise ValueError(f"--patch must be one of {', '.join(map(str, PATCHES))}; got {min(patch, 10**20)}")
+    # What stands twice would only take turns with itself.
+    choices = list({(choice.family.name, choice.options): choice for choice in choices}.values())
+    sides = list(dict.fromkeys(sides))
     for choice in choices:
         options = dict(choice.options)
         choice.family.require_device(options, setting["device"])
@@ -56,6 +59,7 @@ def _cases(
             raise ValueError(message)
     groups = []
     for resolution in sides:
+        check_count(resolution, "--resolutions")
         check_resolution(resolution, patch)
         groups.append(
             [
@@ -73,7 +77,7 @@ def _cases(
     return groups
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def sampling(
     models: Annotated[
         str | None,
@@ -135,31 +139,33 @@ def sampling(
         _one_of("execution", setting["execution"], ("graph", "eager"))
         if where == "cpu" and setting["execution"] == "graph":
             raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager")
-        for name, value in (("steps", steps), ("repeats", repeats), ("batch", 1 if batch is None else batch)):
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1; got {value}")
-        if time_limit <= 0 or not math.isfinite(cfg):
-            raise ValueError("--time-limit must be positive, and --cfg a number")
+        check_count(steps, "--steps")
+        check_count(repeats, "--repeats", most=MOST_REPEATS)
+        check_count(1 if batch is None else batch, "--batch")
+        check_positive(time_limit, "--time-limit")
+        if not abs(cfg) <= MOST_CFG:
+            raise ValueError(f"--cfg must be a number up to {MOST_CFG:g}; got {cfg:g}")
         groups = _cases(models or DEFAULT_MODELS[where], size, patch, resolutions, batch, setting)
     except ValueError as error:
-        _refuse(str(error))
+        refuse(str(error))
     console = Console(stderr=True)
     rows = []
     try:
+        require_rows(out)  # Before anything is measured that could not be kept.
         with console.status("starting") as status:
             for row in measure(
                 groups,
                 repeats=repeats,
                 time_limit=time_limit,
                 environment=describe_environment(),
-                on_step=status.update,
+                on_step=lambda text: status.update(Text(visible(text))),
             ):
                 append_row(out, row)
                 rows.append(row)
     except RowError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except KeyboardInterrupt:
-        console.print(f"interrupted; {len(rows)} rows are in {out}")
+        console.print(visible(f"interrupted; {len(rows)} rows are in {out}"), markup=False)
         raise typer.Exit(130) from None
     Console().print(_table(rows))
     if any(row.status != "ok" for row in rows):
@@ -176,9 +182,11 @@ def _table(rows: list[SamplingRow]) -> Table:
         memory = "" if row.peak_memory_gib is None else f"{row.peak_memory_gib:.2f}"
         speed = row.status if row.speed is None else str(row.speed)
         ratio = "peer" if entry.peer is None else "" if entry.ratio is None else str(entry.ratio)
-        table.add_row(row.case.label, str(row.case.resolution), str(row.case.batch), speed, memory, ratio)
+        table.add_row(
+            Text(visible(row.case.label)), str(row.case.resolution), str(row.case.batch), speed, memory, ratio
+        )
         if row.message:
-            table.add_row(f"  {row.message[:120]}")
+            table.add_row(Text(f"  {visible(row.message[:120])}"))
     return table
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.lifeline import end_with_parent, give_way
 from bench.sampling.rows import SamplingCase
 from bench.steps import fill_zeros
+from bench.worker import failure
 from dig.registry import create_model, load_source
 from dig.sampling.runner import BatchSampler, SamplePlan
 
@@ -86,6 +88,8 @@ def serve(connection: Connection, case: SamplingCase) -> None:
 
     An answer is ``("ok", value)``, or ``("failed", (status, message))``.
     """
+    end_with_parent()
+    give_way()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
     contestant: Contestant | None = None
     try:
@@ -105,7 +109,8 @@ def serve(connection: Connection, case: SamplingCase) -> None:
         return  # The harness is done, or gone.
     except BaseException as error:
         traceback.print_exc()
-        connection.send(("failed", (_status(error), f"{type(error).__name__}: {error}".split("\n")[0])))
+        status, message = failure(error)
+        connection.send(("failed", (status, message.split("\n")[0])))
         connection.close()
         # Without Python's clean-up, which after an error of the device may hang.
         os._exit(1)
@@ -113,10 +118,3 @@ def serve(connection: Connection, case: SamplingCase) -> None:
 
 def _summary(contestant: Contestant) -> dict[str, Any]:
     return {"peak_memory_gib": contestant.peak_memory_gib(), "versions": contestant.versions()}
-
-
-def _status(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}".lower()
-    # cuDNN, cuBLAS and the CPU's allocator report a full memory as a plain RuntimeError.
-    full = any(word in text for word in ("out of memory", "can't allocate memory", "alloc_failed"))
-    return "oom" if full or isinstance(error, (torch.OutOfMemoryError, MemoryError)) else "error"

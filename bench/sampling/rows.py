@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
+from bench.decoding import decode_dataclass, parse_json, require
+from bench.files import append_line, read_file, require_appendable
 from bench.migrations import rename_backend
+from bench.results import MOST_COUNT, check_environment
 
 SCHEMA = 2
 """2 calls the backend by its present name (`bench.migrations`) and has ``case.source``; 1 is read too."""
+MOST_CFG = 1e6
 KIND = "sampling"
 """Tells these rows from those of `bench.results`, which are of single steps."""
+_BEGINS = f'{{"kind":"{KIND}"'.encode()
 CONFIDENCE = 0.95
 Status = Literal["ok", "oom", "timeout", "error"]
 
@@ -99,6 +103,13 @@ class SamplingCase:
     execution: str = "graph"
     source: str = ""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError on a number that no case may have."""
+        for name in ("resolution", "steps", "batch"):
+            value = getattr(self, name)
+            require(1 <= value <= MOST_COUNT, f"{name} must be a whole number from 1 to {MOST_COUNT}; got {value}")
+        require(abs(self.cfg) <= MOST_CFG, f"cfg must be a number up to {MOST_CFG:g}; got {self.cfg:g}")
+
     @property
     def family(self) -> str:
         """``DiG``."""
@@ -156,6 +167,11 @@ class SamplingRow:
             raise ValueError("an ok row needs seconds")
         if not all(math.isfinite(second) and second > 0 for second in self.seconds):
             raise ValueError("seconds must be finite and positive")
+        require(all(1e-9 <= second <= 1e9 for second in self.seconds), "seconds must lie between 1 ns and 31 years")
+        for name in ("peak_memory_gib", "setup_seconds"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1e12, f"{name} must be a number of common size; got {value}")
+        check_environment(self.environment)
 
     @property
     def speed(self) -> Interval | None:
@@ -174,37 +190,46 @@ class SamplingRow:
     def from_json(cls, line: str) -> SamplingRow:
         """Read a line that `to_json` wrote. Raises RowError on anything else."""
         try:
-            record = json.loads(line)
-            if record.pop("kind") != KIND or (version := record.pop("schema")) not in (1, SCHEMA):
-                raise RowError(f"not a row of {KIND}, schema {SCHEMA}")
-            record.pop("samples_per_second")
-            case = record.pop("case")
-            options = rename_backend(case["model"], case["options"]) if version == 1 else case["options"]
-            case["options"] = tuple(sorted(options.items()))
-            seconds = tuple(float(second) for second in record.pop("seconds"))
-            return cls(case=SamplingCase(**case), seconds=seconds, **record)
-        except RowError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RowError(f"not a row of {KIND}: {error!r}") from None
+            record = parse_json(line)
+            if not isinstance(record, dict) or record.pop("kind", None) != KIND:
+                raise ValueError(f"it is not of kind {KIND!r}")
+            if (version := record.pop("schema", None)) not in (1, SCHEMA):
+                raise ValueError(f"it is of schema {version!r}, not of 1 to {SCHEMA}")
+            record.pop("samples_per_second", None)
+            case = record.get("case")
+            if not isinstance(case, dict) or not isinstance(case.get("options"), dict):
+                raise ValueError("case.options must be an object")
+            if not all(isinstance(value, str) for value in case["options"].values()):
+                raise ValueError("case.options must be words")
+            options = case["options"]
+            if version == 1:
+                options = rename_backend(str(case.get("model")), options)
+            fields = {name: value for name, value in case.items() if name != "options"}
+            record["case"] = {**fields, "options": [list(pair) for pair in sorted(options.items())]}
+            return decode_dataclass(cls, record, "row")
+        except ValueError as error:
+            raise RowError(f"not a row of {KIND}: {error}") from None
 
 
 def append_row(path: Path, row: SamplingRow) -> None:
     """Append a row and wait until it is on the disk. Raises RowError where that can't be."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            file.seek(0, os.SEEK_END)
-            torn = False
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                torn = file.read() != b"\n"
-            # What a kill left of a line must not swallow this one.
-            file.write((b"\n" if torn else b"") + row.to_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(path, row.to_json())
     except OSError as error:
         raise RowError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+
+
+def require_rows(path: Path) -> None:
+    """Raise RowError where rows cannot be appended: the file can't be written, or holds something else."""
+    try:
+        require_appendable(path)
+    except OSError as error:
+        raise RowError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+    if path.exists():
+        try:
+            read_rows(path)
+        except RowError as error:
+            raise RowError(f"{error}; choose another --out") from None
 
 
 def read_rows(path: Path) -> tuple[list[SamplingRow], list[int]]:
@@ -214,19 +239,21 @@ def read_rows(path: Path) -> tuple[list[SamplingRow], list[int]]:
         RowError: The file can't be read, or holds other rows.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_file(path).split(b"\n")
     except OSError as error:
         raise RowError(f"cannot read {path}: {error.strerror}") from None
     rows, torn = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if not line.rstrip().endswith(b"}"):
+        if not line.rstrip().endswith(b"}") and (line.startswith(_BEGINS) or _BEGINS.startswith(line)):
             torn.append(number)
             continue
         try:
             rows.append(SamplingRow.from_json(line.decode()))
-        except (RowError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            raise RowError(f"{path}, line {number}: not text in UTF-8; is it a file of sampling rows?") from None
+        except RowError as error:
             raise RowError(f"{path}, line {number}: {error}") from None
     return rows, torn
 
@@ -246,24 +273,33 @@ class Comparison:
     ratio: Interval | None = None
 
 
+def machine(row: SamplingRow) -> str:
+    """Name of the GPU, or of the processor."""
+    name = row.environment.get("gpu_name") if row.case.device == "cuda" else None
+    return str(name or row.environment.get("cpu") or "unknown hardware")
+
+
 def compare(rows: Sequence[SamplingRow]) -> list[Comparison]:
-    """Every row beside the last model of its run and setting, in order.
+    """Every row beside the last model of its run, setting and machine, in order.
 
     Of a case that was measured twice on a machine, the later row counts.
     """
-    latest: dict[tuple[object, ...], SamplingRow] = {}
-    for row in rows:
-        latest[row.case, row.environment.get("gpu_name") or row.environment.get("cpu")] = row
+    latest = {(row.case, machine(row)): row for row in rows}
+    peers = {_turns(row): row for row in rows}
     found = []
     for row in latest.values():
-        others = [r for r in latest.values() if (r.run, r.case.setting) == (row.run, row.case.setting)]
-        peer = others[-1]
+        peer = peers[_turns(row)]
         if peer is row:
             found.append(Comparison(row=row))
             continue
         ratio = None
-        if row.status == peer.status == "ok":
-            turns = zip(row.seconds, peer.seconds, strict=True)
-            ratio = Interval.of(theirs / ours for ours, theirs in turns)
+        # Turns that one of them did not live to see say nothing.
+        if row.status == peer.status == "ok" and len(row.seconds) == len(peer.seconds):
+            ratio = Interval.of(theirs / ours for ours, theirs in zip(row.seconds, peer.seconds, strict=True))
         found.append(Comparison(row=row, peer=peer.case.label, ratio=ratio))
     return found
+
+
+def _turns(row: SamplingRow) -> tuple[object, ...]:
+    """What rows have in common that were measured in turns."""
+    return row.run, row.case.setting, machine(row)

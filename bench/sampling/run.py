@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from bench.lifeline import end_group
 from bench.sampling.rows import SamplingCase, SamplingRow
 
 
@@ -74,8 +75,7 @@ class Lane:
     def end(self) -> None:
         """Kill the process, so that its memory is free, and wait until it is gone."""
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
+            end_group(self._process)
             self._connection.close()
             self._process = None
 

@@ -63,7 +63,7 @@ def test_cpu_suite_runs_every_family_on_its_reference() -> None:
         ({"models": ["DiS"], "sizes": ["xl"]}, "did you mean XL"),
         ({"resolutions": [250]}, "the closest that is: 256"),
         ({"resolutions": [256], "patch": 3}, "multiple of 24|choose one of 2, 4, 8"),
-        ({"batch": 0}, "batch must be a whole number of at least 1"),
+        ({"batch": 0}, "batch must be a whole number from 1"),
         ({"modes": ["training"]}, "did you mean train"),
         ({"executions": ["graphs"]}, "did you mean graph"),
         ({"dtype": "fp16"}, "dtype must be one of bf16, fp32"),

@@ -17,13 +17,13 @@ from bench.compare import (
     REGRESSION,
     Thresholds,
     ambiguous_cases,
-    cell,
     compare_rows,
     exit_status,
     marks_of,
     to_markdown,
 )
 from bench.ledgers import Checks, Memory
+from bench.messages import cell
 from bench.results import Case, Row, read_results
 
 CASE = Case(model="DiG-S/2", resolution=256)
@@ -155,7 +155,7 @@ def test_the_summary_says_what_changed_first_and_escapes_what_it_quotes() -> Non
     assert not {"<script>", "](http", "@someone", "\n# heading"} & {
         part for part in ("<script>", "](http", "@someone", "\n# heading") if part in text
     }
-    assert cell("a_b*c") == "a&#95;b&#42;c"
+    assert cell("a_b*c _d_ #1 $x$ &#35;") == "a_b&#42;c &#95;d&#95; &#35;1 &#36;x&#36; &amp;&#35;35;"
 
 
 def test_marks_are_counted_by_launch_and_only_of_rows_that_count() -> None:
@@ -272,3 +272,74 @@ def test_a_published_case_that_the_host_disturbs_is_left_undecided_and_near_one(
     assert (open_case.verdict, open_case.case.execution, open_case.launches) == ("ambiguous", "eager", (18, 18))
     assert open_case.interval is not None
     assert open_case.interval.ratio == pytest.approx(1, abs=1e-3)
+
+
+def test_the_newest_measurement_of_each_side_is_judged(tmp_path: Path) -> None:
+    """30 launches of one key, then 5 of a newer one that are a tenth slower: they are what the file says now."""
+    old = rows([10.0 + 0.01 * (i % 3) for i in range(30)], key="old")
+    mixed = write(tmp_path / "b.jsonl", [*old, *rows(scaled(1.1), key="new")])
+    result = runner.invoke(cli.app, ["compare", write(tmp_path / "a.jsonl", old), mixed])
+    assert result.exit_code == 1, result.output
+    assert "**slower**" in result.output
+    assert "b.jsonl: rows left out: 30 of older code" in result.output
+    exported = runner.invoke(cli.app, ["export", mixed])
+    assert "not newest: 30 of older code" in exported.output
+    frame = pd.read_parquet(tmp_path / "b.parquet")
+    assert list(frame["newest"]) == [False] * 30 + [True] * 5
+
+
+def test_two_cards_in_one_file_are_compared_each_with_itself(tmp_path: Path) -> None:
+    cards = [{"gpu_name": "H100"}, {"gpu_name": "H200"}]
+    base = [*rows(STEADY, environment=cards[0]), *rows(scaled(0.5), environment=cards[1])]
+    change = [*rows(scaled(1.1), environment=cards[0]), *rows(scaled(0.5), environment=cards[1])]
+    findings = compare_rows(base, change, Thresholds())
+    assert [(f.machine, f.verdict) for f in findings if f.metric == "time"] == [("H100", "slower"), ("H200", "same")]
+    text = to_markdown(findings, Thresholds(), title="a against b")
+    assert "on cuda, H200 | time" in text
+    only = runner.invoke(
+        cli.app, ["compare", write(tmp_path / "a.jsonl", base), write(tmp_path / "b.jsonl", change[:5])]
+    )
+    assert "1 cases are on H200 in a.jsonl alone: left out there" in only.output
+
+
+def test_two_machines_get_a_ratio_and_a_verdict_only_if_asked(tmp_path: Path) -> None:
+    versions = [{"gpu_name": "H100", "torch": "2.11"}, {"gpu_name": "A100", "torch": "2.13"}]
+    files = [
+        write(tmp_path / name, rows(scaled(factor), environment=environment))
+        for name, factor, environment in zip(("a.jsonl", "b.jsonl"), (1.0, 1.5), versions, strict=True)
+    ]
+    result = runner.invoke(cli.app, ["compare", *files])
+    assert result.exit_code == INCONCLUSIVE
+    assert "1.5000 [" in result.output
+    assert "measured on two machines; --across-machines judges all the same" in result.output.replace("&#45;", "-")
+    for line in ("differs: machine: H100 in a.jsonl; A100 in b.jsonl", "differs: torch: 2.11 in a.jsonl; 2.13 in b.j"):
+        assert line in result.output
+    assert runner.invoke(cli.app, ["compare", *files, "--across-machines"]).exit_code == REGRESSION
+
+
+def test_settings_that_differ_are_named(tmp_path: Path) -> None:
+    shared = {"cpu": "X", "cpus": "0-1", "packages": {"fla": "1"}, "commit": "a" * 40}
+    one = rows(STEADY, environment={**shared, "variables": {"OMP_NUM_THREADS": "2"}})
+    # The harness writes a failed row, and knows less than a worker.
+    other = rows(STEADY, environment={**shared, "variables": {}, "cpus": "0", "cuda": "13.0"})
+    output = runner.invoke(
+        cli.app, ["compare", write(tmp_path / "a.jsonl", one), write(tmp_path / "b.jsonl", other)]
+    ).output
+    found = [line for line in output.splitlines() if "differs" in line]
+    assert found == [
+        "- differs: cpus: 0-1 in a.jsonl; 0 in b.jsonl",
+        "- differs: variable OMP_NUM_THREADS: 2 in a.jsonl; none in b.jsonl",
+    ]
+
+
+def test_a_ratio_is_shown_even_without_a_verdict() -> None:
+    findings = compare_rows(rows([10.0]), rows([12.0]), Thresholds())
+    assert "| 1.2000 |" in to_markdown(findings, Thresholds(), title="x")
+    assert findings[0].verdict == "ambiguous"
+
+
+def test_launches_that_failed_on_the_base_are_told_too(tmp_path: Path) -> None:
+    base = [*rows(STEADY), Row(case=CASE, status="timeout", started_at="", launch=5)]
+    files = [write(tmp_path / "a.jsonl", base), write(tmp_path / "b.jsonl", rows(STEADY))]
+    output = runner.invoke(cli.app, ["compare", *files]).output
+    assert "- a.jsonl: launches that failed, and are in no median: 1 timeout" in output

@@ -21,7 +21,7 @@ def test_it_says_what_the_steps_take() -> None:
     ("options", "message"),
     [
         (["--model", "DiT-S8"], "is not a model name"),
-        (["--model", "DiT-S/8", "--batch", "0"], "batch must be a whole number of at least 1"),
+        (["--model", "DiT-S/8", "--batch", "0"], "--batch must be at least 1"),
     ],
 )
 def test_bad_input(options: list[str], message: str) -> None:

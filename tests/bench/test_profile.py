@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bench import cli
 from bench.kernels import short_name
 from bench.profile_page import page, thin
-from bench.profiles import Entry, Profile, memory_timeline, read_events
+from bench.profiles import Entry, Profile, _ranked, memory_timeline, read_events
 from bench.results import Case
 from bench.roofline import Cost, cost_of, kernel_costs
 
@@ -190,3 +190,32 @@ def test_bad_input(options: list[str], message: str) -> None:
     result = CliRunner().invoke(cli.app, ["profile", *options])
     assert result.exit_code == 2, result.output
     assert message in result.output
+
+
+@pytest.mark.parametrize("name", ["t", "view", "transpose", "as_strided", "expand", "slice", "detach", "empty_like"])
+def test_a_view_moves_nothing(name: str) -> None:
+    assert cost_of(f"aten::{name}", [[4096, 4096], [], []], ["float", "Scalar", ""]) == Cost()
+
+
+@pytest.mark.parametrize("name", ["embedding", "index", "gather", "index_select"])
+def test_what_reads_a_part_of_its_inputs_has_no_least_work(name: str) -> None:
+    assert cost_of(f"aten::{name}", [[4096, 4096], [1]], ["float", "long int"]) == Cost()
+
+
+def test_no_share_is_beyond_the_roofline() -> None:
+    """Of a tensor that a cache holds, a copy's rate from memory is no ceiling."""
+    tally = {"cached": (1, 1.0, Cost(bytes=2e6)), "streamed": (1, 1.0, Cost(bytes=0.5e6)), "none": (1, 1.0, Cost())}
+    assert {e.name: e.share for e in _ranked(tally, (1e12, 1e12))} == {"cached": None, "streamed": 0.5, "none": None}
+
+
+def test_ceilings_have_digits_and_names_have_room() -> None:
+    profile = Profile(
+        case=CASE, operations=(Entry(name="a<b\x1b", calls=1, us=1.0),), kernels=(), memory=(), flop_rate=2.3e10,
+        byte_rate=9.9e9, wall_us=1.0,
+    )  # fmt: skip
+    text = page(profile, {"cpu": "X\x00<b>"})
+    assert "23 GFLOP/s in a matrix product, 9.9 GB/s in a copy" in text
+    assert "min-width: 14rem" in text
+    assert text.count('<div class="wide"><table>\n') == text.count("</table></div>") == 1
+    assert not {"\x00", "\x1b", "<b>"} & set(text.replace("a&lt;b", "").split())
+    assert "X\\x00&lt;b&gt;" in text

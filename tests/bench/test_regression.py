@@ -183,10 +183,10 @@ def test_suites_are_small_and_fit_their_device() -> None:
     [
         (["--suite", "gpus"], "did you mean gpu?"),
         (["--suite", "gpu"], "no NVIDIA GPU was found"),
-        (["--suite", "cpu", "--launches", "4"], "at least 5 launches"),
+        (["--suite", "cpu", "--launches", "4"], "--launches must be at least 5"),
         (["--suite", "cpu", "--base", "no-such"], "neither a revision nor a folder"),
         (["--suite", "cpu", "--least-effect", "x"], "--least-effect takes a percentage"),
-        (["--suite", "cpu", "--against-itself", "-1"], "--against-itself must not be negative"),
+        (["--suite", "cpu", "--against-itself", "-1"], "--against-itself must be at least 0"),
     ],
 )
 def test_bad_input(options: list[str], message: str, tmp_path: Path) -> None:

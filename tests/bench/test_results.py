@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from bench.ledgers import Checks, Clocks, Memory, Timing
 from bench.results import Case, ResultError, ResultsWriter, Row, read_results
+from dig.family import Look
 
 
 def make_row(**changes: object) -> Row:
@@ -152,6 +153,7 @@ def test_a_row_of_schema_2_calls_the_backend_as_its_family_did() -> None:
 
 WHOLE = make_row(
     launch=2,
+    look=Look(label="DiG", markers="o", width=2.0),  # whole: of one that is not, defaults are kept
     key="ab",
     marks=("throttled",),
     timing=Timing(warmup="steady", warmup_steps=9, ci_low=1.9, ci_high=2.1, eager_ms=3.0),

@@ -125,3 +125,13 @@ def test_runs_as_a_module():
     )
     assert "python -m reports" in result.stdout
     assert "RESULTS.jsonl" in result.stdout
+
+
+def test_rows_that_do_not_count_are_counted(make_row, write_rows, tmp_path):
+    old = [make_row(ms=10.0, launch=i, key="old") for i in range(3)]
+    path = write_rows([*old, make_row(ms=5.0, key="new"), make_row(ms=6.0, key="new")])
+    result = CliRunner().invoke(app, [str(path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert (
+        "rows left out: 3 of older code, versions or circumstances, 1 of launches that were measured" in result.output
+    )

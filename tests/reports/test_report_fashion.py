@@ -132,11 +132,11 @@ def test_bad_input(tmp_path: Path) -> None:
     write_run(tmp_path / "b", "DiT-S/2", features="classifier 2")
     assert "different features" in message()
     (run / "train.jsonl").write_text("{")
-    assert "no JSON" in message()
+    assert "train.jsonl, line 1: not JSON" in message()
     (run / "evaluation.jsonl").unlink()
     assert "cannot read" in message()
     (run / "config.json").write_text("{}")
-    assert "holds no logs" in message()
+    assert "config.json: config must be an object" in message()
 
 
 def test_the_figure_needs_no_torch() -> None:

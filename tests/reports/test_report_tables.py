@@ -161,4 +161,4 @@ def test_nothing_from_a_row_can_break_a_table(make_row):
     text = tables(Sweep(rows=(row,)), title="one\ntwo")
     assert text.startswith("# one two\n")
     assert "## A B\n" in text
-    assert "| resolution | DiG (a\\|b) |" in text
+    assert "| resolution | DiG (a&#124;b) |" in text
