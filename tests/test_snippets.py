@@ -16,7 +16,7 @@ import typer.main
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TESTS = {"extending.md"}
-"""Pages whose snippets have a test of their own."""
+"""Pages whose snippets have a test of their own: tests/test_extending.py."""
 GPU = "<!-- needs a GPU -->"
 """On the line before a Python snippet that only a GPU can run."""
 USAGE_ERROR = typer.BadParameter.__base__ or Exception

@@ -20,8 +20,9 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from dig.cli import app
-from tests.dig.tiny import TINY, make_fashion
+from tests.dig.tiny import make_fashion
 
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 runner = CliRunner()
 
 
@@ -129,7 +130,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bed:
 
 def call(name: str, words: dict[str, str]) -> Any:
     arguments = [part for option, value in words.items() for part in ([f"{option}={value}"] if value else [option, ""])]
-    return runner.invoke(app, [name, *arguments], obj=TINY)
+    return runner.invoke(app, [name, *arguments])
 
 
 def check(result: Any) -> None:

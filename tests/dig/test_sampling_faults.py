@@ -17,13 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dig.diffusion import NotFiniteError, initial_noise, sample, step_noise, training_noise
+from dig.registry import create_model
 from dig.sampling import files
 from dig.sampling.runner import SamplePlan
 from dig.training.saving import checkpoint_files, read_about
 from tests.dig.test_sampling import draw, images, published, published_model, run
-from tests.dig.tiny import create
 
 __all__ = ["run"]
+
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 
 def test_seeds_do_not_collide(run: Path, tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_samples_that_are_not_finite_are_not_drawn(run: Path, tmp_path: Path) ->
 
 
 def test_the_library_says_so_too() -> None:
-    model = create("DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10)
+    model = create_model("DiG-S/8", input_size=(16, 16), in_channels=1, num_classes=10)
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(torch.nan)
     with pytest.raises(NotFiniteError, match="from step 1 on in sample 4, 5"):
@@ -293,9 +295,8 @@ def sampled(run: Path, folder: Path) -> int:
     """Two samples by the library, beside a grid that is claimed too."""
     from dig.sampling.runner import BatchSampler
     from dig.sampling.weights import load_weights
-    from tests.dig.tiny import TINY
 
-    model = load_weights(run, TINY, device="cpu").build(TINY, "cpu")
+    model = load_weights(run, device="cpu").build("cpu")
     plan = SamplePlan(classes=(0,), count=2, model_batch=2, steps=1)
     sampler = BatchSampler(model, plan, torch.device("cpu"))
     with files.only_writer(folder / "g.png"):

@@ -16,6 +16,8 @@ from tests.dig.test_training import train
 from tests.dig.test_training_step import config, trained, weights
 from tests.dig.tiny import make_fashion
 
+pytestmark = pytest.mark.usefixtures("tiny_dig")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

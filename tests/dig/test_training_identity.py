@@ -20,6 +20,8 @@ from tests.dig.test_sampling import draw
 from tests.dig.test_training import assert_same_run, train
 from tests.dig.tiny import make_fashion, write_idx
 
+pytestmark = pytest.mark.usefixtures("tiny_dig")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,8 @@ from dig.training.saving import CheckpointError, checkpoint_files, checkpoint_pa
 from tests.dig.test_training import assert_same_run, command, damage_bytes, lines, train
 from tests.dig.tiny import make_fashion
 
+pytestmark = pytest.mark.usefixtures("tiny_dig")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -72,7 +74,7 @@ def test_kills_inside_a_save_leave_no_heap(data: Path, whole: Path, tmp_path: Pa
     script = (
         "import json, os, signal, sys\n"
         "from dig.training import saving\n"
-        "from tests.dig.tiny import TINY, app\n"
+        "from tests.dig.tiny import TINY, app, using\n"
         "write = saving.save_file\n"
         "def killed(tensors, path, header):\n"
         "    write(dict(tensors), path, header)\n"
@@ -81,7 +83,8 @@ def test_kills_inside_a_save_leave_no_heap(data: Path, whole: Path, tmp_path: Pa
         "        os.rename(path, os.path.join(os.path.dirname(path), '.tmpAbC123'))\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "saving.save_file = killed\n"
-        "app(sys.argv[1:], prog_name='dig', obj=TINY)\n"
+        "with using(TINY):\n"
+        "    app(sys.argv[1:], prog_name='dig')\n"
     )
     folder = tmp_path / "checkpoints"
     for _ in range(3):

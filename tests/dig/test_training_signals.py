@@ -19,6 +19,7 @@ from dig.training.saving import checkpoint_files, step_of
 from tests.dig.test_training import lines, newest, train
 from tests.dig.test_training_identity import class_folders
 
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 OPTIONS = ["--model", "DiG-S/8", "--batch", "4", "--image-size", "16", "--log-every", "1", "--save-every", "100000"]
 OPTIONS += ["--ema", "0.9", "--grid-every", "0", "--device", "cpu", "--steps", "100000"]
 
@@ -35,7 +36,8 @@ class Run:
         self.out = out
         words = ["train", "--data", str(data), "--out", str(out), *OPTIONS, *options]
         script = (
-            f"import sys\nfrom tests.dig.tiny import TINY, app\n{setup}\napp(sys.argv[1:], prog_name='d', obj=TINY)"
+            f"import sys\nfrom tests.dig.tiny import TINY, app, using\n{setup}\n"
+            "with using(TINY):\n    app(sys.argv[1:], prog_name='d')"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, *words], stderr=subprocess.PIPE, text=True, start_new_session=True

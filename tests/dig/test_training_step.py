@@ -17,6 +17,7 @@ from dig.registry import ModelSpec, create_model
 from dig.training.config import DataSpec, TrainConfig, choose_execution
 from dig.training.data import Batch
 from dig.training.inputs import step_inputs
+from dig.training.resuming import CONFIG_NAME, recorded_config
 from dig.training.step import TrainingStep, checkpoint_blocks
 from tests.dig.fake_graph import capture_fake
 from tests.dig.tiny import TINY, using
@@ -227,16 +228,14 @@ def test_a_step_that_can_not_be_captured_says_what_to_choose(monkeypatch: pytest
 
 def test_execution_is_chosen_once(tmp_path: Path) -> None:
     """A graph on a GPU, unless the run began otherwise; whatever is asked for by name is taken."""
-    recorded = tmp_path / "config.json"
-    assert choose_execution("auto", device="cuda", recorded=recorded)[0] == "graph"
-    assert choose_execution("auto", device="cpu", recorded=recorded)[0] == "eager"
+    assert choose_execution("auto", device="cuda", begun=None)[0] == "graph"
+    assert choose_execution("auto", device="cpu", begun=None)[0] == "eager"
     content = config(device="cuda").to_json()
     del content["execution_reason"]  # as older runs have it
-    recorded.write_text(json.dumps({"config": content}))
-    assert choose_execution("auto", device="cuda", recorded=recorded) == ("eager", "the run began with it")
-    assert choose_execution("graph", device="cuda", recorded=recorded) == ("graph", "asked for")
-    recorded.write_text("{")
-    assert choose_execution("auto", device="cuda", recorded=recorded)[0] == "graph"
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"config": content}))
+    begun = recorded_config(tmp_path)
+    assert choose_execution("auto", device="cuda", begun=begun) == ("eager", "the run began with it")
+    assert choose_execution("graph", device="cuda", begun=begun) == ("graph", "asked for")
     with pytest.raises(ValueError, match="execution must be one of auto, eager, compile, graph; got 'jit'"):
-        choose_execution("jit", device="cuda", recorded=recorded)
+        choose_execution("jit", device="cuda", begun=begun)
     assert config(execution_reason="asked for").differences(config()) == []
