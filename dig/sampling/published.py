@@ -28,11 +28,12 @@ def file_kind(path: Path) -> Kind:
     with path.open("rb") as file:
         start = file.read(200)
     text = start.lstrip().lower()
+    # First: a file of safetensors begins with its header's length, whose bytes may be those of a pickle.
+    if start[8:9] == b"{":
+        return "safetensors"
     # A zip archive, or a pickle as torch.save wrote it before.
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "torch"
-    if len(start) > 8 and start[8:9] == b"{":
-        return "safetensors"
     if not start:
         looks = "it is empty"
     elif text.startswith(b"version https://git-lfs"):

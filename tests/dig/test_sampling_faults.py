@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from dig.diffusion import NotFiniteError, initial_noise, sample, step_noise, training_noise
 from dig.registry import create_model
 from dig.sampling import files
+from dig.sampling.published import file_kind
 from dig.sampling.runner import SamplePlan
 from dig.training.saving import checkpoint_files, read_about
 from tests.dig.test_sampling import draw, images, published, published_model, run
@@ -135,6 +136,16 @@ def test_files_of_another_kind(kind: str, suffix: str, tmp_path: Path) -> None:
     assert message in result.output
     assert "more than tensors" not in result.output
     assert result.output.count("error:") == 1
+
+
+@pytest.mark.parametrize("length", range(64, 320, 8))
+def test_a_header_of_any_length_is_safetensors(length: int, tmp_path: Path) -> None:
+    """The first byte of a header of 128 bytes is that of a pickle."""
+    path, text = tmp_path / "a", ""
+    while not path.exists() or struct.unpack("<Q", path.read_bytes()[:8])[0] < length:
+        save_file({"a": torch.zeros(1)}, path, {"text": text})
+        text += "x"
+    assert file_kind(path) == "safetensors"
 
 
 def test_a_wrong_suffix_is_no_wrong_file(run: Path, tmp_path: Path) -> None:
