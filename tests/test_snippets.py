@@ -15,8 +15,8 @@ import typer.main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OWN_TESTS = {"extending.md"}
-"""Pages whose snippets have a test of their own: tests/test_extending.py."""
+OWN_TESTS = {("extending.md", "python"), ("training.md", "python")}
+"""Snippets of a page, in a language, that have a test of their own: test_extending.py, dig/test_graphs_snippets.py."""
 GPU = "<!-- needs a GPU -->"
 """On the line before a Python snippet that only a GPU can run."""
 USAGE_ERROR = typer.BadParameter.__base__ or Exception
@@ -26,11 +26,9 @@ _BLOCK = re.compile(r"^(?P<before>[^\n]*)\n```(?P<language>\w*)\n(?P<body>.*?)^`
 def blocks(language: set[str]) -> list[Any]:
     found = []
     for page in PAGES:
-        if page.name in OWN_TESTS:
-            continue
         text = page.read_text(encoding="utf-8")
         for match in _BLOCK.finditer(text):
-            if match["language"] in language:
+            if match["language"] in language and (page.name, match["language"]) not in OWN_TESTS:
                 line = text[: match.start("body")].count("\n") + 1
                 needs_gpu = match["before"].strip() == GPU
                 marks = [pytest.mark.gpu] if needs_gpu else []
