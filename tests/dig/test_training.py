@@ -23,7 +23,7 @@ from dig.cli import app
 from dig.registry import ModelSpec
 from dig.training.config import DataSpec
 from dig.training.logs import lines_until
-from dig.training.saving import checkpoint_files, checkpoint_path
+from dig.training.saving import checkpoint_files, checkpoint_path, read_checkpoint, save_checkpoint
 from dig.training.trainer import Trainer, TrainingError
 from tests.dig.test_training_step import config
 from tests.dig.tiny import TINY, make_fashion, using
@@ -89,6 +89,10 @@ def test_the_choice_of_execution_is_said_and_kept(data: Path, tmp_path: Path) ->
     assert (content["execution"], content["execution_reason"].split(",")[0]) == ("eager", "the default on a CPU")
     path = tmp_path / "first" / "config.json"
     path.write_text(path.read_text().replace('"execution": "eager"', '"execution": "compile"'))
+    # The checkpoint says it of itself too, and the two are compared.
+    saved = read_checkpoint(checkpoint_files(tmp_path / "first" / "checkpoints")[0])
+    saved.about["config"]["execution"] = "compile"
+    save_checkpoint(saved.path.parent, 1, saved.tensors, saved.about, keep=1)
     again = train(data, tmp_path / "first", "--steps", "1")
     assert again.exit_code == 0, again.output
     assert "execution compile: " in again.output
