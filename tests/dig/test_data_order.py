@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dig.training.data import Batch, DataOrder, DataSet, Loader, Samples, open_dataset
-from dig.training.data.base import mirror_where
+from dig.training.data.base import DataError, mirror_where
 from dig.training.data.draws import draw_bits, draw_mirrored, epoch_permutation, noise_seed
 from tests.dig.test_data_images import make_folder
 
@@ -277,3 +277,17 @@ def test_folder_travels_to_workers_started_afresh(tmp_path: Path) -> None:
 def test_pinned_memory() -> None:
     with Loader(Numbers(4), DataOrder(length=4, batch_size=2), workers=1) as loader:
         assert next(loader).x.is_pinned()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), RuntimeError("DataLoader worker 1")])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error: Exception) -> None:
+    """Whichever way it shows: the tensors come through a socket of the worker's."""
+
+    class Dying:
+        def __next__(self) -> Batch:
+            raise error
+
+    with Loader(Numbers(4), DataOrder(length=4, batch_size=2), workers=0) as loader:
+        loader._batches = Dying()
+        with pytest.raises(DataError, match="a process that reads data was killed"):
+            next(loader)

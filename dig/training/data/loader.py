@@ -203,8 +203,9 @@ class Loader:
             raise ValueError("this loader is closed")
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A worker that is killed while it hands over a batch ends the connection that the tensors come by.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
                 "a process that reads data was killed, for want of memory perhaps; try fewer --workers"
