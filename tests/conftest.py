@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+
+# Under nohup SIGHUP is ignored, by every process that a test starts too, and tests send it.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests run side by side, and start harnesses of their own: more threads than cores would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
