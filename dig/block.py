@@ -25,6 +25,7 @@ from dig.ops.swiglu import swiglu
 from dig.packages import require
 from dig.scan import RASTER, Route, reorder
 from dig.untouched import (
+    fusible,
     untouched,
     untouched_adaln,
     untouched_convolution,
@@ -36,8 +37,19 @@ if TYPE_CHECKING:
     from dig.raster_weights import Ahead, BlockWeights
 
 GLA_GAIN = 2**-2.5
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""What this project's kernels compute in."""
 
 
+def refused_dtype(dtype: torch.dtype) -> str:
+    """Why a model on this project's kernels doesn't run in this dtype, and what to do."""
+    return (
+        f"backend 'triton' computes in fp32 and bf16, not in {str(dtype).removeprefix('torch.')}: take one of them "
+        "(float16 overflows in the recurrence's states, sums over thousands of tokens), or backend 'reference'"
+    )
+
+
+@fusible
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension with a weight, computed in fp32 (fp64 stays fp64)."""
 
@@ -52,6 +64,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+@fusible
 class GatedLinearAttention(nn.Module):
     """Gated linear attention with its projections (paper Eq. 4-10); the gate acts on the keys only, through rank 16.
 
@@ -89,10 +102,10 @@ class GatedLinearAttention(nn.Module):
             from dig.ops.gla.mixer import gla_mixer
 
             y = gla_mixer(
-                projected,
+                projected.contiguous(),
                 self.decay_proj.weight,
                 self.decay_proj.bias,
-                self.norm_weight,
+                self.norm_weight.contiguous(),
                 heads=self.heads,
                 grid=route.grid,
                 order=route.order,
@@ -114,7 +127,7 @@ class GatedLinearAttention(nn.Module):
 
     def _recur(self, projected: Tensor) -> Tensor:
         """Everything between the projections (Eq. 4-10), for tokens in scan order: (B, T, 3D + R) to (B, T, D)."""
-        q, k, v, gate, low_rank = split_projection(projected, self.heads)
+        q, k, v, gate, low_rank = split_projection(projected.contiguous(), self.heads)
         logits = self.decay_proj(low_rank)
         if self.backend == "triton":
             from dig.ops.gla.tiled import gla_block
@@ -122,7 +135,15 @@ class GatedLinearAttention(nn.Module):
             logits = logits.to(torch.promote_types(logits.dtype, q.dtype)).unflatten(-1, (self.heads, -1))
             scale = q.shape[-1] ** -0.5
             y = gla_block(
-                q, k, v, logits, gate, self.norm_weight, scale=scale, gate_normalizer=GATE_NORMALIZER, eps=EPS
+                q,
+                k,
+                v,
+                logits.contiguous(),
+                gate,
+                self.norm_weight.contiguous(),
+                scale=scale,
+                gate_normalizer=GATE_NORMALIZER,
+                eps=EPS,
             )
             return y.flatten(2)
         # A bf16 gate would lose the decay: 1 - alpha is often below bf16's resolution next to 1.
@@ -142,6 +163,7 @@ class GatedLinearAttention(nn.Module):
         return F.rms_norm(wide, self.norm_weight.shape, self.norm_weight, EPS).to(gate.dtype) * F.silu(gate)
 
 
+@fusible
 class SwiGLU(nn.Module):
     """The feed-forward half of a block: ``down(silu(gate(x)) · up(x))``, gate and up in one matrix, gate first."""
 
@@ -155,7 +177,7 @@ class SwiGLU(nn.Module):
         """(B, T, D) to (B, T, D)."""
         gate_up = self.gate_proj(x)
         if self.backend == "triton":
-            hidden = swiglu(gate_up, implementation="triton")
+            hidden = swiglu(gate_up.contiguous(), implementation="triton")
         else:
             gate, up = gate_up.chunk(2, dim=-1)
             if self.backend == "fla":
@@ -166,6 +188,7 @@ class SwiGLU(nn.Module):
         return output
 
 
+@fusible
 class DepthwiseConv(nn.Conv2d):
     """SREM's 3×3 depth-wise convolution (§3.3): starts as the identity, or as PyTorch starts any convolution."""
 
@@ -182,6 +205,7 @@ class DepthwiseConv(nn.Conv2d):
                 nn.init.zeros_(self.bias)
 
 
+@fusible
 class DiGBlock(nn.Module):
     """One block (Alg. 1): GLA and FFN, each with adaptive norm and gated residual, then SREM.
 
@@ -241,7 +265,14 @@ class DiGBlock(nn.Module):
         from dig.raster_block import run_block
         from dig.raster_weights import Settings
 
-        x = reorder(x, route.grid, route.source, RASTER)
+        if x.dtype not in KERNEL_DTYPES:
+            raise ValueError(refused_dtype(x.dtype))
+        if x.dim() != 3 or x.shape[1] != route.grid[0] * route.grid[1] or c.shape != (len(x), x.shape[2]):
+            raise ValueError(
+                f"a block takes tokens (B, {route.grid[0] * route.grid[1]}, D) and a condition (B, D); got "
+                f"{tuple(x.shape)} and {tuple(c.shape)}"
+            )
+        x = reorder(x, route.grid, route.source, RASTER).contiguous()
         weights = self.weights() if ahead is None else ahead.weights
         if weights is None:
             x = self._run_part_by_part(x, c, Route(grid=route.grid, source=RASTER, order=route.order, target=RASTER))
@@ -299,14 +330,14 @@ class DiGBlock(nn.Module):
     def _run_part_by_part(self, x: Tensor, c: Tensor, route: Route) -> Tensor:
         """The block in raster order with every part called that somebody has changed, and kernels between the parts."""
         kind = "rms" if self.variant == "paper" else "layer"
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(c).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(c).contiguous().chunk(6, dim=1)
         if self._norm_is_plain(self.norm1):
             h = norm_modulate(
                 x, shift1, scale1, self.norm1.weight, norm=kind, eps=EPS, dtype=x.dtype, implementation="triton"
             )
         else:
-            h = modulate(self.norm1(x), shift1, scale1).to(x.dtype)
-        branch = self.attn(h, route).to(x.dtype)
+            h = modulate(self.norm1(x), shift1, scale1).to(x.dtype).contiguous()
+        branch = self.attn(h, route).to(x.dtype).contiguous()
         if self._norm_is_plain(self.norm2):
             x, h = residual_norm_modulate(
                 x, branch, gate1, shift2, scale2, self.norm2.weight,
@@ -314,8 +345,8 @@ class DiGBlock(nn.Module):
             )  # fmt: skip
         else:
             x = torch.addcmul(x, gate1.unsqueeze(1).to(x.dtype), branch)
-            h = modulate(self.norm2(x), shift2, scale2).to(x.dtype)
-        branch = self.mlp(h).to(x.dtype)
+            h = modulate(self.norm2(x), shift2, scale2).to(x.dtype).contiguous()
+        branch = self.mlp(h).to(x.dtype).contiguous()
         conv = self.dw_conv
         if conv is not None and untouched_convolution(conv, DepthwiseConv) and conv.bias is not None:
             return srem(

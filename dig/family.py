@@ -32,7 +32,7 @@ class FamilyError(ValueError):
 def closest(value: str, choices: Mapping[str, Any] | Sequence[str]) -> str:
     """The end of a message about a wrong name: the closest right one, and all of them."""
     folded = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(value.lower(), list(folded), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(value).lower(), list(folded), n=1, cutoff=0.4)
     hint = f"did you mean {folded[near[0]]}? " if near else ""
     return f"{hint}Known: {', '.join(choices)}"
 
@@ -193,7 +193,9 @@ class Family:
             key, separator, value = word.partition("=")
             if not separator and not self.backends:
                 raise UnknownModelError(f"{self.name} has no backends to choose from; got {word!r}")
-            options.update({key: value} if separator else {BACKEND: word})
+            name, chosen = (key, value) if separator else (BACKEND, word)
+            if options.setdefault(name, chosen) != chosen:
+                raise UnknownModelError(f"{self.name} is given {name} twice: {options[name]} and {chosen}")
         return self.read_options(options)
 
     def missing_packages(self, options: Mapping[str, str]) -> str | None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dig.untouched import fusible
+
 CfgChannels = Literal["three", "all"]
 
 
@@ -50,6 +52,7 @@ def sincos_position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([column, row], 2).reshape(1, rows * columns, width).float()
 
 
+@fusible
 class TimestepEmbedder(nn.Module):
     """Timestep to vector: sinusoids, then a two-layer MLP (paper Eq. 17)."""
 
@@ -65,6 +68,7 @@ class TimestepEmbedder(nn.Module):
         return output
 
 
+@fusible
 class LabelEmbedder(nn.Module):
     """Class label to vector. One row more than classes: the null label, for classifier-free guidance.
 
@@ -86,6 +90,7 @@ class LabelEmbedder(nn.Module):
         return output
 
 
+@fusible
 class PatchEmbed(nn.Module):
     """Non-overlapping P×P patches, each projected to the width (paper Eq. 16)."""
 
@@ -105,6 +110,7 @@ class PatchEmbed(nn.Module):
             nn.init.zeros_(self.proj.bias)
 
 
+@fusible
 class FinalLayer(nn.Module):
     """DiT's output head: adaptive layer norm, then a linear layer to the P·P·2C values of each token."""
 

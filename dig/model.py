@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from dig.block import DepthwiseConv, DiGBlock, GatedLinearAttention, RMSNorm, SwiGLU
+from dig.block import (
+    KERNEL_DTYPES,
+    DepthwiseConv,
+    DiGBlock,
+    GatedLinearAttention,
+    RMSNorm,
+    SwiGLU,
+    refused_dtype,
+)
 from dig.config import EPS, RELEASE_XL_HEADS, SIZES, DiGConfig, heads_of
 from dig.layers import (
     Backbone,
@@ -46,9 +55,6 @@ __all__ = [
     "SwiGLU",
     "heads_of",
 ]
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-"""What this project's kernels compute in."""
 
 
 class DiG(Backbone):
@@ -164,16 +170,16 @@ class DiG(Backbone):
         from dig import raster
         from dig.ops.aside import aside, side_work
 
+        embeds = raster.can_embed(self.x_embedder)
         dtype = raster.compute_dtype(x)
-        if dtype not in KERNEL_DTYPES:
-            raise ValueError(
-                f"backend 'triton' computes in fp32 and bf16, not in {str(dtype).removeprefix('torch.')}: take one of "
-                "them (float16 overflows in the recurrence's states, sums over thousands of tokens), or backend "
-                "'reference'"
-            )
+        for used in (dtype, self.x_embedder.proj.weight.dtype if embeds else dtype):
+            if used not in KERNEL_DTYPES:
+                raise ValueError(refused_dtype(used))
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            raise ValueError("backend 'triton' has no forward-mode derivatives; take backend 'reference' for them")
         times, labels, final = self.t_embedder, self.y_embedder, self.final_layer
         weights = [block.weights() if untouched(block, DiGBlock) else None for block in self.blocks]
-        embeds, finishes = raster.can_embed(self.x_embedder), raster.can_finish(final)
+        finishes = raster.can_finish(final)
         embedders = raster.untouched_embedders(times, labels)
         # Nobody sees any part of the model, and what runs in which order.
         unseen = embeds and finishes and embedders and None not in weights and not torch.is_grad_enabled()
@@ -183,6 +189,8 @@ class DiG(Backbone):
             # Neither the condition nor what comes of it and the weights needs the tokens, nor they it.
             with beside(t, y):
                 c, activated = raster.embed_condition(times, labels, t, y, embedders)
+            if c.shape != (len(x), self.config.width):
+                raise ValueError(f"t and y must have x's {len(x)} entries; got {tuple(t.shape)} and {tuple(y.shape)}")
             # Tokens may be overwritten that nobody keeps: no skip, and nobody who saw a block's result.
             kept = {self.config.skip_source(i) for i in range(len(self.blocks))}
             lookahead = raster.Lookahead(

@@ -66,7 +66,11 @@ def embed_patches(embedder: PatchEmbed, x: Tensor, position: Tensor) -> Tensor:
 
 def can_embed(embedder: PatchEmbed) -> bool:
     """Whether `embed_patches` skips nothing."""
-    return untouched(embedder, PatchEmbed) and untouched(embedder.proj, nn.Conv2d)
+    if not (untouched(embedder, PatchEmbed) and untouched(embedder.proj, nn.Conv2d)):
+        return False
+    proj = embedder.proj
+    plain = proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
+    return plain and proj.stride == proj.kernel_size and proj.kernel_size[0] == proj.kernel_size[1]
 
 
 def embed(embedder: PatchEmbed, x: Tensor, position: Tensor, fused: bool) -> Tensor:
@@ -83,6 +87,7 @@ def untouched_embedders(times: TimestepEmbedder, labels: LabelEmbedder) -> bool:
     mlp = times.mlp
     return (
         untouched(labels.embedding_table, nn.Embedding)
+        and labels.embedding_table.max_norm is None
         and untouched(mlp, nn.Sequential)
         and len(mlp) == 3
         and untouched_linear(mlp[0], bias=True)
@@ -223,6 +228,6 @@ def final_modulation(layer: FinalLayer, c: Tensor) -> Tensor:
 def run_final_layer(layer: FinalLayer, x: Tensor, modulation: Tensor) -> Tensor:
     """DiT's output head with its norm and modulation fused: see `dig.layers.FinalLayer.forward`."""
     shift, scale = modulation.chunk(2, dim=1)
-    h = norm_modulate(x, shift, scale, None, norm="layer", dtype=compute_dtype(x), implementation="triton")
+    h = norm_modulate(x.contiguous(), shift, scale, None, norm="layer", dtype=compute_dtype(x), implementation="triton")
     output: Tensor = layer.linear(h)
     return output

@@ -72,6 +72,9 @@ def register(family: Family | None = None, /, **fields: Any) -> Any:
 
 
 def _add(family: Family) -> None:
+    if getattr(family.build, "__module__", "") not in discovery.modules():
+        # First: whoever takes a declared family's name is told, not the one who declares it.
+        discovery.load_declared()
     known = _families.get(family.name)
     # A module that is imported again, as __mp_main__ in a worker, brings the same family anew.
     if known is not None and known != family and _origin(known) != _origin(family):

@@ -17,15 +17,28 @@ M = TypeVar("M", bound=nn.Module)
 
 _PLAIN = (nn.Parameter, Tensor)
 """Types of a weight that is no more than its numbers. Every subclass may compute something else than they say."""
+_FORWARDS: dict[type[nn.Module], object] = {
+    kind: kind.forward for kind in (nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.Linear, nn.Sequential, nn.SiLU)
+}
+"""What each class computes, as it was when nobody had replaced it yet."""
+
+
+def fusible(kind: type[M]) -> type[M]:
+    """Decorate a module's class whose ``forward`` a fused pass may stand in for; others never are `untouched`."""
+    _FORWARDS[kind] = kind.forward
+    return kind
 
 
 def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether calling the module would run ``kind.forward`` on plain weights and nothing else.
+    """Whether calling the module would run ``kind.forward``, as it was written, on plain weights and nothing else.
+
+    Kernels read weights as they lie, so one that isn't contiguous is none of these either.
 
     Of this one module; its children are asked for by whoever wants to skip them too.
     """
     return (
         type(module) is kind
+        and kind.forward is _FORWARDS.get(kind)
         and not (
             module._forward_hooks
             or module._forward_pre_hooks
@@ -35,7 +48,10 @@ def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
         )
         and "forward" not in module.__dict__
         and getattr(module, "_compiled_call_impl", None) is None
-        and all(weight is None or type(weight) in _PLAIN for weight in module._parameters.values())
+        and all(
+            weight is None or (type(weight) in _PLAIN and weight.is_contiguous())
+            for weight in module._parameters.values()
+        )
     )
 
 
@@ -58,7 +74,7 @@ def untouched_layer_norm(module: nn.Module, eps: float) -> bool:
     """`untouched`, of a LayerNorm over the last dimension without weight and bias."""
     return (
         untouched(module, nn.LayerNorm)
-        and not module.elementwise_affine
+        and all(weight is None for weight in module._parameters.values())
         and module.eps == eps
         and len(module.normalized_shape) == 1
     )

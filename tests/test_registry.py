@@ -328,3 +328,24 @@ def test_a_package_counts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         "whole_package/layers.py",
         "whole_package/families.py",
     }
+
+
+def test_a_name_that_is_declared_is_not_taken_over() -> None:
+    code = """
+from dig.registry import register
+try:
+    register(name="DiG", sizes=("S",))(lambda size, **fields: None)
+except ValueError as error:
+    assert "two families are called DiG" in str(error), error
+else:
+    raise SystemExit("it was taken over")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "words", [("fla", "reference"), ("backend=fla", "backend=reference"), ("fla", "recurrence=reference")]
+)
+def test_an_option_is_given_once(words: tuple[str, ...]) -> None:
+    with pytest.raises(UnknownModelError, match="twice"):
+        find_family("DiG").read_words(words)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.utils import parametrize, prune
 
-from dig.model import DiG, DiGConfig
+from dig.model import DiG, DiGConfig, SwiGLU
 from tests.helpers import example, randomize, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -391,3 +391,104 @@ def test_weights_in_bf16(batch: int) -> None:
         found = model.bfloat16()(x.bfloat16(), t, y)
     assert found.dtype == torch.bfloat16
     assert relative_error(found, exact) < 1.5 * relative_error(rounded, exact)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["blocks.0", "blocks.1.attn", "blocks.1.mlp.gate_proj", "blocks.1.adaLN_modulation"])
+def test_results_of_any_strides_are_read_as_they_are(name: str, batch: int) -> None:
+    model = model_of()
+    inputs = example(model, batch)
+    expected = model(*inputs)
+
+    def turn(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        return output.transpose(0, -1).contiguous().transpose(0, -1)
+
+    model.get_submodule(name).register_forward_hook(turn)
+    with torch.set_grad_enabled(batch > 1):
+        assert relative_error(model(*inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "name",
+    ["t_embedder.mlp.2.bias", "blocks.0.dw_conv.bias", "blocks.0.norm1.weight", "blocks.0.attn.norm_weight"],
+)
+def test_strided_parameters_are_read_as_they_are(name: str, batch: int) -> None:
+    model = model_of(replace(CONFIG, depth=1, variant="paper"))
+    inputs = example(model, batch)
+    with torch.no_grad():
+        expected = model(*inputs)
+        holder, _, leaf = name.rpartition(".")
+        weight = model.get_parameter(name)
+        strided = torch.stack([weight, torch.full_like(weight, 9.0)], -1)[..., 0]
+        assert not strided.is_contiguous()
+        setattr(model.get_submodule(holder), leaf, nn.Parameter(strided))
+        assert relative_error(model(*inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("attached", ["hook", "lora", "convolution"])
+def test_checkpointing_goes_with_what_is_attached_inside_of_a_block(attached: str) -> None:
+    model = model_of(replace(CONFIG, depth=1))
+    inputs = example(model)
+    network: nn.Module = model
+    if attached == "lora":
+        peft = pytest.importorskip("peft")
+        network = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    else:
+        part = model.blocks[0].dw_conv if attached == "convolution" else model.blocks[0].mlp
+        part.register_forward_hook(lambda module, arguments, output: 2 * output)
+    output = network(*inputs)
+    weight = torch.randn_like(output)
+    expected = gradients(network, output, weight)
+    model.recompute_blocks(preserve_rng_state=False)
+    found = gradients(network, network(*inputs), weight)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert relative_error(gradient, expected[name]) < 1e-5, name
+
+
+def test_layers_of_the_same_class_but_other_settings_are_called() -> None:
+    model = model_of(replace(CONFIG, depth=1))
+    reference = twin_of(model)
+    inputs = example(model, 1)
+    scale = torch.full((64,), 3.0, device=DEVICE)
+    for network in (model, reference):
+        network.x_embedder.proj = nn.Conv2d(4, 64, 2, stride=2, dilation=3, padding=1).to(DEVICE)
+        network.blocks[0].norm1.weight = nn.Parameter(scale.clone())
+        network.y_embedder.embedding_table.max_norm = 0.1
+    model.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        assert relative_error(model(*inputs), reference(*inputs)) < 1e-4
+
+
+def test_a_forward_replaced_in_the_class_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(replace(CONFIG, depth=1))
+    called = []
+    plain = SwiGLU.forward
+    monkeypatch.setattr(SwiGLU, "forward", lambda self, x: called.append(self) or plain(self, x))
+    with torch.no_grad():
+        model(*example(model, 1))
+    assert called == [model.blocks[0].mlp]
+
+
+def test_what_does_not_fit_together_is_refused_before_a_kernel_reads_it() -> None:
+    model = model_of(replace(CONFIG, depth=1))
+    x, t, y = example(model, 4)
+    for arguments in ((x, t[:1], y[:1]), (x[:1], t, y)):
+        with torch.no_grad(), pytest.raises(ValueError, match="t and y must have x's"):
+            model(*arguments)
+    tokens, c, route = torch.randn(2, 6, 64, device=DEVICE), torch.randn(2, 64, device=DEVICE), model.routes[0]
+    for arguments in ((tokens, c[:1], route), (tokens[:1], c, route), (tokens[:, :5], c, route)):
+        with pytest.raises(ValueError, match="a block takes tokens"):
+            model.blocks[0](*arguments)
+    with pytest.raises(ValueError, match="not in float16"):
+        model.blocks[0](tokens.half(), c.half(), route)
+    with pytest.raises(ValueError, match="not in float16"):
+        copy.deepcopy(model).half()(x, t, y)
+
+
+def test_forward_mode_is_refused_and_never_drops_a_tangent() -> None:
+    model = model_of(replace(CONFIG, depth=1))
+    x, t, y = example(model, 1)
+    with torch.no_grad(), pytest.raises(ValueError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: model(x, t, y), (x,), (torch.randn_like(x),))

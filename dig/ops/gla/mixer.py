@@ -171,8 +171,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
-    dprojected, dweight, *others, _ = mixer_backward(*ctx.saved_tensors, None, dy, *ctx.numbers, False)
-    return dprojected, dweight.to(ctx.saved_tensors[1].dtype), *others, None, None, None, None, None
+    projected, weight, *kept = ctx.saved_tensors  # Asked for once: checkpointing computes them anew, and once.
+    dprojected, dweight, *others, _ = mixer_backward(projected, weight, *kept, None, dy, *ctx.numbers, False)
+    return dprojected, dweight.to(weight.dtype), *others, None, None, None, None, None
 
 
 mixer_forward.register_autograd(_autograd, setup_context=_setup)

@@ -274,8 +274,9 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dbranch, dgate, dweight, dbias = srem_backward(*ctx.saved_tensors, dy, *ctx.numbers, False)
-    if ctx.saved_tensors[1] is None:
+    x, branch, *others = ctx.saved_tensors  # Asked for once: checkpointing computes them anew, and once.
+    dx, dbranch, dgate, dweight, dbias = srem_backward(x, branch, *others, dy, *ctx.numbers, False)
+    if branch is None:
         return dx, None, None, dweight, dbias, None, None, None, None
     return dx, dbranch, dgate, dweight, dbias, None, None, None, None
 
