@@ -12,6 +12,9 @@ from bench.identity import VERSIONS
 from bench.results import Case, Row
 from dig.environment import CIRCUMSTANCES
 
+_BESIDE_THE_GPU = {"card": "gpu_uuid", "host processor": "cpu"}
+"""What may differ between two machines whose GPUs have one name: cards by a few percent, hosts in what is eager."""
+
 
 def machine(row: Row) -> str:
     """Name of the GPU, or of the processor where the case ran on the CPU."""
@@ -42,8 +45,11 @@ class Newest:
 
 
 def newest(rows: Iterable[Row]) -> Newest:
-    """Choose the rows that count. What was appended last is newest: its key is the one that counts."""
-    given = list(rows)
+    """Choose the rows that count. What was measured last is newest: its key is the one that counts.
+
+    Of the same moment it is what was appended last. Files may have been put together in any order.
+    """
+    given = sorted(rows, key=lambda row: row.started_at)
     keys = {(row.case, machine(row)): row.key for row in given}
     current = [row for row in given if row.key == keys[row.case, machine(row)]]
     last = {(row.case, machine(row), row.launch): row for row in current}
@@ -91,6 +97,8 @@ def _described(row: Row) -> dict[str, str]:
     """What may differ between two rows' environments, by name; of a mapping, its name alone says that it is there."""
     environment = row.environment
     found = {"machine": machine(row)}
+    if row.case.device == "cuda":
+        found |= {key: str(environment[name]) for key, name in _BESIDE_THE_GPU.items() if environment.get(name)}
     if environment.get("commit"):
         dirty = " with uncommitted changes" if environment.get("dirty") else ""
         found["commit"] = f"{str(environment['commit'])[:12]}{dirty}"

@@ -105,7 +105,8 @@ class Record:
         good = (size == 0 and not positive) or LEAST <= size <= MOST
         if (finite and not good) or (positive and value <= 0):
             raise self._refuse(name, f"a{' positive' if positive else ''} number of common size")
-        return float(value) if size != math.inf or isinstance(value, float) else math.inf
+        # A run that diverged so far may as well have reached infinity, and its square would.
+        return math.copysign(math.inf, value) if size > MOST else float(value)
 
     def object(self, name: str) -> Record:
         """An object."""

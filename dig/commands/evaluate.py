@@ -132,8 +132,8 @@ def evaluate_command(
             # At once: what comes after may fail.
             line = (
                 (f"{path}: " if len(samples) > 1 else "")
-                + f"{extractor.metric}: {distance:.3f}"
-                + (f" (two halves of the data: {floor:.3f})" if floor is not None else "")
+                + f"{extractor.metric}: {_digits(distance)}"
+                + (f" (two halves of the data: {_digits(floor)})" if floor is not None else "")
                 + f", precision {precision:.3f}, recall {recall:.3f}; {len(generated):,} samples, {compared:,} images "
                 f"of the data{lost}, features of {extractor.description}"
             )
@@ -277,3 +277,8 @@ def _describe(dataset: DataSet) -> str:
     """Shape and classes of a data set, in short."""
     names = ", ".join(dataset.class_names[:5]) + (" and more" if dataset.num_classes > 5 else "")
     return f"samples of {'x'.join(map(str, dataset.sample_shape))} and {dataset.num_classes} classes ({names})"
+
+
+def _digits(distance: float) -> str:
+    """A distance for readers: what is next to nothing must not look like nothing."""
+    return f"{distance:.3f}" if distance >= 0.1 or distance == 0 else f"{distance:.3g}"

@@ -123,6 +123,8 @@ def train_command(
         where = one_device(device)
         precision = choose_precision(dtype, where)
         dataset = open_data(data, image_size=image_size, channels=channels, mirror=mirror)
+        if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+            raise ValueError(f"{out} lies in the data's own folder, {data}, and would be data; choose another --out")
         name, options, source = parse_model(model, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.training.config import DataSpec, TrainConfig, choose_execution

@@ -25,6 +25,7 @@ from bench.compare import (
 from bench.ledgers import Checks, Memory
 from bench.messages import cell
 from bench.results import Case, Row, read_results
+from bench.selection import differences, newest
 
 CASE = Case(model="DiG-S/2", resolution=256)
 STEADY = (10.0, 10.01, 9.99, 10.02, 9.98)
@@ -343,3 +344,16 @@ def test_launches_that_failed_on_the_base_are_told_too(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", base), write(tmp_path / "b.jsonl", rows(STEADY))]
     output = runner.invoke(cli.app, ["compare", *files]).output
     assert "- a.jsonl: launches that failed, and are in no median: 1 timeout" in output
+
+
+def test_what_was_measured_last_is_newest_in_whatever_order_a_file_was_put_together() -> None:
+    old = [replace(row, started_at="2026-11-21T00:00:00+00:00") for row in rows(scaled(1.0), key="old")]
+    new = [replace(row, started_at="2026-11-23T00:00:00+00:00") for row in rows(scaled(1.1), key="new")]
+    for content in (old + new, new + old):
+        assert {row.key for row in newest(content).rows} == {"new"}
+
+
+def test_two_cards_of_one_name_and_their_hosts_are_named() -> None:
+    here, there = ({"gpu_name": "H100", "gpu_uuid": f"GPU-{x}", "cpu": f"CPU {x}"} for x in "ab")
+    sides = [("A", rows(scaled(1.0), environment=here)), ("B", rows(scaled(1.0), environment=there))]
+    assert differences(sides) == ["card: GPU-a in A; GPU-b in B", "host processor: CPU a in A; CPU b in B"]

@@ -497,3 +497,11 @@ def test_paths_are_no_markup(
     told = " ".join(record.getMessage() for record in caplog.records)
     assert "b]/[x].gif" in told
     assert "cannot read b]/0.png (not an image, or damaged at its start; it is empty); it is left out" in told
+
+
+def test_latents_of_a_picture_that_was_replaced_are_not_called_finished(tmp_path: Path, vae: Path) -> None:
+    images = make_folder(tmp_path / "data", {"cat": 2, "dog": 2}, side=20)
+    run(images, tmp_path / "out", vae)
+    next((images / "dog").iterdir()).write_bytes(next((images / "cat").iterdir()).read_bytes())
+    with pytest.raises(DataError, match="latents of another encoding"):
+        run(images, tmp_path / "out", vae)

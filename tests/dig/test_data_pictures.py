@@ -71,6 +71,12 @@ def test_sixteen_bits_are_scaled(folder: Path, suffix: str, channels: int) -> No
     assert (read(folder / f"x.{suffix}", channels) == RAMP).all()
 
 
+def test_eight_bits_with_a_sign_are_refused_by_name(folder: Path) -> None:
+    path = write_tiff(folder / "x.tif", RAMP.astype(np.uint8).tobytes(), bits=8, kind=2)
+    assert "signed integers" in reason(path)
+    assert (read(write_tiff(path, RAMP.astype(np.uint8).tobytes(), bits=8)) == RAMP).all()
+
+
 def test_sixteen_bits_are_rounded(folder: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 2**16, (16, 16), dtype=np.uint16)
     Image.fromarray(deep).save(folder / "x.png")

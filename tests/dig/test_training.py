@@ -25,6 +25,7 @@ from dig.training.config import DataSpec
 from dig.training.logs import lines_until
 from dig.training.saving import checkpoint_files, checkpoint_path, read_checkpoint, save_checkpoint
 from dig.training.trainer import Trainer, TrainingError
+from tests.dig.test_data_images import make_folder
 from tests.dig.test_training_step import config
 from tests.dig.tiny import TINY, make_fashion, using
 
@@ -359,3 +360,12 @@ def test_trainer_is_a_library_too(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model takes"):
         config(data=DataSpec.of(dataset))
     assert issubclass(TrainingError, RuntimeError)
+
+
+@pytest.mark.parametrize("inside", [".", "run", "cat/run"])
+def test_a_run_inside_of_its_data_is_refused_before_it_is_made(inside: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "data", {"cat": 2, "dog": 2}, side=20)
+    result = train(folder, folder / inside, "--image-size", "16", *OPTIONS)
+    assert result.exit_code == 2
+    assert "lies in the data's own folder" in result.output
+    assert sorted(path.name for path in folder.iterdir()) == ["cat", "dog"]

@@ -246,12 +246,14 @@ def encode(
         raise ValueError(f"rank must be at least 0 and below the world size {world_size}; got {rank} of {world_size}")
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise ValueError(f"workers must be 1 to {MAX_WORKERS}; got {workers}")
+    from dig.training.identity import data_sha256  # Here, for it knows all kinds of data.
+
     out = Path(out)
     _check_out(Path(images), out)
     folder = ImageFolder(images, image_size=image_size)
     # All that can be wrong with it is found before the VAE is fetched.
     encoding = Encoding(
-        listing_sha256=folder.listing_sha256(),
+        listing_sha256=data_sha256(folder),
         images=len(folder),
         class_names=folder.class_names,
         image_size=image_size,

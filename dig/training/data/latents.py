@@ -51,7 +51,8 @@ class Encoding:
     """What the latents are: two folders with equal encodings hold the same latents.
 
     Attributes:
-        listing_sha256: Of the names of the encoded files, in order.
+        listing_sha256: Of the encoded files, names in order and contents, as far as `dig.training.identity` reads
+            them.
         images: How many files were listed.
         class_names: Name of each label.
         image_size: Side of the cropped images in pixels.

@@ -16,6 +16,7 @@ from dig.training.data.crop import center_crop
 # Pillow looks at what a file holds, not at its name. Of all that it can open these are rasters that it decodes itself;
 # for EPS it would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000")
+_SAMPLE_FORMAT, _UNSIGNED = 339, 1
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 # Above twice this size Pillow refuses an image, which is then unreadable like any other; below it only warns.
@@ -48,6 +49,9 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     image.info.pop("transparency", None)
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_deep(image).convert(mode)
+    formats = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, _UNSIGNED)
+    if set(formats if isinstance(formats, tuple) else (formats,)) != {_UNSIGNED}:  # which Pillow reads as if it were
+        raise ValueError("its pixels are signed integers, and nothing says which is white; convert it to 8 or 16 bits")
     if image.mode in ("La", "RGBa"):  # multiplied with their transparency
         image = image.convert(image.mode.upper())
     elif image.mode == "LAB":
