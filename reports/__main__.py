@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from bench.files import write_file
 from bench.messages import OneLineCommand, say
-from bench.results import ResultError
+from bench.store.files import write_file
+from bench.store.rows import ResultError
 from reports.figures import Drawing, model_size, speed_memory
 from reports.refusing import refusing
 from reports.series import SIZES, read_sweep, size_rank

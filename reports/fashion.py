@@ -17,7 +17,7 @@ import matplotlib as mpl
 import typer
 
 from bench.messages import OneLineCommand, say
-from bench.migrations import rename_backend
+from bench.store.migrations import rename_backend
 from reports import drawing
 from reports.drawing import Line, Point, Style
 from reports.figures import Drawing

@@ -17,8 +17,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.files import write_file
-from bench.results import Row
+from bench.store.files import write_file
+from bench.store.rows import Row
 from reports import drawing
 from reports.drawing import Failure, Line, Point, Style
 from reports.series import (

@@ -17,9 +17,9 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from bench.files import require_file_or_nothing, write_file
 from bench.messages import OneLineCommand, say
-from bench.migrations import rename_backend
+from bench.store.files import require_file_or_nothing, write_file
+from bench.store.migrations import rename_backend
 from reports import drawing
 from reports.drawing import Line, Point
 from reports.figures import Drawing

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.decoding import parse_json
-from bench.files import read_file
+from bench.store.decoding import parse_json
+from bench.store.files import read_file
 
 LEAST, MOST = 1e-30, 1e15
 """Of a number that is drawn, by size; zero is one too."""

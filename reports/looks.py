@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from bench.results import Row
+from bench.store.rows import Row
 from dig.family import Look
 from dig.registry import families
 from reports import drawing

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import matplotlib as mpl
 import typer
 
-from bench.files import write_file
 from bench.messages import OneLineCommand, cell, say, visible
 from bench.sampling.rows import Comparison, RowError, SamplingCase, SamplingRow, compare, machine, read_rows
+from bench.store.files import write_file
 from reports import drawing
 from reports.drawing import Style
 from reports.figures import Drawing

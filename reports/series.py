@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-from bench.results import Case, Device, Dtype, Execution, Mark, Mode, ResultError, Row, read_results
-from bench.selection import by_case_and_machine, machine, newest
+from bench.cases.case import Case, Device, Dtype, Execution, Mode
+from bench.store.rows import Mark, ResultError, Row, read_results
+from bench.store.selection import by_case_and_machine, machine, newest
 from reports.looks import Looks
 
 SIZES = ("S", "B", "L", "XL")
@@ -188,7 +189,8 @@ def launches_of(row: Row) -> int:
 def merge_launches(rows: Iterable[Row]) -> Row:
     """One row for all launches of a case on a machine.
 
-    Only rows that count (`bench.selection.newest`) are taken; where none of them has times, it is the last as it is.
+    Only rows that count (`bench.store.selection.newest`) are taken; where none of them has times, it is the last as it
+    is.
 
     Args:
         rows: Of one case on one machine, at least one, in the order they were measured.
@@ -258,7 +260,7 @@ class Sweep:
 
 
 def read_sweep(paths: list[Path]) -> Sweep:
-    """Read results files; `bench.selection.newest` says which rows count, read one after the other.
+    """Read results files; `bench.store.selection.newest` says which rows count, read one after the other.
 
     Launches of one case become one row (`merge_launches`).
 

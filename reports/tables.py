@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import pandas as pd
 
 from bench.messages import cell
-from bench.results import Mark, Row
+from bench.store.rows import Mark, Row
 from reports.series import (
     ASSUMED_NOTE,
     ATTENTION_FAMILIES,

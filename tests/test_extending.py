@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.results import read_results
+from bench.store.rows import read_results
 from dig.environment import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

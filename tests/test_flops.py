@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from baselines.dis import EXTRA_TOKENS, STATE, DiS
 from baselines.dit import DiT
-from bench.flops import step_flops
+from bench.measure.flops import step_flops
 from dig.flops import UncountedError, counts_as, forward_macs, model_macs
 from dig.layers import Backbone
 from dig.model import DiG

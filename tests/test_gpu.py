@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.cases import sweep
-from bench.checkouts import copy_tree
-from bench.jobs import Budget, GateJob
+from bench.cases.jobs import Budget, ParityJob
+from bench.cases.suites import sweep
 from bench.models import create_model
-from bench.results import ResultsWriter, read_results
-from bench.runner import Sweep, run_job, run_sweep
-from bench.side import Side
+from bench.run.checkouts import copy_tree
+from bench.run.runner import Sweep, run_job, run_sweep
+from bench.run.side import Side
+from bench.store.rows import ResultsWriter, read_results
 from dig.environment import ROOT
 from dig.model import DiG, DiGConfig
 from dig.nvml import Gpu
@@ -131,7 +131,7 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_every_implementation_passes_the_gate_with_room(model: str, mode: str) -> None:
     (case,) = sweep([model], resolutions=(256,), modes=(mode,))
-    answer = run_job(GateJob(case=case), time_limit=420)
+    answer = run_job(ParityJob(case=case), time_limit=420)
     print(case.describe(), answer)
     assert answer.get("message") is None
     assert answer["error"] < answer["bound"] / 1.5

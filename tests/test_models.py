@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.flops import paper_macs
+from bench.measure.flops import paper_macs
 from dig.family import UnknownModelError
 from dig.flops import forward_macs
 from dig.registry import create_model, list_models

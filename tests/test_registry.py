@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import cases, identity
-from bench.checkouts import copy_tree
-from bench.jobs import BUDGETS, Budget
-from bench.results import Case, read_results
-from bench.side import Side
+from bench.cases import suites as cases
+from bench.cases.case import Case
+from bench.cases.jobs import BUDGETS, Budget
+from bench.run.checkouts import copy_tree
+from bench.run.side import Side
+from bench.store import identity
+from bench.store.rows import read_results
 from dig import discovery, registry
 from dig.declared import DIG
 from dig.environment import ROOT
@@ -80,7 +82,7 @@ def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    return {name.partition(".")[0] for name in names}
+    return names | {name.partition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,22 @@ def imported(path: Path) -> set[str]:
 )
 def test_imports_go_upwards_only(folder: str, above: set[str]) -> None:
     assert {path.name for path in (ROOT / folder).rglob("*.py") if imported(path) & above} == set()
+
+
+ROOMS = ("cases", "store", "parity", "measure", "run", "judge", "inspect", "ops", "sampling", "cli")
+"""Of bench, each free to import from those before it; what lies beside them (messages) is everybody's."""
+
+
+def test_rooms_of_bench_import_from_those_before_them_only() -> None:
+    here = {path.name for path in (ROOT / "bench").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert here == set(ROOMS)
+    against = []
+    for index, room in enumerate(ROOMS):
+        above = {f"bench.{name}" for name in ROOMS[index + 1 :]}
+        for path in (ROOT / "bench" / room).rglob("*.py"):
+            names = {".".join(name.split(".")[:2]) for name in imported(path)}
+            against += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(names & above)]
+    assert against == []
 
 
 def test_names_and_options_are_checked_without_torch() -> None:

@@ -20,8 +20,8 @@ import torch
 import typer
 from torch import Tensor
 
-from bench.choices import one_case
-from bench.results import Case
+from bench.cases.case import Case
+from bench.cases.choices import one_case
 from dig.graphs import on_capture_stream, record
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

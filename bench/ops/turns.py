@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.results import Case
-from bench.steps import build_step, capture, warm_up
+from bench.cases.case import Case
+from bench.measure.steps import build_step, capture, warm_up
 
 
 @dataclass(frozen=True, kw_only=True)

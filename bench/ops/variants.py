@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
+from bench.judge.statistics import ratio_interval
 from bench.ops.common import case_for, parse, replaced, require_gpu
 from bench.ops.turns import add_turns, append_row, steps_in_turns
-from bench.statistics import ratio_interval
 
 
 @dataclass(frozen=True, kw_only=True)

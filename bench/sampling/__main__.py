@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases import ModelChoice
+from bench.cases.suites import ModelChoice
 from bench.messages import OneLineCommand, check_count, check_positive, refuse, visible
 from bench.sampling.rows import MOST_CFG, RowError, SamplingCase, SamplingRow, append_row, compare, require_rows
 from bench.sampling.run import measure

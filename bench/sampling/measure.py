@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.lifeline import end_with_parent, give_way
+from bench.measure.failures import failure
+from bench.parity.inputs import fill_zeros
+from bench.run.lifeline import end_with_parent, give_way
 from bench.sampling.rows import SamplingCase
-from bench.steps import fill_zeros
-from bench.worker import failure
 from dig.registry import create_model, load_source
 from dig.sampling.runner import BatchSampler, SamplePlan
 

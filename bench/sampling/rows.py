@@ -11,16 +11,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-from bench.decoding import decode_dataclass, parse_json, require
-from bench.files import append_line, read_file, require_appendable
-from bench.migrations import rename_backend
-from bench.results import MOST_COUNT, check_environment
+from bench.cases.case import MOST_COUNT
+from bench.store.decoding import decode_dataclass, parse_json, require
+from bench.store.files import append_line, read_file, require_appendable
+from bench.store.migrations import rename_backend
+from bench.store.rows import check_environment
 
 SCHEMA = 2
-"""2 calls the backend by its present name (`bench.migrations`) and has ``case.source``; 1 is read too."""
+"""2 calls the backend by its present name (`bench.store.migrations`) and has ``case.source``; 1 is read too."""
 MOST_CFG = 1e6
 KIND = "sampling"
-"""Tells these rows from those of `bench.results`, which are of single steps."""
+"""Tells these rows from those of `bench.store.rows`, which are of single steps."""
 _BEGINS = f'{{"kind":"{KIND}"'.encode()
 CONFIDENCE = 0.95
 Status = Literal["ok", "oom", "timeout", "error"]
@@ -87,7 +88,7 @@ class SamplingCase:
         dtype: ``bf16`` or ``fp32``.
         device: ``cuda`` or ``cpu``.
         execution: ``graph``, all steps as one CUDA graph; or ``eager``.
-        source: The family's import path, as of `bench.results.Case`.
+        source: The family's import path, as of `bench.cases.case.Case`.
     """
 
     model: str

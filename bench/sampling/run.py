@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from bench.lifeline import end_group
+from bench.run.lifeline import end_group
 from bench.sampling.rows import SamplingCase, SamplingRow
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import regression, timing
-from bench.cases import figure_1, figure_2, paper_suite
-from bench.jobs import BUDGETS, Budget
-from bench.results import Case, Row, read_results
-from bench.timing import BLOCK_S
+from bench.cases.case import Case
+from bench.cases.jobs import BUDGETS, Budget
+from bench.cases.suites import figure_1, figure_2, paper_suite
+from bench.judge import regression
+from bench.measure import timing
+from bench.measure.timing import BLOCK_S
+from bench.store.rows import Row, read_results
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "h100.jsonl"
 TUNING_S = 120.0
@@ -30,7 +32,7 @@ MINUTE = 60.0
 
 
 def sampling(step: float, budget: Budget) -> float:
-    """The most seconds that `bench.timing.sample` takes for a step of so many seconds."""
+    """The most seconds that `bench.measure.timing.sample` takes for a step of so many seconds."""
     steps = max(1, min(20, int(BLOCK_S / step)))
     block = steps * step
     settling = max(budget.settle_max_s, 3 * block) + block if budget.settle_max_s else 0.0

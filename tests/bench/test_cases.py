@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from bench.cases import COMPARED, ON_CPU, PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
+from bench.cases.suites import COMPARED, ON_CPU, PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
 
 
 def test_a_choice_names_family_implementation_and_options() -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import capacity_command, cli
-from bench.capacity import Probe
-from bench.results import Case, read_results
+from bench.cases.case import Case
+from bench.cli import capacity as capacity_command
+from bench.cli import main as cli
+from bench.inspect.capacity import Probe
+from bench.store.rows import read_results
 
 runner = CliRunner()
 
@@ -78,7 +80,7 @@ def test_torn_line_is_reported_and_the_run_goes_on(tmp_path: Path, monkeypatch: 
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = "import bench.cli, sys; sys.exit('torch' in sys.modules)"
+    code = "import bench.cli.main, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

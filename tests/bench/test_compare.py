@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from bench import cli
-from bench.compare import (
+from bench.cases.case import Case
+from bench.cli import main as cli
+from bench.judge.compare import (
     INCONCLUSIVE,
     NO_REGRESSION,
     REGRESSION,
@@ -22,10 +23,10 @@ from bench.compare import (
     marks_of,
     to_markdown,
 )
-from bench.ledgers import Checks, Memory
 from bench.messages import cell
-from bench.results import Case, Row, read_results
-from bench.selection import differences, newest
+from bench.store.ledgers import Checks, Memory
+from bench.store.rows import Row, read_results
+from bench.store.selection import differences, newest
 
 CASE = Case(model="DiG-S/2", resolution=256)
 STEADY = (10.0, 10.01, 9.99, 10.02, 9.98)

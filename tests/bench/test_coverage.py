@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.coverage import NOISES, main, simulate
+from bench.judge.coverage import NOISES, main, simulate
 
 
 def test_intervals_of_normal_noise_hold_the_truth_and_equal_code_is_the_same() -> None:

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.capacity import CapacityError, largest_batch, largest_resolution, largest_that_fits, probe_case
-from bench.ledgers import Memory
-from bench.results import Case, ResultsWriter, Row, read_results
-from bench.runner import Referee
+from bench.cases.case import Case
+from bench.inspect.capacity import CapacityError, largest_batch, largest_resolution, largest_that_fits, probe_case
+from bench.run.runner import Referee
+from bench.store.ledgers import Memory
+from bench.store.rows import ResultsWriter, Row, read_results
 from dig.environment import ROOT
 
 RUN = ["run", "--models", "DiT", "--patch", "8", "--modes", "forward", "--resolution", "64"]
@@ -65,9 +66,10 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
 
 def test_no_module_of_the_harness_times_anything_by_the_time_of_day() -> None:
     wrong = re.compile(r"\btime\.time\b|from time import|\bdatetime\.now\b|utcnow")
-    found = {p.name: wrong.findall(p.read_text()) for p in (ROOT / "bench").glob("*.py")}
+    files = (ROOT / "bench").rglob("*.py")
+    found = {path.relative_to(ROOT / "bench").as_posix(): wrong.findall(path.read_text()) for path in files}
     # A row's started_at and a folder's name are for people.
-    allowed = {"results.py": ["datetime.now"], "regression_command.py": ["datetime.now"]}
+    allowed = {"store/rows.py": ["datetime.now"], "cli/regression.py": ["datetime.now"]}
     assert {name: words for name, words in found.items() if words} == allowed
 
 
@@ -122,7 +124,7 @@ def test_a_disk_that_fills_up_keeps_the_rows_before_and_says_so(tmp_path: Path) 
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); from pathlib import Path; "
-        "from bench.results import *; "
+        "from bench.store.rows import *; "
         "case = Case(model='DiT-S/8', resolution=64); writer = ResultsWriter(Path(sys.argv[1]))\n"
         "try: writer.write(Row(case=case, status='error', started_at='', message='y' * 4000))\n"
         "except ResultError as error: print(error); writer.close()"
@@ -135,7 +137,7 @@ def test_a_disk_that_fills_up_keeps_the_rows_before_and_says_so(tmp_path: Path) 
 def test_a_harness_killed_while_it_writes_leaves_whole_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from pathlib import Path; from bench.results import *\n"
+        "import sys; from pathlib import Path; from bench.store.rows import *\n"
         "case = Case(model='DiT-S/8', resolution=64); writer = ResultsWriter(Path(sys.argv[1]))\n"
         "for i in range(10**9): writer.write(Row(case=case, status='error', started_at='', message='m' * 100_000))"
     )
@@ -252,7 +254,7 @@ def test_peaks_that_leave_something_out_cost_few_tries_more() -> None:
 
 
 def test_capacity_in_batch_and_in_whole_patches() -> None:
-    from bench.capacity import Probe
+    from bench.inspect.capacity import Probe
 
     def probe(case: Case) -> Probe:
         fits = case.batch * case.resolution**2 <= 10 * 512**2
@@ -273,7 +275,7 @@ def test_memory_that_is_not_given_back_is_waited_for_and_then_said(monkeypatch: 
         def used(self) -> int:
             return levels.pop(0) if len(levels) > 1 else levels[0]
 
-    monkeypatch.setattr("bench.runner.Gpu.open", classmethod(lambda cls: Card()))
+    monkeypatch.setattr("bench.run.runner.Gpu.open", classmethod(lambda cls: Card()))
     referee = Referee(time_limit=1)
     assert referee.wait_for_memory(patience=20)
     levels[:] = [9 << 30]
@@ -281,8 +283,8 @@ def test_memory_that_is_not_given_back_is_waited_for_and_then_said(monkeypatch: 
 
 
 def test_the_ledger_has_the_parts_of_a_training_step() -> None:
-    from bench.jobs import ProbeJob
-    from bench.runner import run_job
+    from bench.cases.jobs import ProbeJob
+    from bench.run.runner import run_job
 
     case = Case(model="DiT-S/8", resolution=64, mode="train", dtype="fp32", device="cpu")
     answer = run_job(ProbeJob(case=case), time_limit=60)

@@ -16,11 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from bench import capacity, capacity_command, cli, coverage, kernels_command, profile_command, regression_command
-from bench.ledgers import Checks, Clocks, Memory, Timing
-from bench.results import Case, ResultError, ResultsWriter, Row, read_results
+from bench.cases.case import Case
+from bench.cli import capacity as capacity_command
+from bench.cli import kernels as kernels_command
+from bench.cli import main as cli
+from bench.cli import profile as profile_command
+from bench.cli import regression as regression_command
+from bench.inspect import capacity
+from bench.judge import coverage
 from bench.sampling import __main__ as sampling
 from bench.sampling.rows import SamplingCase, SamplingRow, read_rows
+from bench.store.ledgers import Checks, Clocks, Memory, Timing
+from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from reports import __main__ as reports_main
 from reports import fashion, follow
 from reports import sampling as sampling_report
@@ -303,8 +310,8 @@ def _measuring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (sampling, "measure"),
     ):
         monkeypatch.setattr(module, name, begin, raising=False)
-    monkeypatch.setattr("bench.profiles.profile_case", begin)
-    monkeypatch.setattr("bench.steps.build_step", begin)
+    monkeypatch.setattr("bench.inspect.profile.profile_case", begin)
+    monkeypatch.setattr("bench.measure.steps.build_step", begin)
 
 
 @pytest.mark.usefixtures("_measuring_nothing")

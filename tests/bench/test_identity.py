@@ -12,9 +12,9 @@ from dig.environment import ROOT, describe_environment, telling_variables
 
 KEY = """
 from dig.environment import describe_environment
-from bench.identity import measurement_key
-from bench.jobs import BUDGETS
-from bench.results import Case
+from bench.store.identity import measurement_key
+from bench.cases.jobs import BUDGETS
+from bench.cases.case import Case
 case = Case(model="DiT-S/8", resolution=64, device="cpu")
 print(measurement_key(case, code="", environment=describe_environment(), budget=BUDGETS["cpu"]))
 """

@@ -73,7 +73,7 @@ def test_a_killed_harness_leaves_no_process_and_the_next_start_no_folder(
     assert wait_until(lambda: not any(map(alive, descendants)), 3), [
         Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants if alive(pid)
     ]
-    start = "from bench.lifeline import scratch_folder; scratch_folder()"
+    start = "from bench.run.lifeline import scratch_folder; scratch_folder()"
     subprocess.run([sys.executable, "-c", start], env=environment, cwd=ROOT, check=True)
     # torch keeps what it compiled from one run to the next.
     assert {path.name.partition("_")[0] for path in (folder / "tmp").iterdir()} <= {"torchinductor"}
@@ -92,7 +92,7 @@ def test_a_harness_killed_while_its_server_imports_leaves_none(folder: Path) -> 
 
 def test_the_folder_of_a_harness_that_runs_is_left_alone(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    code = "from bench.lifeline import scratch_folder; print(scratch_folder(), flush=True); input()"
+    code = "from bench.run.lifeline import scratch_folder; print(scratch_folder(), flush=True); input()"
     first = subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,

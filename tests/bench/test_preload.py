@@ -20,9 +20,9 @@ def forbidden(*arguments, **keywords):
 torch._C._cuda_init = forbidden
 for name in ("_lazy_init", "current_device", "get_device_properties", "get_device_capability"):
     setattr(torch.cuda, name, forbidden)
-import bench.preload
+import bench.run.preload
 assert not torch.cuda.is_initialized()
-assert {"bench.worker", "dig.raster"} <= sys.modules.keys(), sorted(sys.modules)
+assert {"bench.run.worker", "dig.raster"} <= sys.modules.keys(), sorted(sys.modules)
 """
 
 
@@ -34,7 +34,7 @@ def test_importing_it_starts_no_cuda() -> None:
 def test_a_package_that_is_broken_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "einops.py").write_text("raise RuntimeError('built for another torch')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    code = "import bench.preload, sys; assert 'bench.worker' in sys.modules and 'einops' not in sys.modules"
+    code = "import bench.run.preload, sys; assert 'bench.run.worker' in sys.modules and 'einops' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
@@ -46,8 +46,8 @@ def test_a_package_that_would_start_cuda_is_left_to_the_workers(tmp_path: Path) 
 import sys, torch
 started = []
 torch.cuda._lazy_init = start = lambda: started.append(1)
-import bench.preload
-assert not started and "einops" not in sys.modules and "bench.worker" in sys.modules
+import bench.run.preload
+assert not started and "einops" not in sys.modules and "bench.run.worker" in sys.modules
 assert torch.cuda._lazy_init is start
 """
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

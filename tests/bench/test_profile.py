@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import cli
-from bench.kernels import short_name
-from bench.profile_page import page, thin
-from bench.profiles import Entry, Profile, _ranked, memory_timeline, read_events
-from bench.results import Case
-from bench.roofline import Cost, cost_of, kernel_costs
+from bench.cases.case import Case
+from bench.cli import main as cli
+from bench.inspect.page import page, thin
+from bench.inspect.profile import Entry, Profile, _ranked, memory_timeline, read_events
+from bench.inspect.roofline import Cost, cost_of, kernel_costs
+from bench.measure.profiler import short_name
 
 CASE = Case(model="DiG-S/8", resolution=64, device="cpu", dtype="fp32")
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import cli, regression_command
-from bench.checkouts import CheckoutError, check_out_base, copy_tree, slow_down
-from bench.compare import Thresholds, exit_status
-from bench.jobs import Budget
-from bench.ledgers import Memory
-from bench.regression import Plan, compare_checkouts, cpu_suite, gpu_suite, rounds
-from bench.results import Case, Row, read_results
-from bench.side import Side, SideError, without_checkouts
+from bench.cases.case import Case
+from bench.cases.jobs import Budget
+from bench.cli import main as cli
+from bench.cli import regression as regression_command
+from bench.judge.compare import Thresholds, exit_status
+from bench.judge.regression import Plan, compare_checkouts, cpu_suite, gpu_suite, rounds
+from bench.run.checkouts import CheckoutError, check_out_base, copy_tree, slow_down
+from bench.run.side import Side, SideError, without_checkouts
+from bench.store.ledgers import Memory
+from bench.store.rows import Row, read_results
 from dig.environment import ROOT
 
 CASE = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
@@ -50,7 +52,13 @@ def test_a_round_holds_both_sides_of_every_case_side_by_side_in_changing_order()
 def test_the_base_is_measured_by_the_changes_harness_with_its_own_models(tmp_path: Path) -> None:
     tree = repository(tmp_path / "tree")
     (tree / "dig" / "layers.py").write_text("changed")
-    for name in ("bench/models.py", "bench/timing.py", "bench/new.py", "dig/registry.py", "baselines/declared.py"):
+    for name in (
+        "bench/models.py",
+        "bench/measure/timing.py",
+        "bench/new.py",
+        "dig/registry.py",
+        "baselines/declared.py",
+    ):
         (tree / name).write_text("changed")
     base = check_out_base(tree, "main", tmp_path / "base")
     assert len(base.name) == 40
@@ -107,7 +115,7 @@ def test_a_side_that_gives_other_numbers_is_an_error_row_by_name(tmp_path: Path)
 
 def test_a_side_that_cannot_start_says_why(tmp_path: Path) -> None:
     side = copy_tree(ROOT, tmp_path / "side", "side")
-    (side.root / "bench" / "runner.py").write_text("raise RuntimeError('torn apart')")
+    (side.root / "bench" / "run" / "runner.py").write_text("raise RuntimeError('torn apart')")
     with Side(side, time_limit=60) as process, pytest.raises(SideError, match="torn apart"):
         process.measure(CASE, budget=QUICK, launch=0)
 
@@ -119,8 +127,8 @@ def test_a_side_finds_the_packages_of_all_and_no_other_checkout(
     packages.mkdir()
     (packages / "only_here.py").write_text("FOUND = 'packages found'\n")
     side = copy_tree(ROOT, tmp_path / "side", "side")
-    loud = "import only_here, bench.runner\nraise RuntimeError(f'{only_here.FOUND}; {bench.runner.__file__}')"
-    (side.root / "bench" / "side.py").write_text(loud)
+    loud = "import only_here, bench.run.runner\nraise RuntimeError(f'{only_here.FOUND}; {bench.run.runner.__file__}')"
+    (side.root / "bench" / "run" / "side.py").write_text(loud)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(packages), ""]))
     assert without_checkouts(os.environ["PYTHONPATH"]) == str(packages)
     with Side(side, time_limit=60) as process, pytest.raises(SideError, match="packages found") as raised:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import runner, worker
-from bench.jobs import Budget, CaseJob, GateJob
-from bench.ledgers import Clocks
-from bench.results import Case, ResultsWriter, Row, read_results
-from bench.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
+from bench.cases.case import Case
+from bench.cases.jobs import Budget, CaseJob, ParityJob
+from bench.measure import case as worker
+from bench.run import runner
+from bench.run.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
+from bench.store.ledgers import Clocks
+from bench.store.rows import ResultsWriter, Row, read_results
 
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
 
@@ -307,7 +309,7 @@ def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch:
     asked = []
     answers = {"train": {"reference": "r", "gradients_off": 0.0}, "forward": {"reference": "r"}}
 
-    def answer(job: GateJob, *, time_limit: float) -> dict:
+    def answer(job: ParityJob, *, time_limit: float) -> dict:
         asked.append(job.case.mode)
         return answers[job.case.mode]
 

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.statistics import (
-    Interval,
-    expanded_percentiles,
-    judge,
-    median_interval,
-    noise_floor,
-    ratio_interval,
-)
+from bench.judge.statistics import Interval, expanded_percentiles, judge, noise_floor, ratio_interval
+from bench.measure.intervals import median_interval
 
 
 def launches(rng: np.random.Generator, n: int, *, mean: float = 10.0, noise: float = 0.01) -> list[float]:

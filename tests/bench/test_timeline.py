@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.timeline import Span, spans_of
+from bench.inspect.timeline import Span, spans_of
 
 
 def event(name: str, start: float, us: float, stream: int = 7, category: str = "kernel") -> dict:

@@ -8,10 +8,11 @@ import time
 import pytest
 import torch
 
-from bench.jobs import Budget
-from bench.results import Case
-from bench.steps import build_step, fill_zeros
-from bench.timing import sample
+from bench.cases.case import Case
+from bench.cases.jobs import Budget
+from bench.measure.steps import build_step
+from bench.measure.timing import sample
+from bench.parity.inputs import fill_zeros
 
 
 def test_stops_on_time() -> None:

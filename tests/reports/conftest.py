@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from bench.ledgers import Memory
-from bench.results import Case, Row
+from bench.cases.case import Case
+from bench.store.ledgers import Memory
+from bench.store.rows import Row
 
 GPU = {"gpu_name": "NVIDIA H100 80GB HBM3", "driver": "580.82", "torch": "2.11.0", "commit": "0123456789abcdef"}
 CPU = {"cpu": "AMD EPYC 9654", "torch": "2.13.0"}

@@ -5,7 +5,7 @@ import math
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from bench.ledgers import Memory
+from bench.store.ledgers import Memory
 from reports.drawing import log_ticks
 from reports.figures import Drawing, model_size, speed_memory
 from reports.looks import Looks

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench.results import Row
+from bench.store.rows import Row
 from dig.environment import ROOT
 from dig.family import FamilyError, Look
 from reports.figures import speed_memory

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.results import ResultError
+from bench.store.rows import ResultError
 from reports.series import Launches, Series, Setting, launches_of, read_sweep, select, series_labels, span
 
 BOTH = ("train", "forward")

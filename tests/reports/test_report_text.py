@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bench.messages import cell, visible
-from bench.results import Row
 from bench.sampling.rows import compare
+from bench.store.rows import Row
 from reports import sampling
 from reports.__main__ import app
 from reports.figures import model_size, speed_memory

@@ -1,0 +1,154 @@
+"""Which cases a run measures: a sweep over axes, or a named suite. No torch here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from bench.cases.case import Case, Device, Dtype, Execution, Mode
+from dig.family import BACKEND, Family, UnknownModelError, closest
+from dig.registry import check_resolution, model_name, parse_family, source_of
+
+PAPER_RESOLUTIONS = (256, 512, 768, 1024, 1280, 1536, 1792, 2048)
+PEERS = ("DiG:fla:variant=release", "DiT", "Flash-DiT:sdpa-cudnn", "Flash-DiT:flash-attn", "DiS:mamba-ssm")
+"""The models of the paper's figures as they were published, each on the fastest published kernels."""
+COMPARED = ("DiG:triton:variant=release", *PEERS)
+"""What the suite measures: DiG on this project's kernels, and what it has to be compared with."""
+ON_CPU = ("DiG", "DiT", "Flash-DiT", "DiS")
+"""What is measured on a CPU unless something else is named: each on its reference implementation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """A family with options, as ``--models`` names it: ``DiG``, ``DiG:fla:variant=release``, ``my_module:MyFamily``.
+
+    Attributes:
+        family: The family.
+        options: Of the family, sorted by name.
+        source: Its import path, where it was named by that.
+    """
+
+    family: Family
+    options: tuple[tuple[str, str], ...]
+    source: str = ""
+
+    @classmethod
+    def parse(cls, text: str, device: str = "cpu") -> ModelChoice:
+        """Read a family and its options; a word without ``=`` is the family's backend.
+
+        Args:
+            text: As above.
+            device: ``cuda`` or ``cpu``, which decides on the backend where the text names none.
+
+        Raises:
+            UnknownModelError: No such family, option or value; the message offers the closest one.
+            FamilyError: An import path that leads to no family.
+        """
+        family, rest, options = parse_family(text, sized=False)
+        if rest:
+            raise UnknownModelError(
+                f"{family.name}{rest}: sizes and patch are axes of their own here; write {family.name}"
+            )
+        if family.backends:
+            options.setdefault(BACKEND, family.default_backend(device))
+        return cls(family=family, options=tuple(sorted(options.items())), source=source_of(family.name))
+
+    def model(self, size: str, patch: int) -> str:
+        """``DiG-S/2``, checked."""
+        return model_name(self.family.name, size, patch)
+
+
+def sweep(
+    models: Iterable[str],
+    *,
+    sizes: Sequence[str] = ("S",),
+    patch: int = 2,
+    resolutions: Sequence[int],
+    modes: Sequence[Mode] = ("train",),
+    executions: Sequence[Execution] = ("graph",),
+    batch: int = 1,
+    dtype: Dtype = "bf16",
+    device: Device = "cuda",
+) -> list[Case]:
+    """Every combination, resolution by resolution, so that the models of one comparison are measured close together.
+
+    Raises:
+        ValueError: Something cannot be measured; the message says what to write instead.
+    """
+    choices = [ModelChoice.parse(text, device) for text in models]
+    for axis, given, kind in (("mode", modes, Mode), ("execution", executions, Execution)):
+        for value in given:
+            if value not in get_args(kind):
+                raise ValueError(f"unknown {axis} {value!r}: {closest(value, get_args(kind))}")
+    if device == "cpu" and "graph" in executions:
+        raise ValueError("execution graph is a CUDA graph and needs a GPU; use --executions eager on a CPU")
+    cases = []
+    for size, resolution, mode, execution, choice in itertools.product(sizes, resolutions, modes, executions, choices):
+        check_resolution(resolution, patch)
+        choice.family.require_device(dict(choice.options), device)
+        cases.append(
+            Case(
+                model=choice.model(size, patch),
+                options=choice.options,
+                source=choice.source,
+                resolution=resolution,
+                batch=batch,
+                mode=mode,
+                execution=execution,
+                dtype=dtype,
+                device=device,
+            )
+        )
+    return cases
+
+
+def without_repeats(cases: Iterable[Case]) -> list[Case]:
+    """The cases in order, each once."""
+    return list(dict.fromkeys(cases))
+
+
+def figure_1(models: Iterable[str] = COMPARED, resolutions: Sequence[int] = PAPER_RESOLUTIONS) -> list[Case]:
+    """Fig. 1 of the paper: S/2 against resolution, as a training step and as a forward pass, in CUDA graphs."""
+    return sweep(models, resolutions=resolutions, modes=("train", "forward"))
+
+
+def figure_2(models: Iterable[str] = COMPARED, resolutions: Sequence[int] = (1024, 2048)) -> list[Case]:
+    """Fig. 2 of the paper: the forward pass of every size at 1024 and 2048."""
+    return sweep(models, sizes=("S", "B", "L", "XL"), resolutions=resolutions, modes=("forward",))
+
+
+def eager_probes(models: Iterable[str] = COMPARED, resolutions: Sequence[int] = (1024, 1792)) -> list[Case]:
+    """S/2 in eager mode at two resolutions: what launches cost whoever does not use graphs."""
+    return sweep(models, resolutions=resolutions, modes=("train", "forward"), executions=("eager",))
+
+
+def paper_suite() -> list[Case]:
+    """Both figures and the eager probes."""
+    return without_repeats([*figure_1(), *figure_2(), *eager_probes()])
+
+
+def cpu_suite() -> list[Case]:
+    """Both figures in small, with the reference implementations, for a machine without a GPU."""
+    figure1 = sweep(ON_CPU, resolutions=(64, 128, 192, 256), executions=("eager",), dtype="fp32", device="cpu")
+    figure2 = sweep(
+        ON_CPU,
+        sizes=("S", "B"),
+        resolutions=(128,),
+        modes=("forward",),
+        executions=("eager",),
+        dtype="fp32",
+        device="cpu",
+    )
+    return without_repeats([*figure1, *figure2])
+
+
+SUITES = {"paper": paper_suite, "cpu": cpu_suite}
+
+
+def suite(name: str) -> list[Case]:
+    """The cases of a suite by name."""
+    if name not in SUITES:
+        raise UnknownModelError(f"unknown suite {name!r}: {closest(name, SUITES)}")
+    return SUITES[name]()

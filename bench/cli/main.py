@@ -1,0 +1,249 @@
+"""The commands of ``python -m bench``: run and list here; the others in modules of their own."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.cases import suites as case_lists
+from bench.cases.case import Case
+from bench.cases.choices import choose_device, default_dtype, default_execution
+from bench.cli.capacity import capacity
+from bench.cli.compare import compare, export
+from bench.cli.first_step import first_step
+from bench.cli.kernels import kernels
+from bench.cli.profile import profile
+from bench.cli.regression import regression
+from bench.messages import OneLineGroup, check_count, check_positive, refuse, say, visible
+from bench.run.runner import Sweep, finished_launches, run_sweep
+from bench.store.identity import code_hash
+from bench.store.rows import ResultError, ResultsWriter, Row, read_results
+from dig.commands.common import progress_bar
+from dig.environment import ROOT, describe_environment, gpu_present
+from dig.packages import MissingPackageError
+from dig.registry import VAE_FACTOR, ModelSpec, families, list_models, parse_name
+
+app = typer.Typer(
+    cls=OneLineGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS against resolution and model size.",
+)
+GIB = 2**30
+
+for command in (kernels, compare, export, regression, capacity, profile, first_step):
+    app.command()(command)
+
+
+MOST_LAUNCHES = 10_000
+
+
+def _words(text: str) -> list[str]:
+    """The words of a list, each once."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in (repeated := [word for word, count in Counter(words).items() if count > 1]):
+        say(f"{word} stands {words.count(word)} times in {text}; it counts once", err=True)
+    return list(dict.fromkeys(words)) if repeated else words
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    numbers = []
+    for word in _words(text):
+        if not (word.isascii() and word.removeprefix("-").isdecimal() and len(word) <= 20):
+            refuse(f"{option} takes whole numbers separated by commas; got {text[:80]!r}")
+        check_count(int(word), option)
+        numbers.append(int(word))
+    return numbers
+
+
+def _default_models(device: str) -> list[str]:
+    return list(case_lists.COMPARED if device == "cuda" else case_lists.ON_CPU)
+
+
+@app.command()
+def run(
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="A fixed set of cases instead of axes: paper (both figures, GPU), cpu (both in small) or auto."
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Families with options, separated by commas: DiG, DiG:fla, DiG:fla:variant=release, "
+            "Flash-DiT:sdpa-cudnn, or your own by import path: my_package.my_module:MyFamily. "
+            "Default: DiG on this project's kernels and every model of the paper on its fastest published ones (GPU), "
+            "or every model on its reference implementation (CPU)."
+        ),
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="Model sizes, separated by commas.")] = "S",
+    patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
+    resolutions: Annotated[
+        str, typer.Option("--resolutions", "--resolution", help="Image sides in pixels, separated by commas.")
+    ] = "1024",
+    modes: Annotated[str, typer.Option(help="train (forward, backward, AdamW), forward, or both.")] = "train,forward",
+    executions: Annotated[
+        str | None,
+        typer.Option(help="eager, graph (one CUDA graph), compile. Default: graph on a GPU, eager on a CPU."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU, fp32 on a CPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Results file (JSON lines); rows are appended.")] = Path(
+        "out/results.jsonl"
+    ),
+    resume: Annotated[bool, typer.Option(help="Skip what the results file has already.")] = False,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds a case may take. fla tunes its kernels for minutes the first time.")
+    ] = 600.0,
+    launches: Annotated[
+        int, typer.Option(help="Process launches a case, in rounds of random order; bench compare needs five.")
+    ] = 1,
+) -> None:
+    """Measure cases and append a row for each to the results file.
+
+    A case that runs out of memory, takes too long or fails becomes a row with its status. Ctrl-C ends the run with
+    what was measured; --resume goes on from there, and leaves alone what was measured with the same code, versions and
+    kind of card.
+
+    A launch whose clock was held down is measured once more when all others are done, for half a minute in all.
+    """
+    check_count(batch, "--batch")
+    check_count(patch, "--patch")
+    check_count(launches, "--launches", most=MOST_LAUNCHES)
+    check_positive(time_limit, "--time-limit")
+    where = choose_device(device, present=gpu_present())
+    try:
+        if suite is not None:
+            name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
+            selected = case_lists.suite(name)
+            if name == "paper" and where == "cpu":
+                refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
+        else:
+            selected = case_lists.sweep(
+                _words(models) if models is not None else _default_models(where),
+                sizes=_words(sizes),
+                patch=patch,
+                resolutions=_numbers(resolutions, "--resolutions"),
+                modes=cast(Any, _words(modes)),
+                executions=cast(Any, _words(executions or default_execution(where))),
+                batch=batch,
+                dtype=cast(Any, dtype or default_dtype(where)),
+                device=cast(Any, where),
+            )
+        # What stands twice, by two names perhaps (DiG and DiG:reference), is measured once.
+        selected = case_lists.without_repeats(selected)
+        if not selected:
+            refuse("nothing to measure: every axis needs at least one value")
+        if models is not None:
+            _require_packages(selected)
+        _run(selected, out=out, resume=resume, time_limit=time_limit, launches=launches)
+    except (ValueError, ResultError) as error:
+        refuse(str(error))
+
+
+def _require_packages(selected: list[Case]) -> None:
+    """Refuse a run that names a model whose package is missing; a suite records it as a row instead."""
+    for case in selected:
+        if message := parse_name(case.model)[0].missing_packages(dict(case.options)):
+            refuse(message)
+
+
+def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, launches: int) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    with ResultsWriter(out) as writer:
+        if writer.torn_path is not None:
+            said = f"{out} ended inside a row; the torn line was moved to {writer.torn_path}"
+            console.print(visible(said), style="yellow", markup=False)
+        environment = describe_environment()
+        sweep = Sweep(
+            cases=tuple(selected),
+            launches=launches,
+            done=finished_launches(read_results(out).rows) if resume else frozenset(),
+            time_limit=time_limit,
+            code=code_hash(ROOT),
+            environment=environment,
+        )
+        skipped = len(selected) * launches - len(sweep.remaining)
+        before = f", {skipped} done before" if skipped else ""
+        console.print(visible(f"{len(sweep.remaining)} cases to measure into {out}{before}"), markup=False)
+        measured = 0
+        # SIGINT too: a shell that starts the harness in the background has it ignored.
+        for interrupt in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(interrupt, signal.default_int_handler)
+        try:
+            with progress_bar(console) as progress:
+                task = progress.add_task("starting", total=len(sweep.remaining))
+                rows = run_sweep(
+                    sweep,
+                    writer,
+                    on_start=lambda case: progress.update(task, description=case.describe()),
+                )
+                for row in rows:
+                    measured += 1
+                    if "measured-again" not in row.marks:
+                        progress.advance(task)
+                    progress.console.print(visible(_line(row)), markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            said = f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume"
+            console.print(visible(said), markup=False)
+            sys.exit(130)
+    console.print(visible(f"done: {measured} rows in {out}"), markup=False)
+
+
+def _line(row: Row) -> str:
+    """One measured row for people."""
+    if row.median_ms is None:
+        return f"{row.case.describe()}: {row.status}: {row.message}"
+    peak = row.memory.peak if row.memory else None
+    memory = f"{peak / GIB:.2f} GiB" if peak else "memory unknown"
+    marks = f" [{', '.join(row.marks)}]" if row.marks else ""
+    share = f", {row.ceiling_share:.0%} of the matmul ceiling" if row.ceiling_share else ""
+    speed = f"{row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s"
+    return f"{row.case.describe()}: {speed}, {memory}{share}{marks}"
+
+
+@app.command("list")
+def list_command() -> None:
+    """List every model: parameters, and multiply-adds of a forward pass, counted in full and as the paper does."""
+    import torch
+
+    from bench.measure.flops import paper_macs
+    from dig.flops import UncountedError, forward_macs, model_macs
+    from dig.model import DiG
+
+    table = Table(title="256x256 images, 1000 classes, default options")
+    for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    side = 256 // VAE_FACTOR
+    for name in list_models():
+        family, size, _ = parse_name(name)
+        spec = ModelSpec(name=name, input_size=(side, side), in_channels=4, num_classes=1000)
+        try:
+            with torch.device("meta"):
+                model = spec.build()
+            macs = forward_macs(model) if spec.reference() == spec else model_macs(spec)
+        except (UncountedError, MissingPackageError) as error:
+            table.add_row(name, "", str(error), "")
+            continue
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        paper = f"{paper_macs(model, macs) / 1e9:.3f}" if isinstance(model, DiG) else ""
+        mark = " (assumed)" if size in family.assumed else ""
+        table.add_row(name + mark, f"{count:,}", f"{macs / 1e9:.3f}", paper)
+    console = Console()
+    console.print(table)
+    for family in families().values():
+        for option, values in family.options.items():
+            console.print(f"{family.name}: {option} = {values[0]} (default)" + "".join(f" | {v}" for v in values[1:]))
+    if any(family.assumed for family in families().values()):
+        console.print("assumed: nobody published this size")

@@ -1,0 +1,1 @@
+"""Verdicts: statistics over launches, comparison of rows, the regression gate."""

@@ -1,0 +1,180 @@
+"""The gate: the change and its base, launched in turns, judged together. No torch here."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.cases.case import Case, Device
+from bench.cases.jobs import Budget
+from bench.cases.suites import sweep
+from bench.judge.compare import Finding, Thresholds, ambiguous_cases, compare_rows
+from bench.judge.statistics import LEAST_LAUNCHES
+from bench.run.checkouts import Checkout
+from bench.run.side import Side
+from bench.store.rows import ResultsWriter, Row
+
+BUDGETS: dict[Device, Budget] = {
+    # Graphs are narrow in half a second. A step of 50 ms that the host holds up now and then is not: 16 samples of it
+    # left 1.2% of noise in a launch's median, half of the variance there is between most launches.
+    "cuda": Budget(settle_s=0.2, settle_max_s=1.0, least_s=0.3, target_s=2.4),
+    "cpu": Budget(settle_s=0.05, settle_max_s=0.3, min_samples=5, least_s=0.1, target_s=0.5, max_samples=100),
+}
+
+
+def gpu_suite() -> list[Case]:
+    """The fixed cases of the gate: training and forward, small and large, and one that launches eagerly."""
+    return [
+        *sweep(["DiG:triton", "Flash-DiT:sdpa-cudnn"], resolutions=(1024,), modes=("train",)),
+        *sweep(["DiG:triton"], resolutions=(256, 1792), modes=("train",)),
+        *sweep(["DiG:triton", "DiT"], resolutions=(512,), modes=("forward",)),
+        *sweep(["DiG:triton"], sizes=("XL",), resolutions=(1024,), modes=("forward",)),
+        *sweep(["DiG:triton"], resolutions=(512,), modes=("train",), executions=("eager",)),
+    ]
+
+
+def quick_suite() -> list[Case]:
+    """Two cases, for the gate's test of itself."""
+    return [
+        *sweep(["DiG:triton"], resolutions=(1024,), modes=("train",)),
+        *sweep(["Flash-DiT:sdpa-cudnn"], resolutions=(1024,), modes=("forward",)),
+    ]
+
+
+def cpu_suite() -> list[Case]:
+    """The gate in small, on reference implementations; a forward pass each."""
+    return sweep(
+        ["DiT", "DiG"],
+        patch=8,
+        resolutions=(128,),
+        modes=("forward",),
+        executions=("eager",),
+        dtype="fp32",
+        device="cpu",
+    )
+
+
+SUITES: dict[str, Callable[[], list[Case]]] = {"gpu": gpu_suite, "quick": quick_suite, "cpu": cpu_suite}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a comparison is measured.
+
+    Attributes:
+        cases: What to measure.
+        launches: Rounds, each with one launch of either side of every case.
+        extra_launches: Rounds more for cases that are ambiguous after that, and for those alone.
+        repeats: How often such extra rounds are added, at most.
+        seconds: After so long no extra round begins.
+        time_limit: Seconds a launch may take.
+        thresholds: What counts.
+        seed: Of the order.
+    """
+
+    cases: tuple[Case, ...]
+    launches: int = 6
+    extra_launches: int = 6
+    repeats: int = 2
+    seconds: float = 480.0
+    time_limit: float = 120.0
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on a plan that cannot decide anything."""
+        if self.launches < LEAST_LAUNCHES:
+            raise ValueError(f"a verdict needs at least {LEAST_LAUNCHES} launches a side; got {self.launches}")
+        if self.repeats < 0 or self.extra_launches < 1 or self.seconds <= 0 or self.time_limit <= 0:
+            raise ValueError("repeats must not be negative; extra_launches, seconds and time_limit must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What came of it: findings, and both sides' rows."""
+
+    findings: tuple[Finding, ...]
+    base: tuple[Row, ...]
+    change: tuple[Row, ...]
+
+
+def rounds(cases: Sequence[Case], numbers: Sequence[int], draw: random.Random) -> Iterator[tuple[Case, int, bool]]:
+    """Case, launch number and whether it is the base's turn: cases in random order, a case's two sides one after the
+    other, in random order.
+    """
+    for number in numbers:
+        order = list(cases)
+        draw.shuffle(order)
+        for case in order:
+            base_first = draw.random() < 0.5
+            yield case, number, base_first
+            yield case, number, not base_first
+
+
+def compare_checkouts(
+    base: Checkout, change: Checkout, plan: Plan, *, folder: Path, on_start: Callable[[str], None]
+) -> Comparison:
+    """`compare_sides` of two checkouts, each in a process of its own for as long as that takes.
+
+    Raises:
+        SideError: A side's process died.
+        ResultError: The folder cannot be written.
+    """
+    with (
+        Side(base, time_limit=plan.time_limit) as first,
+        Side(change, time_limit=plan.time_limit) as second,
+    ):
+        return compare_sides((first, second), plan, folder=folder, on_start=on_start)
+
+
+def compare_sides(
+    sides: tuple[Side, Side], plan: Plan, *, folder: Path, on_start: Callable[[str], None], warm: bool = False
+) -> Comparison:
+    """Measure both sides in turns; every row is on the disk, in ``base.jsonl`` and ``change.jsonl``, once measured.
+
+    Args:
+        sides: Of base and change.
+        plan: How.
+        folder: Takes the results files; must not hold any.
+        on_start: Told what is measured next.
+        warm: Both sides have run the plan's cases before, and their compilers' caches are full.
+
+    Raises:
+        SideError: A side's process died.
+        ResultError: The folder cannot be written.
+    """
+    draw = random.Random(plan.seed)
+    began = time.monotonic()
+    rows: tuple[list[Row], list[Row]] = ([], [])
+    with ExitStack() as stack:
+        writers = [stack.enter_context(ResultsWriter(folder / f"{name}.jsonl")) for name in ("base", "change")]
+
+        def measure(cases: Sequence[Case], numbers: Sequence[int]) -> list[Finding]:
+            for case, number, is_base in rounds(cases, numbers, draw):
+                on_start(f"launch {number + 1}, {'base' if is_base else 'change'}: {case.describe()}")
+                which = 0 if is_base else 1
+                row = sides[which].measure(case, budget=BUDGETS[case.device], launch=number)
+                writers[which].write(row)
+                rows[which].append(row)
+            return compare_rows(rows[0], rows[1], plan.thresholds)
+
+        # One launch first that does not count: a side's compilers fill their caches in it.
+        for case, number, is_base in rounds(plan.cases, [] if warm else [0], draw):
+            on_start(f"untimed, {'base' if is_base else 'change'}: {case.describe()}")
+            sides[0 if is_base else 1].measure(case, budget=_ONCE, launch=number)
+        findings = measure(plan.cases, range(plan.launches))
+        done = plan.launches
+        for _ in range(plan.repeats):
+            undecided = ambiguous_cases(findings)
+            if not undecided or time.monotonic() - began > plan.seconds:
+                break
+            findings = measure(undecided, range(done, done + plan.extra_launches))
+            done += plan.extra_launches
+    return Comparison(findings=tuple(findings), base=tuple(rows[0]), change=tuple(rows[1]))
+
+
+_ONCE = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=1, least_s=0.0, target_s=0.0, max_samples=1)

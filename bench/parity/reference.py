@@ -1,0 +1,178 @@
+"""A model against its reference on a small input: same weights, same inputs; outputs and gradients must be close."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases.case import Case
+from bench.parity.error import ParityError, relative_error
+from bench.parity.inputs import make_inputs
+from bench.parity.kernels import reference_of
+from dig.layers import Backbone
+from dig.registry import create_model, parse_name
+
+PIXELS_PER_PATCH = 64
+"""Side of the small image over the patch side: 8 × 8 tokens for every patch size."""
+SHAKE = 0.05
+"""Standard deviation added to every parameter before outputs are compared: with adaLN-Zero's gates near zero no branch
+would reach the output.
+"""
+GENTLE_SHAKE = 0.02
+"""The same before gradients are compared. Backwards a model shaken harder is so steep that bf16 alone moves half of a
+deep DiG's gradient, and a bound made from that would pass anything.
+"""
+FLOOR = {"bf16": 3e-2, "fp32": 2e-3}
+GRADIENT_FLOOR = {"bf16": 0.2, "fp32": 1e-2}
+"""The same for the gradient of one parameter. Kernels that keep the residual stream in bf16, which the reference does
+not, are off by 10% in the last of 12 blocks.
+"""
+ROUNDINGS = 4.0
+"""An error may be so many times what the reference itself loses in this dtype, or the floor where that is larger: a
+kernel may round states that the reference keeps in fp32, and depth amplifies it; a wrong one is off by tens of percent.
+"""
+MOST_ERROR = 0.5
+"""No bound on an output is above this, whatever the rounding: noise of the output's own size has an error of 1."""
+MOST_OFF = 0.1
+"""The share of parameters whose gradient may be beyond its bound. One that hangs on a small difference of large terms
+may be: the decay's, or a whole block's where a head's output, which is normalized, is next to nothing for a token. What
+is wrong in a backward pass shows in a fifth of them (half the gradient of attention's values) or more (a causal mask, a
+recurrence without its decay or in the other direction).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How close a model is to its reference on a small input.
+
+    Attributes:
+        reference: Name and options of the reference.
+        error: Of the output, relative to the reference in fp32.
+        bound: What that error may be.
+        gradients_off: Share of the parameters whose gradient is beyond its bound; None where only a forward pass is
+            measured.
+    """
+
+    reference: str
+    error: float
+    bound: float
+    gradients_off: float | None = None
+
+
+def _autocast(case: Case, dtype: str) -> torch.autocast:
+    return torch.autocast(case.device, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+def _shake(model: Backbone, deviation: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(deviation * torch.randn_like(parameter))
+
+
+def _output(model: Backbone, inputs: tuple[Tensor, ...], case: Case, dtype: str) -> Tensor:
+    """What a forward pass gives, by the code that a forward pass runs: without gradients, kernels may be others."""
+    with torch.no_grad(), _autocast(case, dtype):
+        output: Tensor = model(*inputs).float()
+    return output
+
+
+def _gradients(model: Backbone, inputs: tuple[Tensor, ...], case: Case, dtype: str) -> dict[str, Tensor]:
+    """The gradient of every parameter; they are the caller's, and the model keeps none."""
+    model.zero_grad(set_to_none=True)
+    with _autocast(case, dtype):
+        output = model(*inputs)
+    output.float().square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """By parameter; infinite where one side has no gradient."""
+    return {
+        name: relative_error(actual[name], expected[name]) if name in actual and name in expected else float("inf")
+        for name in actual.keys() | expected.keys()
+    }
+
+
+def check_against_reference(case: Case) -> Agreement | None:
+    """Compare a case's model with its reference: same weights, same small input; outputs, and gradients for training.
+
+    Every parameter's gradient has a bound of its own, made from what the reference loses in it: taken together, the
+    largest gradients, which are the last layer's, would hide the others.
+
+    Returns:
+        How close they are, or None where the case's model is the reference.
+
+    Raises:
+        ParityError: They differ by more than the bound, or a result is not finite.
+    """
+    twin = reference_of(case)
+    if twin is None:
+        return None
+    name, options = twin
+    _, _, patch = parse_name(case.model)
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        reference = create_model(name, image_size=PIXELS_PER_PATCH * patch, **options).eval()
+        own: dict[str, Any] = dict(case.options)
+        model = create_model(case.model, image_size=PIXELS_PER_PATCH * patch, **own).eval()
+        # Position embeddings are computed on the CPU, whatever the default device is.
+        reference.to(case.device)
+        model.to(case.device)
+    x, _, t, y = (tensor.to(case.device) for tensor in make_inputs(model, 2)[0])
+    label = " ".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
+    off = None
+    if case.mode == "train":
+        _shake(reference, GENTLE_SHAKE)
+        model.load_state_dict(reference.state_dict())
+        truth = _gradients(reference, (x, t, y), case, "fp32")
+        rounded = _errors(_gradients(reference, (x, t, y), case, case.dtype), truth)
+        errors = _errors(_gradients(model, (x, t, y), case, case.dtype), truth)
+        bounds = {key: max(GRADIENT_FLOOR[case.dtype], ROUNDINGS * loss) for key, loss in rounded.items()}
+        beyond = {key: error for key, error in errors.items() if not error <= bounds.get(key, 0.0)}
+        off = len(beyond) / len(errors)
+        if off > MOST_OFF:
+            worst = max(beyond, key=lambda key: beyond[key])
+            raise ParityError(
+                f"{case.model} differs from its reference ({label}) in the gradients of {len(beyond)} of {len(errors)} "
+                f"parameters on a small input, most in {worst}, by {beyond[worst]:.2g}"
+            )
+        del truth  # As large as the model.
+    _shake(reference, SHAKE)
+    model.load_state_dict(reference.state_dict())
+    expected = _output(reference, (x, t, y), case, "fp32")
+    loss = relative_error(_output(reference, (x, t, y), case, case.dtype), expected)
+    error = relative_error(_output(model, (x, t, y), case, case.dtype), expected)
+    bound = min(max(FLOOR[case.dtype], ROUNDINGS * loss), MOST_ERROR)
+    if not error <= bound:
+        raise ParityError(
+            f"{case.model} differs from its reference ({label}) by {error:.2g} on a small input, {bound:.2g} is allowed"
+        )
+    return Agreement(reference=label, error=error, bound=bound, gradients_off=off)
+
+
+def tune_without_timing() -> None:
+    """Let kernels that tune themselves take the first tiles that run, in this process and nowhere else.
+
+    fla keeps what its tuner chose in a cache on the disk, by keys in which the number of tokens is missing: the tiles
+    that are fastest on the check's small input would be those of every case measured after it. Timing them is left out
+    too, since nothing here is timed. Call it before fla is imported.
+    """
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    try:
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:
+        return  # Then nothing tunes itself.
+
+    def run_once(call: Callable[[], object], quantiles: Iterable[float]) -> list[float]:
+        call()
+        return [1.0 for _ in quantiles]
+
+    # A property goes before what instances keep, or are given, of the attribute that it replaces.
+    Autotuner.do_bench = property(lambda self: run_once, lambda self, given: None)

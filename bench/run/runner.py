@@ -1,0 +1,306 @@
+"""Runs cases one after the other, each in a process of its own, and stores every row as it comes. No torch here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
+from typing import Any
+
+from bench.cases.case import Case
+from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, ParityJob
+from bench.run.lifeline import end_group, scratch_folder
+from bench.store.identity import measurement_key
+from bench.store.ledgers import Checks
+from bench.store.rows import ResultsWriter, Row, utc_now
+from dig.environment import HARNESS_VARIABLE
+from dig.nvml import POWER_CAP, Gpu
+
+FINAL = frozenset({"ok", "oom", "unsupported"})
+"""Statuses that a resumed run does not measure again; a timeout or an error may have been the moment's."""
+
+SLACK = 64 << 20
+"""Bytes by which a GPU's used memory may differ from before, when nothing of ours is left on it."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended without an answer; ``status`` is what its row says."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """Worker processes fork from a server that has imported torch once, and never touched CUDA."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.run.preload"])
+    os.environ[HARNESS_VARIABLE] = str(os.getpid())
+    return context
+
+
+def _tail(path: Path, characters: int = 600) -> str:
+    return path.read_text(errors="replace").strip()[-characters:]
+
+
+def run_job(job: Job, *, time_limit: float) -> Any:
+    """Do a job in a process of its own.
+
+    Args:
+        job: What to do.
+        time_limit: Seconds until the process and its children are killed.
+
+    Returns:
+        The worker's answer.
+
+    Raises:
+        WorkerError: Time ran out, or the process died; the message holds the end of its stderr.
+    """
+    folder = scratch_folder()
+    context = _context()
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        errors = Path(place) / "stderr"
+        errors.touch()
+        process = context.Process(target=_worker, args=(sender, job, str(errors)), daemon=False)
+        process.start()
+        sender.close()
+        try:
+            if not receiver.poll(time_limit):
+                raise WorkerError("timeout", f"no result after {time_limit:g} s; the process was killed")
+            try:
+                return receiver.recv()
+            except EOFError:
+                process.join()
+                raise WorkerError("error", _post_mortem(process.exitcode, _tail(errors))) from None
+        finally:
+            end_group(process)
+            receiver.close()
+
+
+def _worker(connection: Any, job: Any, errors: str) -> None:
+    from bench.run.worker import worker_main
+
+    worker_main(connection, job, errors)
+
+
+def _post_mortem(exit_code: int | None, stderr: str) -> str:
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = " (most often: the host ran out of memory)" if -exit_code == signal.SIGKILL else ""
+        return f"the process was ended by {name}{hint}; {stderr or 'it printed nothing'}"
+    return f"the process ended with status {exit_code}; {stderr or 'it printed nothing'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One process launch of a case."""
+
+    case: Case
+    number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A run over cases.
+
+    Attributes:
+        cases: What to measure, in order.
+        launches: How often, each in a process of its own.
+        done: Addresses (`key`) and numbers of launches that need no measuring, being in the results file already.
+        time_limit: Seconds a case may take, model build and kernel tuning included.
+        budget: How long to sample, or None for the device's own.
+        code: Content of the code that measures, by `bench.store.identity.code_hash`.
+        environment: By `dig.environment.describe_environment`.
+        again_s: Seconds after which no throttled launch is measured again (`run_sweep`).
+    """
+
+    cases: tuple[Case, ...]
+    launches: int = 1
+    done: frozenset[tuple[str, int]] = frozenset()
+    time_limit: float
+    budget: Budget | None = None
+    code: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    again_s: float = 30.0
+
+    def budget_of(self, case: Case) -> Budget:
+        """How long a case is sampled."""
+        return self.budget or BUDGETS[case.device]
+
+    def key(self, case: Case) -> str:
+        """The case's content address."""
+        return measurement_key(case, code=self.code, environment=self.environment, budget=self.budget_of(case))
+
+    @property
+    def remaining(self) -> tuple[Launch, ...]:
+        """The launches to measure: one of each case, in order; then, where there are more, rounds in random order.
+
+        Launches of one case are far apart that way, and see the machine at different times.
+        """
+        rounds = []
+        for number in range(self.launches):
+            order = list(self.cases)
+            if number:
+                random.Random(number).shuffle(order)
+            rounds += [Launch(case=case, number=number) for case in order]
+        return tuple(launch for launch in rounds if (self.key(launch.case), launch.number) not in self.done)
+
+
+def finished_launches(rows: Iterable[Row]) -> frozenset[tuple[str, int]]:
+    """The launches that a resumed run leaves alone, by address and number; the last row of each counts."""
+    latest = {(row.key, row.launch): row.status for row in rows if row.key}
+    return frozenset(launch for launch, status in latest.items() if status in FINAL)
+
+
+def run_sweep(sweep: Sweep, writer: ResultsWriter, *, on_start: Callable[[Case], None]) -> Iterator[Row]:
+    """Measure the remaining launches; each row is on the disk before it is yielded.
+
+    Before the first launch of a model, the parity check compares it with its reference; where that fails, the launch
+    is a row with the check's message, and nothing is timed.
+
+    A throttled launch is measured once more after all others, when the card is another's heat away from it, as far as
+    `Sweep.again_s` goes: its second row counts, marked ``measured-again``, and marked throttled if it still is. Those
+    held down by heat come first, for a card that is at its power cap under a case will be there again. A second look
+    that fails leaves the first row as it was.
+    """
+    referee = Referee(time_limit=sweep.time_limit)
+
+    def measure(launch: Launch) -> Row:
+        on_start(launch.case)
+        return referee.measure(
+            CaseJob(
+                case=launch.case,
+                budget=sweep.budget_of(launch.case),
+                environment=sweep.environment,
+                matmul_ceiling=None,
+                launch=launch.number,
+                key=sweep.key(launch.case),
+            )
+        )
+
+    throttled: list[tuple[bool, Launch]] = []
+    for launch in sweep.remaining:
+        row = measure(launch)
+        writer.write(row)
+        if "throttled" in row.marks:
+            reasons = row.clocks.throttled if row.clocks is not None else {}
+            throttled.append((set(reasons) == {POWER_CAP}, launch))
+        yield row
+    deadline = time.monotonic() + sweep.again_s
+    for _, launch in sorted(throttled, key=lambda entry: entry[0]):
+        if time.monotonic() >= deadline:
+            return
+        row = measure(launch)
+        if row.status == "ok":
+            row = replace(row, marks=(*row.marks, "measured-again"))
+            writer.write(row)
+            yield row
+
+
+class Referee:
+    """Measures launches, and sees to it that their numbers may stand side by side.
+
+    Keeps what was found once for all launches of a run: ceilings, agreement with the references, each comparison's
+    inputs, and the memory that the GPU had in use before anything ran.
+    """
+
+    def __init__(self, *, time_limit: float, ceilings: bool = True) -> None:
+        self.time_limit = time_limit
+        self._with_ceilings = ceilings
+        self._ceilings: dict[tuple[str, str], float | None] = {}
+        self._agreements: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._inputs: dict[tuple[Any, ...], tuple[Case, str, int]] = {}
+        self._gpu = Gpu.open()
+        self._idle = self._gpu.used() if self._gpu is not None else None
+
+    def measure(self, job: CaseJob) -> Row:
+        """One launch to its row, whatever becomes of it."""
+        case, started_at = job.case, utc_now()
+        key = (case.device, case.dtype)
+        if key not in self._ceilings:
+            self._ceilings[key] = _ceiling(case, self.time_limit) if self._with_ceilings else None
+
+        def failed(status: Any, message: str) -> Row:
+            return Row(
+                case=case,
+                status=status,
+                message=message,
+                started_at=started_at,
+                environment=dict(job.environment),
+                launch=job.launch,
+                key=job.key,
+            )
+
+        parity = self._agreement(case)
+        if "message" in parity:
+            missing = parity["status"] == "unsupported"
+            return failed(parity["status"], parity["message"] if missing else f"parity: {parity['message']}")
+        try:
+            row = Row.from_json(run_job(replace(job, matmul_ceiling=self._ceilings[key]), time_limit=self.time_limit))
+        except WorkerError as error:
+            row = failed(error.status, str(error))
+        returned = self.wait_for_memory()
+        if row.status != "ok" or row.checks is None:
+            return row
+        if message := self._other_inputs(row.case, row.checks):
+            return failed("error", f"parity: {message}")
+        checks = replace(
+            row.checks,
+            reference=parity.get("reference"),
+            reference_error=parity.get("error"),
+            reference_bound=parity.get("bound"),
+            gradients_off=parity.get("gradients_off") if case.mode == "train" else None,
+        )
+        return replace(row, checks=checks, marks=row.marks if returned else (*row.marks, "memory-kept"))
+
+    def _agreement(self, case: Case) -> dict[str, Any]:
+        """What the parity check found for this model and mode; a training step's comparison holds the outputs' too."""
+        model = (case.model, case.options, case.dtype, case.device)
+        trained = self._agreements.get((*model, "train"))
+        if trained is not None and "message" not in trained:
+            return trained
+        key = (*model, case.mode)
+        if key not in self._agreements:
+            try:
+                self._agreements[key] = run_job(ParityJob(case=case), time_limit=self.time_limit)
+            except WorkerError as error:
+                self._agreements[key] = {"status": error.status, "message": str(error)}
+            self.wait_for_memory()
+        return self._agreements[key]
+
+    def _other_inputs(self, case: Case, checks: Checks) -> str:
+        """Why this row may not stand beside the first of its comparison; empty where it may."""
+        key = (case.resolution, case.batch, case.patch, case.dtype, case.device)
+        first, inputs, tokens = self._inputs.setdefault(key, (case, checks.inputs, checks.tokens))
+        if checks.inputs != inputs:
+            return f"its latents, noise, timesteps or labels are not those of {first.describe()}"
+        return "" if checks.tokens == tokens else f"{checks.tokens} tokens; {first.describe()} has {tokens}"
+
+    def wait_for_memory(self, patience: float = 20.0) -> bool:
+        """Wait until the GPU's memory is back to what was in use before; say whether it came back."""
+        if self._gpu is None or self._idle is None:
+            return True
+        deadline = time.monotonic() + patience
+        while (used := self._gpu.used()) is not None and used > self._idle + SLACK:
+            if time.monotonic() > deadline:
+                self._idle = used  # Somebody else's by now, or lost: say so once, and measure from there.
+                return False
+            time.sleep(0.1)
+        return True
+
+
+def _ceiling(case: Case, time_limit: float) -> float | None:
+    try:
+        return float(run_job(CeilingJob(device=case.device, dtype=case.dtype), time_limit=time_limit))
+    except WorkerError:
+        return None  # Rows then say null: no share of a ceiling that was not measured.

@@ -1,0 +1,126 @@
+"""The parts of a result row: memory, timing, clocks, and what was checked before its number counted. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bench.store.decoding import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes, from a pass of its own before anything is timed. None where the device has no such counter.
+
+    Attributes:
+        parameters: Weights, as stored.
+        gradients: Gradients after a step, as stored; 0 for a forward pass.
+        optimizer: The optimizer's state; 0 for a forward pass.
+        resident: Allocated before the first step: weights, buffers, inputs.
+        activations: allocator_peak − resident − optimizer: what lives only within a step, gradients included, for the
+            step frees them at its start.
+        allocator_peak: The most that torch's CUDA allocator handed out during the steps, the resident part included.
+        reserved_peak: The most that this allocator held from the driver.
+        context: What the process took on the device before its first tensor: CUDA context and loaded modules.
+        process_peak: The whole process: NVML's figure on a GPU (context and libraries included), resident set on a CPU.
+        process_source: Where process_peak and context are from: ``nvml-process``, ``nvml-device-delta`` (where the
+            container hides process ids: the device's used memory, less what was used before the process started) or
+            ``vm-hwm``.
+    """
+
+    parameters: int
+    gradients: int | None = None
+    optimizer: int | None = None
+    resident: int | None = None
+    activations: int | None = None
+    allocator_peak: int | None = None
+    reserved_peak: int | None = None
+    context: int | None = None
+    process_peak: int | None = None
+    process_source: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on bytes that cannot be."""
+        for name in ("parameters", "allocator_peak", "process_peak"):
+            require((getattr(self, name) or 0) >= 0, f"memory.{name} must not be negative; got {getattr(self, name)}")
+
+    @property
+    def peak(self) -> int | None:
+        """The figure that plots and tables show: the allocator's peak on a GPU, the process's on a CPU."""
+        return self.allocator_peak if self.allocator_peak is not None else self.process_peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How the samples came to be, and where a step's time goes. Milliseconds are medians.
+
+    Attributes:
+        warmup: Why untimed steps ended: ``steady`` (three blocks in a row agreed) or ``bound`` (the time for it was
+            up first).
+        warmup_steps: Untimed steps after the first two.
+        ci_low, ci_high: 95% interval of the median of this launch's samples, by order statistics: it decides when
+            sampling may stop, and says nothing of other launches.
+        host_ms: The host's time to issue one step, in the case's execution.
+        eager_ms: The step launched kernel by kernel.
+        graph_ms: The same step replayed as one CUDA graph.
+        launch_share: 1 − graph_ms / eager_ms, not below 0: what launches take of an eager step.
+        l2_flushed: Whether the L2 cache was overwritten before every sample, because the case's data could stay in it.
+    """
+
+    warmup: str
+    warmup_steps: int
+    ci_low: float
+    ci_high: float
+    host_ms: float | None = None
+    eager_ms: float | None = None
+    graph_ms: float | None = None
+    launch_share: float | None = None
+    l2_flushed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clocks:
+    """What NVML said while samples were taken, each time with steps in flight.
+
+    Attributes:
+        readings: How many times it was asked.
+        sm_mhz_min, sm_mhz_median, sm_mhz_max: SM clock.
+        temperature_max: Degrees Celsius.
+        power_max: Watts.
+        throttled: Reason → share of the readings in which the clock was held down for it, 0 to 1.
+        others: Other processes on the GPU, at most, before and during the samples; None where NVML hides processes.
+        foreign_bytes: Device memory that was in use before this process started, driver's own included.
+    """
+
+    readings: int
+    sm_mhz_min: int | None = None
+    sm_mhz_median: int | None = None
+    sm_mhz_max: int | None = None
+    temperature_max: int | None = None
+    power_max: float | None = None
+    throttled: Mapping[str, float] = field(default_factory=dict)
+    others: int | None = None
+    foreign_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What the parity check found.
+
+    Attributes:
+        inputs: SHA-256 of latents, noise, timesteps and labels: equal for all models of a comparison.
+        tokens: Patches of one image: equal too.
+        kernels: Kernels (a GPU) or operators (a CPU) that ran the family's heart in the very step that was timed.
+        reference: The implementation that the output was compared with.
+        reference_error: ‖output − reference‖ / ‖reference‖ on a small input, the reference in fp32.
+        reference_bound: What the error may be.
+        gradients_off: Share of the parameters whose gradient was beyond its bound there; None for a forward pass.
+    """
+
+    inputs: str
+    tokens: int
+    kernels: tuple[str, ...] = ()
+    reference: str | None = None
+    reference_error: float | None = None
+    reference_bound: float | None = None
+    gradients_off: float | None = None

@@ -1,0 +1,313 @@
+"""The result row: what one measured case leaves behind, one JSON object a line. No torch here.
+
+A row is written once, flushed to the disk before the next case starts, and never changed. A case that failed is a row
+too, with its status; a reader therefore never has to guess why a point is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+from bench.cases.case import Case
+from bench.store.decoding import decode_dataclass, parse_json, require
+from bench.store.files import read_file, require_file_or_nothing
+from bench.store.ledgers import Checks, Clocks, Memory, Timing
+from bench.store.migrations import SCHEMA, to_present
+from dig.family import Look
+
+Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
+Mark = Literal[
+    "throttled", "shared-gpu", "unsteady", "unwatched", "unverified", "memory-kept", "no-reference", "measured-again"
+]
+"""What a reader should know before trusting a row's times: the clock was held down in most readings; another process
+was on the GPU; warm-up did not settle; NVML could not be asked; which kernels ran was not checked, for the profiler saw
+none or nobody said which they should be; the case before it had not given its memory back; nothing else computes what
+the model does, so that its outputs were compared with nothing; the launch was throttled before, and is here once more
+(and throttled again where it carries that mark too).
+"""
+
+LEAST_MS, MOST_MS = 1e-6, 1e12
+"""A nanosecond and 31 years: what lies outside is no step's time."""
+_WORDS = ("gpu_name", "gpu_uuid", "driver", "cuda", "torch", "triton", "python", "cpu", "commit")
+_MAPPINGS = ("packages", "variables")
+"""Entries of an environment that are words or null, and mappings from words to words; others may be anything."""
+
+
+def check_environment(environment: Mapping[str, Any]) -> None:
+    """Raise ValueError where an entry that readers know is of another kind."""
+    for name in _WORDS:
+        value = environment.get(name)
+        require(value is None or isinstance(value, str), f"environment.{name} must be a word; got {value!r:.80}")
+    for name in _MAPPINGS:
+        value = environment.get(name)
+        good = value is None or (isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()))
+        require(good, f"environment.{name} must be words by name; got {value!r:.80}")
+
+
+def utc_now() -> str:
+    """The time of day, ISO 8601, UTC, as ``started_at`` has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class ResultError(ValueError):
+    """A results file cannot be read or written; the message says which line and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One case and what came of it.
+
+    Attributes:
+        case: What was measured.
+        status: ``ok``, or why there are no times: ``oom``, ``timeout``, ``unsupported`` (a missing package), ``error``.
+        message: What happened, where status is not ``ok``; of an ok row, what could not be said of it.
+        samples_ms: Every timed step, in milliseconds, in order.
+        memory: The ledger, or None where the case did not come that far.
+        parameters: Trainable parameters.
+        flops: Floating-point operations of one step in full (two a multiply-add), by `bench.measure.flops`; None where
+            they could not be counted, which ``message`` then says.
+        matmul_ceiling: FLOP/s of a large matrix product in this dtype, on this device, in this run; or None.
+        implementations: Which implementation of each operation ran.
+        stop_reason: Why sampling ended.
+        seconds: Wall time by phase: ``start`` (imports, model, inputs), ``warmup``, ``measure``.
+        environment: Commit, versions and device, by `dig.environment`.
+        started_at: ISO 8601, UTC.
+        launch: Which process launch of its case this is, from 0: launches are what intervals are taken over.
+        key: Content address of case, code and environment, by `bench.store.identity`; empty where it was not recorded.
+        marks: Reasons to doubt the times (`Mark`); a marked row is kept and shown as marked.
+        timing: How the samples came to be, and where a step's time goes.
+        clocks: SM clock, throttling and other processes during the samples; None without NVML.
+        checks: What the parity check found.
+        look: What the family says of its look in figures, by `dig.family.Look`.
+    """
+
+    case: Case
+    status: Status
+    started_at: str
+    message: str = ""
+    samples_ms: tuple[float, ...] = ()
+    memory: Memory | None = None
+    parameters: int | None = None
+    flops: int | None = None
+    matmul_ceiling: float | None = None
+    implementations: Mapping[str, str] = field(default_factory=dict)
+    stop_reason: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    launch: int = 0
+    key: str = ""
+    marks: tuple[Mark, ...] = ()
+    timing: Timing | None = None
+    clocks: Clocks | None = None
+    checks: Checks | None = None
+    look: Look | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where status and samples contradict each other."""
+        if self.status not in get_args(Status):
+            raise ValueError(f"status must be one of {', '.join(get_args(Status))}; got {self.status!r}")
+        if (self.status == "ok") != bool(self.samples_ms):
+            raise ValueError("samples_ms must be there exactly if status is ok")
+        if not all(math.isfinite(x) and x > 0 for x in self.samples_ms):
+            raise ValueError("samples_ms must be finite and positive")
+        require(all(LEAST_MS <= x <= MOST_MS for x in self.samples_ms), "samples_ms must lie between 1 ns and 31 years")
+        for name in ("launch", "parameters", "flops"):
+            value = getattr(self, name)
+            require((value or 0) >= 0, f"{name} must not be negative; got {value}")
+        ceiling = self.matmul_ceiling
+        require(ceiling is None or 1 <= ceiling < 1e30, f"matmul_ceiling must be FLOP/s of a machine; got {ceiling}")
+        check_environment(self.environment)
+
+    @property
+    def median_ms(self) -> float | None:
+        """Median milliseconds a step."""
+        return median(self.samples_ms) if self.samples_ms else None
+
+    @property
+    def fps(self) -> float | None:
+        """Images a second: batch over the median step."""
+        ms = self.median_ms
+        return None if ms is None else 1000 * self.case.batch / ms
+
+    @property
+    def ceiling_share(self) -> float | None:
+        """Share of the measured matmul ceiling that the step's FLOPs reach, 0 to 1."""
+        ms = self.median_ms
+        if ms is None or not self.flops or not self.matmul_ceiling:
+            return None
+        return self.flops / (ms / 1000) / self.matmul_ceiling
+
+    def to_json(self) -> str:
+        """One line of JSON, without its newline."""
+        record = dataclasses.asdict(self)
+        record["case"]["options"] = dict(self.case.options)
+        return json.dumps({"schema": SCHEMA, **record}, allow_nan=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Read a line written by `to_json`.
+
+        Raises:
+            ResultError: Not a row of this schema; the message says what is wrong.
+        """
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise ResultError(f"not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ResultError("not a result row: it has no schema version")
+        try:
+            record = to_present(record)
+        except ValueError as error:
+            raise ResultError(str(error)) from None
+        try:
+            case = record.get("case")
+            if isinstance(case, dict) and isinstance(options := case.get("options"), dict):
+                if not all(isinstance(value, str) for value in options.values()):
+                    raise ValueError("case.options must be words")
+                record["case"] = {**case, "options": [list(pair) for pair in options.items()]}
+            elif not isinstance(case, dict) or "options" in case:
+                raise ValueError("case.options must be an object")
+            return decode_dataclass(cls, record, "row")
+        except ValueError as error:
+            raise ResultError(f"not a result row: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a file held.
+
+    Attributes:
+        rows: The rows, in the order of the file.
+        torn: The bytes after the last newline, where the file ends inside a row; empty otherwise.
+    """
+
+    rows: tuple[Row, ...]
+    torn: bytes = b""
+
+    def latest(self) -> dict[Case, Row]:
+        """The last row of every case."""
+        return {row.case: row for row in self.rows}
+
+
+def read_results(path: Path) -> Results:
+    """Read a results file. A last line without its newline is what a kill leaves: it is returned as ``torn``.
+
+    Raises:
+        ResultError: The file cannot be opened, or a whole line of it is not a row; the message names file and line.
+    """
+    try:
+        content = read_file(path)
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}") from None
+    return _rows_of(content, path)
+
+
+def _rows_of(content: bytes, path: Path) -> Results:
+    *lines, torn = content.split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(Row.from_json(line.decode()))
+        except UnicodeDecodeError:
+            raise ResultError(f"{path}, line {number}: not text in UTF-8; is it a file of results?") from None
+        except ResultError as error:
+            raise ResultError(f"{path}, line {number}: {error}") from None
+    return Results(rows=tuple(rows), torn=torn)
+
+
+class ResultsWriter:
+    """Appends rows to a file, each flushed to the disk; the only writer of its file while it is open.
+
+    A torn last line is moved to ``<file>.torn`` first, so that nothing whole is lost and nothing torn is read as a row.
+    A file that holds anything but rows is left as it is.
+
+    Raises:
+        ResultError: The file cannot be written, is written by another run, or holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import fcntl
+
+        self.path = path
+        self.torn_path: Path | None = None
+        try:
+            require_file_or_nothing(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered, so that a failed write leaves nothing behind that closing the file would try to write again.
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise ResultError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ResultError(f"{path} is being written by another run; wait for it, or choose another --out") from None
+        try:
+            self._set_torn_line_aside()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _set_torn_line_aside(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        try:
+            _rows_of(content[:whole], self.path)
+        except ResultError as error:
+            raise ResultError(f"{error}; choose another --out") from None
+        if whole == len(content):
+            return
+        self.torn_path = self.path.with_name(self.path.name + ".torn")
+        try:
+            require_file_or_nothing(self.torn_path)
+            with self.torn_path.open("ab") as torn:
+                torn.write(content[whole:] + b"\n")
+                torn.flush()
+                os.fsync(torn.fileno())
+            self._file.truncate(whole)
+        except OSError as error:
+            raise ResultError(f"cannot write {self.torn_path}: {error.strerror}; choose another --out") from None
+
+    def write(self, row: Row) -> None:
+        """Append one row and wait until it is on the disk.
+
+        Raises:
+            ResultError: It could not be written whole (a full disk, most often); the file is as it was before.
+        """
+        whole = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(row.to_json().encode() + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)
+            raise ResultError(
+                f"cannot write {self.path}: {error.strerror}; the rows before are whole. Make room, then go on with "
+                "--resume"
+            ) from None
+
+    def close(self) -> None:
+        """Close the file and let others write it."""
+        self._file.close()
+
+    def __enter__(self) -> ResultsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
