@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dig.packages import is_installed, missing_message
 
 if TYPE_CHECKING:
+    import torch
+
     from dig.layers import Backbone
+    from dig.operation import Operation
 
 BACKEND = "backend"
 """The option that says which implementation runs the family's heart, by one name in every family that has several."""
@@ -108,6 +111,10 @@ class Family:
             which every row then says.
         signatures: (``cuda`` or ``cpu``, backend) → the kernels that show it at work. Rows without are marked
             unverified, but those of the reference itself, which is plain operations.
+        operation: ``operation(model, batch, dtype)`` is what the backend's kernels compute, alone, at the model's own
+            shape, with a truth beside it (`dig.operation`): what an error at that shape is found by. Without it rows
+            say that only a small input was compared.
+        tunes: Backends whose kernels tune themselves for minutes when they first run: suites measure them last.
         reshaped_by: Options that change the names or shapes of weights: what checkpoints are searched by.
         look: In figures.
         files: Source files and folders that decide on its numbers, beside the module or package that ``build`` is
@@ -125,6 +132,8 @@ class Family:
     on_gpu: str | None = None
     reference: str | None = None
     signatures: Mapping[tuple[str, str], Signature] = field(default_factory=dict)
+    operation: Callable[[Backbone, int, torch.dtype], Operation] | None = None
+    tunes: frozenset[str] = frozenset()
     reshaped_by: tuple[str, ...] = ()
     look: Look | None = None
     files: tuple[str, ...] = ()
@@ -139,7 +148,7 @@ class Family:
             if not isinstance(words, tuple) or not words:
                 raise FamilyError(f"option {option!r} of {self.name} needs a tuple of words; got {words!r}")
         backends = self.backends or ("",)
-        named = {*self.packages, *self.gpu_only, *(backend for _, backend in self.signatures)} | (
+        named = {*self.packages, *self.gpu_only, *self.tunes, *(backend for _, backend in self.signatures)} | (
             {self.on_gpu} if self.on_gpu is not None else set()
         )
         if alien := sorted(named - set(backends)):

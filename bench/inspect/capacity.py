@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.cases.case import Case
-from bench.cases.jobs import ProbeJob
+from bench.cases.jobs import Limits, ProbeJob
 from bench.run.runner import WorkerError, run_job
 from dig.nvml import Gpu
 from dig.registry import VAE_FACTOR
@@ -54,7 +54,7 @@ def probe_case(case: Case, *, limit: int | None, time_limit: float) -> Probe:
         CapacityError: It failed otherwise than by memory.
     """
     try:
-        answer = run_job(ProbeJob(case=case, limit=limit), time_limit=time_limit)
+        answer = run_job(ProbeJob(case=case, limit=limit), limits=Limits(prepare=time_limit, measure=time_limit))
     except WorkerError as error:
         # The kernel's out-of-memory killer is how a host says no; a time limit is not.
         if "SIGKILL" not in str(error):

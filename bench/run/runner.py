@@ -10,12 +10,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 from bench.cases.case import Case
-from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, ParityJob
+from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, Limits, ParityJob, Phase
 from bench.run.lifeline import end_group, scratch_folder
 from bench.store.identity import measurement_key
 from bench.store.ledgers import Checks
@@ -25,6 +26,14 @@ from dig.nvml import POWER_CAP, Gpu
 
 FINAL = frozenset({"ok", "oom", "unsupported"})
 """Statuses that a resumed run does not measure again; a timeout or an error may have been the moment's."""
+
+PHASES: Mapping[Phase, str] = {
+    "building": "building the model",
+    "compiling": "building and tuning kernels",
+    "measuring": "measuring",
+    "checking": "checking what was measured",
+}
+"""What a worker does, in words for people."""
 
 SLACK = 64 << 20
 """Bytes by which a GPU's used memory may differ from before, when nothing of ours is left on it."""
@@ -52,12 +61,13 @@ def _tail(path: Path, characters: int = 600) -> str:
     return path.read_text(errors="replace").strip()[-characters:]
 
 
-def run_job(job: Job, *, time_limit: float) -> Any:
+def run_job(job: Job, *, limits: Limits, on_phase: Callable[[Phase], None] = lambda phase: None) -> Any:
     """Do a job in a process of its own.
 
     Args:
         job: What to do.
-        time_limit: Seconds until the process and its children are killed.
+        limits: After which the process and its children are killed.
+        on_phase: Told what the worker does, as it begins.
 
     Returns:
         The worker's answer.
@@ -75,16 +85,38 @@ def run_job(job: Job, *, time_limit: float) -> Any:
         process.start()
         sender.close()
         try:
-            if not receiver.poll(time_limit):
-                raise WorkerError("timeout", f"no result after {time_limit:g} s; the process was killed")
             try:
-                return receiver.recv()
+                return _wait(receiver, limits, on_phase)
             except EOFError:
                 process.join()
                 raise WorkerError("error", _post_mortem(process.exitcode, _tail(errors))) from None
         finally:
             end_group(process)
             receiver.close()
+
+
+def _wait(receiver: Connection, limits: Limits, on_phase: Callable[[Phase], None]) -> Any:
+    """The worker's answer.
+
+    Raises:
+        WorkerError: A limit was reached first.
+        EOFError: The worker ended without one.
+    """
+    # What comes before the steps that count: a worker with another job than a case says nothing of itself.
+    deadline, preparing = time.monotonic() + limits.prepare, True
+    phase: Phase | None = None
+    while True:
+        if not receiver.poll(max(0.0, deadline - time.monotonic())):
+            limit = limits.prepare if preparing else limits.measure
+            doing = f" of {PHASES[phase]}" if phase else ""
+            raise WorkerError("timeout", f"no result after {limit:g} s{doing}; the process was killed")
+        kind, value = receiver.recv()
+        if kind == "answer":
+            return value
+        phase = value
+        on_phase(value)
+        if preparing and value not in ("building", "compiling"):
+            deadline, preparing = time.monotonic() + limits.measure, False
 
 
 def _worker(connection: Any, job: Any, errors: str) -> None:
@@ -117,7 +149,7 @@ class Sweep:
         cases: What to measure, in order.
         launches: How often, each in a process of its own.
         done: Addresses (`key`) and numbers of launches that need no measuring, being in the results file already.
-        time_limit: Seconds a case may take, model build and kernel tuning included.
+        limits: How long a case may take.
         budget: How long to sample, or None for the device's own.
         code: Content of the code that measures, by `bench.store.identity.code_hash`.
         environment: By `dig.environment.describe_environment`.
@@ -127,7 +159,7 @@ class Sweep:
     cases: tuple[Case, ...]
     launches: int = 1
     done: frozenset[tuple[str, int]] = frozenset()
-    time_limit: float
+    limits: Limits = field(default_factory=Limits)
     budget: Budget | None = None
     code: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -162,8 +194,10 @@ def finished_launches(rows: Iterable[Row]) -> frozenset[tuple[str, int]]:
     return frozenset(launch for launch, status in latest.items() if status in FINAL)
 
 
-def run_sweep(sweep: Sweep, writer: ResultsWriter, *, on_start: Callable[[Case], None]) -> Iterator[Row]:
+def run_sweep(sweep: Sweep, writer: ResultsWriter, *, on_start: Callable[[Case, str], None]) -> Iterator[Row]:
     """Measure the remaining launches; each row is on the disk before it is yielded.
+
+    ``on_start`` is told the case, and what is done with it, as that begins.
 
     Before the first launch of a model, the parity check compares it with its reference; where that fails, the launch
     is a row with the check's message, and nothing is timed.
@@ -173,10 +207,10 @@ def run_sweep(sweep: Sweep, writer: ResultsWriter, *, on_start: Callable[[Case],
     held down by heat come first, for a card that is at its power cap under a case will be there again. A second look
     that fails leaves the first row as it was.
     """
-    referee = Referee(time_limit=sweep.time_limit)
+    referee = Referee(limits=sweep.limits)
 
     def measure(launch: Launch) -> Row:
-        on_start(launch.case)
+        referee.on_phase = lambda phase: on_start(launch.case, phase)
         return referee.measure(
             CaseJob(
                 case=launch.case,
@@ -214,8 +248,9 @@ class Referee:
     inputs, and the memory that the GPU had in use before anything ran.
     """
 
-    def __init__(self, *, time_limit: float, ceilings: bool = True) -> None:
-        self.time_limit = time_limit
+    def __init__(self, *, limits: Limits, ceilings: bool = True) -> None:
+        self.limits = limits
+        self.on_phase: Callable[[str], None] = lambda phase: None
         self._with_ceilings = ceilings
         self._ceilings: dict[tuple[str, str], float | None] = {}
         self._agreements: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -228,7 +263,8 @@ class Referee:
         case, started_at = job.case, utc_now()
         key = (case.device, case.dtype)
         if key not in self._ceilings:
-            self._ceilings[key] = _ceiling(case, self.time_limit) if self._with_ceilings else None
+            self.on_phase("measuring the matmul ceiling")
+            self._ceilings[key] = _ceiling(case, self.limits) if self._with_ceilings else None
 
         def failed(status: Any, message: str) -> Row:
             return Row(
@@ -246,7 +282,9 @@ class Referee:
             missing = parity["status"] == "unsupported"
             return failed(parity["status"], parity["message"] if missing else f"parity: {parity['message']}")
         try:
-            row = Row.from_json(run_job(replace(job, matmul_ceiling=self._ceilings[key]), time_limit=self.time_limit))
+            self.on_phase("starting")
+            job = replace(job, matmul_ceiling=self._ceilings[key])
+            row = Row.from_json(run_job(job, limits=self.limits, on_phase=self._told))
         except WorkerError as error:
             row = failed(error.status, str(error))
         returned = self.wait_for_memory()
@@ -263,6 +301,9 @@ class Referee:
         )
         return replace(row, checks=checks, marks=row.marks if returned else (*row.marks, "memory-kept"))
 
+    def _told(self, phase: Phase) -> None:
+        self.on_phase(PHASES[phase])
+
     def _agreement(self, case: Case) -> dict[str, Any]:
         """What the parity check found for this model and mode; a training step's comparison holds the outputs' too."""
         model = (case.model, case.options, case.dtype, case.device)
@@ -272,7 +313,8 @@ class Referee:
         key = (*model, case.mode)
         if key not in self._agreements:
             try:
-                self._agreements[key] = run_job(ParityJob(case=case), time_limit=self.time_limit)
+                self.on_phase("comparing with its reference")
+                self._agreements[key] = run_job(ParityJob(case=case), limits=self.limits)
             except WorkerError as error:
                 self._agreements[key] = {"status": error.status, "message": str(error)}
             self.wait_for_memory()
@@ -299,8 +341,8 @@ class Referee:
         return True
 
 
-def _ceiling(case: Case, time_limit: float) -> float | None:
+def _ceiling(case: Case, limits: Limits) -> float | None:
     try:
-        return float(run_job(CeilingJob(device=case.device, dtype=case.dtype), time_limit=time_limit))
+        return float(run_job(CeilingJob(device=case.device, dtype=case.dtype), limits=limits))
     except WorkerError:
         return None  # Rows then say null: no share of a ceiling that was not measured.

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from bench.cases.case import Case
-from bench.cases.jobs import Budget, CaseJob
+from bench.cases.jobs import Budget, CaseJob, Limits
 from bench.run.checkouts import Checkout
 from bench.run.lifeline import die_with_parent
 from bench.run.runner import Referee
@@ -134,9 +134,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     environment, code = describe_environment(), code_hash(Path(ROOT))
-    referee = Referee(time_limit=0.0, ceilings=False)
+    referee = Referee(limits=Limits(), ceilings=False)
     for line in sys.stdin:
-        job, referee.time_limit = _read_job(line, environment, code)
+        job, seconds = _read_job(line, environment, code)
+        referee.limits = Limits(prepare=seconds, measure=seconds)
         answers.write(referee.measure(job).to_json() + "\n")
         answers.flush()
 

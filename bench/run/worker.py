@@ -6,10 +6,11 @@ import dataclasses
 import os
 import signal
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.cases.jobs import CaseJob, CeilingJob, Job, ParityJob, ProbeJob
+from bench.cases.jobs import CaseJob, CeilingJob, Job, ParityJob, Phase, ProbeJob
 from bench.measure.case import measure_case
 from bench.measure.ceiling import measure_ceiling
 from bench.measure.failures import failure
@@ -34,11 +35,11 @@ def check_parity(job: ParityJob) -> dict[str, Any]:
     return {} if found is None else dataclasses.asdict(found)
 
 
-def _answer(job: Job) -> Any:
+def _answer(job: Job, tell: Callable[[Phase], None]) -> Any:
     if not isinstance(job, CeilingJob):
         load_source(job.case.source)
     if isinstance(job, CaseJob):
-        return measure_case(job).to_json()
+        return measure_case(job, tell).to_json()
     if isinstance(job, ParityJob):
         return check_parity(job)
     return probe(job) if isinstance(job, ProbeJob) else measure_ceiling(job)
@@ -48,7 +49,8 @@ def worker_main(connection: Connection, job: Job, errors: str) -> None:
     """Entry of the worker process.
 
     Args:
-        connection: Takes the one answer; `bench.cases.jobs` says what it is.
+        connection: Takes pairs: ``("phase", name)`` as a case goes on, then ``("answer", value)``; `bench.cases.jobs`
+            says what the value is.
         job: What to do.
         errors: Path of a file that takes what the process prints to stderr, for the message of a crash.
     """
@@ -61,5 +63,6 @@ def worker_main(connection: Connection, job: Job, errors: str) -> None:
             os.dup2(stderr.fileno(), 2)
     except FileNotFoundError:
         return  # The harness was interrupted while this process started, and has removed the folder: nobody waits.
-    connection.send(_answer(job))
+    answer = _answer(job, lambda phase: connection.send(("phase", phase)))
+    connection.send(("answer", answer))
     connection.close()
