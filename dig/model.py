@@ -168,7 +168,7 @@ class DiG(Backbone):
     def _run_on_kernels(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The forward pass but for `dig.layers.unpatchify`, (B, T, P·P·2C), on tokens that stay in raster order."""
         from dig import raster
-        from dig.ops.aside import aside, side_work
+        from dig.ops.side_stream import aside, side_work
 
         embeds = raster.can_embed(self.x_embedder)
         dtype = raster.compute_dtype(x)
@@ -218,5 +218,5 @@ def _recomputed(block: nn.Module) -> bool | None:
 
 
 def _in_order(*reads: Tensor) -> AbstractContextManager[None]:
-    """What `dig.ops.aside.aside` is where nothing goes aside."""
+    """What `dig.ops.side_stream.aside` is where nothing goes aside."""
     return nullcontext()

@@ -24,8 +24,8 @@ from dig.config import EPS
 from dig.layers import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, adaln_linear
 from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
-from dig.ops.aside import aside, mark, runs_beside, wait
 from dig.ops.condition import MOST_IMAGES, condition
+from dig.ops.side_stream import aside, mark, runs_beside, wait
 from dig.ops.weights import matrix_vector
 from dig.raster_block import folds_gates
 from dig.raster_weights import Ahead, BlockWeights, Prepared, Rider, adaln, modulations_of, prepare_block

@@ -5,8 +5,8 @@ tensors a token (its input, the fused projection, the sum between its halves, Sw
 and the recurrence's states. What else its weights' gradients need is written again by kernels that pass over the inputs
 anyway: the modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
 
-What no later kernel of the pass waits for goes aside (`dig.ops.aside`): the weights' gradients, the modulation's, and
-in `dig.raster` the next block's modulation and weights.
+What no later kernel of the pass waits for goes to a side stream (`dig.ops.side_stream`): the weights' gradients, the
+modulation's, and in `dig.raster` the next block's modulation and weights.
 
 **One image.** A gate is then the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
 of the sum that the branch is added to, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no
@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 from dig.config import EPS
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
-from dig.ops.aside import aside, mark, side_work, wait
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
+from dig.ops.side_stream import aside, mark, side_work, wait
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weights import gated_weight_gradient

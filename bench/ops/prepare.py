@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from bench.ops.common import case_for, parse, replaced, require_gpu
 from bench.ops.turns import add_turns, append_row, steps_in_turns
 from dig import raster, raster_weights
 from dig.ops.swiglu import products
+from dig.ops.tiles import for_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,10 @@ def chosen(choice: Choice) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
         if choice.riding:
-            stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
+            own = for_device(torch.device("cuda"))
+            share = choice.riding, own.products.share[1]
+            shared = replace(own, products=replace(own.products, share=share))
+            stack.enter_context(replaced(products, "for_device", lambda _: shared))
         else:
             stack.enter_context(replaced(raster_weights, "rides", lambda *_: False))
         yield

@@ -99,7 +99,7 @@ def wrong_descriptors(sass: str) -> tuple[str, ...]:
 
 
 def hasty_accesses(sass: str) -> tuple[str, ...]:
-    """Instructions of a kernel that may be launched early (`dig.ops.chain`) and touch memory before it has waited."""
+    """Instructions of a kernel that may be launched early and touch memory before it has waited."""
     hasty: list[str] = []
     for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass):
         if "ACQBULK" in match.group(2):
@@ -134,7 +134,7 @@ def _compile(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = constants | ({"CHAINED": True} if "CHAINED" in function.arg_names else {})
+    constants = constants | ({"EARLY": True} if "EARLY" in function.arg_names else {})
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -170,7 +170,7 @@ def _compile(
         spills=sass.count("STL"),
         shared=compiled.metadata.shared,
         products=sass.count("HGMMA"),
-        wrong=wrong_descriptors(sass) + (hasty_accesses(sass) if "CHAINED" in constants else ()),
+        wrong=wrong_descriptors(sass) + (hasty_accesses(sass) if "EARLY" in constants else ()),
     )
 
 
@@ -217,8 +217,9 @@ def compile_products() -> Iterator[Compiled]:
 
 def compile_recurrence() -> Iterator[Compiled]:
     """Compile every kernel that works on chunks, at every entry of the table, forward and backward."""
-    from dig.ops.gla import kernels, kernels_backward
     from dig.ops.gla.tiles import TILES
+
+    from dig.ops.gla import kernels, kernels_backward
 
     for (K, V, of), tiles in TILES[CAPABILITY // 10].items():
         dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[of]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.chain import join_chain
+from dig.ops.early_launch import start_early
 from dig.ops.gla.pieces import (
     MIN_LOG2_DECAY,
     UNSPECIALIZED,
@@ -92,7 +92,7 @@ def output_backward_kernel(
     LEVELS: tl.constexpr,
     REBUILD: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Backward of ``y = RMSNorm(o) * weight * swish(gate)``, with o recomputed. Grid (H, N, B).
 
@@ -100,7 +100,7 @@ def output_backward_kernel(
     dweight (B, N, H, V), ``own[b, t, h] = do_t . v_t`` and ``state_gradients[b, h, n] = (q e^c)^T do``; with REBUILD
     also y (B, T, H, V) again, contiguous.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
@@ -225,7 +225,7 @@ def gradient_kernel(
     LEVELS: tl.constexpr,
     LOGITS: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Gradients of q, k, v and of the log decays or, with LOGITS, the gate logits. Grid (H, N, B).
 
@@ -233,7 +233,7 @@ def gradient_kernel(
     the token stride given, heads packed. With a rank R (`load_gate`), also the chunk's part of the gradient of the
     logits' bias, dbias (B, N, H, K) in fp32.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C

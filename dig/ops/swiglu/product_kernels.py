@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.chain import join_chain
+from dig.ops.early_launch import start_early
 
 
 @triton.jit
@@ -103,14 +103,14 @@ def up_swiglu_kernel(
     KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, GATE_STARTS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Hidden (M, F) from x (M, D) and weight (2F, D); with KEEP also gate_up (M, 2F), the product itself.
 
     Beside it, unless EVERY is 0, copies of the masters (N, M) in another type, the rows of the last of them multiplied
     by gates (N,): in shares, see above, of which a program has at most D / BK / EVERY.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     row, column = tile_corner(M, F, BM, BN, GROUP)
     gate = tl.zeros((BM, BN), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
@@ -142,10 +142,10 @@ def up_swiglu_kernel(
 def down_swiglu_backward_kernel(
     dout, weight, gate_up, dgate_up, hidden, M,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dgate_up (M, 2F) and hidden (M, F) from dout (M, D), weight (D, F) and gate_up (M, 2F)."""
-    join_chain(CHAINED)
+    start_early(EARLY)
     row, column = tile_corner(M, F, BM, BN, GROUP)
     gradient = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dig import raster_weights
 from dig.model import DiG, DiGConfig
-from dig.ops import aside as aside_module
-from dig.ops.aside import aside, mark, side_work, wait
-from dig.ops.chain import chained, supported
+from dig.ops import side_stream
+from dig.ops.launch import launch_context, launches_early
+from dig.ops.side_stream import aside, mark, side_work, wait
 from dig.ops.swiglu import products
 from tests.helpers import example, randomize
 
@@ -40,7 +40,7 @@ def test_in_a_graph_what_comes_first_after_a_wait_is_not_launched_early() -> Non
 
     def early() -> bool:
         launched.append(torch.ones(1, device=device))
-        return "launch_pdl" in chained(device)
+        return "launch_pdl" in launch_context(device).next_kernel()
 
     found = []
     stream = torch.cuda.Stream()
@@ -54,7 +54,7 @@ def test_in_a_graph_what_comes_first_after_a_wait_is_not_launched_early() -> Non
             wait(point)
             found += [early(), early()]
         found += [early(), early()]
-    able = supported(device)
+    able = launches_early(device)
     assert found == [able and x for x in (False, True, False, True, True, False, True, False, True)]
 
 
@@ -112,9 +112,9 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
     expected = [tensor.clone() for tensor in run()]
     assert rides == ([True] * (CONFIG.depth - 1) if mode == "forward, riding" else [])
     forks = 0
-    fork = aside_module._Scope.fork
+    fork = side_stream._Scope.fork
 
-    def fork_late(scope: aside_module._Scope) -> None:
+    def fork_late(scope: side_stream._Scope) -> None:
         nonlocal forks
         forks += 1
         fork(scope)
@@ -122,7 +122,7 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
             with torch.cuda.stream(scope.side if late == "side" else scope.main):
                 torch.cuda._sleep(SLOW)
 
-    monkeypatch.setattr(aside_module._Scope, "fork", fork_late)
+    monkeypatch.setattr(side_stream._Scope, "fork", fork_late)
     graph, results = capture(run)
     assert forks > CONFIG.depth
     for _ in range(3):

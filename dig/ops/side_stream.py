@@ -22,16 +22,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from dig.ops.launch import launch_context
+from dig.ops.tiles import gpu_index
+
 
 class _Scopes(threading.local):
-    """What a thread has open, the innermost scope last. (Autograd goes back in threads of its own.)
-
-    ``waited`` has the streams that have been made to wait for another one since `first_after_wait` asked.
-    """
+    """What a thread has open, the innermost scope last. (Autograd goes back in threads of its own.)"""
 
     def __init__(self) -> None:
         self.open: list[_Scope] = []
-        self.waited: set[int] = set()
 
 
 class _Scope:
@@ -41,14 +40,15 @@ class _Scope:
         self.main = torch.cuda.current_stream(device)
         self.side = _side_stream(device)
         self.held: list[Tensor | None] = []
+        self.launch = launch_context(device)
         # What the stream did before is not known here.
-        _scopes.waited.add(self.main.cuda_stream)
+        self.launch.stream_waits(self.main)
         self.fork()
 
     def fork(self) -> None:
         """Let what comes next aside wait for all that has been launched so far."""
         self.side.wait_stream(self.main)
-        _scopes.waited.add(self.side.cuda_stream)
+        self.launch.stream_waits(self.side)
 
     def join(self, point: torch.cuda.Event | None = None) -> None:
         """Let what comes next on the main stream wait for this point aside, or for all that is aside so far."""
@@ -56,7 +56,7 @@ class _Scope:
             self.main.wait_stream(self.side)
         else:
             self.main.wait_event(point)
-        _scopes.waited.add(self.main.cuda_stream)
+        self.launch.stream_waits(self.main)
 
 
 _scopes = _Scopes()
@@ -64,7 +64,7 @@ _side_streams: dict[int, torch.cuda.Stream] = {}
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = gpu_index(device)
     if index not in _side_streams:
         _side_streams[index] = torch.cuda.Stream(index)
     return _side_streams[index]
@@ -126,17 +126,3 @@ def wait(point: torch.cuda.Event | None) -> None:
     """Go on after this point: what was aside before it may be read."""
     if point is not None:
         _scopes.open[-1].join(point)
-
-
-def first_after_wait(device: torch.device) -> bool:
-    """Whether the current stream has been made to wait for another one here since this was last asked.
-
-    What is launched next depends on both then. Asked by whoever launches a kernel of this project; others may have been
-    launched in between.
-    """
-    if not _scopes.waited:
-        return False
-    stream = torch.cuda.current_stream(device).cuda_stream
-    waited = stream in _scopes.waited
-    _scopes.waited.discard(stream)
-    return waited

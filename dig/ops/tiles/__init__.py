@@ -1,0 +1,58 @@
+"""Tile choices of every operation's kernels, one file an architecture.
+
+`dig.ops.tiles.choices` says what there is to choose, `Architecture` what an architecture's file states, and
+`dig.ops.tiles.sm90` is the one that was measured. A file ``sm<capability>.py`` here with an ``ARCHITECTURE`` is found
+by its name: docs/extending.md says how to add one.
+
+**GPUs that have none** take the nearest older file: the largest capability that isn't above theirs, or the oldest
+there is. How much shared memory they have is asked of the driver.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import re
+from dataclasses import replace
+
+import torch
+
+from dig.ops.tiles.architecture import KIB, Architecture
+from dig.ops.tiles.interpreter import ARCHITECTURE as INTERPRETER
+
+__all__ = ["INTERPRETER", "KIB", "Architecture", "architectures", "for_capability", "for_device", "gpu_index"]
+
+
+@functools.cache
+def architectures() -> tuple[Architecture, ...]:
+    """Those that have a file, oldest first."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if re.fullmatch(r"sm\d+", module.name)]
+    found: list[Architecture] = [importlib.import_module(f"{__name__}.{name}").ARCHITECTURE for name in names]
+    return tuple(sorted(found, key=lambda architecture: architecture.capability or (0, 0)))
+
+
+def for_capability(capability: tuple[int, int]) -> Architecture:
+    """The architecture of a compute capability, (major, minor), or the nearest older one with a file."""
+    known = architectures()
+    older = [each for each in known if (each.capability or (0, 0)) <= capability]
+    return older[-1] if older else known[0]
+
+
+def for_device(device: torch.device) -> Architecture:
+    """What runs on a device: on a CPU that is Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return _of_gpu(gpu_index(device))
+
+
+def gpu_index(device: torch.device) -> int:
+    """Which GPU a CUDA device is; without an index it is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _of_gpu(index: int) -> Architecture:
+    known = for_capability(torch.cuda.get_device_capability(index))
+    limit = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", known.shared_memory)
+    return replace(known, shared_memory=limit)
