@@ -1,12 +1,12 @@
-"""Time SwiGLU in its matrix products beside products and passes of their own, in the same run.
+"""Time SwiGLU as its GEMMs' epilogue beside GEMMs and passes of their own, in the same run.
 
     python -m bench.ops.products                 # DiG-S/2 at 1024, 1792 and 2048, DiG-XL/2 at 1024 and 2048
     python -m bench.ops.products --sweep         # alternatives to `dig.ops.tiles.sm90.PRODUCTS`
 
 Passes: ``up`` ends with SwiGLU and keeps gate and up, ``up alone`` doesn't keep them (inference), ``down`` is the
-gradient back through the product downwards and SwiGLU. Implementations: ``fused`` is one kernel, where the tables have
-one, ``apart`` cuBLAS' product and this project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the
-products alone. Shapes: T tokens, D width, F inner width.
+gradient back through the down-projection GEMM and SwiGLU. Implementations: ``fused`` is one kernel, where the tables
+have one, ``apart`` cuBLAS' GEMM and this project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the
+GEMMs alone. Shapes: T tokens, D width, F inner width.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Work beside the critical path, on a second stream of a CUDA graph.
+"""A side stream: work beside the critical path, as a branch of a CUDA graph.
 
 A training step is a chain of kernels, each waiting for the one before, and much that it computes nothing in the chain
 waits for: gradients of weights, sums over partial sums, the next block's weights in another dtype. While a CUDA graph
-is captured, `aside` puts such work on a stream of its own, so that the graph holds it as a branch. It then fills the
-multiprocessors that a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is
-what a step of batch 1 waits for, and two streams would only give it more to do: everything runs in order.
+is captured, `aside` puts such work on a side stream, so that the graph holds it as a branch. It then fills the SMs that
+a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is what a step of batch
+1 waits for, and two streams would only give it more to do: everything runs in order.
 
 The same kernels add up the same numbers either way, so the results are the same bits.
 
 **Memory.** PyTorch's allocator hands a freed tensor's memory out again to the stream that it came from, at once. What
-`aside` reads is therefore held until the branch is joined. What is allocated aside may be freed at any time: only work
-aside, which begins by waiting for all that was launched before it, gets that memory next.
+the side stream reads is therefore held until it is joined. What is allocated on it may be freed at any time: only work
+on it, which begins by waiting for all that was launched before it, gets that memory next.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class _Scope:
         self.fork()
 
     def fork(self) -> None:
-        """Let what comes next aside wait for all that has been launched so far."""
+        """Let what comes next on the side stream wait for all that has been launched so far."""
         self.side.wait_stream(self.main)
         self.launch.stream_waits(self.side)
 
     def join(self, point: torch.cuda.Event | None = None) -> None:
-        """Let what comes next on the main stream wait for this point aside, or for all that is aside so far."""
+        """Let what comes next on the main stream wait for this point of the side stream, or for all of it so far."""
         if point is None:
             self.main.wait_stream(self.side)
         else:
@@ -71,7 +71,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def side_work(device: torch.device) -> AbstractContextManager[None]:
-    """Let `aside` use a second stream within, where a CUDA graph is being captured; all of it is joined at the end."""
+    """Let `aside` use the side stream within, where a CUDA graph is being captured; all of it is joined at the end."""
     if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return nullcontext()
     return _open_scope(device)
@@ -111,18 +111,18 @@ def _fork(scope: _Scope, reads: tuple[Tensor | None, ...]) -> Iterator[None]:
 
 
 def runs_beside() -> bool:
-    """Whether `aside` puts work on a second stream here."""
+    """Whether `aside` puts work on a side stream here."""
     return not torch.compiler.is_compiling() and bool(_scopes.open)
 
 
 def mark() -> torch.cuda.Event | None:
-    """A point that `wait` can wait for: the end of all that is aside so far. None where nothing is."""
+    """A point that `wait` can wait for: the end of all that is on the side stream so far. None where nothing is."""
     if not runs_beside():
         return None
     return _scopes.open[-1].side.record_event()
 
 
 def wait(point: torch.cuda.Event | None) -> None:
-    """Go on after this point: what was aside before it may be read."""
+    """Go on after this point: what was on the side stream before it may be read."""
     if point is not None:
         _scopes.open[-1].join(point)

@@ -112,7 +112,7 @@ def output_backward_kernel(
         present, scale, K, V, KP, VP, C, LEVELS, PRECISION,
     )  # fmt: skip
 
-    # What was read above and is needed below is read again: registers limit how many programs share a multiprocessor.
+    # What was read above and is needed below is read again: registers limit how many programs share an SM.
     tl.debug_barrier()
     tokens = forgotten(tokens, PRECISION)
     rows = tl.arange(0, C)
@@ -248,7 +248,7 @@ def gradient_kernel(
     state_gradients += index * (K * V)
 
     # Four parts: v; q and k through the scores; k through the state after the chunk; q and the decays through the one
-    # before it. What several need is read again and not held: registers limit how many programs share a multiprocessor.
+    # before it. What several need is read again and not held: registers limit how many programs share an SM.
     scores = chunk_scores(
         q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, sums, index, tokens, present, scale,
         K, KP, C, LEVELS, DOT, PRECISION,

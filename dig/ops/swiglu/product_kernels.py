@@ -1,15 +1,15 @@
-"""Triton kernels of the matrix products on SwiGLU's two sides, with its passes in them.
+"""Triton kernels of the GEMMs on SwiGLU's two sides, with its passes as their epilogues.
 
 Shapes: M tokens, D width, F inner width of SwiGLU. A program computes BM tokens by BN of the F columns.
 
 Operands come through tensor descriptors, which Hopper's copy engine reads tiles by: rows past the end are read as 0 and
 not written.
 
-**Shares.** A product leaves the memory idle: its operands come from the L2 cache. Work that only moves bytes can ride
-in it, in shares of R by C elements: at every EVERY-th step along the sum a program writes the share that it asked for
-that many steps before, and asks for its next one. Steps in between are for it to arrive, and spread what its addresses
-take. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first share of
-each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
+**Shares.** A GEMM leaves the memory idle: its operands come from the L2 cache. Casts of weights, which only move bytes,
+are fused into it, in shares of R by C elements: at every EVERY-th step along the sum a program writes the share that it
+asked for that many steps before, and asks for its next one. Steps in between are for it to arrive, and spread what its
+addresses take. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first
+share of each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

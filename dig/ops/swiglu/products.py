@@ -1,15 +1,15 @@
-"""The matrix products on SwiGLU's two sides with its passes in them, on Triton: bf16 on Hopper.
+"""The GEMMs on SwiGLU's two sides with its passes as their epilogues, on Triton: bf16, where `dig.ops.tiles` has any.
 
-A product's result is in a program's registers when it is done. SwiGLU by itself reads it back from memory: at
-DiG-S/2 that pass and the product take about the same time. Here the product upwards ends with SwiGLU, and the product
-that its gradient goes back through ends with SwiGLU's backward pass, so that bytes for each of the M F elements are
+A GEMM's result is in a program's registers when it is done. SwiGLU by itself reads it back from memory: at DiG-S/2 that
+pass and the GEMM take about the same time. Here the up-projection GEMM ends with SwiGLU, and the GEMM back through the
+down-projection ends with SwiGLU's backward pass, so that bytes for each of the M F elements are
 
     forward     6 instead of 10 (writes gate, up, hidden), 2 where gate and up aren't kept
     backward   10 instead of 14 (reads gate and up; writes their gradients and hidden)
 
-**What rides along.** The product upwards is the longest of a forward pass, and leaves the memory idle. Without
-gradients, the copies of the next block's weights in the products' dtype, which move bytes and nothing else, are made in
-it: beside it they would wait for multiprocessors, each of which a program of a product has to itself.
+**The fused weight cast.** The up-projection GEMM is the longest of a forward pass, and leaves the memory idle. Without
+gradients, the next block's weights are cast to the GEMMs' dtype in it, which moves bytes and does nothing else: beside
+it, a cast would wait for SMs, each of which a program of a GEMM has to itself.
 
 Shapes: M tokens, D width, F inner width of SwiGLU.
 """
@@ -34,7 +34,7 @@ from dig.ops.tiles.choices import ProductPass, ProductTiles
 from dig.ops.weights import prepare_weights
 
 NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_STARTS": (0,), "R": 1, "C": 1, "EVERY": 0}
-"""What `up_swiglu_kernel` is told where nothing rides."""
+"""What `up_swiglu_kernel` is told where it casts no weights."""
 
 
 def tiles_for(which: ProductPass, tokens: Tensor, F: int) -> ProductTiles | None:
@@ -57,12 +57,12 @@ def _grid(tiles: ProductTiles, M: int, F: int) -> tuple[int]:
 
 @torch.library.custom_op("dig::project_up", mutates_args=())
 def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """``SwiGLU(x weight^T)``, in one kernel or, where that does not fit, by a product and a pass.
+    """``SwiGLU(x weight^T)``, in one kernel or, where that does not fit, by a GEMM and a pass.
 
     Args:
         x: (B, T, D), contiguous.
         weight: (2F, D), contiguous, in x's dtype.
-        keep: Whether the product's result is asked for.
+        keep: Whether the GEMM's result is asked for.
 
     Returns:
         Hidden (B, T, F), and gate_up (B, T, 2F), without ``keep`` of no elements.
@@ -143,12 +143,12 @@ def shares_of(
 
 
 def rides(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
-    """Whether `project_up_preparing` copies these weights in its product: contiguous, in fp32, beside a wide one."""
-    return _riding(x, F, masters, gated) is not None
+    """Whether `project_up_preparing` casts these weights in its GEMM: contiguous, in fp32, and the GEMM a wide one."""
+    return _fused_cast(x, F, masters, gated) is not None
 
 
-def _riding(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tuple[ProductTiles, dict[str, Any]] | None:
-    """Tiles of the product, and the constants of the shares; None where nothing `rides`."""
+def _fused_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tuple[ProductTiles, dict[str, Any]] | None:
+    """Tiles of the GEMM, and the constants of the shares; None where the weights are cast apart."""
     t = tiles_for("up alone", x, F)
     plain = all(master.dtype == torch.float32 and master.is_contiguous() for master in masters)
     choices = for_device(x.device).products
@@ -168,16 +168,16 @@ def project_up_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], g
     Args:
         x: (B, T, D), contiguous.
         weight: (2F, D), contiguous, in x's dtype.
-        masters: Weights (N, M) to copy.
+        masters: Weights (N, M) to cast.
         gates: Of the last ones, (N,) each, contiguous.
 
     Returns:
         Hidden (B, T, F), and the copies.
     """
-    riding = _riding(x, len(weight) // 2, masters, len(gates))
-    if riding is None:
+    fused = _fused_cast(x, len(weight) // 2, masters, len(gates))
+    if fused is None:
         return [project_up(x, weight, False)[0], *prepare_weights(masters, gates, x.dtype)]
-    t, shares = riding
+    t, shares = fused
     hidden, *copies = _empty_preparing(x, weight, masters, gates)
     copied = (tuple(masters), tuple(gates) or tuple(masters[:1]), tuple(copies))
     _launch_up(t, x, weight, hidden, hidden, copied, shares, KEEP=False)
@@ -191,7 +191,7 @@ def _empty_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates
 
 @torch.library.custom_op("dig::project_down_backward", mutates_args=())
 def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The backward pass of ``SwiGLU(gate_up) weight^T``, in one kernel or by a product and a pass.
+    """The backward pass of ``SwiGLU(gate_up) weight^T``, in one kernel or by a GEMM and a pass.
 
     Args:
         dout: (B, T, D), the gradient of the result, contiguous.

@@ -4,10 +4,10 @@ Autocast casts every weight by a launch of its own. Here a block's weights take 
 on a layer's output, ``y = gate ⊙ (W x)``, can act on the rows of W instead when one condition serves all tokens; then
 neither ``W x`` nor its gradient is a tensor of T rows that anything has to read or write.
 
-**Beside matrix products.** A program of cuBLAS' takes a multiprocessor whole, and starts on none where another kernel's
-programs still come and go. A copy of many small programs therefore takes turns with the products instead of running
-beside them. Told to take few programs, both kernels here keep to as many multiprocessors and leave the others alone:
-each program walks over its share, with enough loads in flight to be worth its multiprocessor.
+**Beside GEMMs.** A program of cuBLAS' takes an SM whole, and starts on none where another kernel's programs still come
+and go. A cast by many small programs therefore takes turns with the GEMMs instead of running beside them. Told to take
+few programs, both kernels here keep to as many SMs and leave the others alone: each program walks over its share, with
+enough loads in flight to be worth its SM.
 
 Shapes: N rows and M columns of a weight.
 """
@@ -32,7 +32,7 @@ def prepare_weights(
     """Copies of the weights (N, M) in ``dtype``, the rows of the last ones multiplied by gates (N,), one each.
 
     Everything is contiguous. The products with the gates are rounded once, from fp32. With ``programs`` the kernel has
-    at most so many, and leaves the card's other multiprocessors alone.
+    at most so many, and leaves the card's other SMs alone.
     """
     weights, gates = [weight.contiguous() for weight in weights], [gate.contiguous() for gate in gates]
     copies = [empty(weight, dtype) for weight in weights]
