@@ -2,9 +2,9 @@
 
 A training step is a chain of kernels, each waiting for the one before, and much that it computes nothing in the chain
 waits for: gradients of weights, sums over partial sums, the next block's weights in another dtype. While a CUDA graph
-is captured, `aside` puts such work on a side stream, so that the graph holds it as a branch. It then fills the SMs that
-a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is what a step of batch
-1 waits for, and two streams would only give it more to do: everything runs in order.
+is captured, `on_side_stream` puts such work on a second stream, so that the graph holds it as a branch. It then fills
+the SMs that a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is what a
+step of batch 1 waits for, and two streams would only give it more to do: everything runs in order.
 
 The same kernels add up the same numbers either way, so the results are the same bits.
 
@@ -71,7 +71,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def side_work(device: torch.device) -> AbstractContextManager[None]:
-    """Let `aside` use the side stream within, where a CUDA graph is being captured; all of it is joined at the end."""
+    """Let there be a side stream within, where a CUDA graph is being captured; all of it is joined at the end."""
     if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return nullcontext()
     return _open_scope(device)
@@ -88,7 +88,7 @@ def _open_scope(device: torch.device) -> Iterator[None]:
         scope.join()
 
 
-def aside(*reads: Tensor | None) -> AbstractContextManager[None]:
+def on_side_stream(*reads: Tensor | None) -> AbstractContextManager[None]:
     """Launch what is within beside the critical path, after all that has been launched so far.
 
     Nothing outside may read its results before `wait`, or before the end of `side_work`.
@@ -97,7 +97,7 @@ def aside(*reads: Tensor | None) -> AbstractContextManager[None]:
         *reads: The tensors that it reads or writes and that were allocated outside; they are held until the end of
             `side_work`.
     """
-    if not runs_beside():
+    if not uses_side_stream():
         return nullcontext()
     return _fork(_scopes.open[-1], reads)
 
@@ -110,14 +110,14 @@ def _fork(scope: _Scope, reads: tuple[Tensor | None, ...]) -> Iterator[None]:
         yield
 
 
-def runs_beside() -> bool:
-    """Whether `aside` puts work on a side stream here."""
+def uses_side_stream() -> bool:
+    """Whether `on_side_stream` puts work on a side stream here."""
     return not torch.compiler.is_compiling() and bool(_scopes.open)
 
 
 def mark() -> torch.cuda.Event | None:
     """A point that `wait` can wait for: the end of all that is on the side stream so far. None where nothing is."""
-    if not runs_beside():
+    if not uses_side_stream():
         return None
     return _scopes.open[-1].side.record_event()
 

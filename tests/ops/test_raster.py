@@ -108,18 +108,18 @@ def test_without_gradients(name: str, batch: int) -> None:
     assert torch.equal(inputs[0], before)
 
 
-def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next block's weights, copied in a block's product upwards or by a kernel of their own."""
+def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next block's weights, cast in a block's up-projection GEMM or by a kernel of their own."""
     wide = ProductTiles(rows=128, columns=128, depth=16, stages=4)
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
     _, kernels = twins(replace(BASE, width=128, heads=2, depth=2, variant="release"))
     inputs = example(kernels, 1)
-    ridden = 0
+    fused = 0
     prepare = raster_weights.project_up_preparing
 
     def count(*arguments: Any) -> list[Tensor]:
-        nonlocal ridden
-        ridden += products.rides(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3]))
+        nonlocal fused
+        fused += products.fuses_cast(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3]))
         return prepare(*arguments)
 
     monkeypatch.setattr(raster_weights, "project_up_preparing", count)
@@ -129,7 +129,7 @@ def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(products, "for_device", lambda _, own=choices: replace(INTERPRETER, products=own))
         with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
             outputs.append(kernels(*inputs))
-    assert ridden == 1
+    assert fused == 1
     assert torch.equal(*outputs)
 
 

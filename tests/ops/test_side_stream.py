@@ -14,7 +14,7 @@ from dig import raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops import side_stream
 from dig.ops.launch import launch_context, launches_early
-from dig.ops.side_stream import aside, mark, side_work, wait
+from dig.ops.side_stream import mark, on_side_stream, side_work, wait
 from dig.ops.swiglu import products
 from tests.helpers import example, randomize
 
@@ -25,7 +25,7 @@ SLOW = 2_000_000
 
 def test_outside_of_a_capture_it_is_nothing() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with side_work(device), aside():
+    with side_work(device), on_side_stream():
         ones = torch.ones(2, device=device)
         point = mark()
     wait(point)
@@ -47,7 +47,7 @@ def test_in_a_graph_what_comes_first_after_a_wait_is_not_launched_early() -> Non
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         with side_work(device):
             found += [early(), early()]
-            with aside():
+            with on_side_stream():
                 found += [early(), early()]
             point = mark()
             found.append(early())
@@ -87,20 +87,20 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list
 @pytest.mark.parametrize("late", ["neither", "side", "main"])
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @pytest.mark.parametrize(
-    ("mode", "batch"), [("train", 1), ("train", 2), ("forward", 1), ("forward", 2), ("forward, riding", 1)]
+    ("mode", "batch"), [("train", 1), ("train", 2), ("forward", 1), ("forward", 2), ("forward, fused cast", 1)]
 )
 def test_a_graph_gives_the_bits_of_the_eager_step(
     mode: str, variant: str, batch: int, late: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever of the two streams is held up: what is read too early, or written over too early, would differ."""
-    size = {"input_size": (64, 128), "width": 640, "heads": 10} if mode == "forward, riding" else {}
+    size = {"input_size": (64, 128), "width": 640, "heads": 10} if mode == "forward, fused cast" else {}
     model = randomize(DiG(replace(CONFIG, variant=variant, **size))).eval().cuda()
     inputs = example(model, batch)
-    rides = []
+    fused = []
     prepare = raster_weights.project_up_preparing
 
     def prepare_counted(*arguments: Any) -> list[Tensor]:
-        rides.append(products.rides(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3])))
+        fused.append(products.fuses_cast(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3])))
         return prepare(*arguments)
 
     monkeypatch.setattr(raster_weights, "project_up_preparing", prepare_counted)
@@ -110,7 +110,7 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
         return run_step(model, inputs, weight) if mode == "train" else run_forward(model, inputs)
 
     expected = [tensor.clone() for tensor in run()]
-    assert rides == ([True] * (CONFIG.depth - 1) if mode == "forward, riding" else [])
+    assert fused == ([True] * (CONFIG.depth - 1) if mode == "forward, fused cast" else [])
     forks = 0
     fork = side_stream._Scope.fork
 

@@ -102,31 +102,31 @@ def test_down_matches_fp64(shape: tuple[int, ...], launches: list[str]) -> None:
     assert launches == ["down_swiglu_backward_kernel"]
 
 
-RIDING = [
+CASTS = [
     ((65, 600, 384), [(40, 128), (3, 128), (20, 256), (9, 384)]),  # Rows that fill no share, several shares across.
     ((65, 600, 384), [(128, 1), (1, 128), (8, 128)]),  # A weight whose rows are no share's: only without a gate.
 ]
 """(T, D, F) of the product, and the weights."""
 if LARGE:
-    RIDING += [((4096, 1152, 3072), [(3472, 1152), (576, 16), (6144, 1152), (1152, 1152), (1152, 3072)])]
+    CASTS += [((4096, 1152, 3072), [(3472, 1152), (576, 16), (6144, 1152), (1152, 1152), (1152, 3072)])]
 
 
 @pytest.mark.parametrize("gated", [0, 1, 2])
-@pytest.mark.parametrize(("product", "shapes"), RIDING, ids=lambda value: str(len(value)))
-def test_weights_are_copied_in_the_product(
+@pytest.mark.parametrize(("product", "shapes"), CASTS, ids=lambda value: str(len(value)))
+def test_weights_are_cast_in_the_gemm(
     product: tuple[int, int, int],
     shapes: list[tuple[int, int]],
     gated: int,
     launches: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The product's bits are those without, the copies' those of a cast."""
+    """The product's bits are those without, the casts' those of a cast alone."""
     monkeypatch.setattr(products, "for_device", lambda device: ALL_WIDE)
     T, D, F = product
     x, weight = random(1, T, D), random(2 * F, D) / D**0.5
     masters = [random(*shape, dtype=torch.float32) for shape in shapes]
     gates = [random(len(master), dtype=torch.float32) for master in masters[len(masters) - gated :]]
-    assert products.rides(x, F, masters, gated)
+    assert products.fuses_cast(x, F, masters, gated)
     hidden, *copies = project_up_preparing(x, weight, masters, gates)
     assert launches == ["up_swiglu_kernel"]
     assert torch.equal(hidden, project_up(x, weight, False)[0])
@@ -135,7 +135,7 @@ def test_weights_are_copied_in_the_product(
         assert torch.equal(copy, (factor * master).bfloat16()), i
 
 
-def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_are_cast_all_the_same(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "for_device", lambda device: ALL_WIDE)
     x, weight, gate = random(1, 9, 200), random(256, 200) / 14, random(6, dtype=torch.float32)
     for masters in (
@@ -143,7 +143,7 @@ def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], m
         [random(6, 128)],
         [random(128, 6, dtype=torch.float32).T],
     ):
-        assert not products.rides(x, 128, masters, 1)
+        assert not products.fuses_cast(x, 128, masters, 1)
         _, copy = project_up_preparing(x, weight, masters, [gate])
         assert torch.equal(copy, (gate[:, None] * masters[0]).bfloat16())
     assert launches == ["up_swiglu_kernel"] * 3
@@ -151,7 +151,7 @@ def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], m
 
 @pytest.mark.parametrize(("programs", "steps"), [(768, 18), (3072, 18), (128, 18), (24, 18), (4, 200), (7, 10), (3, 4)])
 def test_shares_fit_into_the_steps(programs: int, steps: int) -> None:
-    """Every program comes to write all of its shares within its steps, else nothing rides."""
+    """Every program comes to write all of its shares within its steps, else nothing is cast."""
     shares = products.shares_of([(3472, 1152), (1152, 1152)], 1, share=(32, 128), programs=programs, steps=steps)
     each = -(-(-(-3472 * 9 // 32) + 36 * 9) // programs)
     if each > steps:

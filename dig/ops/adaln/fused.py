@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
 from dig.ops.launch import empty, last_contiguous, launching
-from dig.ops.side_stream import aside
+from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import NormTiles
 
@@ -181,7 +181,7 @@ def norm_modulate_backward(
             BRANCH=branch is not None, REBUILD=shift is not None,
             num_warps=tiles.backward_warps, **launch.next_kernel(),
         )  # fmt: skip
-        with aside(partials, scale, b_weight, dshift, dscale, dgate, dweight):
+        with on_side_stream(partials, scale, b_weight, dshift, dscale, dgate, dweight):
             norm_modulate_finish_kernel[(triton.cdiv(D, tiles.sum_columns), B + (norm == "rms"))](
                 partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
                 D=D, COLS=tiles.sum_columns, ROWS=tiles.sum_rows, NORM=norm, BRANCH=branch is not None,

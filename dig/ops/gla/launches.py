@@ -19,7 +19,7 @@ from torch import Tensor
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
 from dig.ops.launch import LaunchContext, empty, last_contiguous, launching
-from dig.ops.side_stream import aside
+from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import GlaTiles
 
@@ -313,6 +313,6 @@ def run_block_backward(
         )  # fmt: skip
         scan_states(launch, plan, state_gradients, sums, direction=1)
         dbias = gradients_of(launch, plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
-        with aside(dweight, dbias):
+        with on_side_stream(dweight, dbias):
             dnorm = column_sums(plan.tiles, dweight, norm_weight.dtype)
             return dnorm, dbias if gate.bias is None else column_sums(plan.tiles, dbias, gate.bias.dtype)

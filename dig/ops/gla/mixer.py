@@ -28,7 +28,7 @@ from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import check_qkv
 from dig.ops.launch import empty, launching
 from dig.ops.linear import as_rows, weight_gradient
-from dig.ops.side_stream import aside
+from dig.ops.side_stream import on_side_stream
 from dig.scan import ScanOrder
 
 
@@ -115,7 +115,7 @@ def mixer_backward(
     tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
     with torch.autocast(projected.device.type, enabled=False):
         torch.mm(tokens, decay_weight.to(tokens.dtype), out=as_rows(gradient)[:, -rank:])
-        with aside(tokens, projected):
+        with on_side_stream(tokens, projected):
             dweight = weight_gradient(tokens, as_rows(projected)[:, -rank:])
     return gradient, dweight, dbias, dnorm, y
 

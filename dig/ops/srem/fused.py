@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.launch import empty, launching
-from dig.ops.side_stream import aside
+from dig.ops.side_stream import on_side_stream
 from dig.ops.srem import check_shapes
 from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
 from dig.ops.tiles import for_device
@@ -172,7 +172,7 @@ def srem_backward(
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
             **plan.constants, SUM_ONLY=sum_only, **plan.options, **launch.next_kernel(),
         )  # fmt: skip
-        with aside(sums, dweight, dbias, dgate):
+        with on_side_stream(sums, dweight, dbias, dgate):
             srem_sum_kernel[(triton.cdiv(plan.D, tiles.sum_channels), slots - gated + gated * plan.B)](
                 sums, dweight, dbias, dgate, plan.patches, plan.B * plan.patches, *plan.taps,
                 D=plan.D, GATED=gated, STEPS=tiles.sum_steps, BD=tiles.sum_channels, num_warps=tiles.sum_warps,

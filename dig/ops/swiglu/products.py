@@ -142,8 +142,8 @@ def shares_of(
     }
 
 
-def rides(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
-    """Whether `project_up_preparing` casts these weights in its GEMM: contiguous, in fp32, and the GEMM a wide one."""
+def fuses_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
+    """Whether the cast of these weights is fused into the GEMM: they are contiguous, in fp32, and the GEMM is wide."""
     return _fused_cast(x, F, masters, gated) is not None
 
 
@@ -163,7 +163,9 @@ def _fused_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tup
 
 @torch.library.custom_op("dig::project_up_preparing", mutates_args=())
 def project_up_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
-    """`project_up` without keeping, and `dig.ops.weights.prepare_weights` in x's dtype: in one kernel where it `rides`.
+    """`project_up` without keeping, and `dig.ops.weights.prepare_weights` in x's dtype.
+
+    In one kernel, where `fuses_cast` says so.
 
     Args:
         x: (B, T, D), contiguous.
