@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,11 @@ def test_one_file_adds_an_architecture(tmp_path: Path, monkeypatch: pytest.Monke
     architectures.cache_clear()
     assert str(for_capability((7, 5))) == "Turing (7.5)"
     assert for_capability((8, 0)).name == "Ampere"
+    (tmp_path / "sm110.py").write_text("from dig.ops.tiles.sm100 import ARCHITECTURE\n")
+    importlib.invalidate_caches()
+    architectures.cache_clear()
+    with pytest.raises(ValueError, match=r"^sm110\.py must have the capability \(11, 0\); got \(10, 0\)$"):
+        architectures()
 
 
 def test_other_heads_take_the_next_wider_tiles() -> None:

@@ -26,16 +26,32 @@ __all__ = ["INTERPRETER", "KIB", "Architecture", "architectures", "for_capabilit
 
 @functools.cache
 def architectures() -> tuple[Architecture, ...]:
-    """Those that have a file, oldest first."""
-    names = [module.name for module in pkgutil.iter_modules(__path__) if re.fullmatch(r"sm\d+", module.name)]
-    found: list[Architecture] = [importlib.import_module(f"{__name__}.{name}").ARCHITECTURE for name in names]
-    return tuple(sorted(found, key=lambda architecture: architecture.capability or (0, 0)))
+    """Those that have a file, oldest first.
+
+    Raises:
+        ValueError: A file states another capability than its name does.
+    """
+    return tuple(architecture for _, architecture in sorted(_found().items()))
+
+
+def _found() -> dict[tuple[int, int], Architecture]:
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if re.fullmatch(r"sm\d+", module.name):
+            capability = divmod(int(module.name[2:]), 10)
+            architecture: Architecture = importlib.import_module(f"{__name__}.{module.name}").ARCHITECTURE
+            if architecture.capability != capability:
+                raise ValueError(
+                    f"{module.name}.py must have the capability {capability}; got {architecture.capability}"
+                )
+            found[capability] = architecture
+    return found
 
 
 def for_capability(capability: tuple[int, int]) -> Architecture:
     """The architecture of a compute capability, (major, minor), or the nearest older one with a file."""
     known = architectures()
-    older = [each for each in known if (each.capability or (0, 0)) <= capability]
+    older = [each for each in known if each.capability is not None and each.capability <= capability]
     return older[-1] if older else known[0]
 
 
