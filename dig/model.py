@@ -168,7 +168,7 @@ class DiG(Backbone):
     def _run_on_kernels(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The forward pass but for `dig.layers.unpatchify`, (B, T, P·P·2C), on tokens that stay in raster order."""
         from dig import raster
-        from dig.ops.aside import aside, side_work
+        from dig.ops.side_stream import on_side_stream, side_work
 
         embeds = raster.can_embed(self.x_embedder)
         dtype = raster.compute_dtype(x)
@@ -183,7 +183,7 @@ class DiG(Backbone):
         embedders = raster.untouched_embedders(times, labels)
         # Nobody sees any part of the model, and what runs in which order.
         unseen = embeds and finishes and embedders and None not in weights and not torch.is_grad_enabled()
-        beside = aside if unseen else _in_order
+        beside = on_side_stream if unseen else _in_order
         like = x.new_empty((1, 1, self.config.width), dtype=dtype).expand(len(x), self.grid[0] * self.grid[1], -1)
         with side_work(x.device):
             # Neither the condition nor what comes of it and the weights needs the tokens, nor they it.
@@ -218,5 +218,5 @@ def _recomputed(block: nn.Module) -> bool | None:
 
 
 def _in_order(*reads: Tensor) -> AbstractContextManager[None]:
-    """What `dig.ops.aside.aside` is where nothing goes aside."""
+    """What `dig.ops.side_stream.on_side_stream` is where everything runs in order."""
     return nullcontext()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dig.ops.swiglu.products import project_up_preparing, rides
+from dig.ops.swiglu.products import fuses_cast, project_up_preparing
 from dig.ops.weights import matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
 
@@ -110,8 +110,8 @@ class Settings:
     order: ScanOrder
 
 
-class Rider:
-    """The weights of a block that are prepared in the one before, by its product upwards: `project_up_preparing`.
+class FusedCast:
+    """The weights of a block that are cast in the one before, in its up-projection GEMM: `project_up_preparing`.
 
     Args:
         products: The later block's.
@@ -124,8 +124,8 @@ class Rider:
 
     @staticmethod
     def fits(products: Products, h: Tensor) -> bool:
-        """Whether such weights ride in the product upwards of tokens like h (B, T, D)."""
-        return rides(h, products.down_proj.shape[1], products, 2)
+        """Whether such weights are cast in the up-projection GEMM of tokens like h (B, T, D)."""
+        return fuses_cast(h, products.down_proj.shape[1], products, 2)
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
         """SwiGLU's result (B, T, F) from h (B, T, D) and the earlier block's weight (2F, D); fills in ``prepared``."""
@@ -143,14 +143,14 @@ class Ahead:
         weights: The block's, none of which anybody has to see called.
         activated: (B, D), the condition after its SiLU.
         prepared: Of the block; None where it is still to be computed.
-        rider: Of the block after it, which this one takes along; None without.
+        fused_cast: Of the block after it, whose weights this one casts; None without.
         in_place: Whether nobody else reads the tokens that the block is given, so that it may overwrite them.
     """
 
     weights: BlockWeights
     activated: Tensor
     prepared: Prepared | None = None
-    rider: Rider | None = None
+    fused_cast: FusedCast | None = None
     in_place: bool = False
 
 

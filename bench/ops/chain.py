@@ -1,4 +1,4 @@
-"""Time steps with kernels that start while the one before them ends, and without, in turns: see `dig.ops.chain`.
+"""Time steps with kernels that start while the one before them ends, and without, in turns: see `dig.ops.early_launch`.
 
     python -m bench.ops.chain                                            # DiG-S/2 and XL/2 at several resolutions
     python -m bench.ops.chain --models DiG-S/2:triton --resolutions 512 --modes train
@@ -16,7 +16,7 @@ import torch
 
 from bench.ops.common import case_for, parse, replaced, require_gpu
 from bench.ops.turns import add_turns, append_row, steps_in_turns
-from dig.ops import chain
+from dig.ops import launch
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(torch.cuda.get_device_name(), flush=True)
     for model, resolution, mode in itertools.product(options.models, options.resolutions, options.modes):
         case = case_for(model, resolution=resolution, mode=mode, batch=options.batch)
-        ways = [partial(replaced, chain, "supported", lambda device, able=able: able) for able in (True, False)]
+        ways = [partial(replaced, launch, "launches_early", lambda device, able=able: able) for able in (True, False)]
         early, late = steps_in_turns(case, ways, rounds=options.rounds, replays=options.replays)
         print(
             f"{case.describe():75} early {early.median:8.3f} ms   in order {late.median:8.3f} ms   "

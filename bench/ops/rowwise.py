@@ -2,7 +2,7 @@
 
     python -m bench.ops.rowwise                     # DiG-S/2 and DiG-XL/2 at 1792 and 2048: widths 384 and 1152, bf16
     python -m bench.ops.rowwise --stream fp32 --norm layer --kernels --json rowwise.jsonl
-    python -m bench.ops.rowwise --sweep             # alternatives to `dig.ops.adaln.fused.TILES`
+    python -m bench.ops.rowwise --sweep             # alternatives to `dig.ops.tiles.sm90.ADALN`
 
 How times are taken, and what cold and hot mean: `bench.ops.common`. GB/s count the bytes that must move, each input
 read once and each output written once. Shapes: B batch, T tokens, D width, F inner width.
@@ -114,6 +114,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     together.
     """
     from dig.ops.adaln import fused
+    from dig.ops.tiles.choices import NormTiles
 
     count = set_count(shape.least_bytes("residual_norm_modulate", "forward"), most=32)
     sets = [make_inputs(shape, "residual_norm_modulate") for _ in range(count)]
@@ -137,7 +138,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
     for rows, part, warps, programs in choices:
         forward = {"rows": rows, "part": part, "warps": warps}
         backward = {f"backward_{name}": value for name, value in forward.items()} | {"programs": programs}
-        with use_tiles(fused, fused.Tiles(**forward, **backward)):
+        with use_tiles(fused, NormTiles(**forward, **backward)):
             kernels = kernel_times(lambda: [step() for step in steps], repeats=5)
         for name, taken in (("norm_modulate_kernel", forward), ("norm_modulate_backward_kernel", backward)):
             microseconds = kernels[name][0]

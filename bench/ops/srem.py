@@ -2,7 +2,7 @@
 
     python -m bench.ops.srem                                 # DiG-S/2 at 512, 1024, 1792 and 2048, bf16
     python -m bench.ops.srem --width 1152 --sides 128 --kernels --json srem.jsonl
-    python -m bench.ops.srem --sides 112 --sweep             # what `dig.ops.srem.fused.TILES` is made from
+    python -m bench.ops.srem --sides 112 --sweep             # what `dig.ops.tiles.sm90.SREM` is made from
 
 Implementations: ``triton`` and ``reference`` as in `dig.ops.srem.srem`, tokens in raster order; ``moved`` is the gated
 residual, the convolution and the reordering for the next block as in a model whose tokens move, at a transition that
@@ -39,6 +39,7 @@ from bench.ops.common import (
     use_tiles,
 )
 from dig.ops.srem import srem
+from dig.ops.tiles.choices import SremTiles
 from dig.scan import ScanOrder, reorder
 
 ORDER = ScanOrder(transposed=False, reversed=True)
@@ -116,13 +117,13 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
             fused.srem_forward(*leaves, *settings)
             fused.srem_backward(*leaves, gradient, *settings, True)
 
-    times: dict[str, list[tuple[float, fused.Tiles]]] = {name: [] for name in KERNELS}
+    times: dict[str, list[tuple[float, SremTiles]]] = {name: [] for name in KERNELS}
     for channels, groups, width, rows, warps, registers in itertools.product(
         options.channels, options.groups, options.widths, options.rows, options.warps, options.registers
     ):
         if channels * groups not in (64 * warps, 128 * warps):
             continue  # two or four channels a thread
-        tiles = fused.Tiles(
+        tiles = SremTiles(
             channels=channels,
             groups=groups,
             width=width,

@@ -12,8 +12,7 @@ import torch
 
 from bench.ops import common, variants
 from bench.ops.turns import Way
-from dig import raster_block
-from dig.ops.swiglu import products
+from dig import raster, raster_block
 
 PROGRAMS = ["bench.ops.gla", "bench.ops.srem", "bench.ops.rowwise"]
 
@@ -79,11 +78,11 @@ def test_one_round_is_too_few(program: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_settings_hold_within_and_end_after() -> None:
-    settings = [variants.Setting.parse(text) for text in (SETTING, "dig.ops.swiglu.products.SHARE=(1, 2)")]
-    before = raster_block.HALVED_TOKENS, products.SHARE
+    settings = [variants.Setting.parse(text) for text in (SETTING, "dig.raster._FEW_TOKENS=7")]
+    before = raster_block.HALVED_TOKENS, raster._FEW_TOKENS
     with variants.applied(settings):
-        assert (raster_block.HALVED_TOKENS, products.SHARE) == (0, (1, 2))
-    assert (raster_block.HALVED_TOKENS, products.SHARE) == before != (0, (1, 2))
+        assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == (0, 7)
+    assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == before != (0, 7)
 
 
 def test_a_way_says_what_it_took_and_how_far_off_it_is() -> None:

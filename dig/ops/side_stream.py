@@ -1,16 +1,16 @@
-"""Work beside the critical path, on a second stream of a CUDA graph.
+"""A side stream: work beside the critical path, as a branch of a CUDA graph.
 
 A training step is a chain of kernels, each waiting for the one before, and much that it computes nothing in the chain
 waits for: gradients of weights, sums over partial sums, the next block's weights in another dtype. While a CUDA graph
-is captured, `aside` puts such work on a stream of its own, so that the graph holds it as a branch. It then fills the
-multiprocessors that a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is
-what a step of batch 1 waits for, and two streams would only give it more to do: everything runs in order.
+is captured, `on_side_stream` puts such work on a second stream, so that the graph holds it as a branch. It then fills
+the SMs that a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is what a
+step of batch 1 waits for, and two streams would only give it more to do: everything runs in order.
 
 The same kernels add up the same numbers either way, so the results are the same bits.
 
 **Memory.** PyTorch's allocator hands a freed tensor's memory out again to the stream that it came from, at once. What
-`aside` reads is therefore held until the branch is joined. What is allocated aside may be freed at any time: only work
-aside, which begins by waiting for all that was launched before it, gets that memory next.
+the side stream reads is therefore held until it is joined. What is allocated on it may be freed at any time: only work
+on it, which begins by waiting for all that was launched before it, gets that memory next.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from dig.ops.launch import launch_context
+from dig.ops.tiles import gpu_index
+
 
 class _Scopes(threading.local):
-    """What a thread has open, the innermost scope last. (Autograd goes back in threads of its own.)
-
-    ``waited`` has the streams that have been made to wait for another one since `first_after_wait` asked.
-    """
+    """What a thread has open, the innermost scope last. (Autograd goes back in threads of its own.)"""
 
     def __init__(self) -> None:
         self.open: list[_Scope] = []
-        self.waited: set[int] = set()
 
 
 class _Scope:
@@ -41,22 +40,23 @@ class _Scope:
         self.main = torch.cuda.current_stream(device)
         self.side = _side_stream(device)
         self.held: list[Tensor | None] = []
+        self.launch = launch_context(device)
         # What the stream did before is not known here.
-        _scopes.waited.add(self.main.cuda_stream)
+        self.launch.stream_waits(self.main)
         self.fork()
 
     def fork(self) -> None:
-        """Let what comes next aside wait for all that has been launched so far."""
+        """Let what comes next on the side stream wait for all that has been launched so far."""
         self.side.wait_stream(self.main)
-        _scopes.waited.add(self.side.cuda_stream)
+        self.launch.stream_waits(self.side)
 
     def join(self, point: torch.cuda.Event | None = None) -> None:
-        """Let what comes next on the main stream wait for this point aside, or for all that is aside so far."""
+        """Let what comes next on the main stream wait for this point of the side stream, or for all of it so far."""
         if point is None:
             self.main.wait_stream(self.side)
         else:
             self.main.wait_event(point)
-        _scopes.waited.add(self.main.cuda_stream)
+        self.launch.stream_waits(self.main)
 
 
 _scopes = _Scopes()
@@ -64,14 +64,14 @@ _side_streams: dict[int, torch.cuda.Stream] = {}
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = gpu_index(device)
     if index not in _side_streams:
         _side_streams[index] = torch.cuda.Stream(index)
     return _side_streams[index]
 
 
 def side_work(device: torch.device) -> AbstractContextManager[None]:
-    """Let `aside` use a second stream within, where a CUDA graph is being captured; all of it is joined at the end."""
+    """Let there be a side stream within, where a CUDA graph is being captured; all of it is joined at the end."""
     if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return nullcontext()
     return _open_scope(device)
@@ -88,7 +88,7 @@ def _open_scope(device: torch.device) -> Iterator[None]:
         scope.join()
 
 
-def aside(*reads: Tensor | None) -> AbstractContextManager[None]:
+def on_side_stream(*reads: Tensor | None) -> AbstractContextManager[None]:
     """Launch what is within beside the critical path, after all that has been launched so far.
 
     Nothing outside may read its results before `wait`, or before the end of `side_work`.
@@ -97,7 +97,7 @@ def aside(*reads: Tensor | None) -> AbstractContextManager[None]:
         *reads: The tensors that it reads or writes and that were allocated outside; they are held until the end of
             `side_work`.
     """
-    if not runs_beside():
+    if not uses_side_stream():
         return nullcontext()
     return _fork(_scopes.open[-1], reads)
 
@@ -110,33 +110,19 @@ def _fork(scope: _Scope, reads: tuple[Tensor | None, ...]) -> Iterator[None]:
         yield
 
 
-def runs_beside() -> bool:
-    """Whether `aside` puts work on a second stream here."""
+def uses_side_stream() -> bool:
+    """Whether `on_side_stream` puts work on a side stream here."""
     return not torch.compiler.is_compiling() and bool(_scopes.open)
 
 
 def mark() -> torch.cuda.Event | None:
-    """A point that `wait` can wait for: the end of all that is aside so far. None where nothing is."""
-    if not runs_beside():
+    """A point that `wait` can wait for: the end of all that is on the side stream so far. None where nothing is."""
+    if not uses_side_stream():
         return None
     return _scopes.open[-1].side.record_event()
 
 
 def wait(point: torch.cuda.Event | None) -> None:
-    """Go on after this point: what was aside before it may be read."""
+    """Go on after this point: what was on the side stream before it may be read."""
     if point is not None:
         _scopes.open[-1].join(point)
-
-
-def first_after_wait(device: torch.device) -> bool:
-    """Whether the current stream has been made to wait for another one here since this was last asked.
-
-    What is launched next depends on both then. Asked by whoever launches a kernel of this project; others may have been
-    launched in between.
-    """
-    if not _scopes.waited:
-        return False
-    stream = torch.cuda.current_stream(device).cuda_stream
-    waited = stream in _scopes.waited
-    _scopes.waited.discard(stream)
-    return waited

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dig import raster_weights
 from dig.model import DiG, DiGConfig
-from dig.ops import aside as aside_module
-from dig.ops.aside import aside, mark, side_work, wait
-from dig.ops.chain import chained, supported
+from dig.ops import side_stream
+from dig.ops.launch import launch_context, launches_early
+from dig.ops.side_stream import mark, on_side_stream, side_work, wait
 from dig.ops.swiglu import products
 from tests.helpers import example, randomize
 
@@ -25,7 +25,7 @@ SLOW = 2_000_000
 
 def test_outside_of_a_capture_it_is_nothing() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with side_work(device), aside():
+    with side_work(device), on_side_stream():
         ones = torch.ones(2, device=device)
         point = mark()
     wait(point)
@@ -40,21 +40,21 @@ def test_in_a_graph_what_comes_first_after_a_wait_is_not_launched_early() -> Non
 
     def early() -> bool:
         launched.append(torch.ones(1, device=device))
-        return "launch_pdl" in chained(device)
+        return "launch_pdl" in launch_context(device).next_kernel()
 
     found = []
     stream = torch.cuda.Stream()
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         with side_work(device):
             found += [early(), early()]
-            with aside():
+            with on_side_stream():
                 found += [early(), early()]
             point = mark()
             found.append(early())
             wait(point)
             found += [early(), early()]
         found += [early(), early()]
-    able = supported(device)
+    able = launches_early(device)
     assert found == [able and x for x in (False, True, False, True, True, False, True, False, True)]
 
 
@@ -87,20 +87,20 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list
 @pytest.mark.parametrize("late", ["neither", "side", "main"])
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @pytest.mark.parametrize(
-    ("mode", "batch"), [("train", 1), ("train", 2), ("forward", 1), ("forward", 2), ("forward, riding", 1)]
+    ("mode", "batch"), [("train", 1), ("train", 2), ("forward", 1), ("forward", 2), ("forward, fused cast", 1)]
 )
 def test_a_graph_gives_the_bits_of_the_eager_step(
     mode: str, variant: str, batch: int, late: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever of the two streams is held up: what is read too early, or written over too early, would differ."""
-    size = {"input_size": (64, 128), "width": 640, "heads": 10} if mode == "forward, riding" else {}
+    size = {"input_size": (64, 128), "width": 640, "heads": 10} if mode == "forward, fused cast" else {}
     model = randomize(DiG(replace(CONFIG, variant=variant, **size))).eval().cuda()
     inputs = example(model, batch)
-    rides = []
+    fused = []
     prepare = raster_weights.project_up_preparing
 
     def prepare_counted(*arguments: Any) -> list[Tensor]:
-        rides.append(products.rides(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3])))
+        fused.append(products.fuses_cast(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3])))
         return prepare(*arguments)
 
     monkeypatch.setattr(raster_weights, "project_up_preparing", prepare_counted)
@@ -110,11 +110,11 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
         return run_step(model, inputs, weight) if mode == "train" else run_forward(model, inputs)
 
     expected = [tensor.clone() for tensor in run()]
-    assert rides == ([True] * (CONFIG.depth - 1) if mode == "forward, riding" else [])
+    assert fused == ([True] * (CONFIG.depth - 1) if mode == "forward, fused cast" else [])
     forks = 0
-    fork = aside_module._Scope.fork
+    fork = side_stream._Scope.fork
 
-    def fork_late(scope: aside_module._Scope) -> None:
+    def fork_late(scope: side_stream._Scope) -> None:
         nonlocal forks
         forks += 1
         fork(scope)
@@ -122,7 +122,7 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
             with torch.cuda.stream(scope.side if late == "side" else scope.main):
                 torch.cuda._sleep(SLOW)
 
-    monkeypatch.setattr(aside_module._Scope, "fork", fork_late)
+    monkeypatch.setattr(side_stream._Scope, "fork", fork_late)
     graph, results = capture(run)
     assert forks > CONFIG.depth
     for _ in range(3):
