@@ -1,4 +1,4 @@
-"""How long the suite paper and the gate take on an H100: what published runs took, and what budgets change of it."""
+"""How long the suite paper and the regression gate take on an H100: what runs took, and what budgets change of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ and 64 s in it.
 """
 GATE = Path(__file__).parents[1] / "data" / "regression" / "gate"
 GATE_S = 416.0
-"""Seconds of the gate's published run (results/h100/regression/unchanged.txt), two extra rounds of one case among them."""
+"""Seconds of the gate's published run (results/h100/regression/unchanged.txt), with two extra rounds of one case."""
 MINUTE = 60.0
 
 
