@@ -1,13 +1,13 @@
 """What DiG's fused pass does around its blocks, and ahead of them: the scan moves, not the tokens.
 
-Everything in a block but the recurrence and the convolution works on each token by itself, so the tokens can stay in
-raster order through the whole model: the recurrence walks them in the block's order, and the convolution's 3×3 kernel
-is turned instead of the grid. What SREM moves in `dig.block.DiGBlock`'s reference, nothing moves here. The algebra is
-exact; the parameters are the same.
+All of a block but the recurrence and the convolution works token by token. So tokens stay in raster order through the
+whole model: the recurrence walks them in the block's order, and the convolution's 3×3 kernel is turned instead of the
+grid. Nothing here moves what SREM moves in `dig.block.DiGBlock`'s reference. The algebra is exact; the parameters are
+the same.
 
-What needs no tokens, the condition, modulations and blocks' weights, is computed beside what does. Every block is
-called (`dig.model.DiG.forward`); what was computed for it ahead is handed to it. All of this reads the weights of
-modules that it doesn't call, so it is used where `dig.untouched` says that nothing is skipped by that.
+The condition, modulations and blocks' weights need no tokens. They are computed beside the tokens' work. Every block is
+called (`dig.model.DiG.forward`), with what was computed ahead for it. All of this reads the weights of modules that it
+doesn't call, so it is used only where `dig.untouched` says that this skips nothing.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -37,7 +37,7 @@ _FEW_PROGRAMS = 32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's dtype where it is on, else x's."""
+    """The GEMMs' dtype: autocast's where it is on, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -45,7 +45,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def embed_patches(embedder: PatchEmbed, x: Tensor, position: Tensor) -> Tensor:
     """Patches projected to the width, plus their position: see `dig.layers.PatchEmbed.forward`.
 
-    Patches don't overlap, so the convolution is one matrix product, whose result needs no transposition.
+    Patches don't overlap, so the convolution is one GEMM, whose result needs no transposition.
 
     Args:
         embedder: The model's.
@@ -74,14 +74,14 @@ def can_embed(embedder: PatchEmbed) -> bool:
 
 
 def embed(embedder: PatchEmbed, x: Tensor, position: Tensor, fused: bool) -> Tensor:
-    """`embed_patches`, or where that would skip something (`can_embed` says so) the module called; (B, T, D)."""
+    """`embed_patches` where it skips nothing (``fused``: `can_embed`), else the module's own call; (B, T, D)."""
     if fused:
         return embed_patches(embedder, x, position)
     return (embedder(x) + position).to(compute_dtype(x)).contiguous()
 
 
 def untouched_embedders(times: TimestepEmbedder, labels: LabelEmbedder) -> bool:
-    """Whether nobody would see that neither of both embedders is called."""
+    """Whether leaving out the calls of both embedders changes nothing that anybody attached."""
     if not (untouched(times, TimestepEmbedder) and untouched(labels, LabelEmbedder)):
         return False
     mlp = times.mlp
@@ -114,9 +114,8 @@ def embed_condition(
 def programs_beside(tokens: int) -> int | None:
     """How many programs prepare a block's weights beside the block before; None: all at once.
 
-    Found by `bench.ops.prepare`: with few tokens the products leave most multiprocessors idle or short of work, and a
-    few of them are enough for the weights; with many, cuBLAS' tiles are as many as there are multiprocessors, so that
-    each one taken away costs a product twice its time.
+    Found by `bench.ops.prepare`. With few tokens the GEMMs leave most SMs idle or short of work, and a few SMs suffice
+    for the weights. With many, cuBLAS has one tile an SM: each SM taken away doubles a GEMM's time.
 
     Args:
         tokens: Of all images.
@@ -125,13 +124,13 @@ def programs_beside(tokens: int) -> int | None:
 
 
 class Lookahead:
-    """Prepares a block's modulation and weights while the block before it runs; two blocks' are there at a time.
+    """Prepares a block's modulation and weights while the block before it runs; holds two blocks' at a time.
 
-    In the order of preference: in the earlier block's product upwards (`Rider`; the modulation aside), aside, or in the
-    block itself.
+    By preference: fused into the earlier block's up-projection GEMM (`Rider`; the modulation on a side stream), on the
+    side stream, or in the block itself.
 
     Args:
-        weights: Of all blocks; None for one that reads its own, because somebody has to see parts of it called.
+        weights: Of all blocks; None for one that reads its own, because parts of it must be called.
         c: (B, D), the condition after its SiLU.
         x: Like the tokens (B, T, D); not read.
         in_place: As of `Ahead`, for every block.
@@ -152,18 +151,19 @@ class Lookahead:
         known = [w for w in weights if w is not None]
         whole = len(known) == len(weights) and self._fold_gates and not torch.compiler.is_compiling()
         if whole and all(Rider.fits(w.products, x) for w in known):
-            # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
+            # One by one, the blocks' products of vector and matrix would each slow the block that they run beside.
             with aside(c):
                 self._modulations = modulations_of(known, c)
 
     def begin(self) -> None:
-        """Begin with what the first block needs; what comes before it is launched next."""
+        """Begin with what the first block needs. Work that precedes that block is launched next."""
         self._begin(0)
 
     def step(self, i: int) -> Ahead | None:
-        """What is there for block i, which is launched next, once it is there; and begin with what the next one needs.
+        """Wait for what was prepared for block i, which is launched next; begin with what block i + 1 needs.
 
-        None for a block whose weights are not known here.
+        Returns:
+            None for a block whose weights are not known here.
         """
         prepared = self._take()
         self._begin(i + 1)
@@ -189,7 +189,7 @@ class Lookahead:
             self._upcoming = prepared, mark()
 
     def _take(self) -> Prepared | None:
-        """What was begun last, once it is there."""
+        """Wait for what was begun last, and return it."""
         if self._rider is not None:
             return self._rider.prepared
         if self._upcoming is None:

@@ -1,16 +1,16 @@
 """One DiG block on this project's kernels, tokens in raster order: a forward and a backward pass written out.
 
-Autograd would keep what each operation read and add gradients up in passes of their own. Here a block keeps five
-tensors a token (its input, the fused projection, the sum between its halves, SwiGLU's input, the second half's output)
-and the recurrence's states. What else its weights' gradients need is written again by kernels that pass over the inputs
-anyway: the modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
+Autograd would keep what each operation read, and sum gradients in passes of their own. Here a block keeps five tensors
+a token (its input, the fused projection, the sum between its halves, SwiGLU's input, the second half's output) and the
+recurrence's states. Kernels that pass over the inputs anyway write again what the weights' gradients also need: the
+modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
 
-What no later kernel of the pass waits for goes aside (`dig.ops.aside`): the weights' gradients, the modulation's, and
-in `dig.raster` the next block's modulation and weights.
+A side stream (`dig.ops.aside`) takes what no later kernel of the pass waits for: the weights' gradients, the
+modulation's, and in `dig.raster` the next block's modulation and weights.
 
-**One image.** A gate is then the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
-of the sum that the branch is added to, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no
-gradient of the branch is ever formed. Without gradients, the product adds to x in place.
+**One image.** Its gates are the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
+of the sum of x and the branch, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no gradient
+of the branch is ever formed. Without gradients, the GEMM adds to x in place.
 
 Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 """
@@ -44,11 +44,11 @@ from dig.raster_weights import (
 )
 
 HALVED_TOKENS = 4096
-"""A wide model's projection of q, k, v and gates takes half of the rows at a time, where they are at most so many.
+"""Up to so many rows, a wide model projects q, k, v and gates in two halves of the rows.
 
-Before a product of many tiles cuBLAS clears a counter of them, by a memset that holds a CUDA graph up for 6.5 µs. The
-halves of 4096 rows take none and as long as the whole (D = 1152, an H100): 1.8% of DiG-XL's forward pass. At 16,384
-rows the whole is faster.
+Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that delays a CUDA graph by 6.5 µs. Halves of
+4096 rows need none and take as long as the whole (D = 1152, an H100), which saves 1.8% of DiG-XL's forward pass. At
+16,384 rows the whole is faster.
 """
 
 
@@ -198,12 +198,12 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
     weights_ready = mark()
     with aside(projected):
-        # Of the recurrence's backward pass the first kernel waits for no gradient.
+        # The first kernel of the recurrence's backward pass waits for no gradient.
         sums = mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
     sums_ready = mark()
 
-    # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
-    # its gate being in the weight.
+    # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
+    # because the gate is in the weight.
     dconv_weight = dconv_bias = None
     if w.conv_weight is None:
         d = dout
@@ -309,7 +309,8 @@ def infer_block(
 ) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as of `train_block`, but with folded gates.
 
-    With a rider, the next block's weights are prepared too. In place, **x is overwritten**: the sums need no copy.
+    With a rider, the up-projection GEMM also casts the next block's weights. In place, **x is overwritten**: the sums
+    need no copy.
     """
     w, p, grid, order = weights, prepared.products, settings.grid, settings.order
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
@@ -337,7 +338,7 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
         c: (B, D), the condition before its SiLU.
         weights: The block's.
         settings: Its settings.
-        ahead: What is there for it already.
+        ahead: What was computed before, for it.
 
     Returns:
         (B, T, D) in x's dtype.

@@ -1,7 +1,7 @@
 """A block's weights by name, and what its passes on this project's kernels take of them.
 
-Weights are cast to the dtype of the products, and with one image multiplied by the gates, by one launch a block. None
-of that needs the tokens, so it can be there before the block is: `Ahead`.
+One launch a block casts the weights to the GEMMs' dtype and, with one image, multiplies them by the gates. That needs
+no tokens, so it can precede the block: `Ahead`.
 
 Shapes: B batch, T tokens, D width, R rank of the decay gate, F inner width of SwiGLU.
 """
@@ -22,7 +22,7 @@ from dig.scan import ScanOrder
 
 
 class Products(NamedTuple):
-    """The weights of a block's five matrix products: its parameters, or what was made of them for the products.
+    """The weights of a block's five GEMMs: its parameters, or their copies as the GEMMs take them.
 
     Those that can take a gate come last, as `dig.ops.weights.prepare_weights` asks for.
 
@@ -111,7 +111,7 @@ class Settings:
 
 
 class Rider:
-    """The weights of a block that are prepared in the one before, by its product upwards: `project_up_preparing`.
+    """The fused weight cast: one block's up-projection GEMM prepares the next block's weights (`project_up_preparing`).
 
     Args:
         products: The later block's.
@@ -124,7 +124,7 @@ class Rider:
 
     @staticmethod
     def fits(products: Products, h: Tensor) -> bool:
-        """Whether such weights ride in the product upwards of tokens like h (B, T, D)."""
+        """Whether the up-projection GEMM of tokens like h (B, T, D) can cast such weights."""
         return rides(h, products.down_proj.shape[1], products, 2)
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
@@ -137,14 +137,14 @@ class Rider:
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """What a model that runs a block has for it already, beside the block's own arguments.
+    """What a model has computed for a block before it calls it, beside the block's own arguments.
 
     Attributes:
-        weights: The block's, none of which anybody has to see called.
+        weights: The block's, whose modules nobody must see called.
         activated: (B, D), the condition after its SiLU.
         prepared: Of the block; None where it is still to be computed.
-        rider: Of the block after it, which this one takes along; None without.
-        in_place: Whether nobody else reads the tokens that the block is given, so that it may overwrite them.
+        rider: Of the block after it, whose weights this one casts; None without.
+        in_place: Whether nobody else reads the block's tokens, so that it may overwrite them.
     """
 
     weights: BlockWeights

@@ -1,4 +1,4 @@
-"""What every model of a comparison is given: the same latents, noise, timesteps and labels; no zeros in its weights."""
+"""Inputs of every model of a comparison: the same latents, noise, timesteps and labels; no weights of zero."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SEED = 0
 
 
 def fill_zeros(model: nn.Module, std: float = 0.02) -> None:
-    """Give every parameter that is zero throughout small random values.
+    """Give every parameter that is all zero small random values.
 
-    adaLN-Zero starts with gates of zero, so that half of a fresh model's backward pass multiplies zeros, which a GPU
-    does faster and cooler than the numbers of a model in training.
+    adaLN-Zero starts with gates of zero, so half of a fresh model's backward pass multiplies zeros. A GPU does that
+    faster and cooler than a trained model's numbers.
     """
     for parameter in model.parameters():
         if not parameter.any():
@@ -26,8 +26,8 @@ def fill_zeros(model: nn.Module, std: float = 0.02) -> None:
 def make_inputs(model: Backbone, batch: int) -> tuple[list[Tensor], str]:
     """Latents x, noise (both (B, C, h, w)), timesteps t and labels y (both (B,)), and their SHA-256; on the CPU.
 
-    They are drawn by a generator of their own, on the CPU, from a fixed seed: every model of a comparison gets the same
-    numbers on every device, whatever building it drew before.
+    A generator of their own draws them, on the CPU, with a fixed seed: every model of a comparison gets the same
+    numbers on every device.
     """
     generator = torch.Generator().manual_seed(SEED)
     shape = (batch, model.in_channels, *model.input_size)
