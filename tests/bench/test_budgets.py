@@ -27,7 +27,7 @@ and 64 s in it.
 """
 GATE = Path(__file__).parents[1] / "data" / "regression" / "gate"
 GATE_S = 416.0
-"""Seconds of the gate's published run (results/h100/regression/unchanged.txt), with two extra rounds of one case."""
+"""Seconds of the published run (results/h100/regression/unchanged.txt), with two extra rounds of one case."""
 MINUTE = 60.0
 
 
