@@ -218,5 +218,5 @@ def _recomputed(block: nn.Module) -> bool | None:
 
 
 def _in_order(*reads: Tensor) -> AbstractContextManager[None]:
-    """What `dig.ops.aside.aside` is where there is no side stream."""
+    """What `dig.ops.aside.aside` is where nothing goes aside."""
     return nullcontext()

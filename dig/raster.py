@@ -114,8 +114,9 @@ def embed_condition(
 def programs_beside(tokens: int) -> int | None:
     """How many programs prepare a block's weights beside the block before; None: all at once.
 
-    Found by `bench.ops.prepare`. With few tokens the GEMMs leave most SMs idle or short of work, and a few SMs suffice
-    for the weights. With many, cuBLAS has one tile an SM: each SM taken away doubles a GEMM's time.
+    Found by `bench.ops.prepare`: with few tokens the products leave most multiprocessors idle or short of work, and a
+    few of them are enough for the weights; with many, cuBLAS' tiles are as many as there are multiprocessors, so that
+    each one taken away costs a product twice its time.
 
     Args:
         tokens: Of all images.
@@ -124,13 +125,13 @@ def programs_beside(tokens: int) -> int | None:
 
 
 class Lookahead:
-    """Prepares a block's modulation and weights while the block before it runs; holds two blocks' at a time.
+    """Prepares a block's modulation and weights while the block before it runs; two blocks' are there at a time.
 
-    By preference: fused into the earlier block's up-projection GEMM (`Rider`; the modulation on a side stream), on the
-    side stream, or in the block itself.
+    In the order of preference: in the earlier block's product upwards (`Rider`; the modulation aside), aside, or in the
+    block itself.
 
     Args:
-        weights: Of all blocks; None for one that reads its own, because parts of it must be called.
+        weights: Of all blocks; None for one that reads its own, because somebody has to see parts of it called.
         c: (B, D), the condition after its SiLU.
         x: Like the tokens (B, T, D); not read.
         in_place: As of `Ahead`, for every block.
@@ -151,7 +152,7 @@ class Lookahead:
         known = [w for w in weights if w is not None]
         whole = len(known) == len(weights) and self._fold_gates and not torch.compiler.is_compiling()
         if whole and all(Rider.fits(w.products, x) for w in known):
-            # One by one, the blocks' products of vector and matrix would each slow the block that they run beside.
+            # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
             with aside(c):
                 self._modulations = modulations_of(known, c)
 
@@ -189,7 +190,7 @@ class Lookahead:
             self._upcoming = prepared, mark()
 
     def _take(self) -> Prepared | None:
-        """Wait for what was begun last, and return it."""
+        """What was begun last, once it is there."""
         if self._rider is not None:
             return self._rider.prepared
         if self._upcoming is None:

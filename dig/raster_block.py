@@ -1,16 +1,16 @@
 """One DiG block on this project's kernels, tokens in raster order: a forward and a backward pass written out.
 
-Autograd would keep what each operation read, and sum gradients in passes of their own. Here a block keeps five tensors
-a token (its input, the fused projection, the sum between its halves, SwiGLU's input, the second half's output) and the
-recurrence's states. Kernels that pass over the inputs anyway write again what the weights' gradients also need: the
-modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
+Autograd would keep what each operation read and add gradients up in passes of their own. Here a block keeps five
+tensors a token (its input, the fused projection, the sum between its halves, SwiGLU's input, the second half's output)
+and the recurrence's states. What else its weights' gradients need is written again by kernels that pass over the inputs
+anyway: the modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
 
-A side stream (`dig.ops.aside`) takes what no later kernel of the pass waits for: the weights' gradients, the
-modulation's, and in `dig.raster` the next block's modulation and weights.
+What no later kernel of the pass waits for goes aside (`dig.ops.aside`): the weights' gradients, the modulation's, and
+in `dig.raster` the next block's modulation and weights.
 
-**One image.** Its gates are the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
-of the sum of x and the branch, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no gradient
-of the branch is ever formed. Without gradients, the GEMM adds to x in place.
+**One image.** A gate is then the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
+of the sum that the branch is added to, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no
+gradient of the branch is ever formed. Without gradients, the product adds to x in place.
 
 Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 """
@@ -198,7 +198,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
     weights_ready = mark()
     with aside(projected):
-        # The first kernel of the recurrence's backward pass waits for no gradient.
+        # Of the recurrence's backward pass the first kernel waits for no gradient.
         sums = mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
     sums_ready = mark()
 
@@ -309,8 +309,7 @@ def infer_block(
 ) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as of `train_block`, but with folded gates.
 
-    With a rider, the up-projection GEMM also casts the next block's weights. In place, **x is overwritten**: the sums
-    need no copy.
+    With a rider, the next block's weights are prepared too. In place, **x is overwritten**: the sums need no copy.
     """
     w, p, grid, order = weights, prepared.products, settings.grid, settings.order
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)

@@ -111,7 +111,7 @@ class Settings:
 
 
 class Rider:
-    """The fused weight cast: one block's up-projection GEMM prepares the next block's weights (`project_up_preparing`).
+    """The weights of a block that are prepared in the one before, by its product upwards: `project_up_preparing`.
 
     Args:
         products: The later block's.
@@ -124,7 +124,7 @@ class Rider:
 
     @staticmethod
     def fits(products: Products, h: Tensor) -> bool:
-        """Whether the up-projection GEMM of tokens like h (B, T, D) can cast such weights."""
+        """Whether such weights ride in the product upwards of tokens like h (B, T, D)."""
         return rides(h, products.down_proj.shape[1], products, 2)
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ class Ahead:
         weights: The block's, whose modules nobody must see called.
         activated: (B, D), the condition after its SiLU.
         prepared: Of the block; None where it is still to be computed.
-        rider: Of the block after it, whose weights this one casts; None without.
-        in_place: Whether nobody else reads the block's tokens, so that it may overwrite them.
+        rider: Of the block after it, which this one takes along; None without.
+        in_place: Whether nobody else reads the tokens that the block is given, so that it may overwrite them.
     """
 
     weights: BlockWeights
