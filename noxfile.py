@@ -164,5 +164,5 @@ def report(session: nox.Session) -> None:
     """Draw figures and tables from stored rows, by default the published ones; needs no torch."""
     if may_install(session):
         session.install("pandas>=2.2", "matplotlib>=3.9", "rich>=13.9", "typer>=0.15")
-    options = session.posargs or ["results/h100.jsonl", "--out", "results/h100"]
+    options = session.posargs or ["results/h100/rows.jsonl", "--out", "results/h100"]
     session.run("python", "-m", "reports", *options)

@@ -1,13 +1,13 @@
 """What DiG's fused pass does around its blocks, and ahead of them: the scan moves, not the tokens.
 
-Everything in a block but the recurrence and the convolution works on each token by itself, so the tokens can stay in
-raster order through the whole model: the recurrence walks them in the block's order, and the convolution's 3×3 kernel
-is turned instead of the grid. What SREM moves in `dig.block.DiGBlock`'s reference, nothing moves here. The algebra is
-exact; the parameters are the same.
+All of a block but the recurrence and the convolution works token by token. So tokens stay in raster order through the
+whole model: the recurrence walks them in the block's order, and the convolution's 3×3 kernel is turned instead of the
+grid. Nothing here moves what SREM moves in `dig.block.DiGBlock`'s reference. The algebra is exact; the parameters are
+the same.
 
-What needs no tokens, the condition, modulations and blocks' weights, is computed beside what does. Every block is
-called (`dig.model.DiG.forward`); what was computed for it ahead is handed to it. All of this reads the weights of
-modules that it doesn't call, so it is used where `dig.untouched` says that nothing is skipped by that.
+The condition, modulations and blocks' weights need no tokens. They are computed beside the tokens' work. Every block is
+called (`dig.model.DiG.forward`), with what was computed ahead for it. All of this reads the weights of modules that it
+doesn't call, so it is used only where `dig.untouched` says that this skips nothing.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -37,7 +37,7 @@ _FEW_PROGRAMS = 32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's dtype where it is on, else x's."""
+    """The GEMMs' dtype: autocast's where it is on, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -45,7 +45,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def embed_patches(embedder: PatchEmbed, x: Tensor, position: Tensor) -> Tensor:
     """Patches projected to the width, plus their position: see `dig.layers.PatchEmbed.forward`.
 
-    Patches don't overlap, so the convolution is one matrix product, whose result needs no transposition.
+    Patches don't overlap, so the convolution is one GEMM, whose result needs no transposition.
 
     Args:
         embedder: The model's.
@@ -74,14 +74,14 @@ def can_embed(embedder: PatchEmbed) -> bool:
 
 
 def embed(embedder: PatchEmbed, x: Tensor, position: Tensor, fused: bool) -> Tensor:
-    """`embed_patches`, or where that would skip something (`can_embed` says so) the module called; (B, T, D)."""
+    """`embed_patches` where it skips nothing (``fused``: `can_embed`), else the module's own call; (B, T, D)."""
     if fused:
         return embed_patches(embedder, x, position)
     return (embedder(x) + position).to(compute_dtype(x)).contiguous()
 
 
 def untouched_embedders(times: TimestepEmbedder, labels: LabelEmbedder) -> bool:
-    """Whether nobody would see that neither of both embedders is called."""
+    """Whether leaving out the calls of both embedders changes nothing that anybody attached."""
     if not (untouched(times, TimestepEmbedder) and untouched(labels, LabelEmbedder)):
         return False
     mlp = times.mlp
@@ -157,13 +157,14 @@ class Lookahead:
                 self._modulations = modulations_of(known, c)
 
     def begin(self) -> None:
-        """Begin with what the first block needs; what comes before it is launched next."""
+        """Begin with what the first block needs. Work that precedes that block is launched next."""
         self._begin(0)
 
     def step(self, i: int) -> Ahead | None:
-        """What is there for block i, which is launched next, once it is there; and begin with what the next one needs.
+        """Wait for what was prepared for block i, which is launched next; begin with what block i + 1 needs.
 
-        None for a block whose weights are not known here.
+        Returns:
+            None for a block whose weights are not known here.
         """
         prepared = self._take()
         self._begin(i + 1)

@@ -44,11 +44,11 @@ from dig.raster_weights import (
 )
 
 HALVED_TOKENS = 4096
-"""A wide model's projection of q, k, v and gates takes half of the rows at a time, where they are at most so many.
+"""Up to so many rows, a wide model projects q, k, v and gates in two halves of the rows.
 
-Before a product of many tiles cuBLAS clears a counter of them, by a memset that holds a CUDA graph up for 6.5 µs. The
-halves of 4096 rows take none and as long as the whole (D = 1152, an H100): 1.8% of DiG-XL's forward pass. At 16,384
-rows the whole is faster.
+Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that delays a CUDA graph by 6.5 µs. Halves of
+4096 rows need none and take as long as the whole (D = 1152, an H100), which saves 1.8% of DiG-XL's forward pass. At
+16,384 rows the whole is faster.
 """
 
 
@@ -202,8 +202,8 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         sums = mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
     sums_ready = mark()
 
-    # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
-    # its gate being in the weight.
+    # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
+    # because the gate is in the weight.
     dconv_weight = dconv_bias = None
     if w.conv_weight is None:
         d = dout
@@ -337,7 +337,7 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
         c: (B, D), the condition before its SiLU.
         weights: The block's.
         settings: Its settings.
-        ahead: What is there for it already.
+        ahead: What was computed before, for it.
 
     Returns:
         (B, T, D) in x's dtype.

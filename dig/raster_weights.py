@@ -1,7 +1,7 @@
 """A block's weights by name, and what its passes on this project's kernels take of them.
 
-Weights are cast to the dtype of the products, and with one image multiplied by the gates, by one launch a block. None
-of that needs the tokens, so it can be there before the block is: `Ahead`.
+One launch a block casts the weights to the GEMMs' dtype and, with one image, multiplies them by the gates. That needs
+no tokens, so it can precede the block: `Ahead`.
 
 Shapes: B batch, T tokens, D width, R rank of the decay gate, F inner width of SwiGLU.
 """
@@ -22,7 +22,7 @@ from dig.scan import ScanOrder
 
 
 class Products(NamedTuple):
-    """The weights of a block's five matrix products: its parameters, or what was made of them for the products.
+    """The weights of a block's five GEMMs: its parameters, or their copies as the GEMMs take them.
 
     Those that can take a gate come last, as `dig.ops.weights.prepare_weights` asks for.
 
@@ -137,10 +137,10 @@ class FusedCast:
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """What a model that runs a block has for it already, beside the block's own arguments.
+    """What a model has computed for a block before it calls it, beside the block's own arguments.
 
     Attributes:
-        weights: The block's, none of which anybody has to see called.
+        weights: The block's, whose modules nobody must see called.
         activated: (B, D), the condition after its SiLU.
         prepared: Of the block; None where it is still to be computed.
         fused_cast: Of the block after it, whose weights this one casts; None without.

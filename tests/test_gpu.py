@@ -129,7 +129,7 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
     ["DiG:triton", "DiG:fla", "DiG:triton:variant=release", "DiG:fla:variant=release", "DiS:mamba-ssm",
      "Flash-DiT:sdpa-cudnn", "Flash-DiT:sdpa-flash", "Flash-DiT:flash-attn"],
 )  # fmt: skip
-def test_every_implementation_passes_the_gate_with_room(model: str, mode: str) -> None:
+def test_every_implementation_passes_the_parity_check_with_room(model: str, mode: str) -> None:
     (case,) = sweep([model], resolutions=(256,), modes=(mode,))
     answer = run_job(ParityJob(case=case), time_limit=420)
     print(case.describe(), answer)

@@ -22,7 +22,7 @@ def choose_device(device: str, *, present: bool | None = None) -> str:
 
 
 def default_execution(device: str) -> str:
-    """What is measured where nobody says: a CUDA graph, which has no launches in it, or eager on a CPU."""
+    """The execution where nobody names one: a CUDA graph, which leaves launches out; eager on a CPU."""
     return "graph" if device == "cuda" else "eager"
 
 
@@ -41,7 +41,7 @@ def one_case(
     dtype: str | None,
     device: str,
 ) -> Case:
-    """The case that ``--model DiG-XL/2:triton`` and its companions name; anything wrong ends the command."""
+    """The case that ``--model DiG-XL/2:triton`` and the options beside it name; anything wrong ends the command."""
     check_count(resolution, "--resolution")
     check_count(batch, "--batch")
     where = choose_device(device)

@@ -102,7 +102,7 @@ class ProbeJob:
 
 @dataclass(frozen=True, kw_only=True)
 class CeilingJob:
-    """Measure FLOP/s of a large matrix product; the answer is a float."""
+    """Measure the FLOP/s of a large GEMM; the answer is a float."""
 
     device: Device
     dtype: Dtype

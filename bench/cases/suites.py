@@ -139,7 +139,7 @@ def figure_2(models: Iterable[str] = COMPARED, resolutions: Sequence[int] = (102
 
 
 def eager_probes(models: Iterable[str] = COMPARED, resolutions: Sequence[int] = (1024, 1792)) -> list[Case]:
-    """S/2 in eager mode at two resolutions: what launches cost whoever does not use graphs."""
+    """S/2 launched eagerly at two resolutions: what launches cost without graphs."""
     return sweep(models, resolutions=resolutions, modes=("train", "forward"), executions=("eager",))
 
 
@@ -149,7 +149,7 @@ def paper_suite() -> list[Case]:
 
 
 def cpu_suite() -> list[Case]:
-    """Both figures in small, with the reference implementations, for a machine without a GPU."""
+    """Small versions of both figures, on reference implementations, for a machine without a GPU."""
     figure1 = sweep(ON_CPU, resolutions=(64, 128, 192, 256), executions=("eager",), dtype="fp32", device="cpu")
     figure2 = sweep(
         ON_CPU,

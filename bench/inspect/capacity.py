@@ -1,8 +1,8 @@
 """What fits: the largest batch at a resolution, the largest resolution at a batch, by bisection. No torch here.
 
 The peaks of what fits say where to look first. Each probe is a process of its own that runs the case's step as often as
-its memory needs to settle. Bisection takes for granted that what does not fit does not fit larger either; a probe that
-fails in another way than by memory ends the search with its message, for then nothing is known.
+its memory needs to settle. Bisection assumes that nothing larger fits where a smaller case doesn't. A probe that fails
+otherwise than by memory ends the search with its message, for then nothing is known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_RESOLUTION = 1 << 14
 
 
 class CapacityError(RuntimeError):
-    """A probe failed otherwise than by memory; the message is its."""
+    """A probe failed otherwise than by memory; the message is the probe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """The largest value that fits, None where not even the smallest does, and every probe in order.
+    """The largest value that fits (None where the smallest does not), and every probe in order.
 
     ``bounded``: the search's upper end fits, so that the true answer may be larger.
     """
@@ -67,7 +67,7 @@ def probe_case(case: Case, *, limit: int | None, time_limit: float) -> Probe:
 
 
 def room_on_gpu() -> int | None:
-    """Bytes that a process' tensors may take on the GPU as it is now; None where NVML does not say."""
+    """Bytes that a process' tensors may take on the GPU now; None where NVML does not say."""
     gpu = Gpu.open()
     free = None if gpu is None else gpu.free()
     return None if free is None else free - CONTEXT

@@ -70,7 +70,7 @@ def stay_near(gpu: Gpu | None) -> int | None:
 
 
 def measure_case(job: CaseJob, tell: Callable[[Phase], None] = lambda phase: None) -> Row:
-    """Build and measure one case in this process. Never raises for what a case can do wrong: that is a row.
+    """Build and measure one case in this process. A case that fails is a row; nothing is raised for it.
 
     Args:
         job: What to measure.
@@ -207,7 +207,7 @@ def _flops(case: Case, model: Backbone) -> tuple[int | None, str]:
 
 
 def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], Tensor], Memory]:
-    """The memory pass: one step, captured where the case is a graph; what to time, and the ledger.
+    """The memory pass, one step (captured where the case is a graph): returns what to time, and the ledger.
 
     Raises:
         FloatingPointError: The step's result is not finite.
@@ -237,7 +237,7 @@ def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], Te
 
 
 def _l2_flush(working_set: int | None) -> Callable[[], object] | None:
-    """What overwrites the L2 cache, for a case whose data would stay in it from one step to the next; else None."""
+    """The write that clears the L2 cache, for a case whose data would stay in it between steps; else None."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     if working_set is None or working_set > 2 * cache:
         return None

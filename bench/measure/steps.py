@@ -157,5 +157,5 @@ def warm_up(run: Callable[[], Tensor], device: str) -> None:
 
 
 def capture_stream(device: str) -> contextlib.AbstractContextManager[None]:
-    """Run what is within on the one stream that this process captures on, and wait for it; nothing on a CPU."""
+    """Run the body on the one stream that this process captures on, and wait for it; does nothing on a CPU."""
     return on_capture_stream(torch.device(device))

@@ -1,4 +1,4 @@
-"""What every model of a comparison is given: the same latents, noise, timesteps and labels; no zeros in its weights."""
+"""Inputs of every model of a comparison: the same latents, noise, timesteps and labels; no weights of zero."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LEAST_LOOKED_AT = 64
 def fill_zeros(model: nn.Module, std: float = 0.02) -> None:
     """Give the zeros of every parameter that has many small random values instead.
 
-    adaLN-Zero starts with gates of zero, so that half of a fresh model's backward pass multiplies zeros, which a GPU
-    does faster and cooler than the numbers of a model in training. A convolution that starts as the identity is zero
-    in eight of nine values.
+    adaLN-Zero starts with gates of zero, so half of a fresh model's backward pass multiplies zeros. A GPU does that
+    faster and cooler than a trained model's numbers. A convolution that starts as the identity is zero in eight of nine
+    values.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,8 +49,8 @@ def refuse_zeros(model: nn.Module, inputs: Iterable[Tensor] = ()) -> None:
 def make_inputs(model: Backbone, batch: int, *, seed: int = SEED) -> tuple[list[Tensor], str]:
     """Latents x, noise (both (B, C, h, w)), timesteps t and labels y (both (B,)), and their SHA-256; on the CPU.
 
-    They are drawn by a generator of their own, on the CPU, from a fixed seed: every model of a comparison gets the same
-    numbers on every device, whatever building it drew before.
+    A generator of their own draws them, on the CPU, with a fixed seed: every model of a comparison gets the same
+    numbers on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, model.in_channels, *model.input_size)

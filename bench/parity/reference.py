@@ -75,7 +75,7 @@ def _shake(model: Backbone, deviation: float) -> None:
 
 
 def _output(model: Backbone, inputs: tuple[Tensor, ...], case: Case, dtype: str) -> Tensor:
-    """What a forward pass gives, by the code that a forward pass runs: without gradients, kernels may be others."""
+    """The output of a forward pass without gradients, because kernels may differ with them."""
     with torch.no_grad(), _autocast(case, dtype):
         output: Tensor = model(*inputs).float()
     return output
@@ -103,8 +103,8 @@ def _errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
 def check_against_reference(case: Case) -> Agreement | None:
     """Compare a case's model with its reference: same weights, same small input; outputs, and gradients for training.
 
-    Every parameter's gradient has a bound of its own, made from what the reference loses in it: taken together, the
-    largest gradients, which are the last layer's, would hide the others.
+    Every parameter's gradient has a bound of its own, made from what the reference loses in it: in one norm, the
+    largest gradients, the last layer's, would hide the others.
 
     Returns:
         How close they are, or None where the case's model is the reference.

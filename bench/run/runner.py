@@ -177,7 +177,7 @@ class Sweep:
     def remaining(self) -> tuple[Launch, ...]:
         """The launches to measure: one of each case, in order; then, where there are more, rounds in random order.
 
-        Launches of one case are far apart that way, and see the machine at different times.
+        So launches of one case are far apart, and see the machine at different times.
         """
         rounds = []
         for number in range(self.launches):
@@ -242,7 +242,7 @@ def run_sweep(sweep: Sweep, writer: ResultsWriter, *, on_start: Callable[[Case, 
 
 
 class Referee:
-    """Measures launches, and sees to it that their numbers may stand side by side.
+    """Measures launches, and checks that their numbers compare.
 
     Keeps what was found once for all launches of a run: ceilings, agreement with the references, each comparison's
     inputs, and the memory that the GPU had in use before anything ran.
@@ -259,7 +259,7 @@ class Referee:
         self._idle = self._gpu.used() if self._gpu is not None else None
 
     def measure(self, job: CaseJob) -> Row:
-        """One launch to its row, whatever becomes of it."""
+        """Measure one launch; returns its row, also where it fails."""
         case, started_at = job.case, utc_now()
         key = (case.device, case.dtype)
         if key not in self._ceilings:
@@ -321,7 +321,7 @@ class Referee:
         return self._agreements[key]
 
     def _other_inputs(self, case: Case, checks: Checks) -> str:
-        """Why this row may not stand beside the first of its comparison; empty where it may."""
+        """Why this row does not compare with the first of its comparison; empty where it does."""
         key = (case.resolution, case.batch, case.patch, case.dtype, case.device)
         first, inputs, tokens = self._inputs.setdefault(key, (case, checks.inputs, checks.tokens))
         if checks.inputs != inputs:

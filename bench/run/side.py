@@ -32,7 +32,7 @@ from dig.registry import load_source
 
 
 class SideError(RuntimeError):
-    """A side's process ended, or said what is no row; the message holds the end of its stderr."""
+    """A side's process ended, or answered something else than a row; the message holds the end of its stderr."""
 
 
 def without_checkouts(path: str) -> str:

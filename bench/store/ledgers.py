@@ -52,7 +52,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How the samples came to be, and where a step's time goes. Milliseconds are medians.
+    """How the samples were taken, and where a step's time goes. Milliseconds are medians.
 
     Attributes:
         warmup: Why untimed steps ended: ``steady`` (three blocks in a row agreed) or ``bound`` (the time for it was

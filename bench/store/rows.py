@@ -77,7 +77,7 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One case and what came of it.
+    """One launch of a case and its outcome.
 
     Attributes:
         case: What was measured.

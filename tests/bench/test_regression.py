@@ -1,4 +1,4 @@
-"""The gate with real processes and real copies of the tree: what is slower or broken is caught, and said how."""
+"""The regression gate with real processes and real copies of the tree: what is slower or broken is caught, and how."""
 
 from __future__ import annotations
 

@@ -136,12 +136,25 @@ def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
         Row.from_json(line.replace('"message":""', '"marks":[]'))
 
 
-@pytest.mark.parametrize(("name", "count"), [("h100.jsonl", 167), ("h100-2026-11-23.jsonl", 132)])
-def test_every_published_row_can_be_read(name: str, count: int) -> None:
-    rows = read_results(Path(__file__).parents[2] / "results" / name).rows
+ROOT = Path(__file__).parents[2]
+H100 = ROOT / "results" / "h100"
+ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "backends"),
+    [
+        (H100 / "rows.jsonl", 167, ALL),
+        (H100 / "extra.jsonl", 21, {"triton", "sdpa-cudnn"}),
+        (ROOT / "tests" / "data" / "schema-1.jsonl", 132, ALL),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else "",
+)
+def test_every_published_row_can_be_read(path: Path, count: int, backends: set[str]) -> None:
+    rows = read_results(path).rows
     assert len(rows) == count
     assert all(Row.from_json(row.to_json()) == row for row in rows)
-    assert {dict(row.case.options)["backend"] for row in rows} >= {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
+    assert {dict(row.case.options)["backend"] for row in rows} >= backends
 
 
 def test_a_row_of_schema_2_calls_the_backend_as_its_family_did() -> None:

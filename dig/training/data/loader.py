@@ -37,7 +37,7 @@ class Batch:
         step: Which step, 0 being the first.
         x: (B, C, H, W) float32, pixels in [-1, 1] or scaled latents.
         y: (B,) int64 labels.
-        unreadable: File name → reason, of the files among them that another stands in for.
+        unreadable: File name → reason, of the files among them that another one replaces.
     """
 
     step: int
@@ -145,7 +145,7 @@ class Loader:
 
     Attributes:
         step: The step that is delivered next.
-        unreadable: File name → reason, of every file so far that another stands in for. Each is logged once.
+        unreadable: File name → reason, of every file so far that another one replaces. Each is logged once.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Loader:
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                logger.warning("cannot read %s (%s); another image stands in for it", shown(name), reason)
+                logger.warning("cannot read %s (%s); another image replaces it", shown(name), reason)
         self.step = batch.step + 1
         return batch
 
