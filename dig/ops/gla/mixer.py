@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.aside import aside
+from dig.ops.derivatives import once
 from dig.ops.gla.launches import (
     DecayGate,
     Plan,
@@ -176,7 +177,7 @@ def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
     return dprojected, dweight.to(weight.dtype), *others, None, None, None, None, None
 
 
-mixer_forward.register_autograd(_autograd, setup_context=_setup)
+mixer_forward.register_autograd(once(_autograd), setup_context=_setup)
 
 
 def _check_parameter(name: str, tensor: Tensor, projected: Tensor) -> None:

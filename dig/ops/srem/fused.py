@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dig.ops.aside import aside
 from dig.ops.chain import chained
+from dig.ops.derivatives import once
 from dig.ops.launch import empty, on_device
 from dig.ops.srem import check_shapes
 from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
@@ -281,7 +282,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dbranch, dgate, dweight, dbias, None, None, None, None
 
 
-srem_forward.register_autograd(_autograd, setup_context=_save_inputs)
+srem_forward.register_autograd(once(_autograd), setup_context=_save_inputs)
 
 
 def fused_srem(

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.derivatives import once
 from dig.ops.launch import empty, last_contiguous, on_device
 from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
 
@@ -121,7 +122,7 @@ def _autograd(ctx: Any, dhidden: Tensor) -> Tensor:
     return gradient
 
 
-swiglu_forward.register_autograd(_autograd, setup_context=_save)
+swiglu_forward.register_autograd(once(_autograd), setup_context=_save)
 
 
 def fused_swiglu(gate_up: Tensor) -> Tensor:
