@@ -70,6 +70,14 @@ def make_inputs(model: Backbone, batch: int) -> tuple[list[Tensor], str]:
     return inputs, digest.hexdigest()
 
 
+def check_output(output: Tensor, x: Tensor) -> Tensor:
+    """What a model gives for x (B, C, h, w), or ValueError unless it is (B, 2C, h, w): less would be faster."""
+    due, found = (len(x), 2 * x.shape[1], *x.shape[2:]), tuple(getattr(output, "shape", ()))
+    if found != due:
+        raise ValueError(f"the model gives {found or type(output).__name__} for x {tuple(x.shape)}; {due} is due")
+    return output
+
+
 def build_step(case: Case) -> Step:
     """Model, inputs and the step of a case, on its device.
 
@@ -97,7 +105,7 @@ def build_step(case: Case) -> Step:
 
         def forward() -> Tensor:
             with torch.no_grad(), autocast():
-                return network(x, t, y)
+                return check_output(network(x, t, y), x)
 
         return Step(model=model, run=forward, inputs=digest)
 
@@ -114,7 +122,7 @@ def build_step(case: Case) -> Step:
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with autocast():
-            output = network(x, t, y)
+            output = check_output(network(x, t, y), x)
         predicted, covariance = output.float().chunk(2, dim=1)
         loss = F.mse_loss(predicted, noise) + covariance.square().mean()
         loss.backward()
