@@ -128,21 +128,24 @@ def train_command(
         name, options, source = parse_model(model, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.training.config import DataSpec, TrainConfig, choose_execution
+        from dig.training.needs import draws_in_training
         from dig.training.resuming import recorded_config
         from dig.training.trainer import Status, Trainer
 
         begun = recorded_config(out)
-        chosen, reason = choose_execution(execution, device=where, begun=begun)
+        spec = ModelSpec(
+            name=name,
+            options=options,
+            input_size=dataset.sample_shape[1:],
+            in_channels=dataset.sample_shape[0],
+            num_classes=dataset.num_classes,
+            source=source,
+        )
+        redraws = checkpoint_blocks and where == "cuda" and execution == "auto" and draws_in_training(spec)
+        chosen, reason = choose_execution(execution, device=where, begun=begun, redraws=redraws)
         data_spec = DataSpec.of(dataset)
         config = TrainConfig(
-            model=ModelSpec(
-                name=name,
-                options=options,
-                input_size=dataset.sample_shape[1:],
-                in_channels=dataset.sample_shape[0],
-                num_classes=dataset.num_classes,
-                source=source,
-            ),
+            model=spec,
             data=data_spec,
             device=cast(Any, where),
             steps=steps,

@@ -226,13 +226,14 @@ class TrainConfig:
         ]
 
 
-def choose_execution(asked: str, *, device: str, begun: TrainConfig | None) -> tuple[str, str]:
+def choose_execution(asked: str, *, device: str, begun: TrainConfig | None, redraws: bool = False) -> tuple[str, str]:
     """Which execution a run takes, and why.
 
     Args:
         asked: One by name, or ``auto``: the one that the run began with, else a CUDA graph on a GPU, eager on a CPU.
         device: Where it runs.
         begun: The run, if it has begun.
+        redraws: Whether the backward pass draws random numbers of the model again, which no CUDA graph can.
 
     Raises:
         ValueError: There is no such execution.
@@ -241,6 +242,8 @@ def choose_execution(asked: str, *, device: str, begun: TrainConfig | None) -> t
         return asked, "asked for"
     if asked != "auto":
         raise ValueError(f"execution must be one of auto, {', '.join(get_args(Execution))}; got {asked!r}")
+    if device == "cuda" and redraws and (begun is None or begun.execution == "graph"):
+        return "eager", "blocks that draw random numbers can't be computed again in a CUDA graph"
     if begun is not None and begun.device == device:
         return begun.execution, begun.execution_reason or "the run began with it"
     if device == "cuda":
