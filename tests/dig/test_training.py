@@ -369,3 +369,13 @@ def test_a_run_inside_of_its_data_is_refused_before_it_is_made(inside: str, tmp_
     assert result.exit_code == 2
     assert "lies in the data's own folder" in result.output
     assert sorted(path.name for path in folder.iterdir()) == ["cat", "dog"]
+
+
+def test_a_run_that_is_done_says_so(data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path / "run", "--steps", "2").exit_code == 0
+    for steps in ("2", "1"):
+        again = train(data, tmp_path / "run", "--steps", steps)
+        assert again.exit_code == 0, again.output
+        said = again.output.replace("\n", " ")
+        assert f"{tmp_path / 'run'} is finished already, at step 2; to train on, give a larger --steps" in said
+        assert "going on" not in said
