@@ -64,9 +64,9 @@ def require(module: str, purpose: str) -> ModuleType:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Within, nobody logs or warns: what libraries say of each other as they are imported is not about the command."""
+    """Within, nobody logs or warns: what libraries say as they are imported, or before they raise, is said by us."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

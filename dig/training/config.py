@@ -157,11 +157,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 0 or more and below 2^63; got {getattr(self, name)}")
         for name in ("clip", "weight_decay", "grid_cfg"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+                raise ValueError(f"{name} must be a finite number, 0 or more; got {getattr(self, name)}")
         if self.steps * self.batch >= INTEGERS:
             raise ValueError(f"steps times batch must be below 2^63; got {self.steps * self.batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be above 0; got {self.learning_rate}")
+            raise ValueError(f"learning_rate must be a finite number above 0; got {self.learning_rate}")
         for name in ("label_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")

@@ -141,8 +141,8 @@ def check(result: Any) -> None:
     assert "Traceback" not in result.output, told
     if result.exit_code == 2:
         lines = [line for line in result.output.splitlines() if line.startswith("error:")]
-        # A value of no number is the command line's to refuse, which it does in a frame.
-        assert len(lines) == 1 or "Usage:" in result.output, told
+        assert len(lines) == 1, told
+        assert "Usage:" not in result.output, told
         assert "\x1b[31m" not in result.output, told
 
 
