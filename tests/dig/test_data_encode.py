@@ -40,6 +40,7 @@ from dig.training.data.encode_command import encode_command
 from dig.training.data.encoding import Progress
 from dig.training.data.latents import read_index
 from tests.dig.test_data_images import make_folder
+from tests.dig.tiny import make_vae
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -49,17 +50,7 @@ COUNTS = {"cat": 7, "dog": 6}
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE of random weights that halves the sides, saved as diffusers saves it."""
-    torch.manual_seed(3)
-    model = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-    )
-    path = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(path)
-    return path
+    return make_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
