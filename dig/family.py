@@ -175,16 +175,16 @@ class Family:
         backends = self.backends or ("",)
         on_gpu = () if self.on_gpu is None else (self.on_gpu,)
         signed = [backend for _, backend in self.signatures]
-        for name, named in (
-            ("packages", self.packages), ("gpu_only", self.gpu_only), ("on_gpu", on_gpu), ("signatures", signed)
-        ):  # fmt: skip
-            self._check_known(name, named, backends, "backend")
+        self._check_known("packages", self.packages, backends, "backend")
+        self._check_known("gpu_only", self.gpu_only, backends, "backend")
+        self._check_known("on_gpu", on_gpu, backends, "backend")
+        self._check_known("signatures", signed, backends, "backend")
         self._check_known("signatures", [device for device, _ in self.signatures], ("cuda", "cpu"), "device")
         self._check_known("reshaped_by", self.reshaped_by, tuple(self.options), "option")
-        first, *words = (self.reference or self.name).split(":")
+        first, *chosen = (self.reference or self.name).split(":")
         if first == self.name:
             try:
-                self.read_words(words)
+                self.read_words(chosen)
             except UnknownModelError as error:
                 raise FamilyError(f"reference of {self.name}: {error}") from None
 
@@ -231,7 +231,7 @@ class Family:
         """The backend that these options choose."""
         return options.get(BACKEND, self.default_backend("cpu"))
 
-    def read_options(self, options: Mapping[str, str]) -> dict[str, str]:
+    def read_options(self, options: Mapping[str, object]) -> dict[str, str]:
         """Options by today's names, checked.
 
         Raises:

@@ -51,7 +51,7 @@ def register(family: Family, /) -> Family: ...
 def register(**fields: Any) -> Callable[[T], T]: ...
 
 
-def register(family: Family | None = None, /, **fields: Any) -> Any:
+def register(family: Any = None, /, **fields: Any) -> Any:
     """Make a family known: ``register(Family(...))``, or as a decorator of what builds it.
 
     ``@register(sizes=("S",), ...)`` on a class or function is a `Family` whose ``build`` it is and whose name, unless

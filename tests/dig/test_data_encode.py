@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from dig.locks import LockedError
-from dig.packages import MissingPackageError
+from dig.packages import MissingPackageError, require
 from dig.training.data import (
     LATENT_SCALE,
     DataError,
@@ -498,3 +499,29 @@ def test_latents_of_a_picture_that_was_replaced_are_not_called_finished(tmp_path
     next((images / "dog").iterdir()).write_bytes(next((images / "cat").iterdir()).read_bytes())
     with pytest.raises(DataError, match="latents of another encoding"):
         run(images, tmp_path / "out", vae)
+
+
+def test_what_libraries_say_as_they_are_imported_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "import logging, warnings\nlogging.getLogger('noisy').error('no torchao')\nwarnings.warn('old')\n"
+    (tmp_path / "noisy_library.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        require("noisy_library", "a test")
+    assert not caplog.records
+    logging.getLogger("noisy").warning("after it")
+    assert [record.message for record in caplog.records] == ["after it"]
+
+
+def test_a_folder_that_is_no_vae_is_one_line(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    app = typer.Typer()
+    app.command()(encode_command)
+    words = [str(images), "--out", str(tmp_path / "out"), "--vae", str(tmp_path / "vae"), "--device", "cpu"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    (line,) = [line for line in (result.output + "".join(capfd.readouterr())).splitlines() if line.strip()]
+    assert line.startswith(f"error: cannot load the VAE '{tmp_path / 'vae'}'")
