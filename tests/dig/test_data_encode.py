@@ -515,13 +515,16 @@ def test_what_libraries_say_as_they_are_imported_is_left_out(
     assert [record.message for record in caplog.records] == ["after it"]
 
 
-def test_a_folder_that_is_no_vae_is_one_line(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_diffusers_logs_of_a_folder_that_is_no_vae_is_left_out(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text("{}")
-    app = typer.Typer()
-    app.command()(encode_command)
-    words = [str(images), "--out", str(tmp_path / "out"), "--vae", str(tmp_path / "vae"), "--device", "cpu"]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 2
-    (line,) = [line for line in (result.output + "".join(capfd.readouterr())).splitlines() if line.strip()]
-    assert line.startswith(f"error: cannot load the VAE '{tmp_path / 'vae'}'")
+    logger = logging.getLogger("diffusers")  # It hands nothing on to the root.
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(DataError, match=r"^cannot load the VAE .*no file named"):
+            run(images, tmp_path / "out", tmp_path / "vae")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
