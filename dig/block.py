@@ -261,9 +261,11 @@ class DiGBlock(nn.Module):
         return convolved.flatten(2).transpose(1, 2)
 
     def _run_on_kernels(self, x: Tensor, c: Tensor, route: Route, ahead: Ahead | None) -> Tensor:
+        from dig.ops.derivatives import refuse_transforms
         from dig.raster_block import run_block
         from dig.raster_weights import Settings
 
+        refuse_transforms()
         if x.dtype not in KERNEL_DTYPES:
             raise ValueError(refused_dtype(x.dtype))
         if x.dim() != 3 or x.shape[1] != route.grid[0] * route.grid[1] or c.shape != (len(x), x.shape[2]):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
 
@@ -72,7 +76,21 @@ def require(module: str, purpose: str) -> ModuleType:
         raise MissingPackageError(missing_message(module, purpose))
     if module.startswith("fla."):
         _import_fla_without_models()
-    return importlib.import_module(module)
+    with quietly():
+        return importlib.import_module(module)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, nobody logs or warns: what libraries say as they are imported, or before they raise, is said by us."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _import_fla_without_models() -> None:

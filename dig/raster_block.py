@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from dig.config import EPS
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
+from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.side_stream import mark, on_side_stream, side_work, wait
@@ -91,7 +92,7 @@ class RasterBlock(torch.autograd.Function):
     Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings and
     the modulation (B, 6D) come `Products` (None where it is the parameter itself) and `BlockWeights`, field by field.
     Of the modulation and the products nothing is differentiated: gradients go to the parameters and to c.
-    Differentiable once.
+    Differentiable once (`dig.ops.derivatives`).
     """
 
     @staticmethod
@@ -140,6 +141,7 @@ class RasterBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
+        refuse_second_derivatives()
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
         with side_work(dout.device):
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases.case import Case
-from bench.parity.inputs import SEED, fill_zeros, make_inputs, refuse_zeros
+from bench.parity.inputs import SEED, check_output, fill_zeros, make_inputs, refuse_zeros
 from dig.graphs import on_capture_stream, record
 from dig.layers import Backbone
 from dig.registry import create_model
@@ -110,7 +110,7 @@ def build_step(case: Case) -> Step:
 
         def forward() -> Tensor:
             with torch.no_grad(), autocast():
-                return network(x, t, y)
+                return check_output(network(x, t, y), x)
 
         return Step(model=model, run=forward, tensors=tensors, inputs=digest)
 
@@ -126,7 +126,7 @@ def build_step(case: Case) -> Step:
 
     def loss() -> Tensor:
         with autocast():
-            output = network(x, t, y)
+            output = check_output(network(x, t, y), x)
         predicted, covariance = output.float().chunk(2, dim=1)
         return F.mse_loss(predicted, noise) + covariance.square().mean()
 

@@ -46,6 +46,14 @@ def refuse_zeros(model: nn.Module, inputs: Iterable[Tensor] = ()) -> None:
             )
 
 
+def check_output(output: Tensor, x: Tensor) -> Tensor:
+    """What a model gives for x (B, C, h, w), or ValueError unless it is (B, 2C, h, w): less would be faster."""
+    due, found = (len(x), 2 * x.shape[1], *x.shape[2:]), tuple(getattr(output, "shape", ()))
+    if found != due:
+        raise ValueError(f"the model gives {found or type(output).__name__} for x {tuple(x.shape)}; {due} is due")
+    return output
+
+
 def make_inputs(model: Backbone, batch: int, *, seed: int = SEED) -> tuple[list[Tensor], str]:
     """Latents x, noise (both (B, C, h, w)), timesteps t and labels y (both (B,)), and their SHA-256; on the CPU.
 

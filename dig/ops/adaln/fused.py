@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
+from dig.ops.derivatives import once
 from dig.ops.launch import empty, last_contiguous, launching
 from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
@@ -264,7 +265,7 @@ def _norm_modulate_autograd(ctx: Any, dh: Tensor | None, dstats: None) -> tuple[
     return dx, dshift, dscale, None if weight is None else dweight, None, None, None
 
 
-norm_modulate_forward.register_autograd(_norm_modulate_autograd, setup_context=_save_norm_modulate)
+norm_modulate_forward.register_autograd(once(_norm_modulate_autograd), setup_context=_save_norm_modulate)
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -286,7 +287,7 @@ def _residual_autograd(ctx: Any, dx_new: Tensor | None, dh: Tensor | None, dstat
     return *gradients, None if weight is None else dweight, None, None, None
 
 
-residual_norm_modulate_forward.register_autograd(_residual_autograd, setup_context=_save_residual)
+residual_norm_modulate_forward.register_autograd(once(_residual_autograd), setup_context=_save_residual)
 
 
 def fused_norm_modulate(

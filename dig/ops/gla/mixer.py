@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dig.ops.derivatives import once
 from dig.ops.gla.launches import (
     DecayGate,
     Plan,
@@ -177,7 +178,7 @@ def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
     return dprojected, dweight.to(weight.dtype), *others, None, None, None, None, None
 
 
-mixer_forward.register_autograd(_autograd, setup_context=_setup)
+mixer_forward.register_autograd(once(_autograd), setup_context=_setup)
 
 
 def _check_parameter(name: str, tensor: Tensor, projected: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.derivatives import once
 from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.launches import (
     DecayGate,
@@ -116,7 +117,7 @@ def _gla_autograd(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
     return gradients
 
 
-_gla.register_autograd(_gla_autograd, setup_context=_save_inputs)
+_gla.register_autograd(once(_gla_autograd), setup_context=_save_inputs)
 
 
 def tiled_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def _block_autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None,
     return *_block_backward(*ctx.saved_tensors, dy, *ctx.numbers), None, None, None
 
 
-_block.register_autograd(_block_autograd, setup_context=_save_block)
+_block.register_autograd(once(_block_autograd), setup_context=_save_block)
 
 
 def gla_block(

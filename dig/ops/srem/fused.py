@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.derivatives import once
 from dig.ops.launch import empty, launching
 from dig.ops.side_stream import on_side_stream
 from dig.ops.srem import check_shapes
@@ -225,7 +226,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dbranch, dgate, dweight, dbias, None, None, None, None
 
 
-srem_forward.register_autograd(_autograd, setup_context=_save_inputs)
+srem_forward.register_autograd(once(_autograd), setup_context=_save_inputs)
 
 
 def fused_srem(

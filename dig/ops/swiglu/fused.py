@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dig.ops.derivatives import once
 from dig.ops.launch import empty, last_contiguous, launching
 from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
 from dig.ops.tiles import for_device
@@ -95,7 +96,7 @@ def _autograd(ctx: Any, dhidden: Tensor) -> Tensor:
     return gradient
 
 
-swiglu_forward.register_autograd(_autograd, setup_context=_save)
+swiglu_forward.register_autograd(once(_autograd), setup_context=_save)
 
 
 def fused_swiglu(gate_up: Tensor) -> Tensor:

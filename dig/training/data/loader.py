@@ -83,7 +83,7 @@ class _StepsFrom(Sampler[int]):
         return itertools.count(self.first)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """They reach every process of a terminal, job or service; the main one alone answers, and may want more batches."""
 MAX_WORKERS = 128
 ORPHAN_INTERVAL = 0.5
