@@ -12,8 +12,6 @@ from dig.fields import fits
 from dig.packages import is_installed, missing_message
 
 if TYPE_CHECKING:
-    import torch
-
     from dig.layers import Backbone
     from dig.operation import Operation
 
@@ -46,7 +44,7 @@ def closest(value: str, choices: Mapping[str, Any] | Sequence[str]) -> str:
 
 def _check_types(said: Any, owner: str) -> None:
     """Raise FamilyError where a field is of another type than it is annotated with. A list does for a tuple."""
-    hints = get_type_hints(type(said), localns={"Backbone": object})
+    hints = get_type_hints(type(said), localns={"Backbone": object, "Operation": object})
     for entry in fields(said):
         value = getattr(said, entry.name)
         if not fits(value, hints[entry.name]):
@@ -159,7 +157,7 @@ class Family:
     on_gpu: str | None = None
     reference: str | None = None
     signatures: Mapping[tuple[str, str], Signature] = field(default_factory=dict)
-    operation: Callable[[Backbone, int, torch.dtype], Operation] | None = None
+    operation: Callable[..., Operation] | None = None
     tunes: frozenset[str] = frozenset()
     reshaped_by: tuple[str, ...] = ()
     look: Look | None = None

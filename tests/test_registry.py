@@ -430,7 +430,7 @@ def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(ow
         (tmp_path / f"{own}.py").write_text(MODULE + change)
     plain, dit, again = read_results(tmp_path / "rows.jsonl").rows
     assert (plain.status, plain.case.model, plain.case.source) == ("ok", "Plain-S/8", f"{own}:Plain")
-    assert plain.marks == ("unverified", "no-reference")
+    assert plain.marks == ("unverified", "no-reference", "small-parity")
     assert (plain.flops, plain.message) == (2 * 8 * 8 * 4 * 8, "")
     assert dit.marks == ()
     assert again.case == plain.case
@@ -448,7 +448,7 @@ def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_pat
     done = run(*words, "--modes", "forward", "--device", "cpu", "--out", "rows.jsonl", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     right, wrong = read_results(tmp_path / "rows.jsonl").rows
-    assert (right.status, right.marks) == ("ok", ())
+    assert (right.status, right.marks) == ("ok", ("small-parity",))
     assert wrong.status == "error"
     assert "Two-Ways-S/8 differs from its reference (Two-Ways-S/8 backend=plain)" in wrong.message
 

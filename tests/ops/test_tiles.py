@@ -19,6 +19,8 @@ from dig.ops.tiles import INTERPRETER, KIB, architectures, for_capability, for_d
 from dig.ops.tiles.choices import CopyTiles, GlaTiles, NormTiles, VectorTiles
 from tests.helpers import relative_error
 
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="launches on the CPU, in the interpreter")
+
 BF16, FP32 = torch.bfloat16, torch.float32
 HOPPER = sm90.ARCHITECTURE
 
@@ -105,6 +107,7 @@ def test_other_widths_take_the_next_wider_tiles() -> None:
     assert HOPPER.adaln_tiles(2048, BF16) == sm90.ADALN[1152, BF16]
 
 
+@INTERPRETED
 def test_a_chunk_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """And computes the same recurrence."""
     assert HOPPER.gla_tiles(32, 64, BF16).shared_memory(32, 64, BF16) == 28 * KIB
@@ -120,6 +123,7 @@ def test_a_chunk_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPat
     assert relative_error(tiled_gla(q, k, v, decay), expected) < 2e-3
 
 
+@INTERPRETED
 def test_heads_that_do_not_fit_at_all_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(HOPPER, name="Tiny", capability=(5, 3), shared_memory=40 * KIB)
     message = (
@@ -134,6 +138,7 @@ def test_heads_that_do_not_fit_at_all_are_one_message(monkeypatch: pytest.Monkey
         tiled_gla(q, k, v, -torch.rand_like(q))
 
 
+@INTERPRETED
 def test_a_gemm_whose_stages_do_not_fit_is_done_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Hopper's, 97 KiB is what two take and 193 the third."""
     small = replace(HOPPER, shared_memory=99 * KIB)
