@@ -176,14 +176,14 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(context: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, context.scale = inputs
-    context.save_for_backward(q, k, v, *output)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
 
 
-def _go_back(context: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    q, k, v, output, lse = context.saved_tensors
-    gradients = torch.ops.baselines.flash_attention_4_backward(dout.contiguous(), q, k, v, output, lse, context.scale)
+def _go_back(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v, output, lse = ctx.saved_tensors
+    gradients = torch.ops.baselines.flash_attention_4_backward(dout.contiguous(), q, k, v, output, lse, ctx.scale)
     return *gradients, None
 
 
