@@ -17,6 +17,7 @@ from bench.cases.case import Case
 from bench.measure.steps import Step, capture_stream
 from bench.parity.error import ParityError, relative_error
 from bench.parity.inputs import SEED, make_inputs, refuse_zeros
+from bench.parity.reference import check_output_of
 
 BOUND = 1e-2
 """Of the same kernels on the same numbers, which may add in another order."""
@@ -24,6 +25,9 @@ COMPILED_BOUND = {"bf16": 5e-2, "fp32": 2e-3}
 """Of Inductor's fused loops, which round less often than eager kernels do."""
 GRADIENT_BOUND = {"bf16": 0.2, "fp32": 1e-2}
 ROUNDING = 1e-4
+"""Of a moment, in what it gives away of the gradient."""
+REFERENCE_TOKENS = 1024
+"""Up to so many an image, a forward pass is compared with its reference too: beyond, some references take minutes."""
 MOST_OFF = 0.1
 """The share of parameters whose gradient may be beyond its bound, as in `bench.parity.reference`."""
 
@@ -69,9 +73,14 @@ def _refuse(what: str, error: float) -> None:
 def _forward(case: Case, step: Step, run: Callable[[], Tensor]) -> float:
     with _eagerly(case):
         expected = step.run().float().clone()
-    error = relative_error(run().float(), expected)
+    output = run().float()
+    error = relative_error(output, expected)
     if not error <= (COMPILED_BOUND[case.dtype] if case.compiles else BOUND):
         _refuse("output", error)
+    rows, columns = step.model.grid
+    if rows * columns <= REFERENCE_TOKENS:
+        x, _, t, y = step.tensors
+        check_output_of(case, step.model, (x, t, y), output)
     return error
 
 

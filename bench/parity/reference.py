@@ -169,6 +169,43 @@ def check_against_reference(case: Case) -> Agreement | None:
     return Agreement(reference=label, error=error, bound=bound, gradients_off=off)
 
 
+def check_output_of(case: Case, model: Backbone, inputs: tuple[Tensor, ...], output: Tensor) -> float | None:
+    """Compare what a case's timed step made of these inputs with its reference, at the case's own shape and weights.
+
+    Args:
+        case: A forward pass.
+        model: Whose weights the reference gets.
+        inputs: x, t and y.
+        output: Of the timed step.
+
+    Returns:
+        The relative error; None where the case's model is the reference.
+
+    Raises:
+        ParityError: It is beyond its bound, which is made as in `check_against_reference`.
+        torch.OutOfMemoryError: The reference does not fit beside what was timed.
+    """
+    twin = reference_of(case)
+    if twin is None:
+        return None
+    name, options = twin
+    with torch.device(case.device):
+        reference = create_model(name, image_size=case.resolution, **options).eval()
+    reference.to(case.device)
+    reference.load_state_dict(model.state_dict())
+    x, t, y = inputs
+    expected = _output(reference, (x.float(), t, y), case, "fp32")
+    loss = relative_error(_output(reference, (x.float(), t, y), case, case.dtype), expected)
+    error = relative_error(output.float(), expected)
+    bound = min(max(FLOOR[case.dtype], ROUNDINGS * loss), MOST_ERROR)
+    if not error <= bound:
+        raise ParityError(
+            f"after the timed steps, on other inputs, its output differs from its reference's ({name}) by {error:.2g}; "
+            f"{bound:.2g} is allowed"
+        )
+    return error
+
+
 def tune_without_timing() -> None:
     """Let kernels that tune themselves take the first tiles that run, in this process and nowhere else.
 

@@ -6,7 +6,18 @@ from collections import Counter
 
 import pytest
 
-from bench.cases.suites import COMPARED, ON_CPU, PAPER_RESOLUTIONS, ModelChoice, cpu_suite, paper_suite, suite, sweep
+from bench.cases.case import Case
+from bench.cases.suites import (
+    COMPARED,
+    ON_CPU,
+    PAPER_RESOLUTIONS,
+    ModelChoice,
+    best_suite,
+    cpu_suite,
+    paper_suite,
+    suite,
+    sweep,
+)
 
 
 def test_a_choice_names_family_implementation_and_options() -> None:
@@ -79,3 +90,42 @@ def test_bad_axes_are_refused(arguments: dict, message: str) -> None:
 def test_unknown_suite() -> None:
     with pytest.raises(ValueError, match="did you mean paper"):
         suite("papers")
+
+
+def test_executions_that_compile_say_what_one_compilation_covers() -> None:
+    one = Case(model="DiT-S/2", resolution=256, execution="compile")
+    assert (one.scope, one.compiles, one.captures) == ("block", True, False)
+    both = Case(model="DiT-S/2", resolution=256, execution="compiled-graph", scope="model", max_autotune=True)
+    assert (both.compiles, both.captures) == (True, True)
+    assert both.describe().startswith("DiT-S/2 256px train compiled-graph by model max-autotune bf16 batch 1")
+    for fields in ({"scope": "block"}, {"max_autotune": True}):
+        with pytest.raises(ValueError, match="are of compiled executions; this one is graph"):
+            Case(model="DiT-S/2", resolution=256, execution="graph", **fields)
+
+
+def test_weights_in_bf16_are_for_a_forward_pass() -> None:
+    cast = Case(model="DiT-S/2", resolution=256, mode="forward", weights="bf16")
+    assert cast.precision == "bf16-weights"
+    for fields in ({"mode": "train"}, {"mode": "forward", "dtype": "fp32"}):
+        with pytest.raises(ValueError, match="weights bf16 are for a forward pass in bf16"):
+            Case(model="DiT-S/2", resolution=256, weights="bf16", **fields)
+    cases = sweep(["DiT"], resolutions=(256,), modes=("train", "forward"), weights=("fp32", "bf16"))
+    assert [(c.mode, c.weights) for c in cases] == [("train", "fp32"), ("forward", "fp32"), ("forward", "bf16")]
+
+
+def test_the_best_suite_has_every_family_at_its_best_at_every_point() -> None:
+    cases = best_suite()
+    points: dict[tuple[object, ...], set[str]] = {}
+    for case in cases:
+        points.setdefault((case.size, case.resolution, case.mode, case.batch), set()).add(case.family)
+    assert len(points) == 14
+    assert all({"DiG", "Flash-DiT"} <= families for families in points.values())
+    assert {c.family for c in cases} == {"DiG", "DiT", "Flash-DiT", "DiS"}
+    assert all(c.captures and (c.compiles or dict(c.options)["backend"] == "triton") for c in cases)
+    assert all(c.weights == ("bf16" if c.mode == "forward" else "fp32") for c in cases)
+    backends = {dict(c.options)["backend"] for c in cases if c.family == "Flash-DiT"}
+    assert backends == {"sdpa-cudnn", "flash-attn", "flash-attn-4", "flash-attn-4-padded"}
+    # What tunes itself for minutes comes last.
+    tunes = [dict(c.options)["backend"] == "fla" for c in cases]
+    assert tunes == sorted(tunes)
+    assert any(tunes)
