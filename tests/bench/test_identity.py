@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dig.environment import ROOT, describe_environment, telling_variables
+from bench.cases.case import Case
+from bench.cases.jobs import BUDGETS
+from bench.measure.memory import MemoryMeter
+from bench.measure.steps import build_step
+from bench.measure.timing import sample
+from bench.parity.inputs import fill_zeros, make_inputs
+from bench.parity.reference import check_against_reference
+from bench.store.identity import MEASURING, VERSIONS, code_hash, measurement_key
+from dig.environment import CIRCUMSTANCES, ROOT, describe_environment, telling_variables
+from dig.flops import model_macs
+from dig.registry import create_model
 
 KEY = """
 from dig.environment import describe_environment
@@ -74,3 +88,48 @@ def test_no_secret_and_no_folder_is_recorded() -> None:
     given = {"CUDA_API_TOKEN": "x", "TRITON_CACHE_DIR": "/home/me", "TORCH_HOME": "/home/me", "OMP_PROC_BIND": "true"}
     assert telling_variables(given) == {"OMP_PROC_BIND": "true"}
     assert describe_environment()["variables"] == telling_variables(os.environ)
+
+
+def test_code_that_can_change_a_number_changes_the_hash(tmp_path: Path) -> None:
+    counted = [tmp_path / folder / name for folder in MEASURING for name in ("part.py", "deeper/part.py")]
+    other = [tmp_path / "bench/judge/part.py", tmp_path / "bench/measure/notes.txt", tmp_path / "reports/part.py"]
+    for path in (*counted, *other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("FIRST = 1\n")
+    hashes = [code_hash(tmp_path)]
+    for path in counted:
+        path.write_text("FIRST = 2\n")
+        hashes.append(code_hash(tmp_path))
+    counted[0].rename(counted[0].with_name("renamed.py"))
+    hashes.append(code_hash(tmp_path))
+    assert len(set(hashes)) == len(hashes)
+    for path in other:
+        path.write_text("FIRST = 2\n")
+        assert code_hash(tmp_path) == hashes[-1]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [build_step, sample, MemoryMeter, make_inputs, fill_zeros, check_against_reference, model_macs, create_model],
+    ids=lambda part: part.__name__,
+)
+def test_what_makes_a_number_is_where_the_hash_looks(part: Callable[..., object]) -> None:
+    file = Path(inspect.getfile(part)).resolve()
+    assert any(file.is_relative_to((ROOT / folder).resolve()) for folder in MEASURING)
+
+
+def test_every_part_of_a_measurement_is_in_its_key() -> None:
+    case, budget = Case(model="DiT-S/8", resolution=64, device="cpu"), BUDGETS["cpu"]
+    environment = dict.fromkeys((*VERSIONS, *CIRCUMSTANCES), "this")
+    assert {"gpu_name", "driver", "torch", "triton", "packages", "variables"} <= environment.keys()
+
+    def of(case: Case = case, code: str = "a", environment: dict = environment, budget: object = budget) -> str:
+        return measurement_key(case, code=code, environment=environment, budget=budget)  # type: ignore[arg-type]
+
+    changed = [of(), of(code="b"), of(budget=replace(budget, target_s=2.0)), of(budget=replace(budget, width=0.1))]
+    changes = {"model": "DiG-S/8", "resolution": 128, "batch": 2, "mode": "forward", "dtype": "fp32", "device": "cuda"}
+    changes |= {"execution": "compile", "options": (("backend", "materialized"),)}
+    changed += [of(case=replace(case, **{name: value})) for name, value in changes.items()]
+    changed += [of(environment={**environment, name: "another"}) for name in environment]
+    assert len(set(changed)) == len(changed)
+    assert of(environment={**environment, "commit": "another", "hostname": "another"}) == of()

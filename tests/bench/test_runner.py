@@ -17,7 +17,7 @@ from bench.cases.jobs import Budget, CaseJob, ParityJob
 from bench.measure import case as worker
 from bench.run import runner
 from bench.run.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
-from bench.store.ledgers import Clocks
+from bench.store.ledgers import Checks, Clocks, Memory
 from bench.store.rows import ResultsWriter, Row, read_results
 
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
@@ -322,6 +322,33 @@ def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch:
     referee = Referee(time_limit=1)
     assert "message" in referee._agreement(small(mode="train"))
     assert "message" not in referee._agreement(small(mode="forward"))
+
+
+def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of other inputs, or of another number of tokens, is an error and no time."""
+    given = {"DiT-S/8": ("aa", 4), "DiG-S/8": ("aa", 4), "DiS-S/8": ("bb", 4), "Flash-DiT-S/8": ("aa", 5)}
+
+    def answer(job: ParityJob | CaseJob, *, time_limit: float) -> object:
+        if isinstance(job, ParityJob):
+            return {}
+        inputs, tokens = given[job.case.model]
+        checks, memory = Checks(inputs=inputs, tokens=tokens), Memory(parameters=1)
+        row = Row(case=job.case, status="ok", started_at="", samples_ms=(1.0,), memory=memory, checks=checks)
+        return row.to_json()
+
+    monkeypatch.setattr(runner, "run_job", answer)
+    referee = Referee(time_limit=1, ceilings=False)
+
+    def measured(model: str, **changes: object) -> Row:
+        job = CaseJob(case=small(model, **changes), budget=QUICK, environment={}, matmul_ceiling=None, key="k")
+        return referee.measure(job)
+
+    rows = [measured(model) for model in given]
+    assert [row.status for row in rows] == ["ok", "ok", "error", "error"]
+    assert "latents, noise, timesteps or labels are not those of DiT-S/8" in rows[2].message
+    assert rows[3].message.startswith("parity: 5 tokens; DiT-S/8")
+    assert all((row.samples_ms, row.key) == ((), "k") for row in rows[2:])
+    assert measured("DiS-S/8", resolution=128).status == "ok"  # Of another comparison.
 
 
 def test_a_job_that_cannot_start_is_an_error() -> None:

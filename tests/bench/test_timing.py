@@ -12,7 +12,7 @@ from bench.cases.case import Case
 from bench.cases.jobs import Budget
 from bench.measure.steps import build_step
 from bench.measure.timing import sample
-from bench.parity.inputs import fill_zeros
+from bench.parity.inputs import fill_zeros, make_inputs
 
 
 def test_stops_on_time() -> None:
@@ -63,6 +63,36 @@ def test_training_step_trains_every_parameter(family: str) -> None:
         assert step.run().isfinite()
     still = [n for n, p in step.model.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
     assert still == []
+
+
+def test_a_training_step_is_the_loss_its_gradient_and_no_more() -> None:
+    """The loss reads noise and covariance; each step's gradients are its own."""
+    case = Case(model="DiT-S/8", resolution=64, batch=2, mode="train", dtype="fp32", device="cpu")
+    step = build_step(case)
+    assert step.optimizer is not None
+    step.optimizer.param_groups[0]["lr"] = 0.0
+    x, noise, t, y = make_inputs(step.model, case.batch)[0]
+    torch.manual_seed(1)  # Labels are dropped at random.
+    output = step.model(x, t, y)
+    predicted, covariance = output[:, :4], output[:, 4:]
+    expected = (predicted - noise).square().mean() + covariance.square().mean()
+    gradients = torch.autograd.grad(expected, list(step.model.parameters()), allow_unused=True)
+    for _ in range(2):
+        torch.manual_seed(1)
+        torch.testing.assert_close(step.run(), expected.detach())
+    for parameter, gradient in zip(step.model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("mode", ["train", "forward"])
+@pytest.mark.parametrize(("dtype", "output"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_model_runs_in_the_precision_of_its_case(mode: str, dtype: str, output: torch.dtype) -> None:
+    step = build_step(Case(model="DiT-S/8", resolution=64, mode=mode, dtype=dtype, device="cpu"))
+    seen = []
+    step.model.register_forward_hook(lambda model, inputs, result: seen.append(result.dtype))
+    step.run()
+    assert seen == [output]
+    assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
 
 
 def test_forward_step_keeps_no_graph_and_is_finite() -> None:
