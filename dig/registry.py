@@ -56,7 +56,7 @@ def register(family: Family | None = None, /, **fields: Any) -> Any:
     given, is its own; the class or function stays what it was.
 
     Raises:
-        FamilyError: Another family has this name.
+        FamilyError: Another family has this name, or the class leaves out what a `dig.layers.Backbone` must define.
     """
     if family is not None:
         _add(family)
@@ -72,6 +72,8 @@ def register(family: Family | None = None, /, **fields: Any) -> Any:
 
 
 def _add(family: Family) -> None:
+    if lacking := sorted(getattr(family.build, "__abstractmethods__", ())):
+        raise FamilyError(f"{family.name} does not define {', '.join(lacking)}, which a dig.layers.Backbone must")
     if getattr(family.build, "__module__", "") not in discovery.modules():
         # First: whoever takes a declared family's name is told, not the one who declares it.
         discovery.load_declared()

@@ -24,6 +24,7 @@ from dig import discovery, registry
 from dig.declared import DIG
 from dig.environment import ROOT
 from dig.family import Family, FamilyError, UnknownModelError
+from dig.layers import Backbone
 from dig.registry import ModelSpec, create_model, find_family, load_family, parse_family, parse_model, register
 
 MODULE = '''
@@ -172,6 +173,7 @@ def test_a_case_carries_the_import_path(own: str) -> None:
         ("broken:Plain", "importing broken for broken:Plain raised ZeroDivisionError: division by zero"),
         ("leaving:Plain", "importing leaving for leaving:Plain raised SystemExit: 1"),
         ("lacking:Plain", "importing lacking for lacking:Plain raised ModuleNotFoundError: No module named 'nowhere'"),
+        ("silent:Silent", "Silent does not define forward, which a dig.layers.Backbone must"),
         ("taken:DiG", "two families are called DiG: of dig.declared._build and of taken.DiG"),
         ("dig:fla", "unknown model 'dig': did you mean DiG?"),
     ],
@@ -180,6 +182,7 @@ def test_what_is_no_family_is_said_in_one_line(words: str, message: str, own: st
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "leaving.py").write_text("raise SystemExit(1)")
     (tmp_path / "lacking.py").write_text("import nowhere")
+    (tmp_path / "silent.py").write_text(MODULE.replace("Plain", "Silent").replace("def forward(", "def fordward("))
     (tmp_path / "taken.py").write_text("from dig.registry import register\n@register(sizes=('S',))\nclass DiG: ...\n")
     with pytest.raises((FamilyError, UnknownModelError)) as caught:
         parse_family(words.format(own=own), sized=False)
@@ -228,6 +231,19 @@ def test_what_a_family_builds_must_be_a_backbone(own: str) -> None:
     register(Family(name="Odd", sizes=("S",), build=lambda size, **shape: dict(shape)))
     with pytest.raises(TypeError, match=r"Odd builds a dict, which is no dig.layers.Backbone"):
         create_model("Odd-S/2", image_size=64)
+
+
+def test_a_backbone_defines_its_forward_pass() -> None:
+    class Silent(Backbone):
+        pass
+
+    with pytest.raises(
+        TypeError, match=r"abstract class Silent with(out an implementation for)? abstract method .*forward"
+    ):
+        Silent(input_size=(4, 4), in_channels=4, patch_size=2, num_classes=3)
+    register(Family(name="Silent", sizes=("S",), build=lambda size, **shape: Silent(**shape)))
+    with pytest.raises(TypeError, match="Silent"):
+        create_model("Silent-S/2", image_size=64)
 
 
 @pytest.mark.parametrize(
