@@ -64,13 +64,25 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session
-def tests(session: nox.Session) -> None:
-    """Run the tests that need no GPU: models, references, kernels in Triton's interpreter, harness, reports."""
+def run_tests(session: nox.Session, *chosen: str) -> None:
+    """Run tests side by side, those chosen or those that the command line names."""
     if may_install(session):
         install(session, "test", extras="train")
     cores = str(max(1, min(4, os.cpu_count() or 1)))
-    session.run("pytest", "-n", cores, "--dist", "worksteal", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    options = session.posargs or chosen
+    session.run("pytest", "-n", cores, "--dist", "worksteal", *options, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests that need no GPU, but for the slow ones: with options, whatever those choose."""
+    run_tests(session, "-m", "not slow")
+
+
+@nox.session
+def tests_slow(session: nox.Session) -> None:
+    """Run the slow tests: real processes, killed and gone on with; and every test on drawn inputs, with more of them."""
+    run_tests(session, "-m", "slow or hypothesis", "--hypothesis-profile", "many")
 
 
 @nox.session

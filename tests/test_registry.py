@@ -12,15 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bench.cases import suites as cases
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, Budget
+from bench.cli.main import app as bench_app
 from bench.run.checkouts import copy_tree
 from bench.run.side import Side
+from bench.sampling.__main__ import app as sampling_app
 from bench.store import identity
 from bench.store.rows import read_results
 from dig import discovery, registry
+from dig.cli import app as dig_app
 from dig.declared import DIG
 from dig.environment import ROOT
 from dig.family import Family, FamilyError, UnknownModelError
@@ -190,20 +194,21 @@ def test_what_is_no_family_is_said_in_one_line(words: str, message: str, own: st
     assert "\n" not in str(caught.value)
 
 
-def test_commands_refuse_with_status_2(own: str, tmp_path: Path) -> None:
+def test_commands_refuse_with_status_2(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "1.png").write_bytes(b"")
-    for module, words in (
-        ("bench", ["run", "--models", f"{own}:Plane"]),
-        ("bench", ["kernels", "--model", f"{own}:Plane-S/2"]),
-        ("bench", ["capacity", "--model", f"{own}:Plane-S/2"]),
-        ("bench.sampling", ["--models", f"{own}:Plane"]),
-        ("dig", ["train", "--model", f"{own}:Plane-S/2", "--data", "images", "--out", "run"]),
+    monkeypatch.chdir(tmp_path)
+    for app, words in (
+        (bench_app, ["run", "--models", f"{own}:Plane"]),
+        (bench_app, ["kernels", "--model", f"{own}:Plane-S/2"]),
+        (bench_app, ["capacity", "--model", f"{own}:Plane-S/2"]),
+        (sampling_app, ["--models", f"{own}:Plane"]),
+        (dig_app, ["train", "--model", f"{own}:Plane-S/2", "--data", "images", "--out", "run"]),
     ):
-        done = run(*words, "--device", "cpu", folder=tmp_path, module=module)
-        assert done.returncode == 2, (words, done.stderr)
-        assert f"{own} has no 'Plane'" in done.stderr
-        assert "Traceback" not in done.stderr
+        done = CliRunner().invoke(app, [*words, "--device", "cpu"])
+        assert done.exit_code == 2, (words, done.output)
+        assert f"{own} has no 'Plane'" in " ".join(done.output.split())
+        assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(
@@ -268,6 +273,7 @@ def test_one_option_by_two_names_is_refused() -> None:
         find_family("DiG").read_options({"recurrence": "fla", "backend": "triton"})
 
 
+@pytest.mark.slow
 def test_a_family_of_ones_own_is_trained_and_sampled(own: str, tmp_path: Path) -> None:
     from tests.dig.tiny import make_fashion
 
@@ -283,6 +289,7 @@ def test_a_family_of_ones_own_is_trained_and_sampled(own: str, tmp_path: Path) -
     assert (tmp_path / "out.npz").exists()
 
 
+@pytest.mark.slow
 def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(own: str, tmp_path: Path) -> None:
     words = ["run", "--models", f"{own}:Plain,DiT", "--patch", "8", "--resolution", "64", "--modes", "forward"]
     words += ["--device", "cpu", "--out", "rows.jsonl", "--resume"]
@@ -300,6 +307,7 @@ def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(ow
     assert again.key != plain.key
 
 
+@pytest.mark.slow
 def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_path: Path) -> None:
     text = MODULE.replace('gpu_only=frozenset({"fast"}), on_gpu="fast", ', "").replace(
         "    return Plain(size, **shape)",
@@ -316,6 +324,7 @@ def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_pat
     assert "Two-Ways-S/8 differs from its reference (Two-Ways-S/8 backend=plain)" in wrong.message
 
 
+@pytest.mark.slow
 def test_a_side_of_the_gate_finds_a_family_of_ones_own(
     own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     jumps = "import time, itertools\n_real, _n = time.time, itertools.count()\n"
     jumps += "time.time = lambda: _real() + (-1) ** next(_n) * 10 ** 6\n"
@@ -74,6 +75,7 @@ def test_no_module_of_the_harness_times_anything_by_the_time_of_day() -> None:
     assert all(set(found[name]) == {"datetime.now"} for name in allowed)
 
 
+@pytest.mark.slow
 def test_a_model_that_makes_nan_is_an_error_row(tmp_path: Path) -> None:
     fault = "module.FinalLayer.forward = lambda self, x, c: x.new_full((*x.shape[:2], 512), float('nan'))"
     harness(tmp_path, WHEN_IMPORTED.format(module="dig.layers", fault=fault))
@@ -83,6 +85,7 @@ def test_a_model_that_makes_nan_is_an_error_row(tmp_path: Path) -> None:
     assert row.samples_ms == ()
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_ended_with_its_children_and_the_next_case_runs(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     # A child that outlives its parent, in the worker's group; then never an answer.

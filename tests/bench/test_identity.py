@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from dig.environment import CIRCUMSTANCES, ROOT, describe_environment, telling_v
 from dig.flops import model_macs
 from dig.registry import create_model
 
+CASE = Case(model="DiT-S/8", resolution=64, device="cpu")
 KEY = """
 from dig.environment import describe_environment
 from bench.store.identity import measurement_key
@@ -34,18 +36,16 @@ print(measurement_key(case, code="", environment=describe_environment(), budget=
 """
 
 
-def key(*before: str, **variables: str) -> str:
-    """The key of a case in a process of these variables, started by these words."""
-    kept = {name: value for name, value in os.environ.items() if name not in telling_variables(os.environ)}
-    done = subprocess.run(
-        [*before, sys.executable, "-c", KEY], env={**kept, **variables}, cwd=ROOT, capture_output=True, check=True
-    )
-    return done.stdout.decode()
+def key() -> str:
+    """The key of a case, measured here and now."""
+    return measurement_key(CASE, code="", environment=describe_environment(), budget=BUDGETS["cpu"])
 
 
-@pytest.fixture(scope="module")
-def plain() -> str:
-    return key()
+@pytest.fixture(autouse=True)
+def _untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of this machine's that can change a number."""
+    for name in telling_variables(os.environ):
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -64,24 +64,36 @@ def plain() -> str:
         "LD_PRELOAD=libjemalloc.so",
     ],
 )
-def test_variables_that_change_a_number_change_the_key(variable: str, plain: str) -> None:
-    name, _, value = variable.partition("=")
-    assert key(**{name: value}) != plain
+def test_variables_that_change_a_number_change_the_key(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key()
+    monkeypatch.setenv(*variable.split("=", 1))
+    assert key() != before
 
 
-@pytest.mark.parametrize("before", [["nice"], ["env", "HOME=/elsewhere", "NVIDIA_API_KEY=x", "CUDA_HOME=/y"]])
-def test_what_changes_no_number_changes_no_key(before: list[str], plain: str) -> None:
-    assert key(*before) == plain
+@pytest.mark.parametrize("before", [["nice"], ["env", "HOME=/", "NVIDIA_API_KEY=x", "CUDA_HOME=/y"]])
+def test_what_changes_no_number_changes_no_key(before: list[str]) -> None:
+    """Another process, with other priority, home and secrets, has this one's."""
+    done = subprocess.run([*before, sys.executable, "-c", KEY], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == key()
 
 
-def test_fewer_cpus_and_less_memory_change_the_key(plain: str) -> None:
-    def within(limit: str) -> str:
-        return key(sys.executable, "-c", f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])")
-
-    assert within("pass") == plain
-    assert within("resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))") != plain
-    if len(os.sched_getaffinity(0)) > 1:
-        assert within("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})") != plain
+def test_fewer_cpus_and_less_memory_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A container's limit may be the lower one.
+    monkeypatch.setattr("dig.environment._control_groups", lambda controller: iter(()))
+    before, allowed = key(), os.sched_getaffinity(0)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    most = 1 << 45 if limits[1] == resource.RLIM_INFINITY else limits[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most - 4096, limits[1]))
+        assert key() != before
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert (key() != before) == (len(allowed) > 1)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert key() == before
 
 
 def test_no_secret_and_no_folder_is_recorded() -> None:
@@ -119,17 +131,17 @@ def test_what_makes_a_number_is_where_the_hash_looks(part: Callable[..., object]
 
 
 def test_every_part_of_a_measurement_is_in_its_key() -> None:
-    case, budget = Case(model="DiT-S/8", resolution=64, device="cpu"), BUDGETS["cpu"]
+    budget = BUDGETS["cpu"]
     environment = dict.fromkeys((*VERSIONS, *CIRCUMSTANCES), "this")
     assert {"gpu_name", "driver", "torch", "triton", "packages", "variables"} <= environment.keys()
 
-    def of(case: Case = case, code: str = "a", environment: dict = environment, budget: object = budget) -> str:
+    def of(case: Case = CASE, code: str = "a", environment: dict = environment, budget: object = budget) -> str:
         return measurement_key(case, code=code, environment=environment, budget=budget)  # type: ignore[arg-type]
 
     changed = [of(), of(code="b"), of(budget=replace(budget, target_s=2.0)), of(budget=replace(budget, width=0.1))]
     changes = {"model": "DiG-S/8", "resolution": 128, "batch": 2, "mode": "forward", "dtype": "fp32", "device": "cuda"}
     changes |= {"execution": "compile", "options": (("backend", "materialized"),)}
-    changed += [of(case=replace(case, **{name: value})) for name, value in changes.items()]
+    changed += [of(case=replace(CASE, **{name: value})) for name, value in changes.items()]
     changed += [of(environment={**environment, name: "another"}) for name in environment]
     assert len(set(changed)) == len(changed)
     assert of(environment={**environment, "commit": "another", "hostname": "another"}) == of()

@@ -58,6 +58,7 @@ def test_what_must_not_run() -> None:
     assert replace(good, wrong=("5680: UIADD3.X",)).faulty
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
 def test_every_kernel_of_the_table_may_run() -> None:
     """In a process of its own: this one may have Triton's interpreter in the compiler's place."""

@@ -192,7 +192,7 @@ def test_the_gate_runs_every_tile_once_and_times_none(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": "."},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.strip() == f"{16 + 32 + 64 + 16} {{'SIZE': 16}}", done.stderr
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dig.environment import ROOT
 
 CHECK = """
@@ -31,6 +33,7 @@ def test_importing_it_starts_no_cuda() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_package_that_is_broken_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "einops.py").write_text("raise RuntimeError('built for another torch')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
@@ -38,6 +41,7 @@ def test_a_package_that_is_broken_stops_nobody(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+@pytest.mark.slow
 def test_a_package_that_would_start_cuda_is_left_to_the_workers(tmp_path: Path) -> None:
     """As torchao does, which transformers imports where it is installed."""
     (tmp_path / "einops.py").write_text("import torch\ntorch.cuda._lazy_init()\n")

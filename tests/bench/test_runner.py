@@ -77,6 +77,7 @@ def test_out_of_memory_is_a_row_and_the_next_case_runs(tmp_path: Path) -> None:
     assert "memory" in rows[0].message
 
 
+@pytest.mark.slow
 def test_time_limit_kills_the_process_and_the_next_case_runs(tmp_path: Path) -> None:
     before = children(os.getpid())
     slow = small("DiS-S/2", resolution=1024, batch=4, mode="train")
@@ -109,6 +110,7 @@ def test_a_missing_package_is_an_unsupported_row(tmp_path: Path) -> None:
     assert "flash-linear-attention" in row.message
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_says_by_what(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "bench", "run", "--models", "DiS", "--resolution", "128", "--modes", "train"]
@@ -144,6 +146,7 @@ def _busy(process_id: int, seconds: float = 1.5) -> bool:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > seconds
 
 
+@pytest.mark.slow
 def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     command = [
@@ -181,6 +184,7 @@ def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path)
     assert {row.status for row in rows} == {"ok"}
 
 
+@pytest.mark.slow
 def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     command = [
