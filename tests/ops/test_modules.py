@@ -6,6 +6,7 @@ Interpreted where there is no GPU, like all of these tests.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,15 @@ class Wrapper(nn.Module):
         return self.inner(*arguments, **options)
 
 
+@functools.cache
+def plain_run(config: DiGConfig, batch: int) -> tuple[DiG, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """A model with nothing attached to it, inputs and what it makes of them: with gradients, where there are more."""
+    model = model_of(config)
+    inputs = example(model, batch)
+    with torch.set_grad_enabled(batch > 1):
+        return model, inputs, model(*inputs).detach()
+
+
 PAPER = replace(CONFIG, variant="paper", skip="linear", depth=4)
 
 
@@ -97,10 +107,9 @@ PAPER = replace(CONFIG, variant="paper", skip="linear", depth=4)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_every_module_that_is_wrapped_is_called(config: DiGConfig, name: str, batch: int) -> None:
     """With one image no gradients, and gates act on weights; with two all are asked for."""
-    model = model_of(config)
-    inputs = example(model, batch)
+    model, inputs, expected = plain_run(config, batch)
+    model = copy.deepcopy(model)
     with torch.set_grad_enabled(batch > 1):
-        expected = model(*inputs)
         wrapper = Wrapper(model.get_submodule(name))
         replace_module(model, name, wrapper)
         found = model(*inputs)
