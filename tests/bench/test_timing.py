@@ -11,7 +11,7 @@ import torch
 from bench.cases.case import Case
 from bench.cases.jobs import Budget
 from bench.measure.steps import build_step
-from bench.measure.timing import sample
+from bench.measure.timing import _why_stop, sample
 from bench.parity.inputs import fill_zeros, make_inputs
 
 
@@ -27,6 +27,34 @@ def test_stops_on_samples() -> None:
     budget = Budget(settle_s=0.0, settle_max_s=0.0, width=0.0, min_samples=2, target_s=100, max_samples=7)
     found = sample(lambda: time.sleep(0.001), device="cpu", budget=budget)
     assert (len(found.samples_ms), found.stop_reason) == (7, "samples")
+
+
+def test_the_hosts_time_is_that_of_timed_steps() -> None:
+    lengths = itertools.chain([0.1], itertools.repeat(0.001))
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=1, least_s=0.0, target_s=0.0, max_samples=1)
+    found = sample(lambda: time.sleep(next(lengths)), device="cpu", budget=budget)
+    assert (found.host_ms,) == found.samples_ms
+
+
+NARROW, WIDE = [1.0] * 9, [1.0, 2.0, 3.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("samples", "elapsed", "reason"),
+    [
+        (NARROW, 0.5, "narrow"),
+        (NARROW, 0.2, ""),  # A shorter look sees one moment of the clock.
+        (NARROW[:6], 0.5, ""),  # Narrow enough, and too few.
+        (NARROW[:6], 9.0, ""),
+        (WIDE, 0.5, ""),
+        (WIDE, 1.0, "time"),
+        ([1.0, 1.1] * 4, 0.5, ""),  # By a tenth; the budget asks for a hundredth.
+        (WIDE * 3, 0.0, "samples"),
+    ],
+)
+def test_sampling_ends_for_one_reason(samples: list[float], elapsed: float, reason: str) -> None:
+    budget = Budget(min_samples=7, least_s=0.3, width=0.01, target_s=0.8, max_samples=27)
+    assert _why_stop(samples, elapsed, budget) == reason
 
 
 def test_a_slow_step_still_gets_its_fewest_samples() -> None:
