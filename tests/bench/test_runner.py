@@ -15,6 +15,7 @@ import pytest
 from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, ParityJob
 from bench.measure import case as worker
+from bench.measure.timing import Sampled
 from bench.run import runner
 from bench.run.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
 from bench.store.ledgers import Checks, Clocks, Memory
@@ -307,6 +308,31 @@ def test_a_kernel_that_is_not_the_cases_leaves_no_time(monkeypatch: pytest.Monke
     assert "is not what its name says: flash_fwd ran" in row.message
     assert finished_launches([row]) == frozenset()
     assert Row.from_json(row.to_json()) == row
+
+
+def sampled(ms: float, warmup: str = "steady") -> Sampled:
+    return Sampled(samples_ms=(ms,) * 3, host_ms=ms, stop_reason="time", warmup=warmup, warmup_steps=3)
+
+
+@pytest.mark.parametrize("warmup", ["steady", "bound"])
+def test_times_that_had_not_settled_are_marked(warmup: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "sample", lambda run, **options: sampled(1.0, warmup))
+    row = worker.measure_case(CaseJob(case=small(), budget=QUICK, environment={}, matmul_ceiling=None))
+    assert row.status == "ok", row.message
+    assert ("unsteady" in row.marks) == (warmup == "bound")
+
+
+@pytest.mark.parametrize(("eager_ms", "graph_ms", "share"), [(4.0, 1.0, 0.75), (1.0, 2.0, 0.0), (4.0, None, None)])
+def test_the_share_of_launches_is_what_a_graph_saves(
+    eager_ms: float, graph_ms: float | None, share: float | None
+) -> None:
+    case = small(execution="eager")
+    timing = worker._timing(case, sampled(eager_ms), eager=None, graph_ms=graph_ms, flushed=False)
+    assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
+    if graph_ms is not None:
+        graph = replace(case, execution="graph", device="cuda")
+        timing = worker._timing(graph, sampled(graph_ms), eager=sampled(eager_ms), graph_ms=None, flushed=True)
+        assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
 
 
 def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,6 +257,7 @@ def test_a_layer_that_got_a_bias_uses_it() -> None:
         assert relative_error(model(*inputs), reference(*inputs)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_frozen_parameters_get_no_gradient_and_change_no_other(batch: int) -> None:
     model = model_of()
@@ -296,6 +297,7 @@ def test_parameters_given_from_outside() -> None:
     assert relative_error(found, model(*inputs)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", list(CheckpointImpl))
 def test_checkpoint_wrapper_around_blocks(implementation: CheckpointImpl) -> None:
     model = model_of()
@@ -337,6 +339,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_fully_shard_by_block(recomputed: bool) -> None:
@@ -435,6 +438,7 @@ def test_strided_parameters_are_read_as_they_are(name: str, batch: int) -> None:
         assert relative_error(model(*inputs), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attached", ["hook", "lora", "convolution"])
 def test_checkpointing_goes_with_what_is_attached_inside_of_a_block(attached: str) -> None:
     model = model_of(replace(CONFIG, depth=1))
