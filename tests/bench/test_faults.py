@@ -178,6 +178,7 @@ def test_a_file_of_a_newer_schema_ends_a_resumed_run_before_it_measures(tmp_path
     assert (tmp_path / "rows.jsonl").read_text() == line + "\n"
 
 
+@pytest.mark.slow
 def test_a_host_without_memory_is_a_probe_that_does_not_fit() -> None:
     big = Case(model="DiT-S/2", resolution=1024, mode="forward", dtype="fp32", device="cpu")
     assert not probe_case(big, limit=512 << 20, time_limit=60).fits

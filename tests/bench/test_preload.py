@@ -31,6 +31,7 @@ assert is_installed("fla") or is_installed("mamba_ssm") or "transformers" not in
 """
 
 
+@pytest.mark.slow
 def test_importing_it_starts_no_cuda() -> None:
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -160,6 +160,7 @@ def test_the_page_escapes_names_and_fetches_nothing() -> None:
     assert "color-scheme: light dark" in html
 
 
+@pytest.mark.slow
 def test_a_real_profile(tmp_path: Path) -> None:
     options = ["--model", "DiT-S/8", "--resolution", "64", "--device", "cpu", "--out", str(tmp_path)]
     done = CliRunner().invoke(cli.app, ["profile", *options])

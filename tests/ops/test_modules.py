@@ -184,6 +184,7 @@ def test_a_forward_that_was_replaced_is_what_runs() -> None:
         assert relative_error(found, model(*inputs)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_on_every_linear_layer(dtype: torch.dtype) -> None:
     """PEFT's: output and adapters' gradients are the reference's, the weights stay frozen."""
