@@ -81,7 +81,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def tests_slow(session: nox.Session) -> None:
-    """Run the slow tests: real processes, killed and gone on with; and every test on drawn inputs, with more of them."""
+    """Run the slow tests: real processes, killed and gone on with; and those on drawn inputs, with more of them."""
     run_tests(session, "-m", "slow or hypothesis", "--hypothesis-profile", "many")
 
 
