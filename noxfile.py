@@ -75,12 +75,25 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
+def run_tests(session: nox.Session, *chosen: str) -> None:
+    """Run tests side by side, those chosen or those that the command line names."""
+    session.run("pytest", *in_parallel(), *(session.posargs or chosen), env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests that need no GPU: models, references, kernels in Triton's interpreter, harness, reports."""
+    """Run the tests that need no GPU, but for the slow ones: with options, whatever those choose."""
     if may_install(session):
         install(session, "test", extras="train")
-    session.run("pytest", *in_parallel(), *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    run_tests(session, "-m", "not slow")
+
+
+@nox.session
+def tests_slow(session: nox.Session) -> None:
+    """Run the slow tests: real processes, killed and gone on with; and those on drawn inputs, with more of them."""
+    if may_install(session):
+        install(session, "test", extras="train")
+    run_tests(session, "-m", "slow or hypothesis", "--hypothesis-profile", "many")
 
 
 @nox.session
@@ -92,7 +105,7 @@ def tests_newest(session: nox.Session) -> None:
         session.install("--upgrade", "--upgrade-strategy", "eager", *(without_pin(each) for each in wanted))
         session.install("--no-deps", "-e", ".")
     session.run("python", "-m", "pip", "list")
-    session.run("pytest", *in_parallel(), *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    run_tests(session)
 
 
 @nox.session

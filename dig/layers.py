@@ -8,7 +8,7 @@ Shapes: B batch, C input channels, P patch side, T tokens, D width; a grid is (r
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Literal, cast
 
 import torch
@@ -140,7 +140,7 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * patch_size, columns * patch_size)
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """What every model here offers: ``forward(x, t, y)``, guidance, and the shape it was built for.
 
     Attributes:

@@ -58,7 +58,8 @@ def register(family: Any = None, /, **fields: Any) -> Any:
     given, is its own; the class or function stays what it was.
 
     Raises:
-        FamilyError: Another family has this name, or this is none; the message names family and field.
+        FamilyError: Another family has this name, this is none, or the class leaves out what a `dig.layers.Backbone`
+            must define; the message names family and field.
     """
     if family is not None:
         if not isinstance(family, Family):
@@ -83,6 +84,8 @@ def register(family: Any = None, /, **fields: Any) -> Any:
 
 
 def _add(family: Family) -> None:
+    if lacking := sorted(getattr(family.build, "__abstractmethods__", ())):
+        raise FamilyError(f"{family.name} does not define {', '.join(lacking)}, which a dig.layers.Backbone must")
     if getattr(family.build, "__module__", "") not in discovery.modules():
         # First: whoever takes a declared family's name is told, not the one who declares it.
         discovery.load_declared()

@@ -16,8 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # PyTorch reads it once, at the first matrix product, which may be in a test before those that train deterministically.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Messages are wrapped at the terminal's width and coloured as its variables say; what is asserted must not hang on it.
+os.environ["COLUMNS"] = "80"
+for name in ("FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "GITHUB_ACTIONS"):
+    os.environ.pop(name, None)
+
 import pytest
 import torch
+from hypothesis import settings
+
+# A few drawn inputs each time, many once in CI: nox -s tests_slow names the profile.
+settings.register_profile("few", max_examples=20, deadline=None)
+settings.register_profile("many", max_examples=100, deadline=None)
+settings.load_profile("few")
 
 # Without a GPU, Triton's interpreter replaces it. It must be chosen before anything imports triton, which
 # diffusers does: so here, and not beside the tests of the kernels.

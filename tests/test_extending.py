@@ -26,6 +26,7 @@ def block(language: str) -> str:
     return found.group(1)
 
 
+@pytest.mark.slow
 def test_the_example_is_measured_beside_dig_and_drawn(tmp_path: Path) -> None:
     code = block("python")
     assert len(code.splitlines()) < 30

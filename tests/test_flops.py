@@ -123,6 +123,7 @@ def test_every_operation_of_this_project_has_a_formula() -> None:
     assert {n for n in names if getattr(torch.ops.dig, n.removeprefix("dig::")) not in flop_registry} == set()
 
 
+@pytest.mark.slow
 def test_a_training_step_of_the_kernels_counts_as_three_forward_passes() -> None:
     """FlopCounterMode alone, forward and backward, but for what a block computes again and inputs without gradients.
 

@@ -17,18 +17,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from bench.cases import suites as cases
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, Budget
+from bench.cli.main import app as bench_app
 from bench.measure.steps import build_step
 from bench.parity.error import ParityError
 from bench.parity.reference import check_against_reference
 from bench.run.checkouts import copy_tree
 from bench.run.side import Side
+from bench.sampling.__main__ import app as sampling_app
 from bench.store import identity
 from bench.store.rows import read_results
 from dig import discovery, registry
+from dig.cli import app as dig_app
 from dig.declared import DIG
 from dig.environment import ROOT
 from dig.family import Family, FamilyError, Look, Signature, UnknownModelError
@@ -182,6 +186,7 @@ def test_a_case_carries_the_import_path(own: str) -> None:
         ("broken:Plain", "importing broken for broken:Plain raised ZeroDivisionError: division by zero"),
         ("leaving:Plain", "importing leaving for leaving:Plain raised SystemExit: 1"),
         ("lacking:Plain", "importing lacking for lacking:Plain raised ModuleNotFoundError: No module named 'nowhere'"),
+        ("silent:Silent", "Silent does not define forward, which a dig.layers.Backbone must"),
         ("taken:DiG", "two families are called DiG: of dig.declared._build and of taken.DiG"),
         ("dig:fla", "unknown model 'dig': did you mean DiG?"),
     ],
@@ -190,6 +195,7 @@ def test_what_is_no_family_is_said_in_one_line(words: str, message: str, own: st
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "leaving.py").write_text("raise SystemExit(1)")
     (tmp_path / "lacking.py").write_text("import nowhere")
+    (tmp_path / "silent.py").write_text(MODULE.replace("Plain", "Silent").replace("def forward(", "def fordward("))
     (tmp_path / "taken.py").write_text("from dig.registry import register\n@register(sizes=('S',))\nclass DiG: ...\n")
     with pytest.raises((FamilyError, UnknownModelError)) as caught:
         parse_family(words.format(own=own), sized=False)
@@ -197,20 +203,21 @@ def test_what_is_no_family_is_said_in_one_line(words: str, message: str, own: st
     assert "\n" not in str(caught.value)
 
 
-def test_commands_refuse_with_status_2(own: str, tmp_path: Path) -> None:
+def test_commands_refuse_with_status_2(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "1.png").write_bytes(b"")
-    for module, words in (
-        ("bench", ["run", "--models", f"{own}:Plane"]),
-        ("bench", ["kernels", "--model", f"{own}:Plane-S/2"]),
-        ("bench", ["capacity", "--model", f"{own}:Plane-S/2"]),
-        ("bench.sampling", ["--models", f"{own}:Plane"]),
-        ("dig", ["train", "--model", f"{own}:Plane-S/2", "--data", "images", "--out", "run"]),
+    monkeypatch.chdir(tmp_path)
+    for app, words in (
+        (bench_app, ["run", "--models", f"{own}:Plane"]),
+        (bench_app, ["kernels", "--model", f"{own}:Plane-S/2"]),
+        (bench_app, ["capacity", "--model", f"{own}:Plane-S/2"]),
+        (sampling_app, ["--models", f"{own}:Plane"]),
+        (dig_app, ["train", "--model", f"{own}:Plane-S/2", "--data", "images", "--out", "run"]),
     ):
-        done = run(*words, "--device", "cpu", folder=tmp_path, module=module)
-        assert done.returncode == 2, (words, done.stderr)
-        assert f"{own} has no 'Plane'" in done.stderr
-        assert "Traceback" not in done.stderr
+        done = CliRunner().invoke(app, [*words, "--device", "cpu"])
+        assert done.exit_code == 2, (words, done.output)
+        assert f"{own} has no 'Plane'" in " ".join(done.output.split())
+        assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(
@@ -328,6 +335,19 @@ def test_an_input_size_may_be_a_squares_side(own: str) -> None:
     assert create_model("Plain-S/2", input_size=np.int64(8)).input_size == (8, 8)
 
 
+def test_a_backbone_defines_its_forward_pass() -> None:
+    class Silent(Backbone):
+        pass
+
+    with pytest.raises(
+        TypeError, match=r"abstract class Silent with(out an implementation for)? abstract method .*forward"
+    ):
+        Silent(input_size=(4, 4), in_channels=4, patch_size=2, num_classes=3)
+    register(Family(name="Silent", sizes=("S",), build=lambda size, **shape: Silent(**shape)))
+    with pytest.raises(TypeError, match="Silent"):
+        create_model("Silent-S/2", image_size=64)
+
+
 @pytest.mark.parametrize(
     ("name", "former"), [("DiG-S/2", "recurrence"), ("DiT-S/2", "attention"), ("DiS-S/2", "mixer")]
 )
@@ -350,6 +370,7 @@ def test_one_option_by_two_names_is_refused() -> None:
         find_family("DiG").read_options({"recurrence": "fla", "backend": "triton"})
 
 
+@pytest.mark.slow
 def test_a_family_of_ones_own_is_trained_and_sampled(own: str, tmp_path: Path) -> None:
     from tests.dig.tiny import make_fashion
 
@@ -420,6 +441,7 @@ def test_a_reference_with_other_weights_is_told_in_short(own: str) -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.slow
 def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(own: str, tmp_path: Path) -> None:
     words = ["run", "--models", f"{own}:Plain,DiT", "--patch", "8", "--resolution", "64", "--modes", "forward"]
     words += ["--device", "cpu", "--out", "rows.jsonl", "--resume"]
@@ -437,6 +459,7 @@ def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(ow
     assert again.key != plain.key
 
 
+@pytest.mark.slow
 def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_path: Path) -> None:
     text = MODULE.replace('gpu_only=frozenset({"fast"}), on_gpu="fast", ', "").replace(
         "    return Plain(size, **shape)",
@@ -453,6 +476,7 @@ def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_pat
     assert "Two-Ways-S/8 differs from its reference (Two-Ways-S/8 backend=plain)" in wrong.message
 
 
+@pytest.mark.slow
 def test_a_side_of_the_gate_finds_a_family_of_ones_own(
     own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import os
 from bench.measure.settings import set_variables
 from bench.run.lifeline import die_with_parent
 from dig.environment import HARNESS_VARIABLE
+from dig.packages import is_installed
 
 harness = os.environ.pop(HARNESS_VARIABLE, "")
 if harness:
@@ -29,13 +30,12 @@ def _refuse() -> None:
 
 _start_cuda, torch.cuda._lazy_init = torch.cuda._lazy_init, _refuse
 try:
-    # The last of them are what fla and mamba-ssm spend half of their own imports on, which start CUDA and must not be
-    # here. So may these, where another package is installed that they look for: transformers takes in torchao, which
-    # asks for the card's capability.
-    for name in (
-        "torch._dynamo", "triton", "bench.run.worker", "dig.raster", "einops", "transformers.generation.utils",
-        "transformers.modeling_utils",
-    ):  # fmt: skip
+    # What fla and mamba-ssm spend half of their own imports on, which start CUDA and must not be here. So may these,
+    # where another package is installed that they look for: transformers takes in torchao, which asks for the card's
+    # capability.
+    peers = ("einops", "transformers.generation.utils", "transformers.modeling_utils")
+    wanted = is_installed("fla") or is_installed("mamba_ssm")
+    for name in ("torch._dynamo", "triton", "bench.run.worker", "dig.raster", *(peers if wanted else ())):
         with contextlib.suppress(Exception):  # Missing or broken: a worker that needs it says so in its row.
             importlib.import_module(name)
 finally:

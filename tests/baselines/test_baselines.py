@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.attention import attend
 from baselines.dis import DiS, DiSConfig
 from baselines.selective_scan import selective_scan
 from bench.models import create_model
@@ -39,8 +40,7 @@ def test_flash_attn_is_asked_to_repeat_itself(deterministic: bool, monkeypatch: 
         asked.append(deterministic)
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    for module in ("baselines.attention", "baselines.dit"):
-        monkeypatch.setattr(f"{module}.require", lambda *_: SimpleNamespace(flash_attn_func=attend))
+    monkeypatch.setattr("baselines.attention.require", lambda *_: SimpleNamespace(flash_attn_func=attend))
     dit = randomize(create_model("DiT-S/4", image_size=64)).eval()
     flash = create_model("Flash-DiT-S/4", image_size=64, backend="flash-attn").eval()
     flash.load_state_dict(dit.state_dict())
@@ -99,7 +99,6 @@ def test_position_embedding_tells_rows_from_columns() -> None:
 
 
 def test_materialized_attention_is_softmax_attention() -> None:
-    model = create_model("DiT-S/4", image_size=64)
-    attention = model.blocks[0].attn
-    q, k, v = torch.randn(3, 2, 6, 10, 64).unbind(0)
-    torch.testing.assert_close(attention._head_major(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    q, k, v = torch.randn(3, 2, 10, 6, 64).unbind(0)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(attend("materialized", q, k, v), expected)

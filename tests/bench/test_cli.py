@@ -15,6 +15,7 @@ from bench.cli import capacity as capacity_command
 from bench.cli import main as cli
 from bench.inspect.capacity import Probe
 from bench.store.rows import read_results
+from dig.environment import ROOT
 
 runner = CliRunner()
 
@@ -81,18 +82,26 @@ def test_torn_line_is_reported_and_the_run_goes_on(tmp_path: Path, monkeypatch: 
 
 def test_the_command_line_starts_without_torch() -> None:
     code = "import bench.cli.main, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_a_real_run_and_the_list(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_real_run(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "bench"]
-    options = ["--models", "DiT", "--patch", "8", "--resolution", "64", "--modes", "forward", "--device", "cpu"]
-    done = subprocess.run([*command, "run", *options, "--out", str(path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "bench", "run", "--models", "DiT", "--patch", "8", "--resolution", "64"]
+    command += ["--modes", "forward", "--device", "cpu", "--out", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "img/s" in done.stderr
     (row,) = read_results(path).rows
     assert row.status == "ok"
-    listed = subprocess.run([*command, "list"], capture_output=True, text=True, check=True, env={"COLUMNS": "200"})
+
+
+@pytest.mark.slow
+def test_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is counted for it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = runner.invoke(cli.app, ["list"])
+    assert listed.exit_code == 0, listed.output
     assert "32,983,328" not in listed.stdout  # the default variant is the paper's
     assert "DiS-XL/2 (assumed)" in listed.stdout
     assert "1.403" in listed.stdout
@@ -100,9 +109,8 @@ def test_a_real_run_and_the_list(tmp_path: Path) -> None:
 
 def test_kernels_of_a_step() -> None:
     options = ["--model", "DiG-S/8", "--resolution", "64", "--mode", "forward", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "kernels", *options], capture_output=True, text=True, check=True
-    )
+    done = runner.invoke(cli.app, ["kernels", *options])
+    assert done.exit_code == 0, done.output
     assert "DiG-S/8" in done.stdout
     assert "aten::addmm" in done.stdout
     assert "share" in done.stdout

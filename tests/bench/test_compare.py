@@ -120,6 +120,16 @@ def test_launches_of_the_change_that_fail_are_not_passed_over() -> None:
     findings = compare_rows(rows(STEADY), change, Thresholds())
     assert exit_status(findings) == 1
     assert "1 of 5 launches of the change failed" in findings[-1].note
+    both = compare_rows(change, change, Thresholds())
+    assert not any(finding.broken for finding in both)
+    assert exit_status(compare_rows(change, rows(STEADY), Thresholds())) != 1
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(1.05, "same"), (1.2, "slower"), (0.8, "faster")])
+def test_on_a_cpu_a_peak_is_the_whole_process_and_counts_from_a_tenth(peak: float, verdict: str) -> None:
+    case = replace(CASE, device="cpu", execution="eager")
+    sides = [rows(STEADY, case=case, peak=bytes_) for bytes_ in (10**9, int(peak * 10**9))]
+    assert {f.metric: f.verdict for f in compare_rows(*sides, Thresholds())}["memory"] == verdict
 
 
 def test_other_inputs_are_not_comparable() -> None:

@@ -54,6 +54,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     jumps = "import time, itertools\n_real, _n = time.time, itertools.count()\n"
     jumps += "time.time = lambda: _real() + (-1) ** next(_n) * 10 ** 6\n"
@@ -74,6 +75,7 @@ def test_no_module_of_the_harness_times_anything_by_the_time_of_day() -> None:
     assert all(set(found[name]) == {"datetime.now"} for name in allowed)
 
 
+@pytest.mark.slow
 def test_a_model_that_makes_nan_is_an_error_row(tmp_path: Path) -> None:
     fault = "module.FinalLayer.forward = lambda self, x, c: x.new_full((*x.shape[:2], 512), float('nan'))"
     harness(tmp_path, WHEN_IMPORTED.format(module="dig.layers", fault=fault))
@@ -83,6 +85,7 @@ def test_a_model_that_makes_nan_is_an_error_row(tmp_path: Path) -> None:
     assert row.samples_ms == ()
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_ended_with_its_children_and_the_next_case_runs(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     # A child that outlives its parent, in the worker's group; then never an answer.
@@ -175,6 +178,7 @@ def test_a_file_of_a_newer_schema_ends_a_resumed_run_before_it_measures(tmp_path
     assert (tmp_path / "rows.jsonl").read_text() == line + "\n"
 
 
+@pytest.mark.slow
 def test_a_host_without_memory_is_a_probe_that_does_not_fit() -> None:
     big = Case(model="DiT-S/2", resolution=1024, mode="forward", dtype="fp32", device="cpu")
     assert not probe_case(big, limit=512 << 20, time_limit=60).fits

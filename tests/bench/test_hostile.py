@@ -32,9 +32,7 @@ from reports import __main__ as reports_main
 from reports import fashion, follow
 from reports import sampling as sampling_report
 
-QUICK = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ROW = Row(
     case=Case(model="DiG-S/2", options=(("recurrence", "fla"),), resolution=256),
     status="ok",
@@ -353,6 +351,7 @@ def test_coverage_refuses_them_too(option: str, value: str, capsys: pytest.Captu
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["kernels", "profile", "first-step"])
 def test_a_size_beyond_memory_is_one_line_and_leaves_nothing(command: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")] if command == "profile" else []

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dig.environment import ROOT, describe_environment, telling_variables
+from bench.cases.case import Case
+from bench.cases.jobs import BUDGETS
+from bench.measure.memory import MemoryMeter
+from bench.measure.steps import build_step
+from bench.measure.timing import sample
+from bench.parity.inputs import fill_zeros, make_inputs
+from bench.parity.reference import check_against_reference
+from bench.store.identity import MEASURING, VERSIONS, code_hash, measurement_key
+from dig.environment import CIRCUMSTANCES, ROOT, describe_environment, telling_variables
+from dig.flops import model_macs
+from dig.registry import create_model
 
+CASE = Case(model="DiT-S/8", resolution=64, device="cpu")
 KEY = """
 from dig.environment import describe_environment
 from bench.store.identity import measurement_key
@@ -20,18 +36,16 @@ print(measurement_key(case, code="", environment=describe_environment(), budget=
 """
 
 
-def key(*before: str, **variables: str) -> str:
-    """The key of a case in a process of these variables, started by these words."""
-    kept = {name: value for name, value in os.environ.items() if name not in telling_variables(os.environ)}
-    done = subprocess.run(
-        [*before, sys.executable, "-c", KEY], env={**kept, **variables}, cwd=ROOT, capture_output=True, check=True
-    )
-    return done.stdout.decode()
+def key() -> str:
+    """The key of a case, measured here and now."""
+    return measurement_key(CASE, code="", environment=describe_environment(), budget=BUDGETS["cpu"])
 
 
-@pytest.fixture(scope="module")
-def plain() -> str:
-    return key()
+@pytest.fixture(autouse=True)
+def _untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of this machine's that can change a number."""
+    for name in telling_variables(os.environ):
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -50,27 +64,84 @@ def plain() -> str:
         "LD_PRELOAD=libjemalloc.so",
     ],
 )
-def test_variables_that_change_a_number_change_the_key(variable: str, plain: str) -> None:
-    name, _, value = variable.partition("=")
-    assert key(**{name: value}) != plain
+def test_variables_that_change_a_number_change_the_key(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key()
+    monkeypatch.setenv(*variable.split("=", 1))
+    assert key() != before
 
 
-@pytest.mark.parametrize("before", [["nice"], ["env", "HOME=/elsewhere", "NVIDIA_API_KEY=x", "CUDA_HOME=/y"]])
-def test_what_changes_no_number_changes_no_key(before: list[str], plain: str) -> None:
-    assert key(*before) == plain
+@pytest.mark.parametrize("before", [["nice"], ["env", "HOME=/", "NVIDIA_API_KEY=x", "CUDA_HOME=/y"]])
+def test_what_changes_no_number_changes_no_key(before: list[str]) -> None:
+    """Another process, with other priority, home and secrets, has this one's."""
+    done = subprocess.run([*before, sys.executable, "-c", KEY], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == key()
 
 
-def test_fewer_cpus_and_less_memory_change_the_key(plain: str) -> None:
-    def within(limit: str) -> str:
-        return key(sys.executable, "-c", f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])")
-
-    assert within("pass") == plain
-    assert within("resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))") != plain
-    if len(os.sched_getaffinity(0)) > 1:
-        assert within("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})") != plain
+def test_fewer_cpus_and_less_memory_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A container's limit may be the lower one.
+    monkeypatch.setattr("dig.environment._control_groups", lambda controller: iter(()))
+    before, allowed = key(), os.sched_getaffinity(0)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    most = 1 << 45 if limits[1] == resource.RLIM_INFINITY else limits[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most - 4096, limits[1]))
+        assert key() != before
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert (key() != before) == (len(allowed) > 1)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert key() == before
 
 
 def test_no_secret_and_no_folder_is_recorded() -> None:
     given = {"CUDA_API_TOKEN": "x", "TRITON_CACHE_DIR": "/home/me", "TORCH_HOME": "/home/me", "OMP_PROC_BIND": "true"}
     assert telling_variables(given) == {"OMP_PROC_BIND": "true"}
     assert describe_environment()["variables"] == telling_variables(os.environ)
+
+
+def test_code_that_can_change_a_number_changes_the_hash(tmp_path: Path) -> None:
+    counted = [tmp_path / folder / name for folder in MEASURING for name in ("part.py", "deeper/part.py")]
+    other = [tmp_path / "bench/judge/part.py", tmp_path / "bench/measure/notes.txt", tmp_path / "reports/part.py"]
+    for path in (*counted, *other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("FIRST = 1\n")
+    hashes = [code_hash(tmp_path)]
+    for path in counted:
+        path.write_text("FIRST = 2\n")
+        hashes.append(code_hash(tmp_path))
+    counted[0].rename(counted[0].with_name("renamed.py"))
+    hashes.append(code_hash(tmp_path))
+    assert len(set(hashes)) == len(hashes)
+    for path in other:
+        path.write_text("FIRST = 2\n")
+        assert code_hash(tmp_path) == hashes[-1]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [build_step, sample, MemoryMeter, make_inputs, fill_zeros, check_against_reference, model_macs, create_model],
+    ids=lambda part: part.__name__,
+)
+def test_what_makes_a_number_is_where_the_hash_looks(part: Callable[..., object]) -> None:
+    file = Path(inspect.getfile(part)).resolve()
+    assert any(file.is_relative_to((ROOT / folder).resolve()) for folder in MEASURING)
+
+
+def test_every_part_of_a_measurement_is_in_its_key() -> None:
+    budget = BUDGETS["cpu"]
+    environment = dict.fromkeys((*VERSIONS, *CIRCUMSTANCES), "this")
+    assert {"gpu_name", "driver", "torch", "triton", "packages", "variables"} <= environment.keys()
+
+    def of(case: Case = CASE, code: str = "a", environment: dict = environment, budget: object = budget) -> str:
+        return measurement_key(case, code=code, environment=environment, budget=budget)  # type: ignore[arg-type]
+
+    changed = [of(), of(code="b"), of(budget=replace(budget, target_s=2.0)), of(budget=replace(budget, width=0.1))]
+    changes = {"model": "DiG-S/8", "resolution": 128, "batch": 2, "mode": "forward", "dtype": "fp32", "device": "cuda"}
+    changes |= {"execution": "compile", "options": (("backend", "materialized"),)}
+    changed += [of(case=replace(CASE, **{name: value})) for name, value in changes.items()]
+    changed += [of(environment={**environment, name: "another"}) for name in environment]
+    assert len(set(changed)) == len(changed)
+    assert of(environment={**environment, "commit": "another", "hostname": "another"}) == of()

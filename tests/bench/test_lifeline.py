@@ -55,6 +55,7 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 @pytest.mark.parametrize("command", [RUN, SAMPLING, REGRESSION], ids=["run", "sampling", "regression"])
 def test_a_killed_harness_leaves_no_process_and_the_next_start_no_folder(
@@ -79,6 +80,7 @@ def test_a_killed_harness_leaves_no_process_and_the_next_start_no_folder(
     assert {path.name.partition("_")[0] for path in (folder / "tmp").iterdir()} <= {"torchinductor"}
 
 
+@pytest.mark.slow
 def test_a_harness_killed_while_its_server_imports_leaves_none(folder: Path) -> None:
     harness, _ = begin(folder, [*RUN, "--out", str(folder / "out")])
     try:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from bench.cases.case import Case
 from bench.measure.steps import build_step
 from bench.parity import reference
 from bench.parity.error import ParityError
+from bench.parity.inputs import make_inputs
 from bench.parity.kernels import _triton_kernels, check_kernels, reference_of, signature_of
 from bench.parity.reference import check_against_reference
 from bench.parity.replay import check_replay
@@ -147,6 +149,12 @@ def test_a_backward_pass_that_is_wrong_is_found_out_where_it_is_measured(attenti
     assert forward.gradients_off is None
 
 
+def test_a_parameter_that_one_side_has_no_gradient_of_is_beyond_any_bound() -> None:
+    x = torch.ones(3)
+    assert reference._errors({"a": x}, {"a": x, "b": x}) == {"a": 0.0, "b": float("inf")}
+    assert reference._errors({"a": x, "b": x}, {"a": x}) == {"a": 0.0, "b": float("inf")}
+
+
 def test_no_rounding_makes_noise_pass(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "ROUNDINGS", 1e9)
     attention(lambda right, q, k, v: 10 * torch.randn_like(v))
@@ -192,7 +200,7 @@ def test_the_gate_runs_every_tile_once_and_times_none(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": "."},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.strip() == f"{16 + 32 + 64 + 16} {{'SIZE': 16}}", done.stderr
 
@@ -213,6 +221,13 @@ def test_all_families_get_the_same_inputs_whatever_they_drew_before() -> None:
     assert len(digests) == 1
     other = build_step(Case(model="DiT-S/8", resolution=64, batch=2, dtype="fp32", device="cpu", mode="forward"))
     assert other.inputs not in digests
+
+
+def test_the_same_numbers_in_another_shape_are_other_inputs() -> None:
+    shapes = [SimpleNamespace(in_channels=4, input_size=size, num_classes=10) for size in ((8, 8), (4, 16))]
+    (square, one), (wide, other) = (make_inputs(model, 1) for model in shapes)  # type: ignore[arg-type]
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(square, wide, strict=True))
+    assert one != other
 
 
 def test_a_grid_has_the_same_tokens_in_every_family() -> None:

@@ -88,6 +88,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
         check_out_base(ROOT, str(tmp_path / "empty"), tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_slower_and_broken_code_is_caught_and_unchanged_code_is_not(tmp_path: Path) -> None:
     base = copy_tree(ROOT, tmp_path / "base", "base")
     slowed = slow_down(copy_tree(ROOT, tmp_path / "slow", "slow"), milliseconds=40, megahertz=1)
@@ -102,6 +103,7 @@ def test_slower_and_broken_code_is_caught_and_unchanged_code_is_not(tmp_path: Pa
     assert {row.checks.inputs for row in found.base} == {row.checks.inputs for row in found.change}
 
 
+@pytest.mark.slow
 def test_a_side_that_gives_other_numbers_is_an_error_row_by_name(tmp_path: Path) -> None:
     broken = copy_tree(ROOT, tmp_path / "nan", "nan")
     layers = broken.root / "dig" / "layers.py"
@@ -203,6 +205,7 @@ def test_bad_input(options: list[str], message: str, tmp_path: Path) -> None:
     assert message in result.output
 
 
+@pytest.mark.slow
 def test_the_copy_that_is_slowed_still_computes_the_same(tmp_path: Path) -> None:
     code = (
         "import sys, torch, bench.models as m; torch.manual_seed(0)\n"

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cases.case import Case
+from bench.store.files import write_file
 from bench.store.ledgers import Checks, Clocks, Memory, Timing
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.family import Look
@@ -310,6 +311,18 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
     assert "is being written by another run" in done.stdout
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_result_is_for_whom_the_umask_says(mask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        for _ in range(2):  # Anew, and in another's place.
+            write_file(tmp_path / "table.md", "x")
+            assert (tmp_path / "table.md").stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
 
 
 def test_unwritable_path(tmp_path: Path) -> None:

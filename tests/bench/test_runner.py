@@ -15,9 +15,10 @@ import pytest
 from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, ParityJob
 from bench.measure import case as worker
+from bench.measure.timing import Sampled
 from bench.run import runner
 from bench.run.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
-from bench.store.ledgers import Clocks
+from bench.store.ledgers import Checks, Clocks, Memory
 from bench.store.rows import ResultsWriter, Row, read_results
 
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
@@ -77,6 +78,7 @@ def test_out_of_memory_is_a_row_and_the_next_case_runs(tmp_path: Path) -> None:
     assert "memory" in rows[0].message
 
 
+@pytest.mark.slow
 def test_time_limit_kills_the_process_and_the_next_case_runs(tmp_path: Path) -> None:
     before = children(os.getpid())
     slow = small("DiS-S/2", resolution=1024, batch=4, mode="train")
@@ -109,6 +111,7 @@ def test_a_missing_package_is_an_unsupported_row(tmp_path: Path) -> None:
     assert "flash-linear-attention" in row.message
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_says_by_what(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "bench", "run", "--models", "DiS", "--resolution", "128", "--modes", "train"]
@@ -144,6 +147,7 @@ def _busy(process_id: int, seconds: float = 1.5) -> bool:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > seconds
 
 
+@pytest.mark.slow
 def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     command = [
@@ -181,6 +185,7 @@ def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path)
     assert {row.status for row in rows} == {"ok"}
 
 
+@pytest.mark.slow
 def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     command = [
@@ -305,6 +310,31 @@ def test_a_kernel_that_is_not_the_cases_leaves_no_time(monkeypatch: pytest.Monke
     assert Row.from_json(row.to_json()) == row
 
 
+def sampled(ms: float, warmup: str = "steady") -> Sampled:
+    return Sampled(samples_ms=(ms,) * 3, host_ms=ms, stop_reason="time", warmup=warmup, warmup_steps=3)
+
+
+@pytest.mark.parametrize("warmup", ["steady", "bound"])
+def test_times_that_had_not_settled_are_marked(warmup: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "sample", lambda run, **options: sampled(1.0, warmup))
+    row = worker.measure_case(CaseJob(case=small(), budget=QUICK, environment={}, matmul_ceiling=None))
+    assert row.status == "ok", row.message
+    assert ("unsteady" in row.marks) == (warmup == "bound")
+
+
+@pytest.mark.parametrize(("eager_ms", "graph_ms", "share"), [(4.0, 1.0, 0.75), (1.0, 2.0, 0.0), (4.0, None, None)])
+def test_the_share_of_launches_is_what_a_graph_saves(
+    eager_ms: float, graph_ms: float | None, share: float | None
+) -> None:
+    case = small(execution="eager")
+    timing = worker._timing(case, sampled(eager_ms), eager=None, graph_ms=graph_ms, flushed=False)
+    assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
+    if graph_ms is not None:
+        graph = replace(case, execution="graph", device="cuda")
+        timing = worker._timing(graph, sampled(graph_ms), eager=sampled(eager_ms), graph_ms=None, flushed=True)
+        assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
+
+
 def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     answers = {"train": {"reference": "r", "gradients_off": 0.0}, "forward": {"reference": "r"}}
@@ -322,6 +352,33 @@ def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch:
     referee = Referee(time_limit=1)
     assert "message" in referee._agreement(small(mode="train"))
     assert "message" not in referee._agreement(small(mode="forward"))
+
+
+def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of other inputs, or of another number of tokens, is an error and no time."""
+    given = {"DiT-S/8": ("aa", 4), "DiG-S/8": ("aa", 4), "DiS-S/8": ("bb", 4), "Flash-DiT-S/8": ("aa", 5)}
+
+    def answer(job: ParityJob | CaseJob, *, time_limit: float) -> object:
+        if isinstance(job, ParityJob):
+            return {}
+        inputs, tokens = given[job.case.model]
+        checks, memory = Checks(inputs=inputs, tokens=tokens), Memory(parameters=1)
+        row = Row(case=job.case, status="ok", started_at="", samples_ms=(1.0,), memory=memory, checks=checks)
+        return row.to_json()
+
+    monkeypatch.setattr(runner, "run_job", answer)
+    referee = Referee(time_limit=1, ceilings=False)
+
+    def measured(model: str, **changes: object) -> Row:
+        job = CaseJob(case=small(model, **changes), budget=QUICK, environment={}, matmul_ceiling=None, key="k")
+        return referee.measure(job)
+
+    rows = [measured(model) for model in given]
+    assert [row.status for row in rows] == ["ok", "ok", "error", "error"]
+    assert "latents, noise, timesteps or labels are not those of DiT-S/8" in rows[2].message
+    assert rows[3].message.startswith("parity: 5 tokens; DiT-S/8")
+    assert all((row.samples_ms, row.key) == ((), "k") for row in rows[2:])
+    assert measured("DiS-S/8", resolution=128).status == "ok"  # Of another comparison.
 
 
 def test_a_job_that_cannot_start_is_an_error() -> None:

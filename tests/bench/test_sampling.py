@@ -114,6 +114,7 @@ def test_what_is_timed_is_the_guided_loop(monkeypatch: pytest.MonkeyPatch) -> No
     assert contestant.peak_memory_gib() is None
 
 
+@pytest.mark.slow
 def test_the_command_measures_in_turns(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     options = ["--models", "DiG,Flash-DiT", "--size", "S", "--patch", "8", "--resolutions", "64", "--device", "cpu"]
@@ -130,6 +131,7 @@ def test_the_command_measures_in_turns(tmp_path: Path) -> None:
     assert "peer" in done.stdout
 
 
+@pytest.mark.slow
 def test_one_failure_costs_no_other_row(tmp_path: Path) -> None:
     """Out of memory, too slow, or dead: a row each, and the neighbour's figures are there."""
     many = replace(CASE, resolution=2**20)  # 17 thousand million tokens: the allocator refuses their positions at once

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.judge.statistics import Interval, expanded_percentiles, judge, noise_floor, ratio_interval
+from bench.judge.statistics import Interval, common_scatter, expanded_percentiles, judge, noise_floor, ratio_interval
 from bench.measure.intervals import median_interval
 
 
@@ -106,8 +106,17 @@ def test_swapping_the_sides_swaps_the_verdict(ratio: float, below: float, above:
 
 def test_noise_floor_is_a_quantile_of_distances_both_ways() -> None:
     assert noise_floor([1.01, 1 / 1.01, 1.0]) == pytest.approx(0.01, rel=0.1)
+    assert noise_floor([0.5]) == noise_floor([2.0]) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="comparisons of a side with itself"):
         noise_floor([])
+
+
+def test_launches_scatter_where_both_sides_do() -> None:
+    """Launches of one side alone may be erratic for what was changed."""
+    steady, erratic = [10.0, 10.1, 10.2, 10.1, 10.0], [10.0, 20.0, 11.0, 25.0, 9.0]
+    assert common_scatter(steady, erratic) == common_scatter(erratic, steady) == pytest.approx(0.01, rel=0.01)
+    assert common_scatter(erratic, erratic) == pytest.approx(1.0)
+    assert common_scatter([10.0], erratic) == 0
 
 
 def test_median_interval_covers_and_needs_six() -> None:

@@ -11,8 +11,8 @@ import torch
 from bench.cases.case import Case
 from bench.cases.jobs import Budget
 from bench.measure.steps import build_step
-from bench.measure.timing import sample
-from bench.parity.inputs import fill_zeros
+from bench.measure.timing import _why_stop, sample
+from bench.parity.inputs import fill_zeros, make_inputs
 
 
 def test_stops_on_time() -> None:
@@ -27,6 +27,34 @@ def test_stops_on_samples() -> None:
     budget = Budget(settle_s=0.0, settle_max_s=0.0, width=0.0, min_samples=2, target_s=100, max_samples=7)
     found = sample(lambda: time.sleep(0.001), device="cpu", budget=budget)
     assert (len(found.samples_ms), found.stop_reason) == (7, "samples")
+
+
+def test_the_hosts_time_is_that_of_timed_steps() -> None:
+    lengths = itertools.chain([0.1], itertools.repeat(0.001))
+    budget = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=1, least_s=0.0, target_s=0.0, max_samples=1)
+    found = sample(lambda: time.sleep(next(lengths)), device="cpu", budget=budget)
+    assert (found.host_ms,) == found.samples_ms
+
+
+NARROW, WIDE = [1.0] * 9, [1.0, 2.0, 3.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("samples", "elapsed", "reason"),
+    [
+        (NARROW, 0.5, "narrow"),
+        (NARROW, 0.2, ""),  # A shorter look sees one moment of the clock.
+        (NARROW[:6], 0.5, ""),  # Narrow enough, and too few.
+        (NARROW[:6], 9.0, ""),
+        (WIDE, 0.5, ""),
+        (WIDE, 1.0, "time"),
+        ([1.0, 1.1] * 4, 0.5, ""),  # By a tenth; the budget asks for a hundredth.
+        (WIDE * 3, 0.0, "samples"),
+    ],
+)
+def test_sampling_ends_for_one_reason(samples: list[float], elapsed: float, reason: str) -> None:
+    budget = Budget(min_samples=7, least_s=0.3, width=0.01, target_s=0.8, max_samples=27)
+    assert _why_stop(samples, elapsed, budget) == reason
 
 
 def test_a_slow_step_still_gets_its_fewest_samples() -> None:
@@ -63,6 +91,36 @@ def test_training_step_trains_every_parameter(family: str) -> None:
         assert step.run().isfinite()
     still = [n for n, p in step.model.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
     assert still == []
+
+
+def test_a_training_step_is_the_loss_its_gradient_and_no_more() -> None:
+    """The loss reads noise and covariance; each step's gradients are its own."""
+    case = Case(model="DiT-S/8", resolution=64, batch=2, mode="train", dtype="fp32", device="cpu")
+    step = build_step(case)
+    assert step.optimizer is not None
+    step.optimizer.param_groups[0]["lr"] = 0.0
+    x, noise, t, y = make_inputs(step.model, case.batch)[0]
+    torch.manual_seed(1)  # Labels are dropped at random.
+    output = step.model(x, t, y)
+    predicted, covariance = output[:, :4], output[:, 4:]
+    expected = (predicted - noise).square().mean() + covariance.square().mean()
+    gradients = torch.autograd.grad(expected, list(step.model.parameters()), allow_unused=True)
+    for _ in range(2):
+        torch.manual_seed(1)
+        torch.testing.assert_close(step.run(), expected.detach())
+    for parameter, gradient in zip(step.model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("mode", ["train", "forward"])
+@pytest.mark.parametrize(("dtype", "output"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_model_runs_in_the_precision_of_its_case(mode: str, dtype: str, output: torch.dtype) -> None:
+    step = build_step(Case(model="DiT-S/8", resolution=64, mode=mode, dtype=dtype, device="cpu"))
+    seen = []
+    step.model.register_forward_hook(lambda model, inputs, result: seen.append(result.dtype))
+    step.run()
+    assert seen == [output]
+    assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
 
 
 def test_forward_step_keeps_no_graph_and_is_finite() -> None:

@@ -151,6 +151,7 @@ list(encode(sys.argv[1], sys.argv[2], vae=sys.argv[3], image_size=16, shard_size
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rename", [3, 6, 9])
 def test_killed_and_resumed_is_the_same(tmp_path: Path, whole: Path, images: Path, vae: Path, rename: int) -> None:
     """SIGKILL while a shard (3), a shard's record (6) and the index (9) have been written but not put in place."""

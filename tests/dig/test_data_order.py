@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -52,7 +52,6 @@ def seen(order: DataOrder, steps: range) -> list[int]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@settings(deadline=None, max_examples=40)
 @given(length=COUNTS, batch_size=st.integers(1, 7), seed=st.integers(0, 2**70))
 def test_every_sample_once_an_epoch(world_size: int, length: int, batch_size: int, seed: int) -> None:
     """``length`` steps of all ranks are exactly ``batch_size * world_size`` epochs."""
@@ -70,7 +69,6 @@ def test_every_sample_once_an_epoch(world_size: int, length: int, batch_size: in
     assert all(sorted(indices) == list(range(length)) for indices in visits.values())
 
 
-@settings(deadline=None, max_examples=40)
 @given(length=COUNTS, per_step=st.sampled_from([6, 12]), step=st.integers(0, 10**6), seed=st.integers(0, 9))
 def test_ranks_split_the_same_global_batch(length: int, per_step: int, step: int, seed: int) -> None:
     batches = []
@@ -84,7 +82,6 @@ def test_ranks_split_the_same_global_batch(length: int, per_step: int, step: int
     assert len(set(batches)) == 1
 
 
-@settings(deadline=None, max_examples=25)
 @given(length=COUNTS, batch_size=st.integers(1, 9), stop=st.integers(0, 30), far=st.integers(0, 10**9))
 def test_resumed_loader_goes_on_with_the_same_batches(length: int, batch_size: int, stop: int, far: int) -> None:
     data, order = Numbers(length), DataOrder(length=length, batch_size=batch_size, seed=5)
@@ -208,6 +205,7 @@ print("ended", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_workers_to_the_main_process(tmp_path: Path) -> None:
     """The signal goes to the whole group, as a terminal's does; a run that ends its step first needs the workers."""
     root = make_folder(tmp_path / "data", {"a": 4})

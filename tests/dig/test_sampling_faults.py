@@ -209,7 +209,7 @@ def test_outputs_are_tried_before_the_work(run: Path, tmp_path: Path, monkeypatc
         (["--npz", str(tmp_path / "folder.npz")], "is a folder"),
         ([*good, "--grid", str(tmp_path / "folder.png")], "is a folder"),
         ([*good, "--grid", str(tmp_path / "file" / "g.png")], "file"),
-        ([*good, "--grid", "/proc/none/g.png"], "/proc/none"),
+        ([*good, "--grid", "/dev/null/g.png"], "/dev/null"),
         (["--npz", str(tmp_path / "o.png")], "give it a name in .npz"),
         ([*good, "--grid", str(tmp_path / "g.jpg")], "give it a name in .png"),
         (["--npz", str(checkpoint_files(run / "checkpoints")[0])], "give it a name in .npz"),

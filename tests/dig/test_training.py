@@ -118,6 +118,7 @@ def test_loss_falls_and_everything_is_saved(whole: Path) -> None:
     assert checkpoint_files(whole / "checkpoints")[0].stat().st_mode == readable
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with(whole: Path, data: Path, tmp_path: Path) -> None:
     """Real processes, killed by SIGKILL at moments that nobody chose, until the run is done."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -154,6 +155,7 @@ def lines_reach(log: Path, step: int) -> bool:
     return bool(lines) and json.loads(lines[-1])["step"] >= step
 
 
+@pytest.mark.slow
 def test_terminated_it_saves_and_goes_on_within_a_line_of_the_log(data: Path, tmp_path: Path) -> None:
     """SIGTERM between two lines and two checkpoints: the line's mean is over the steps of both processes."""
     options = ["--log-every", "50", "--save-every", "1000"]
@@ -182,6 +184,7 @@ def damage_bytes(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint(whole: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # A process of its own: its warnings go to its stderr.
@@ -313,12 +316,12 @@ def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
         (["--device", "cuda"], "no NVIDIA GPU was found"),
         (["--device", "tpu"], "choose auto, cuda or cpu"),
         (["--vae", "sd-vae"], "it needs no --vae"),
-        (["--data", "/nonexistent"], "/nonexistent does not exist"),
+        (["--data", "{folder}/none"], "/none does not exist"),
         (["--out", "/dev/null/run"], "/dev/null"),
     ],
 )
 def test_bad_input(options: list[str], message: str, data: Path, tmp_path: Path) -> None:
-    result = train(data, tmp_path / "run", *options)
+    result = train(data, tmp_path / "run", *(word.format(folder=tmp_path) for word in options))
     assert result.exit_code == 2, result.output
     assert message in result.output.replace("\n", " ")
     assert result.output.count("error:") == 1

@@ -69,6 +69,7 @@ def test_steps_of_nine_digits_are_found_in_order(tmp_path: Path) -> None:
     assert [saving.step_of(path) for path in checkpoint_files(tmp_path)] == [10**9, 10**8]
 
 
+@pytest.mark.slow
 def test_kills_inside_a_save_leave_no_heap(data: Path, whole: Path, tmp_path: Path) -> None:
     """The process is killed while safetensors writes, at three saves in turn; the last attempt tidies up."""
     script = (
@@ -147,6 +148,7 @@ def test_the_last_save_of_a_run_may_fail_too(data: Path, tmp_path: Path, monkeyp
     assert events(tmp_path / "run")[-1]["event"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_a_message(data: Path, tmp_path: Path) -> None:
     """A real failure to write, and no temporary folder that could take it either."""
 

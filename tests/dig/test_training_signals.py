@@ -100,6 +100,7 @@ def last_event(run: Path) -> dict[str, Any]:
     return event
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT], [signal.SIGTERM] * 2])
 def test_a_signal_to_the_group_saves(numbers: list[int], start: Callable[..., Run], data: Path) -> None:
     run = start("--workers", "2")
@@ -167,6 +168,7 @@ Denoiser.__call__ = slow
 """
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_save(start: Callable[..., Run]) -> None:
     run = start("--workers", "1", "--save-every", "3", setup=SLOW_SAVE)
     run.wait_for((run.out / "saving").exists)
@@ -178,6 +180,7 @@ def test_a_signal_in_the_middle_of_a_save(start: Callable[..., Run]) -> None:
     assert run.no_process_is_left()
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_grid(start: Callable[..., Run], data: Path) -> None:
     """The run doesn't finish the grid first, which may take longer than it is given; the next process draws it."""
     options = ["--workers", "0", "--grid-every", "3", "--grid-steps", "200"]
@@ -209,6 +212,7 @@ ImageFolder.fetch = slow
 """
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_disk_hangs(start: Callable[..., Run]) -> None:
     run = start("--workers", "1", setup=SLOW_DATA)
     run.wait_for(lambda: run.steps() >= 3)
@@ -219,6 +223,7 @@ def test_a_signal_while_the_disk_hangs(start: Callable[..., Run]) -> None:
     assert run.no_process_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["workers are being started", "batches wait to be handed on"])
 def test_a_kill_leaves_no_process(moment: str, start: Callable[..., Run]) -> None:
     run = start("--workers", "8")
@@ -229,6 +234,7 @@ def test_a_kill_leaves_no_process(moment: str, start: Callable[..., Run]) -> Non
     run.end()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_no_step(start: Callable[..., Run]) -> None:
     run = start("--workers", "2")
     run.wait_for(lambda: run.steps() >= 3)

@@ -103,15 +103,15 @@ def weights(step: TrainingStep) -> torch.Tensor:
 
 
 def test_one_step_is_adamw_on_the_mean_loss_with_averages() -> None:
-    """Against torch's own optimizer, loss and gradient, written out."""
-    step = trained(steps=1, ema=0.75, ema_warmup=False, clip=0.1, weight_decay=0.1)
+    """Against torch's own optimizer, loss and gradient, written out; with more decay than anybody's, to be seen."""
+    step = trained(steps=1, ema=0.75, ema_warmup=False, clip=0.1, weight_decay=10.0)
     torch.manual_seed(3)
     model = small_model()
     model.y_embedder.dropout = 0.0  # type: ignore[union-attr, assignment]
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     torch.manual_seed(4)
     inputs = step_inputs(config(), step.loss, batch_of(0), 10)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=10.0)
     values = step.loss(model, inputs.x[0], inputs.y[0], t=inputs.t[0], noise=inputs.noise[0])
     values["loss"].mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -128,7 +128,20 @@ def test_one_step_is_adamw_on_the_mean_loss_with_averages() -> None:
 
 @pytest.mark.parametrize("fields", [{"accumulate": 4}, {"checkpoint_blocks": True}])
 def test_accumulation_and_checkpointing_change_no_result(fields: dict[str, Any]) -> None:
-    assert torch.allclose(weights(trained(**fields)), weights(trained()), atol=2e-6)
+    other, plain = trained(**fields), trained()
+    assert torch.allclose(weights(other), weights(plain), atol=2e-6)
+    torch.testing.assert_close(other.sums, plain.sums, rtol=1e-4, atol=0)
+
+
+def test_a_state_of_another_model_is_refused_and_nothing_of_it_taken() -> None:
+    """Of another shape too, even one that would be repeated to fit."""
+    step, other = trained(), trained(steps=1)
+    before = {name: tensor.clone() for name, tensor in step.tensors().items()}
+    bias = next(name for name, tensor in before.items() if name.startswith("model.") and tensor.ndim == 1)
+    for wrong in ({bias: before[bias][:1].clone()}, {"model.more": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"the checkpoint is of another model: model\.\S+ do not fit"):
+            step.load({**other.tensors(), **wrong})
+    assert all(torch.equal(before[name], tensor) for name, tensor in step.tensors().items())
 
 
 def test_checkpointed_blocks_run_twice_and_keep_their_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -145,6 +146,65 @@ def _check_every_address() -> None:
     interpreter.GridExecutor._init_args_hst = noting_ranges
 
 
+def _patch_each_language_once() -> None:
+    """Make the interpreter put its own functions into `triton.language` once a launch; it does at every device call."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[str] = set()
+
+    class Scope:
+        """What a launch takes back at its end; a device function's is left in place, as it always is."""
+
+        def __init__(self, scope: object) -> None:
+            self.scope = scope
+
+        def restore(self) -> None:
+            self.scope.restore()
+            patched.clear()
+
+    @functools.cache
+    def languages_of(fn) -> set[str]:
+        return {module.__name__ for module in (tl, tl.core) if any(x is module for x in fn.__globals__.values())}
+
+    def patch_once(fn):
+        if languages_of(fn) <= patched:
+            return None
+        patched.update(languages_of(fn))
+        return Scope(patch(fn))
+
+    interpreter._patch_lang = patch_once
+
+
+def _check_overflow_at_once() -> None:
+    """Make the interpreter look for integers beyond their type by NumPy; it takes a dozen operations of its own."""
+    import numpy as np
+    from triton.language.semantic import TritonSemantic
+
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(self, lhs, rhs, operation) -> None:
+        kind = lhs.type.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        found = operations[operation.__name__](*(np.asarray(x.handle.data).astype(np.int64) for x in (lhs, rhs)))
+        if found.size and not kind.get_int_min_value() <= found.min() <= found.max() <= kind.get_int_max_value():
+            raise AssertionError(f"{kind} overflow detected for operation {operation.__name__}")
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
+def _look_dtypes_up() -> None:
+    """Make the interpreter remember NumPy's name of each type; it builds its table anew at every question."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    look_up = functools.cache(interpreter._get_np_dtype)
+    pointer = np.dtype(np.uint64)
+    interpreter._get_np_dtype = lambda kind: pointer if kind.scalar.is_ptr() else look_up(kind.scalar)
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill every buffer that an operation allocates with NaN, so that an element which no kernel writes can't pass."""
@@ -163,3 +223,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _scan_rows_at_once()
     _refuse_tensors_in_constants()
     _check_every_address()
+    _patch_each_language_once()
+    _check_overflow_at_once()
+    _look_dtypes_up()

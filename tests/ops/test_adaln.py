@@ -137,6 +137,7 @@ def test_long_sums_over_tokens(norm: str) -> None:
     assert_close("norm_modulate", inputs, norm=norm, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_more_partial_sums_than_one_read_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     many = NormTiles(rows=16, part=32, backward_rows=1, backward_part=32, programs=140)
     monkeypatch.setattr(fused, "tiles_for", lambda x: many)

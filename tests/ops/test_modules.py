@@ -6,6 +6,7 @@ Interpreted where there is no GPU, like all of these tests.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -85,6 +86,15 @@ class Wrapper(nn.Module):
         return self.inner(*arguments, **options)
 
 
+@functools.cache
+def plain_run(config: DiGConfig, batch: int) -> tuple[DiG, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """A model with nothing attached to it, inputs and what it makes of them: with gradients, where there are more."""
+    model = model_of(config)
+    inputs = example(model, batch)
+    with torch.set_grad_enabled(batch > 1):
+        return model, inputs, model(*inputs).detach()
+
+
 PAPER = replace(CONFIG, variant="paper", skip="linear", depth=4)
 
 
@@ -98,10 +108,9 @@ PAPER = replace(CONFIG, variant="paper", skip="linear", depth=4)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_every_module_that_is_wrapped_is_called(config: DiGConfig, name: str, batch: int) -> None:
     """With one image no gradients, and gates act on weights; with two all are asked for."""
-    model = model_of(config)
-    inputs = example(model, batch)
+    model, inputs, expected = plain_run(config, batch)
+    model = copy.deepcopy(model)
     with torch.set_grad_enabled(batch > 1):
-        expected = model(*inputs)
         wrapper = Wrapper(model.get_submodule(name))
         replace_module(model, name, wrapper)
         found = model(*inputs)
@@ -176,6 +185,7 @@ def test_a_forward_that_was_replaced_is_what_runs() -> None:
         assert relative_error(found, model(*inputs)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_on_every_linear_layer(dtype: torch.dtype) -> None:
     """PEFT's: output and adapters' gradients are the reference's, the weights stay frozen."""
@@ -249,6 +259,7 @@ def test_a_layer_that_got_a_bias_uses_it() -> None:
         assert relative_error(model(*inputs), reference(*inputs)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_frozen_parameters_get_no_gradient_and_change_no_other(batch: int) -> None:
     model = model_of()
@@ -288,6 +299,7 @@ def test_parameters_given_from_outside() -> None:
     assert relative_error(found, model(*inputs)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", list(CheckpointImpl))
 def test_checkpoint_wrapper_around_blocks(implementation: CheckpointImpl) -> None:
     model = model_of()
@@ -329,6 +341,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_fully_shard_by_block(recomputed: bool) -> None:
@@ -427,6 +440,7 @@ def test_strided_parameters_are_read_as_they_are(name: str, batch: int) -> None:
         assert relative_error(model(*inputs), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attached", ["hook", "lora", "convolution"])
 def test_checkpointing_goes_with_what_is_attached_inside_of_a_block(attached: str) -> None:
     model = model_of(replace(CONFIG, depth=1))

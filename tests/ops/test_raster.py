@@ -141,6 +141,7 @@ def test_a_projection_in_halves(tokens: int) -> None:
     assert relative_error(found, x.double() @ weight.double().T) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_it_compiles_as_one_graph(recomputed: bool) -> None:
     """Forward and backward with no graph break; aot_eager traces all that inductor would, without its compiler."""
@@ -170,6 +171,7 @@ def test_tiles_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     test_output_and_every_gradient_in_fp32("heads of 36", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("autocast", "batch"), [(False, 1), (True, 2)])
 def test_recomputed_blocks_give_the_same_bits_from_less_memory(autocast: bool, batch: int) -> None:
     """Output and every gradient; and of what autograd keeps between the passes, what remains is the blocks' inputs."""

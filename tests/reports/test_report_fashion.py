@@ -70,6 +70,7 @@ def test_counts_of_samples_are_not_mixed(tmp_path: Path) -> None:
         draw(read_runs(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_from_its_report(tmp_path: Path) -> None:
     """Kill, resume, measure, draw, with a tiny model; on another machine, what the report holds is not done again."""
     data = make_fashion(tmp_path / "data")

@@ -162,6 +162,7 @@ def tiny_python(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path: Path) -> None:
     """Training three times on the CPU, bf16 beside fp32, and the report."""
     data = make_fashion(tmp_path / "data")

@@ -86,7 +86,7 @@ def test_an_underscore_in_front_hides_no_line_of_the_legend() -> None:
     assert [entry.get_text() for entry in legend.get_texts()] == ["_DiG (n=0, x=x)"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(title=st.text(st.characters(codec=None)), name=st.text(st.characters(codec="utf-8")))
 def test_no_text_breaks_a_table(title: str, name: str) -> None:
     page = tables(Sweep(rows=tuple(hostile(name))), title=title)
