@@ -25,7 +25,10 @@ DISTRIBUTIONS = {
     "torch_fidelity": "torch-fidelity",
 }
 """Import name → name on PyPI of every package that the project can do without."""
-EXTRAS = {"diffusers": "train", "tensorboard": "train", "torch_fidelity": "fid"}
+EXTRAS = {
+    "diffusers": "train", "tensorboard": "train", "torch_fidelity": "fid",
+    "flash_attn": "gpu-built", "mamba_ssm": "gpu-built", "causal_conv1d": "gpu-built",
+}  # fmt: skip
 """Import name → the extra that brings it, where that is not ``gpu``."""
 
 
@@ -58,6 +61,8 @@ def missing_message(module: str, purpose: str) -> str:
     package = _known_as(module)
     if package not in DISTRIBUTIONS:  # Of somebody's own family: its name on PyPI is anybody's guess.
         return f"{purpose} needs the package {package}, which is not installed"
+    if package == "flash_attn_interface":
+        return f"{purpose} needs the package flash-attn-3; install it from flash-attention's sources, folder hopper"
     extra = EXTRAS.get(package, "gpu")
     return (
         f"{purpose} needs the package {DISTRIBUTIONS[package]}; install it with: "
