@@ -57,21 +57,18 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for block in found if id(block) not in inner]
 
 
-def compile_parts(model: Backbone, case: Case) -> Callable[..., Tensor]:
-    """What calls the model, compiled as the case says.
+def compile_parts(model: nn.Module, *, scope: str, max_autotune: bool = False) -> None:
+    """Compile a model in place: as a whole (scope ``model``), or each of its blocks (``block``).
 
     Raises:
         ValueError: It is to be compiled by block, and keeps none in a list.
     """
-    options: dict[str, Any] = {"mode": AUTOTUNE} if case.max_autotune else {}
-    if case.scope == "model":
-        compiled: Callable[..., Tensor] = torch.compile(model, **options)
-        return compiled
-    blocks = repeated_blocks(model)
-    if not blocks:
-        raise ValueError(f"{case.model} keeps no blocks in a ModuleList; compile it with --compile-scope model")
-    for block in blocks:
-        block.compile(**options)
+    options: dict[str, Any] = {"mode": AUTOTUNE} if max_autotune else {}
+    parts = [model] if scope == "model" else repeated_blocks(model)
+    if not parts:
+        raise ValueError(f"{type(model).__name__} keeps no blocks in a ModuleList; compile it with scope model")
+    for part in parts:
+        part.compile(**options)
     return model
 
 
@@ -98,7 +95,8 @@ def build_step(case: Case) -> Step:
         values[0].to(device, cast), values[1].to(device), values[2].to(device), values[3].to(device),
     )  # fmt: skip
     refuse_zeros(model, tensors[:2])
-    network = compile_parts(model, case) if case.compiles else model
+    if case.compiles:
+        compile_parts(model, scope=case.scope, max_autotune=case.max_autotune)
 
     def autocast() -> contextlib.AbstractContextManager[object]:
         if case.dtype == "fp32" or case.weights == "bf16":
@@ -110,7 +108,7 @@ def build_step(case: Case) -> Step:
 
         def forward() -> Tensor:
             with torch.no_grad(), autocast():
-                return check_output(network(x, t, y), x)
+                return check_output(model(x, t, y), x)
 
         return Step(model=model, run=forward, tensors=tensors, inputs=digest)
 
@@ -126,7 +124,7 @@ def build_step(case: Case) -> Step:
 
     def loss() -> Tensor:
         with autocast():
-            output = check_output(network(x, t, y), x)
+            output = check_output(model(x, t, y), x)
         predicted, covariance = output.float().chunk(2, dim=1)
         return F.mse_loss(predicted, noise) + covariance.square().mean()
 

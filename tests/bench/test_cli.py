@@ -59,7 +59,7 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cli, "gpu_present", lambda: True)
     result = runner.invoke(cli.app, ["run", "--models", "DiS:mamba-ssm", "--out", str(tmp_path / "results.jsonl")])
     assert result.exit_code == 2
-    assert "pip install 'dig-diffusion[gpu]'" in result.output
+    assert "pip install 'dig-diffusion[gpu-built]'" in result.output
 
 
 def test_unwritable_out(tmp_path: Path) -> None:
