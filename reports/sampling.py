@@ -150,7 +150,7 @@ def _draw_bars(axis: Any, rows: Sequence[SamplingRow], styles: dict[str, Style])
 
 @app.command(cls=OneLineCommand)
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl", help="Rows of python -m bench.sampling.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl", help="Rows of python -m bench sampling.")],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write into. Default: that of the first file.")
     ] = None,

@@ -194,7 +194,7 @@ def test_commands_refuse_with_status_2(own: str, tmp_path: Path) -> None:
         ("bench", ["run", "--models", f"{own}:Plane"]),
         ("bench", ["kernels", "--model", f"{own}:Plane-S/2"]),
         ("bench", ["capacity", "--model", f"{own}:Plane-S/2"]),
-        ("bench.sampling", ["--models", f"{own}:Plane"]),
+        ("bench", ["sampling", "--models", f"{own}:Plane"]),
         ("dig", ["train", "--model", f"{own}:Plane-S/2", "--data", "images", "--out", "run"]),
     ):
         done = run(*words, "--device", "cpu", folder=tmp_path, module=module)

@@ -76,7 +76,7 @@ def module_command(name: str) -> Any:
     """The typer app behind ``python -m name``."""
     module = importlib.import_module("dig.cli" if name == "dig" else name)
     if not hasattr(module, "app"):
-        module = importlib.import_module(f"{name}.{'cli' if name == 'bench' else '__main__'}")
+        module = importlib.import_module(f"{name}.{'cli.main' if name == 'bench' else '__main__'}")
     return typer.main.get_command(module.app)
 
 

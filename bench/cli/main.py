@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -17,11 +16,15 @@ from bench.cases.case import Case
 from bench.cases.choices import choose_device, default_dtype, default_execution
 from bench.cli.capacity import capacity
 from bench.cli.compare import compare, export
+from bench.cli.coverage import coverage
 from bench.cli.first_step import first_step
 from bench.cli.kernels import kernels
+from bench.cli.ops import ops
+from bench.cli.options import numbers, words
 from bench.cli.profile import profile
 from bench.cli.regression import regression
-from bench.messages import OneLineGroup, check_count, check_positive, refuse, say, visible
+from bench.cli.sampling import sampling
+from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
 from bench.run.runner import Sweep, finished_launches, run_sweep
 from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
@@ -38,29 +41,12 @@ app = typer.Typer(
 )
 GIB = 2**30
 
-for command in (kernels, compare, export, regression, capacity, profile, first_step):
+for command in (sampling, kernels, compare, export, regression, coverage, capacity, profile, first_step):
     app.command()(command)
+app.add_typer(ops, name="ops")
 
 
 MOST_LAUNCHES = 10_000
-
-
-def _words(text: str) -> list[str]:
-    """The words of a list, each once."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    for word in (repeated := [word for word, count in Counter(words).items() if count > 1]):
-        say(f"{word} stands {words.count(word)} times in {text}; it counts once", err=True)
-    return list(dict.fromkeys(words)) if repeated else words
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    numbers = []
-    for word in _words(text):
-        if not (word.isascii() and word.removeprefix("-").isdecimal() and len(word) <= 20):
-            refuse(f"{option} takes whole numbers separated by commas; got {text[:80]!r}")
-        check_count(int(word), option)
-        numbers.append(int(word))
-    return numbers
 
 
 def _default_models(device: str) -> list[str]:
@@ -131,12 +117,12 @@ def run(
                 refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
         else:
             selected = case_lists.sweep(
-                _words(models) if models is not None else _default_models(where),
-                sizes=_words(sizes),
+                words(models) if models is not None else _default_models(where),
+                sizes=words(sizes),
                 patch=patch,
-                resolutions=_numbers(resolutions, "--resolutions"),
-                modes=cast(Any, _words(modes)),
-                executions=cast(Any, _words(executions or default_execution(where))),
+                resolutions=numbers(resolutions, "--resolutions"),
+                modes=cast(Any, words(modes)),
+                executions=cast(Any, words(executions or default_execution(where))),
                 batch=batch,
                 dtype=cast(Any, dtype or default_dtype(where)),
                 device=cast(Any, where),

@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels with matrix products: registers, spills, products. Needs no GPU.
 
-    python -m bench.ops.registers
+    python -m bench ops registers
 
 compiles every such kernel of `dig.ops` at every entry of its table of tiles, for compute capability 9.0, and reads the
 machine code with cuobjdump, both of which come with Triton. Exit status 1 if a kernel keeps registers in memory
@@ -22,13 +22,10 @@ added to the very register that the low word was computed from.
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -255,19 +252,11 @@ def compile_recurrence() -> Iterator[Compiled]:
             )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for each kernel; 1 if one must not run."""
-    argparse.ArgumentParser(
-        prog="python -m bench.ops.registers",
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog="Compiles for compute capability 9.0, half a minute. Exit status 1: a kernel must not run, because "
-        "the compiler gave its matrix products wrong addresses, or spills registers beside such products.",
-    ).parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    faulty = 0
+def report() -> bool:
+    """Compile everything and print a line for each kernel; whether all of them may run."""
+    faulty = False
     for found in chain(compile_recurrence(), compile_products()):
-        faulty += found.faulty
+        faulty = faulty or found.faulty
         verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
         print(
             f"{found.kernel:27} {found.sizes:18} {found.dtype} warps {found.warps} "
@@ -275,8 +264,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"HGMMA {found.products:3} {verdict}",
             flush=True,
         )
-    return int(faulty > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return not faulty

@@ -62,7 +62,7 @@ def test_what_must_not_run() -> None:
 def test_every_kernel_of_the_table_may_run() -> None:
     """In a process of its own: this one may have Triton's interpreter in the compiler's place."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.ops.registers"]
+    command = [sys.executable, "-m", "bench", "ops", "registers"]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" ok\n") == done.stdout.count("\n") == 37

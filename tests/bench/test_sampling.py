@@ -15,7 +15,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.sampling.__main__ import app, default_batch
+from bench.cli.main import app
+from bench.cli.sampling import default_batch
 from bench.sampling.measure import Contestant
 from bench.sampling.rows import Interval, RowError, SamplingCase, SamplingRow, append_row, compare, read_rows
 from bench.sampling.run import measure
@@ -118,7 +119,7 @@ def test_the_command_measures_in_turns(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     options = ["--models", "DiG,Flash-DiT", "--size", "S", "--patch", "8", "--resolutions", "64", "--device", "cpu"]
     options += ["--steps", "2", "--repeats", "3", "--batch", "2", "--out", str(out)]
-    command = [sys.executable, "-m", "bench.sampling", *options]
+    command = [sys.executable, "-m", "bench", "sampling", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows, torn = read_rows(out)
@@ -178,7 +179,7 @@ def test_samples_that_are_not_finite_are_no_measurement(monkeypatch: pytest.Monk
     ],
 )
 def test_bad_input(options: str, message: str, tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--out", str(tmp_path / "a.jsonl"), *options.split()]
+    words = ["sampling", "--device", "cpu", "--out", str(tmp_path / "a.jsonl"), *options.split()]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, result.output
     assert message in result.output

@@ -87,7 +87,7 @@ TILES: dict[tuple[int, torch.dtype], Tiles] = {
 """D and x's dtype → tile choices on NVIDIA GPUs; other widths take those of the next wider entry, or the widest.
 
 A table, not autotuning: the first call costs no search, and a run repeats exactly. The bf16 entries of 384 and
-the forward part of that of 1152 are the best of ``python -m bench.ops.rowwise --sweep`` on an H100, whose 132
+the forward part of that of 1152 are the best of ``python -m bench ops rowwise --sweep`` on an H100, whose 132
 multiprocessors ``programs`` is a multiple of; the others come from the compiler's counts of registers and spills."""
 
 

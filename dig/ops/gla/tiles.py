@@ -67,10 +67,10 @@ TILES: dict[int, dict[tuple[int, int, torch.dtype], Tiles]] = {
 """Major compute capability of an NVIDIA GPU → (K, V, dtype) → tile choices, the narrowest heads first: see `choose`.
 
 A table, not autotuning: the first call costs no search, and a run repeats exactly. The first entry is the best of
-``python -m bench.ops.gla --sweep`` on an H100 that was also the best in a whole model, whose tensors are not in the L2
+``python -m bench ops gla --sweep`` on an H100 that was also the best in a whole model, whose tensors are not in the L2
 cache. The others are the largest chunks at which no kernel keeps registers in memory: where one does while it uses
 Hopper's asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses
-(``python -m bench.ops.registers`` compiles all of them and looks, without a GPU)."""
+(``python -m bench ops registers`` compiles all of them and looks, without a GPU)."""
 
 
 def choose(K: int, V: int, dtype: torch.dtype, capability: int) -> Tiles:

@@ -79,7 +79,7 @@ TILES: dict[tuple[Pass, torch.dtype], Tiles] = {
 From the compiler's counts for sm_90 in bf16. Two channels a thread keep its 9 weights, and going back also their 9
 gradients, in few enough registers for 16 warps a multiprocessor and more (72 registers forwards; 128 backwards, without
 a spill), where four channels take 210 backwards. Four columns a thread cost 20 instructions an element forwards and 41
-backwards; two columns 30 and 46. ``python -m bench.ops.srem --sweep`` times alternatives."""
+backwards; two columns 30 and 46. ``python -m bench ops srem --sweep`` times alternatives."""
 INTERPRETER_TILES = Tiles(channels=512, groups=8, width=2, programs=1)
 """Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
 SUM_STEPS, SUM_CHANNELS = 64, 32

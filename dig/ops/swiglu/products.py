@@ -75,7 +75,7 @@ NARROW: dict[Pass, ProductTiles] = {
 WIDE: dict[Pass, ProductTiles] = {"up alone": ProductTiles(rows=128, columns=128, stages=4)}
 """What isn't here is faster apart: at D = 1152 cuBLAS' product takes so much less time that the pass is paid for.
 
-Both are what was fastest of ``python -m bench.ops.products --sweep`` on an H100, at D = 384 and T = 12,544 and at D =
+Both are what was fastest of ``python -m bench ops products --sweep`` on an H100, at D = 384 and T = 12,544 and at D =
 1152 and T = 4096."""
 LEAST_TOKENS = 2048
 """With fewer, tiles of these sizes leave multiprocessors without work."""
