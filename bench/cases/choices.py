@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast, get_args
 
-from bench.cases.case import Case
+from bench.cases.case import Case, Dtype, Execution, Mode
 from bench.cases.suites import sweep
 from bench.messages import check_count, refuse
 from dig.environment import gpu_present
+from dig.family import closest
 from dig.registry import parse_family, parse_name
 
 
@@ -64,3 +65,49 @@ def one_case(
     if message := family.missing_packages(dict(case.options)):
         refuse(message)
     return case
+
+
+GRAMMAR = "MODEL[:OPTIONS]@RESOLUTION[:MODE][:EXECUTION][:batch=N][:DTYPE]"
+"""How a command line names a case: ``DiG-S/2:triton@1792:train``; what is left out is as for ``bench run``, train."""
+
+
+def parse_case(text: str, *, device: str) -> Case:
+    """The case that ``--case DiG-S/2:triton@1792:train:batch=2`` names; anything wrong ends the command.
+
+    Args:
+        text: By `GRAMMAR`. The words after the resolution may come in any order.
+        device: ``auto``, ``cuda`` or ``cpu``.
+    """
+
+    def wrong(what: str) -> NoReturn:
+        refuse(f"--case {text[:200]!r}: {what}")
+
+    model, at, rest = text.strip().rpartition("@")
+    resolution, *words = rest.split(":")
+    if not at or not model:
+        wrong(f"a case is {GRAMMAR}, as DiG-S/2:triton@1792:train")
+    kinds = {word: name for name, kind in _WORDS.items() for word in get_args(kind)}
+    given: dict[str, str] = {}
+    for word in words:
+        name = "batch" if word.startswith("batch=") else kinds.get(word)
+        if name is None:
+            wrong(f"unknown word {word!r}: {closest(word, [*kinds, 'batch=N'])}")
+        if name in given:
+            wrong(f"{name} is given twice")
+        given[name] = word.removeprefix("batch=")
+    for name, number in (("the resolution", resolution), ("batch", given.get("batch", "1"))):
+        if not (number.isascii() and number.isdecimal() and len(number) <= 20):
+            wrong(f"{name} must be a whole number; got {number!r}")
+    return one_case(
+        model,
+        resolution=int(resolution),
+        mode=given.get("mode", "train"),
+        execution=given.get("execution"),
+        batch=int(given.get("batch", "1")),
+        dtype=given.get("dtype"),
+        device=device,
+    )
+
+
+_WORDS: dict[str, Any] = {"mode": Mode, "execution": Execution, "dtype": Dtype}
+"""Of a case after its resolution, each known by itself."""

@@ -15,7 +15,11 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from bench.cases.case import Case
+from bench.cases.choices import GRAMMAR, parse_case
+from bench.cases.suites import without_repeats
 from bench.cli.compare import percent
+from bench.cli.options import one_of
 from bench.judge.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, Thresholds, exit_status, marks_of, to_markdown
 from bench.judge.regression import BUDGETS, SUITES, Comparison, Plan, compare_checkouts, compare_sides
 from bench.judge.statistics import LEAST_LAUNCHES, noise_floor
@@ -26,7 +30,6 @@ from bench.run.side import Side, SideError
 from bench.store.files import require_file_or_nothing
 from bench.store.rows import ResultError
 from dig.environment import ROOT, gpu_present
-from dig.family import closest
 from dig.registry import parse_name
 
 MOST_LAUNCHES = 10_000
@@ -37,7 +40,17 @@ BOOST_MHZ = 1980.0
 
 def regression(
     base: Annotated[str, typer.Option(help="What to compare with: a revision, or a folder with a checkout.")] = "main",
-    suite: Annotated[str, typer.Option(help="gpu (8 cases), quick (2), cpu (2), or auto.")] = "auto",
+    suite: Annotated[
+        str | None, typer.Option(help="gpu (8 cases), quick (2), cpu (2), or auto, which is the default.")
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CASE",
+            help=f"Instead of a suite: {GRAMMAR}, as DiG-S/2:triton@1792:train. Again for another case.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where each --case runs: auto, cuda or cpu.")] = "auto",
     launches: Annotated[int, typer.Option(help="Process launches a side and case, at least 5.")] = 6,
     least_effect: Annotated[str, typer.Option(help="The least difference of times that counts, in percent.")] = "2%",
     noise: Annotated[
@@ -74,15 +87,9 @@ def regression(
     check_count(seed, "--seed", least=0)
     check_positive(seconds, "--seconds")
     check_positive(time_limit, "--time-limit")
-    name = ("gpu" if gpu_present() else "cpu") if suite == "auto" else suite
-    if name not in SUITES:
-        refuse(f"unknown suite {name!r}: {closest(name, list(SUITES))}")
-    if name != "cpu" and not gpu_present():
-        refuse("no NVIDIA GPU was found; use --suite cpu, or run on a machine with one")
-    cases = SUITES[name]()
-    for case in cases:
-        if message := parse_name(case.model)[0].missing_packages(dict(case.options)):
-            refuse(message)
+    if case and suite is not None:
+        refuse("--suite and --case each say what to measure; give one of them")
+    cases = without_repeats(parse_case(text, device=device) for text in case) if case else _cases_of(suite or "auto")
     try:
         plan = Plan(
             cases=tuple(cases),
@@ -120,6 +127,19 @@ def regression(
         console.print(visible(f"stopped; the rows measured so far are in {folder}"), markup=False)
         raise typer.Exit(130) from None
     raise typer.Exit(status)
+
+
+def _cases_of(suite: str) -> list[Case]:
+    """The cases of a suite by name; refused where they cannot be measured here."""
+    name = ("gpu" if gpu_present() else "cpu") if suite == "auto" else suite
+    one_of(name, "suite", SUITES)
+    if name != "cpu" and not gpu_present():
+        refuse("no NVIDIA GPU was found; use --suite cpu, or run on a machine with one")
+    cases = SUITES[name]()
+    for case in cases:
+        if message := parse_name(case.model)[0].missing_packages(dict(case.options)):
+            refuse(message)
+    return cases
 
 
 _SAID = {NO_REGRESSION: "no alarm", REGRESSION: "an alarm", INCONCLUSIVE: "inconclusive"}
