@@ -148,8 +148,7 @@ def _require_packages(selected: list[Case]) -> None:
 def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, launches: int) -> None:
     console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
-        if writer.torn_path is not None:
-            said = f"{out} ended inside a row; the torn line was moved to {writer.torn_path}"
+        if said := writer.said_of_torn_line:
             console.print(visible(said), style="yellow", markup=False)
         environment = describe_environment()
         sweep = Sweep(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from bench.cli.ops_compare import compare
 from bench.cli.ops_in_steps import chain, prepare, variants
 from bench.cli.options import check_appendable, numbers, one_of, some_of
 from bench.messages import OneLineGroup, check_count, refuse
@@ -249,5 +250,5 @@ def registers() -> None:
         raise typer.Exit(1)
 
 
-for command in (prepare, chain, variants):
+for command in (compare, prepare, chain, variants):
     ops.command()(command)

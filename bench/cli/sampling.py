@@ -15,8 +15,9 @@ from bench.cases.choices import choose_device, default_dtype, default_execution
 from bench.cases.suites import ModelChoice
 from bench.cli.options import numbers, one_of, words
 from bench.messages import check_count, check_positive, refuse, visible
-from bench.sampling.rows import MOST_CFG, RowError, SamplingCase, SamplingRow, append_row, compare, require_rows
+from bench.sampling.rows import MOST_CFG, RowsWriter, SamplingCase, SamplingRow, compare
 from bench.sampling.run import measure
+from bench.store.lines import ResultError
 from dig.environment import describe_environment
 from dig.registry import PATCHES, check_resolution
 
@@ -136,8 +137,10 @@ def sampling(
     console = Console(stderr=True)
     rows = []
     try:
-        require_rows(out)  # Before anything is measured that could not be kept.
-        with console.status("starting") as status:
+        # Opened before anything is measured that could not be kept.
+        with RowsWriter(out) as writer, console.status("starting") as status:
+            if said := writer.said_of_torn_line:
+                console.print(visible(said), style="yellow", markup=False)
             for row in measure(
                 groups,
                 repeats=repeats,
@@ -145,9 +148,9 @@ def sampling(
                 environment=describe_environment(),
                 on_step=lambda text: status.update(Text(visible(text))),
             ):
-                append_row(out, row)
+                writer.write(row)
                 rows.append(row)
-    except RowError as error:
+    except ResultError as error:
         refuse(str(error))
     except KeyboardInterrupt:
         console.print(visible(f"interrupted; {len(rows)} rows are in {out}"), markup=False)

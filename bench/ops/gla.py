@@ -61,16 +61,16 @@ class Shape:
         return self.B * self.T * self.H * per_token * DTYPES[self.dtype].itemsize
 
 
-def make_inputs(shape: Shape, operation: str) -> tuple[list[Tensor], Tensor]:
+def make_inputs(shape: Shape, operation: str, device: str = "cuda") -> tuple[list[Tensor], Tensor]:
     """Leaves for one step and the output's gradient; q, k, v (and g) are slices of one projection, as in the model."""
     B, T, H, K, V = shape.B, shape.T, shape.H, shape.K, shape.V
     dtype = DTYPES[shape.dtype]
     widths = [H * K, H * K, H * V, H * V]
-    fused = torch.randn(B, T, sum(widths), device="cuda", dtype=dtype)
+    fused = torch.randn(B, T, sum(widths), device=device, dtype=dtype)
     q, k, v, g = (x.unflatten(-1, (H, -1)).detach() for x in fused.split(widths, -1))
-    logits = torch.randn(B, T, H, K, device="cuda", dtype=dtype)
+    logits = torch.randn(B, T, H, K, device=device, dtype=dtype)
     if operation == "block":
-        leaves = [q, k, v, logits, g, torch.ones(V, device="cuda")]
+        leaves = [q, k, v, logits, g, torch.ones(V, device=device)]
     else:
         leaves = [q * K**-0.5, k, v, (F.logsigmoid(logits.float()) / NORMALIZER).to(dtype)]
     return [x.requires_grad_() for x in leaves], torch.randn_like(v)
@@ -112,8 +112,8 @@ REGISTERS = ("output_registers", "output_backward_registers", "gradient_register
 """Fields of `dig.ops.gla.tiles.Tiles` that are the kernels' own."""
 
 
-def mixer_step(shape: Shape) -> Step:
-    """Forward and backward pass of the mixer as the model runs it, from one projection's output."""
+def mixer_step(shape: Shape, mode: str = MODES[1]) -> Step:
+    """The mixer as the model runs it, from one projection's output; with its backward pass unless told otherwise."""
     from dig.ops.gla.mixer import gla_mixer
     from dig.ops.gla.projection import GATE_RANK, projection_splits
     from dig.scan import RASTER
@@ -128,7 +128,7 @@ def mixer_step(shape: Shape) -> Step:
     ]
     mixer = partial(gla_mixer, heads=shape.H, grid=(1, shape.T), order=RASTER)
     gradient = random(shape.B, shape.T, D)
-    return make_step(mixer, MODES[1], [x.requires_grad_() for x in leaves], [gradient])
+    return make_step(mixer, mode, [x.requires_grad_() for x in leaves], [gradient])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,14 +68,14 @@ class Shape:
         return self.B * self.T * width * (forward if mode == "forward" else forward + backward)
 
 
-def make_inputs(shape: Shape, operation: str) -> Inputs:
+def make_inputs(shape: Shape, operation: str, device: str = "cuda") -> Inputs:
     """Leaves for one step and the outputs' gradients; modulations are slices of one tensor, as in the model."""
     stream, dtype = DTYPES[shape.stream], DTYPES[shape.dtype]
-    tokens = partial(torch.randn, shape.B, shape.T, device="cuda")
+    tokens = partial(torch.randn, shape.B, shape.T, device=device)
     if operation == "swiglu":
         return [tokens(2 * shape.F, dtype=dtype).requires_grad_()], [tokens(shape.F, dtype=dtype)]
-    modulation = torch.randn(shape.B, 6 * shape.D, device="cuda", dtype=dtype).chunk(6, dim=1)
-    weight = torch.ones(shape.D, device="cuda") if shape.norm == "rms" else None
+    modulation = torch.randn(shape.B, 6 * shape.D, device=device, dtype=dtype).chunk(6, dim=1)
+    weight = torch.ones(shape.D, device=device) if shape.norm == "rms" else None
     x, dh = tokens(shape.D, dtype=stream), tokens(shape.D, dtype=dtype)
     if operation == "norm_modulate":
         leaves, gradients = [x, *modulation[:2], weight], [dh]

@@ -64,12 +64,12 @@ class Shape:
         return tensors * self.B * self.rows * self.columns * self.D * DTYPES[self.dtype].itemsize
 
 
-def make_inputs(shape: Shape) -> tuple[list[Tensor], Tensor]:
+def make_inputs(shape: Shape, device: str = "cuda") -> tuple[list[Tensor], Tensor]:
     """x, branch, gate, weight and bias for one step, and the output's gradient; gate is a slice, as in the model."""
     B, T, D = shape.B, shape.rows * shape.columns, shape.D
-    x, branch, gradient = (torch.randn(B, T, D, device="cuda", dtype=DTYPES[shape.dtype]) for _ in range(3))
-    gate = torch.randn(B, 6 * D, device="cuda", dtype=DTYPES[shape.dtype]).chunk(6, dim=1)[5].detach()
-    weight, bias = torch.randn(D, 1, 3, 3, device="cuda"), torch.randn(D, device="cuda")
+    x, branch, gradient = (torch.randn(B, T, D, device=device, dtype=DTYPES[shape.dtype]) for _ in range(3))
+    gate = torch.randn(B, 6 * D, device=device, dtype=DTYPES[shape.dtype]).chunk(6, dim=1)[5].detach()
+    weight, bias = torch.randn(D, 1, 3, 3, device=device), torch.randn(D, device=device)
     return [leaf.requires_grad_() for leaf in (x, branch, gate, weight, bias)], gradient
 
 

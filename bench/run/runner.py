@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import ForkServerContext, SpawnContext
-from pathlib import Path
 from typing import Any
 
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, ParityJob
-from bench.run.lifeline import end_group, scratch_folder
+from bench.run.process import Worker, WorkerError
 from bench.store.identity import measurement_key
 from bench.store.ledgers import Checks
-from bench.store.rows import ResultsWriter, Row, utc_now
-from dig.environment import HARNESS_VARIABLE
+from bench.store.lines import LinesWriter
+from bench.store.rows import Row, utc_now
 from dig.nvml import POWER_CAP, Gpu
 
 FINAL = frozenset({"ok", "oom", "unsupported"})
@@ -28,28 +22,6 @@ FINAL = frozenset({"ok", "oom", "unsupported"})
 
 SLACK = 64 << 20
 """Bytes by which a GPU's used memory may differ from before, when nothing of ours is left on it."""
-
-
-class WorkerError(RuntimeError):
-    """A worker process ended without an answer; ``status`` is what its row says."""
-
-    def __init__(self, status: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _context() -> ForkServerContext | SpawnContext:
-    """Worker processes fork from a server that has imported torch once, and never touched CUDA."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.run.preload"])
-    os.environ[HARNESS_VARIABLE] = str(os.getpid())
-    return context
-
-
-def _tail(path: Path, characters: int = 600) -> str:
-    return path.read_text(errors="replace").strip()[-characters:]
 
 
 def run_job(job: Job, *, time_limit: float) -> Any:
@@ -65,40 +37,8 @@ def run_job(job: Job, *, time_limit: float) -> Any:
     Raises:
         WorkerError: Time ran out, or the process died; the message holds the end of its stderr.
     """
-    folder = scratch_folder()
-    context = _context()
-    receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        errors = Path(place) / "stderr"
-        errors.touch()
-        process = context.Process(target=_worker, args=(sender, job, str(errors)), daemon=False)
-        process.start()
-        sender.close()
-        try:
-            if not receiver.poll(time_limit):
-                raise WorkerError("timeout", f"no result after {time_limit:g} s; the process was killed")
-            try:
-                return receiver.recv()
-            except EOFError:
-                process.join()
-                raise WorkerError("error", _post_mortem(process.exitcode, _tail(errors))) from None
-        finally:
-            end_group(process)
-            receiver.close()
-
-
-def _worker(connection: Any, job: Any, errors: str) -> None:
-    from bench.run.worker import worker_main
-
-    worker_main(connection, job, errors)
-
-
-def _post_mortem(exit_code: int | None, stderr: str) -> str:
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hint = " (most often: the host ran out of memory)" if -exit_code == signal.SIGKILL else ""
-        return f"the process was ended by {name}{hint}; {stderr or 'it printed nothing'}"
-    return f"the process ended with status {exit_code}; {stderr or 'it printed nothing'}"
+    with Worker("bench.run.worker:worker_main", job) as worker:
+        return worker.answer(time_limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +102,7 @@ def finished_launches(rows: Iterable[Row]) -> frozenset[tuple[str, int]]:
     return frozenset(launch for launch, status in latest.items() if status in FINAL)
 
 
-def run_sweep(sweep: Sweep, writer: ResultsWriter, *, on_start: Callable[[Case], None]) -> Iterator[Row]:
+def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Case], None]) -> Iterator[Row]:
     """Measure the remaining launches; each row is on the disk before it is yielded.
 
     Before the first launch of a model, the parity check compares it with its reference; where that fails, the launch

@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_keeps_the_rows_before_and_says_so(tmp_path: Path) 
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); from pathlib import Path; "
-        "from bench.store.rows import *; "
+        "from bench.cases.case import Case; from bench.store.rows import *; "
         "case = Case(model='DiT-S/8', resolution=64); writer = ResultsWriter(Path(sys.argv[1]))\n"
         "try: writer.write(Row(case=case, status='error', started_at='', message='y' * 4000))\n"
         "except ResultError as error: print(error); writer.close()"
@@ -138,7 +138,7 @@ def test_a_disk_that_fills_up_keeps_the_rows_before_and_says_so(tmp_path: Path) 
 def test_a_harness_killed_while_it_writes_leaves_whole_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from pathlib import Path; from bench.store.rows import *\n"
+        "import sys; from pathlib import Path; from bench.cases.case import Case; from bench.store.rows import *\n"
         "case = Case(model='DiT-S/8', resolution=64); writer = ResultsWriter(Path(sys.argv[1]))\n"
         "for i in range(10**9): writer.write(Row(case=case, status='error', started_at='', message='m' * 100_000))"
     )

@@ -248,7 +248,7 @@ def test_what_was_measured_is_never_written_over(tmp_path: Path) -> None:
     clean(invoke(cli.app, "run", "--device", "cpu", "--resolution", "64", "--out", samples), 2)
     assert rows.read_text() == line
     assert read_results(rows).rows == (ROW,)
-    assert read_rows(samples)[0] == [SAMPLE]
+    assert read_rows(samples).rows == (SAMPLE,)
 
 
 NUMBERS = [

@@ -16,7 +16,8 @@ from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, ParityJob
 from bench.measure import case as worker
 from bench.run import runner
-from bench.run.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
+from bench.run.process import WorkerError
+from bench.run.runner import Referee, Sweep, finished_launches, run_job, run_sweep
 from bench.store.ledgers import Clocks
 from bench.store.rows import ResultsWriter, Row, read_results
 
