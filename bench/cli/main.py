@@ -1,4 +1,4 @@
-"""The commands of ``python -m bench``: run and list here; the others in modules of their own."""
+"""The commands of ``python -m bench``: run here; the others in modules of their own, in order below."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bench.cases import suites as case_lists
 from bench.cases.case import Case
@@ -19,6 +18,7 @@ from bench.cli.compare import compare, export
 from bench.cli.coverage import coverage
 from bench.cli.first_step import first_step
 from bench.cli.kernels import kernels
+from bench.cli.list import list_models
 from bench.cli.ops import ops
 from bench.cli.options import numbers, words
 from bench.cli.profile import profile
@@ -30,8 +30,7 @@ from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.commands.common import progress_bar
 from dig.environment import ROOT, describe_environment, gpu_present
-from dig.packages import MissingPackageError
-from dig.registry import VAE_FACTOR, ModelSpec, families, list_models, parse_name
+from dig.registry import parse_name
 
 app = typer.Typer(
     cls=OneLineGroup,
@@ -40,12 +39,6 @@ app = typer.Typer(
     help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS against resolution and model size.",
 )
 GIB = 2**30
-
-for command in (sampling, kernels, compare, export, regression, coverage, capacity, profile, first_step):
-    app.command()(command)
-app.add_typer(ops, name="ops")
-
-
 MOST_LAUNCHES = 10_000
 
 
@@ -53,7 +46,6 @@ def _default_models(device: str) -> list[str]:
     return list(case_lists.COMPARED if device == "cuda" else case_lists.ON_CPU)
 
 
-@app.command()
 def run(
     suite: Annotated[
         str | None,
@@ -198,37 +190,18 @@ def _line(row: Row) -> str:
     return f"{row.case.describe()}: {speed}, {memory}{share}{marks}"
 
 
-@app.command("list")
-def list_command() -> None:
-    """List every model: parameters, and multiply-adds of a forward pass, counted in full and as the paper does."""
-    import torch
-
-    from bench.measure.flops import paper_macs
-    from dig.flops import UncountedError, forward_macs, model_macs
-    from dig.model import DiG
-
-    table = Table(title="256x256 images, 1000 classes, default options")
-    for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    side = 256 // VAE_FACTOR
-    for name in list_models():
-        family, size, _ = parse_name(name)
-        spec = ModelSpec(name=name, input_size=(side, side), in_channels=4, num_classes=1000)
-        try:
-            with torch.device("meta"):
-                model = spec.build()
-            macs = forward_macs(model) if spec.reference() == spec else model_macs(spec)
-        except (UncountedError, MissingPackageError) as error:
-            table.add_row(name, "", str(error), "")
-            continue
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        paper = f"{paper_macs(model, macs) / 1e9:.3f}" if isinstance(model, DiG) else ""
-        mark = " (assumed)" if size in family.assumed else ""
-        table.add_row(name + mark, f"{count:,}", f"{macs / 1e9:.3f}", paper)
-    console = Console()
-    console.print(table)
-    for family in families().values():
-        for option, values in family.options.items():
-            console.print(f"{family.name}: {option} = {values[0]} (default)" + "".join(f" | {v}" for v in values[1:]))
-    if any(family.assumed for family in families().values()):
-        console.print("assumed: nobody published this size")
+for command in (
+    run,
+    list_models,
+    sampling,
+    compare,
+    export,
+    regression,
+    kernels,
+    profile,
+    capacity,
+    first_step,
+    coverage,
+):
+    app.command("list" if command is list_models else None)(command)
+app.add_typer(ops, name="ops")

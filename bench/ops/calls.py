@@ -53,7 +53,7 @@ def _gla(case: OpCase) -> Step:
     value = SIZES[case.size][1] // heads
     shape = gla.Shape(B=case.batch, T=case.side**2, H=heads, K=value // 2, V=value, dtype=case.dtype)
     if case.implementation == "triton":
-        return gla.mixer_step(shape, _mode(case))
+        return gla.mixer_step(shape, _mode(case), case.device)
     from dig.ops.gla import gated_linear_attention
 
     leaves, gradient = gla.make_inputs(shape, "recurrence", case.device)
@@ -101,7 +101,8 @@ def _condition(case: OpCase) -> Step:
     D, _, _ = _sizes(case)
     draw = partial(_random, case, dtype=torch.float32)
     t, y = (torch.arange(case.batch, device=case.device) for _ in range(2))
-    return partial(condition, t, y, draw(D, SINUSOIDS), draw(D), draw(D, D), draw(D), draw(LABELS, D))
+    first, second = draw(D, SINUSOIDS) / SINUSOIDS**0.5, draw(D, D) / D**0.5
+    return partial(condition, t, y, first, draw(D), second, draw(D), draw(LABELS, D))
 
 
 def _weights(case: OpCase) -> Step:

@@ -112,19 +112,19 @@ REGISTERS = ("output_registers", "output_backward_registers", "gradient_register
 """Fields of `dig.ops.gla.tiles.Tiles` that are the kernels' own."""
 
 
-def mixer_step(shape: Shape, mode: str = MODES[1]) -> Step:
+def mixer_step(shape: Shape, mode: str = MODES[1], device: str = "cuda") -> Step:
     """The mixer as the model runs it, from one projection's output; with its backward pass unless told otherwise."""
     from dig.ops.gla.mixer import gla_mixer
     from dig.ops.gla.projection import GATE_RANK, projection_splits
     from dig.scan import RASTER
 
     D, dtype = shape.H * shape.V, DTYPES[shape.dtype]
-    random = partial(torch.randn, device="cuda", dtype=dtype)
+    random = partial(torch.randn, device=device, dtype=dtype)
     leaves = [
         random(shape.B, shape.T, sum(projection_splits(D))),
         random(D // 2, GATE_RANK),
         random(D // 2),
-        torch.ones(shape.V, device="cuda"),
+        torch.ones(shape.V, device=device),
     ]
     mixer = partial(gla_mixer, heads=shape.H, grid=(1, shape.T), order=RASTER)
     gradient = random(shape.B, shape.T, D)

@@ -20,6 +20,7 @@ from bench.cases.case import Case
 from bench.cli import capacity as capacity_command
 from bench.cli import kernels as kernels_command
 from bench.cli import main as cli
+from bench.cli import ops_compare
 from bench.cli import profile as profile_command
 from bench.cli import regression as regression_command
 from bench.cli import sampling as sampling_command
@@ -291,6 +292,11 @@ OPTIONS: list[tuple[Any, tuple[str, ...], tuple[str, ...]]] = [
     ),
     (cli.app, ("coverage",), ("--trials", "--launches")),
     (cli.app, ("ops", "gla"), ("--tokens", "--heads", "--samples", "--chunks")),
+    (
+        cli.app,
+        ("ops", "compare", "--op", "gla", "--device", "cpu", "--base", "."),
+        ("--resolution", "--batch", "--launches", "--least-effect", "--noise", "--seconds", "--time-limit", "--seed"),
+    ),
 ]
 NO_OUT = ("kernels", "first-step", "coverage", "ops")
 """Commands that write no file of their own."""
@@ -311,6 +317,7 @@ def _measuring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (profile_command, "profile_case"),
         (regression_command, "_Gate"),
         (sampling_command, "measure"),
+        (ops_compare, "Gate"),
     ):
         monkeypatch.setattr(module, name, begin, raising=False)
     monkeypatch.setattr("bench.inspect.profile.profile_case", begin)
