@@ -17,6 +17,7 @@ from bench.cli import ops_compare
 from bench.cli.main import app
 from bench.judge.compare import Thresholds, exit_status
 from bench.judge.regression import Plan, compare_checkouts
+from bench.ops import calls
 from bench.ops.calls import MAKERS, tensors_of
 from bench.ops.measure import measure
 from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase, OpJob, OpRow
@@ -99,8 +100,9 @@ def test_a_launch_that_dies_is_a_row(tmp_path: Path) -> None:
         ("products", "forward"),
     ],
 )
-def test_every_operation_is_called_as_it_is(op: str, mode: str) -> None:
+def test_every_operation_is_called_as_it_is(op: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels in Triton's interpreter, so that a call that no longer fits is seen without a GPU."""
+    monkeypatch.setattr(calls, "SIZES", {"S": (12, 192, 6)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case: Any = SimpleNamespace(
         implementation="triton", size="S", side=2, batch=1, mode=mode, dtype="fp32", device=device
