@@ -15,7 +15,6 @@ from bench.cases.jobs import Budget
 from bench.store.decoding import decode_dataclass, of_kind, require
 from bench.store.lines import ResultError
 from bench.store.rows import LEAST_MS, MOST_MS, Mark, Status, check_environment
-from dig.config import SIZES
 from dig.registry import check_resolution, parse_name
 
 SCHEMA = 1
@@ -78,8 +77,8 @@ class OpCase:
         for name in ("batch", "resolution"):
             value = getattr(self, name)
             require(1 <= value <= MOST_COUNT, f"{name} must be a whole number from 1 to {MOST_COUNT}; got {value}")
-        family, size, patch = parse_name(self.model)
-        require(family.name == "DiG" and size in SIZES, f"these are DiG's operations; {self.model} is none")
+        family, _, patch = parse_name(self.model)
+        require(family.name == "DiG", f"these are DiG's operations; {self.model} is none")
         check_resolution(self.resolution, patch)
 
     @property
