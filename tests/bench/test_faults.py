@@ -69,7 +69,7 @@ def test_no_module_of_the_harness_times_anything_by_the_time_of_day() -> None:
     files = (ROOT / "bench").rglob("*.py")
     found = {path.relative_to(ROOT / "bench").as_posix(): wrong.findall(path.read_text()) for path in files}
     # A row's started_at and a folder's name are for people.
-    allowed = {"store/rows.py", "cli/regression.py", "sampling/run.py"}
+    allowed = {"store/rows.py", "cli/gate.py"}
     assert {name for name, words in found.items() if words} == allowed
     assert all(set(found[name]) == {"datetime.now"} for name in allowed)
 
