@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from bench.store.files import read_file, require_file_or_nothing
 
@@ -42,10 +42,6 @@ class Results(Generic[R]):
 
     rows: tuple[R, ...]
     torn: bytes = b""
-
-    def latest(self) -> dict[Any, R]:
-        """The last row of every case."""
-        return {getattr(row, "case"): row for row in self.rows}  # noqa: B009 - not every kind need have cases
 
 
 def read_lines(path: Path, parse: Parse[R]) -> Results[R]:

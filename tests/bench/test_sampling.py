@@ -23,6 +23,7 @@ from bench.sampling.rows import RowsWriter, SamplingCase, SamplingRow, compare, 
 from bench.sampling.run import measure
 from bench.store.lines import ResultError
 from dig.diffusion import sample
+from dig.environment import ROOT
 from dig.sampling import runner as runs
 
 CASE = SamplingCase(
@@ -87,6 +88,19 @@ def test_rows_survive_the_file_and_a_kill(tmp_path: Path) -> None:
         row(status="ok", seconds=())
     with pytest.raises(ValueError, match="finite and positive"):
         row(CASE, 0.0)
+
+
+def test_published_rows_of_schema_1_are_read_and_written_as_today(tmp_path: Path) -> None:
+    published = next((ROOT / "results").rglob("h100-sampling.jsonl"))
+    assert json.loads(published.read_text().splitlines()[0])["schema"] == 1
+    rows = read_rows(published).rows
+    assert [r.case.label for r in rows[:2]] == ["DiG-XL/2 (triton, release)", "Flash-DiT-XL/2 (sdpa-cudnn)"]
+    assert all(dict(r.case.options)["backend"] in ("triton", "sdpa-cudnn") for r in rows)
+    with RowsWriter(tmp_path / "again.jsonl") as writer:
+        for each in rows:
+            writer.write(each)
+    assert read_rows(tmp_path / "again.jsonl").rows == rows
+    assert json.loads((tmp_path / "again.jsonl").read_text().splitlines()[0])["schema"] == 2
 
 
 def test_ratios_are_of_the_same_turn() -> None:
