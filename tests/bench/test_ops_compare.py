@@ -23,6 +23,7 @@ from bench.ops.measure import measure
 from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase, OpJob, OpRow
 from bench.ops.side import OpSide
 from bench.run.checkouts import copy_tree
+from bench.run.process import Worker
 from bench.run.side import SideError
 from bench.store.lines import ResultError, read_lines
 from dig.environment import ROOT
@@ -170,3 +171,23 @@ def test_all_operations_are_those_that_run_there(tmp_path: Path, monkeypatch: py
         assert CliRunner().invoke(app, ["ops", "compare", "--out", str(tmp_path)]).exit_code == 3
         assert {case.op for case in seen} == expected
         assert {case.implementation for case in seen} == {"triton" if present else "reference"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_operations_are_timed_on_a_gpu(op: str) -> None:
+    case = replace(
+        SREM,
+        op=op,
+        implementation="triton",
+        model="DiG-S/2",
+        resolution=512,
+        mode="forward" if op in FORWARD_ONLY else "train",
+        dtype="bf16",
+        device="cuda",
+    )
+    with Worker("bench.ops.measure:measure_op", OpJob(case=case, budget=QUICK, environment={})) as worker:
+        row = OpRow.from_json(worker.answer(300))
+    assert row.status == "ok", row.message
+    # A call takes microseconds, not the milliseconds of all calls together.
+    assert 1e-4 < min(row.samples_ms) < 5
