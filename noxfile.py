@@ -48,6 +48,17 @@ def may_install(session: nox.Session) -> bool:
     return not isinstance(session.virtualenv, nox.virtualenv.PassthroughEnv)
 
 
+def in_parallel() -> tuple[str, ...]:
+    """The options of pytest that share tests out among processes."""
+    cores = str(max(1, min(4, os.cpu_count() or 1)))
+    return "-n", cores, "--dist", "worksteal"
+
+
+def without_pin(requirement: str) -> str:
+    """A requirement that takes any version where it asked for one; its marker stays."""
+    return re.sub(r"^([\w.-]+)==[^;]*", r"\1", requirement)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format of every file."""
@@ -69,8 +80,19 @@ def tests(session: nox.Session) -> None:
     """Run the tests that need no GPU: models, references, kernels in Triton's interpreter, harness, reports."""
     if may_install(session):
         install(session, "test", extras="train")
-    cores = str(max(1, min(4, os.cpu_count() or 1)))
-    session.run("pytest", "-n", cores, "--dist", "worksteal", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", *in_parallel(), *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def tests_newest(session: nox.Session) -> None:
+    """Run the tests that need no GPU on the newest torch, Triton and tools that pip finds, which are gigabytes."""
+    if may_install(session):
+        project = nox.project.load_toml("pyproject.toml")["project"]
+        wanted = [*project["dependencies"], *project["optional-dependencies"]["train"], *GROUPS["test"]]
+        session.install("--upgrade", "--upgrade-strategy", "eager", *(without_pin(each) for each in wanted))
+        session.install("--no-deps", "-e", ".")
+    session.run("python", "-m", "pip", "list")
+    session.run("pytest", *in_parallel(), *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -164,5 +186,5 @@ def report(session: nox.Session) -> None:
     """Draw figures and tables from stored rows, by default the published ones; needs no torch."""
     if may_install(session):
         session.install("pandas>=2.2", "matplotlib>=3.9", "rich>=13.9", "typer>=0.15")
-    options = session.posargs or ["results/h100.jsonl", "--out", "results/h100"]
+    options = session.posargs or ["results/h100/rows.jsonl", "--out", "results/h100"]
     session.run("python", "-m", "reports", *options)

@@ -8,12 +8,19 @@ from dig.family import BACKEND, Family, Look, Signature
 from dig.registry import register
 
 if TYPE_CHECKING:
+    import torch
+
     from dig.layers import Backbone
+    from dig.operation import Operation
+
+ATTENTIONS = ("sdpa-flash", "sdpa-cudnn", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-attn-4-padded")
+"""Flash-DiT's, by `baselines.attention`; only the first runs on a CPU too."""
 
 # Names as the profiler gives them: cuDNN's say cudnn_generated_fort_native_sdpa_sm90_flash_fprop_..., flash-attn's
 # flash::flash_fwd_kernel<...>, PyTorch's copy of the latter pytorch_flash::flash_fwd_kernel<...>.
 _FUSED_ATTENTION = r"flash_fwd|fmha|cudnn\w*(sdpa|flash|mha)|efficient_attention|scaled_dot_product_\w*flash"
 _SOFTMAX = r"(?i:softmax)"
+_CUTE = r"(?i:cut(e|lass)\w*flash\w*fwd|flash_attn\w*cute)"
 
 
 def _build_dit(size: str, **fields: Any) -> Backbone:
@@ -21,6 +28,18 @@ def _build_dit(size: str, **fields: Any) -> Backbone:
 
     depth, width, heads = SIZES[size]
     return DiT(DiTConfig(depth=depth, width=width, heads=heads, **fields))
+
+
+def _attention_of(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
+    from baselines.attention import attention_of
+
+    return attention_of(model, batch, dtype)
+
+
+def _scan_of(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
+    from baselines.selective_scan import scan_of
+
+    return scan_of(model, batch, dtype)
 
 
 def _build_dis(size: str, **fields: Any) -> Backbone:
@@ -38,6 +57,7 @@ DIT = register(
         build=_build_dit,
         options={BACKEND: ("materialized",)},
         renamed={"attention": BACKEND},
+        operation=_attention_of,
         reference="DiT:materialized",
         signatures={
             ("cuda", "materialized"): Signature(expected=_SOFTMAX, foreign=_FUSED_ATTENTION),
@@ -56,10 +76,16 @@ FLASH_DIT = register(
         name="Flash-DiT",
         sizes=("S", "B", "L", "XL"),
         build=_build_dit,
-        options={BACKEND: ("sdpa-flash", "sdpa-cudnn", "flash-attn")},
+        options={BACKEND: ATTENTIONS},
         renamed={"attention": BACKEND},
-        packages={"flash-attn": ("flash_attn",)},
-        gpu_only=frozenset({"sdpa-cudnn", "flash-attn"}),
+        packages={
+            "flash-attn": ("flash_attn",),
+            "flash-attn-3": ("flash_attn_interface",),
+            "flash-attn-4": ("flash_attn.cute",),
+            "flash-attn-4-padded": ("flash_attn.cute",),
+        },
+        gpu_only=frozenset(ATTENTIONS[1:]),
+        operation=_attention_of,
         reference="DiT",
         signatures={
             ("cuda", "sdpa-cudnn"): Signature(
@@ -70,6 +96,15 @@ FLASH_DIT = register(
             ),
             ("cuda", "flash-attn"): Signature(
                 expected=r"flash_fwd", foreign=rf"pytorch_flash|cudnn\w*sdpa|efficient_attention|{_SOFTMAX}"
+            ),
+            ("cuda", "flash-attn-3"): Signature(
+                expected=r"flash(?!.*cute).*(?i:fwd)", foreign=rf"pytorch_flash|cudnn\w*sdpa|{_CUTE}|{_SOFTMAX}"
+            ),
+            ("cuda", "flash-attn-4"): Signature(
+                expected=_CUTE, foreign=rf"flash::flash_fwd|cudnn\w*sdpa|efficient_attention|{_SOFTMAX}"
+            ),
+            ("cuda", "flash-attn-4-padded"): Signature(
+                expected=_CUTE, foreign=rf"flash::flash_fwd|cudnn\w*sdpa|efficient_attention|{_SOFTMAX}"
             ),
             ("cpu", "sdpa-flash"): Signature(expected=r"scaled_dot_product_flash_attention", foreign=r"aten::softmax"),
         },
@@ -92,6 +127,7 @@ DIS = register(
         packages={"mamba-ssm": ("mamba_ssm", "causal_conv1d")},
         gpu_only=frozenset({"mamba-ssm"}),
         on_gpu="mamba-ssm",
+        operation=_scan_of,
         reference="DiS:reference",
         signatures={("cuda", "mamba-ssm"): Signature(expected=r"selective_scan_fwd")},
         look=Look(

@@ -8,14 +8,12 @@ Shapes: B batch, T tokens, D width, H heads, K head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from baselines.attention import require_flash_attention
+from baselines.attention import Backend, attend, require_backend
 from dig.layers import (
     Backbone,
     FinalLayer,
@@ -28,9 +26,6 @@ from dig.layers import (
     sincos_position_embedding,
     unpatchify,
 )
-from dig.packages import require
-
-Backend = Literal["materialized", "flash-attn", "sdpa-flash", "sdpa-cudnn"]
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Size → (depth, width, heads), DiT's Tab. 1."""
@@ -48,8 +43,9 @@ class DiTConfig:
         depth: Blocks.
         width: D.
         heads: H.
-        backend: ``materialized`` forms the T×T matrix, as the paper's DiT; ``flash-attn`` is the FlashAttention-2
-            package; ``sdpa-flash`` and ``sdpa-cudnn`` are PyTorch's kernels. Each runs or raises: nothing falls back.
+        backend: ``materialized`` forms the T×T matrix, as the paper's DiT; ``sdpa-flash`` and ``sdpa-cudnn`` are
+            PyTorch's kernels; ``flash-attn``, ``flash-attn-3`` and ``flash-attn-4`` the packages' of these names,
+            ``flash-attn-4-padded`` the last with heads padded to 96. Each runs or raises: nothing falls back.
         label_dropout: Share of the labels replaced by the null label in training.
     """
 
@@ -83,26 +79,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if self.backend == "flash-attn":
-            # Its backward pass adds in any order, unless it is asked not to.
-            repeats = torch.are_deterministic_algorithms_enabled()
-            flash_attn = require("flash_attn", "backend='flash-attn'")
-            y = flash_attn.flash_attn_func(*qkv.unbind(2), deterministic=repeats)
-        else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            y = self._head_major(q, k, v).transpose(1, 2)
-        output: Tensor = self.proj(y.flatten(2))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        output: Tensor = self.proj(attend(self.backend, q, k, v).flatten(2))
         return output
-
-    def _head_major(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention on (B, H, T, K) tensors."""
-        if self.backend == "materialized":
-            return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-        backend = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}[self.backend]
-        # With one backend allowed, PyTorch raises where that one cannot run, instead of falling back.
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):
@@ -148,8 +127,7 @@ class DiT(Backbone):
             patch_size=config.patch_size,
             num_classes=config.num_classes,
         )
-        if config.backend == "flash-attn":
-            require_flash_attention()
+        require_backend(config.backend)
         self.config = config
         D = config.width
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)

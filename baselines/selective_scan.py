@@ -5,15 +5,20 @@ Shapes: B batch, T tokens, E inner width, N state, R rank of the step size, D wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dig.flops import counts_as
+from dig.operation import Operation
 from dig.packages import require
+
+if TYPE_CHECKING:
+    from dig.layers import Backbone
 
 SCAN_FLOPS = 9
 """FLOPs of a selective scan for each channel, token and state value, by mamba-ssm's own count."""
@@ -108,8 +113,9 @@ def mamba_ssm_direction(xz: Tensor, weights: DirectionWeights, out_proj: Tensor)
         weights.A,
         None,
         None,
-        weights.D,
-        delta_bias=weights.dt_bias,
+        # Its kernels take these in fp32 only, whatever the model was cast to.
+        weights.D.float(),
+        delta_bias=weights.dt_bias.float(),
         delta_softplus=True,
     )
     return output
@@ -159,3 +165,30 @@ def both_directions(
         (B, T, D).
     """
     return direction(xz, forwards, out_proj) + direction(xz.flip(-1), backwards, out_proj).flip(1)
+
+
+def scan_of(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
+    """One direction of a DiS' first block, with its weights, on its tokens; see `dig.operation`.
+
+    Its inputs are the two halves of the block's projection, (B, T, E) each.
+    """
+    found: Any = model
+    mixer = found.mid_block.mixer
+    tokens, width = found.pos_embed.shape[1], mixer.in_proj.out_features // 2
+    device = next(model.parameters()).device
+    inputs = {name: torch.randn(batch, tokens, width, device=device).to(dtype) for name in ("x", "z")}
+    with torch.no_grad():
+        weights, out_proj = mixer.weights(""), mixer.out_proj.weight.detach().float()
+    wide = DirectionWeights(**{name: tensor.detach().float() for name, tensor in vars(weights).items()})
+
+    def of(direction: Direction) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        def run(given: Mapping[str, Tensor]) -> Tensor:
+            xz = torch.cat([given["x"], given["z"]], dim=-1).transpose(1, 2).contiguous()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=xz.dtype == torch.bfloat16):
+                return direction(xz, wide, out_proj)
+
+        return run
+
+    return Operation(
+        inputs=inputs, run=of(mixer.direction), truth=of(reference_direction), per_token=frozenset(("x", "z"))
+    )

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import html
 import re
-import sys
 import unicodedata
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+
+from dig.command_line import OneLineCommand, OneLineGroup
+
+__all__ = [
+    "MOST_COUNT",
+    "MOST_LETTERS",
+    "MOST_SECONDS",
+    "OneLineCommand",
+    "OneLineGroup",
+    "cell",
+    "check_count",
+    "check_positive",
+    "refuse",
+    "say",
+    "visible",
+]
 
 MOST_SECONDS = 1e6
 """Of any limit on time: eleven days."""
@@ -51,13 +65,9 @@ def say(text: str, *, err: bool = False) -> None:
 
 def refuse(message: str) -> NoReturn:
     """End with exit status 2 and one clear line, cut where it quotes more than anybody reads."""
-    _complain(message)
-    raise typer.Exit(2)
-
-
-def _complain(message: str) -> None:
     cut = message if len(message) <= MOST_LETTERS else f"{message[:MOST_LETTERS]}…"
     say(f"error: {cut}", err=True)
+    raise typer.Exit(2)
 
 
 def check_count(value: int, option: str, *, least: int = 1, most: int = MOST_COUNT) -> None:
@@ -72,42 +82,3 @@ def check_positive(value: float, option: str, *, most: float = MOST_SECONDS) -> 
     """Refuse a number that is not above 0, not finite, or too large."""
     if not 0 < value <= most:
         refuse(f"{option} must be positive and at most {most:,.0f}; got {value:g}")
-
-
-def _one_line(main: Any, standalone: bool, *arguments: Any, **named: Any) -> Any:
-    """Run a command; what typer has to say about its options is one line, like everything else."""
-    try:
-        status = main(*arguments, standalone_mode=False, **named)
-    except typer.Abort:
-        say("stopped", err=True)
-        sys.exit(130)
-    except Exception as error:
-        # Of which package typer's exceptions are, depends on its version.
-        if not standalone or not hasattr(error, "format_message"):
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(error.format_message(), err=True)
-        else:
-            context = getattr(error, "ctx", None)
-            hint = f"; see {context.command_path} --help" if context is not None else ""
-            _complain(f"{error.format_message().rstrip('.')[: MOST_LETTERS // 2]}{hint}")
-        sys.exit(2)
-    if not standalone:
-        return status
-    sys.exit(status or 0)
-
-
-class OneLineCommand(TyperCommand):
-    """A command whose usage errors are one line, with status 2."""
-
-    def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
-        """See click."""
-        return _one_line(super().main, standalone_mode, *arguments, **named)
-
-
-class OneLineGroup(TyperGroup):
-    """Commands whose usage errors are one line, with status 2."""
-
-    def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
-        """See click."""
-        return _one_line(super().main, standalone_mode, *arguments, **named)

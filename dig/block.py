@@ -97,11 +97,15 @@ class GatedLinearAttention(nn.Module):
             x: In ``route.source`` order.
             route: Of the block; None for tokens that are in scan order.
         """
-        projected = self.in_proj(x)
+        output: Tensor = self.o_proj(self.mix(self.in_proj(x), route))
+        return output
+
+    def mix(self, projected: Tensor, route: Route | None) -> Tensor:
+        """Everything between the projections (Eq. 4-10): (B, T, 3D + R) to (B, T, D), both in source order."""
         if self.backend == "triton" and route is not None and route.source == RASTER and self._decays_in_the_kernel():
             from dig.ops.gla.mixer import gla_mixer
 
-            y = gla_mixer(
+            return gla_mixer(
                 projected.contiguous(),
                 self.decay_proj.weight,
                 self.decay_proj.bias,
@@ -111,22 +115,17 @@ class GatedLinearAttention(nn.Module):
                 order=route.order,
                 eps=EPS,
             )
-            output: Tensor = self.o_proj(y)
-            return output
-        if route is not None:
-            projected = reorder(projected, route.grid, route.source, route.order)
-        y = self._recur(projected)
-        if route is not None:
-            y = reorder(y, route.grid, route.order, route.source)
-        output = self.o_proj(y)
-        return output
+        if route is None:
+            return self._recur(projected)
+        y = self._recur(reorder(projected, route.grid, route.source, route.order))
+        return reorder(y, route.grid, route.order, route.source)
 
     def _decays_in_the_kernel(self) -> bool:
         """Whether a kernel may multiply with the decay gate's second factor: it then calls no module."""
         return untouched_linear(self.decay_proj, bias=True)
 
     def _recur(self, projected: Tensor) -> Tensor:
-        """Everything between the projections (Eq. 4-10), for tokens in scan order: (B, T, 3D + R) to (B, T, D)."""
+        """`mix` for tokens in scan order."""
         q, k, v, gate, low_rank = split_projection(projected.contiguous(), self.heads)
         logits = self.decay_proj(low_rank)
         if self.backend == "triton":
@@ -262,9 +261,11 @@ class DiGBlock(nn.Module):
         return convolved.flatten(2).transpose(1, 2)
 
     def _run_on_kernels(self, x: Tensor, c: Tensor, route: Route, ahead: Ahead | None) -> Tensor:
+        from dig.ops.derivatives import refuse_transforms
         from dig.raster_block import run_block
         from dig.raster_weights import Settings
 
+        refuse_transforms()
         if x.dtype not in KERNEL_DTYPES:
             raise ValueError(refused_dtype(x.dtype))
         if x.dim() != 3 or x.shape[1] != route.grid[0] * route.grid[1] or c.shape != (len(x), x.shape[2]):

@@ -8,7 +8,10 @@ from dig.family import BACKEND, Family, Look, Signature
 from dig.registry import register
 
 if TYPE_CHECKING:
+    import torch
+
     from dig.layers import Backbone
+    from dig.operation import Operation
 
 FLA_KERNELS = r"chunk_gla_fwd|chunk_fwd_kernel_h|fused_recurrent_gla|fused_chunk_gla"
 """Of flash-linear-attention's forward pass."""
@@ -20,6 +23,12 @@ def _build(size: str, **fields: Any) -> Backbone:
     depth, width, _ = SIZES[size]
     heads = heads_of(size, "release" if fields.get("variant") == "release" else "paper")
     return DiG(DiGConfig(depth=depth, width=width, heads=heads, **fields))
+
+
+def _operation(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
+    from dig.ops.gla.operation import mixer_of
+
+    return mixer_of(model, batch, dtype)
 
 
 DIG = register(
@@ -39,6 +48,8 @@ DIG = register(
         packages={"fla": ("fla",), "triton": ("triton",)},
         gpu_only=frozenset({"fla", "triton"}),
         on_gpu="triton",
+        operation=_operation,
+        tunes=frozenset({"fla"}),
         reference="DiG:reference",
         signatures={
             ("cuda", "fla"): Signature(expected=FLA_KERNELS),

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from dig.fields import fits
 from dig.packages import is_installed, missing_message
 
 if TYPE_CHECKING:
     from dig.layers import Backbone
+    from dig.operation import Operation
 
 BACKEND = "backend"
 """The option that says which implementation runs the family's heart, by one name in every family that has several."""
-
+_GIVEN = ("size", "input_size", "in_channels", "num_classes", "patch_size", "image_size", "device", "name")
+"""Arguments of a builder and of `dig.registry.create_model`, which no option can be called by."""
+_WORD = re.compile(r"[\w.+-]+")
+"""Of an option: what stands between colons on a command line."""
 
 MARKERS = "ov^<>8sp*hHDdPX"
 """Filled markers of matplotlib."""
@@ -37,6 +42,19 @@ def closest(value: str, choices: Mapping[str, Any] | Sequence[str]) -> str:
     return f"{hint}Known: {', '.join(choices)}"
 
 
+def _check_types(said: Any, owner: str) -> None:
+    """Raise FamilyError where a field is of another type than it is annotated with. A list does for a tuple."""
+    hints = get_type_hints(type(said), localns={"Backbone": object, "Operation": object})
+    for entry in fields(said):
+        value = getattr(said, entry.name)
+        if not fits(value, hints[entry.name]):
+            # Without its comma a tuple of one is a word.
+            comma = f"; of one it is ({value!r},)" if isinstance(value, str) and "tuple" in str(entry.type) else ""
+            raise FamilyError(f"{entry.name} of {owner} must be {entry.type}; got {value!r:.80}{comma}")
+        if isinstance(value, list):
+            object.__setattr__(said, entry.name, tuple(value))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Signature:
     """Kernels by which an implementation is known: one that is ``expected`` must run in a step, none that is foreign.
@@ -53,6 +71,15 @@ class Signature:
     expected: str = r"(?!)"
     foreign: str = r"(?!)"
     kernels_in: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise FamilyError on what is no regular expression."""
+        _check_types(self, "Signature")
+        for name in ("expected", "foreign"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise FamilyError(f"{name} of a Signature is no regular expression: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +102,7 @@ class Look:
 
     def __post_init__(self) -> None:
         """Raise FamilyError on what cannot be drawn: a figure must not fail for it later."""
+        _check_types(self, "Look")
         if wrong := [color for color in self.colors if not re.fullmatch(r"#[0-9A-Fa-f]{6}", color)]:
             raise FamilyError(f"a colour is written #RRGGBB; got {wrong[0]!r}")
         if wrong := [marker for marker in self.markers if marker not in MARKERS]:
@@ -108,6 +136,10 @@ class Family:
             which every row then says.
         signatures: (``cuda`` or ``cpu``, backend) → the kernels that show it at work. Rows without are marked
             unverified, but those of the reference itself, which is plain operations.
+        operation: ``operation(model, batch, dtype)`` is what the backend's kernels compute, alone, at the model's own
+            shape, with a truth beside it (`dig.operation`): what an error at that shape is found by. Without it rows
+            say that only a small input was compared.
+        tunes: Backends whose kernels tune themselves for minutes when they first run: suites measure them last.
         reshaped_by: Options that change the names or shapes of weights: what checkpoints are searched by.
         look: In figures.
         files: Source files and folders that decide on its numbers, beside the module or package that ``build`` is
@@ -125,25 +157,67 @@ class Family:
     on_gpu: str | None = None
     reference: str | None = None
     signatures: Mapping[tuple[str, str], Signature] = field(default_factory=dict)
+    operation: Callable[..., Operation] | None = None
+    tunes: frozenset[str] = frozenset()
     reshaped_by: tuple[str, ...] = ()
     look: Look | None = None
     files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise FamilyError on what no family can be; the message says what to write."""
-        if not re.fullmatch(r"[A-Za-z][\w.+-]*", self.name):
+        """Raise FamilyError on what no family can be; the message names family and field, and says what to write."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][\w.+-]*", self.name):
             raise FamilyError(f"a family's name is letters, digits, '-', '.', '+' and '_'; got {self.name!r}")
-        if not self.sizes or not all(re.fullmatch(r"[\w.+]+", size) for size in self.sizes):
-            raise FamilyError(f"{self.name} needs sizes such as ('S', 'B'), without '-' and '/'; got {self.sizes!r}")
-        for option, words in self.options.items():
+        for option, words in self.options.items() if isinstance(self.options, Mapping) else ():
             if not isinstance(words, tuple) or not words:
                 raise FamilyError(f"option {option!r} of {self.name} needs a tuple of words; got {words!r}")
+        _check_types(self, self.name)
+        if not self.sizes or not all(re.fullmatch(r"[\w.+]+", size) for size in self.sizes):
+            raise FamilyError(
+                f"{self.name} needs sizes such as ('S', 'B'), of letters, digits, '_', '.' and '+', without '-' and "
+                f"'/'; got {self.sizes!r}"
+            )
+        self._check_once("sizes", self.sizes)
+        self._check_known("assumed", self.assumed, self.sizes, "size")
+        self._check_options()
         backends = self.backends or ("",)
-        named = {*self.packages, *self.gpu_only, *(backend for _, backend in self.signatures)} | (
-            {self.on_gpu} if self.on_gpu is not None else set()
-        )
-        if alien := sorted(named - set(backends)):
-            raise FamilyError(f"{self.name} has no backend {alien[0]!r}; it has {', '.join(map(repr, backends))}")
+        on_gpu = () if self.on_gpu is None else (self.on_gpu,)
+        signed = [backend for _, backend in self.signatures]
+        self._check_known("packages", self.packages, backends, "backend")
+        self._check_known("gpu_only", self.gpu_only, backends, "backend")
+        self._check_known("tunes", self.tunes, backends, "backend")
+        self._check_known("on_gpu", on_gpu, backends, "backend")
+        self._check_known("signatures", signed, backends, "backend")
+        self._check_known("signatures", [device for device, _ in self.signatures], ("cuda", "cpu"), "device")
+        self._check_known("reshaped_by", self.reshaped_by, tuple(self.options), "option")
+        first, *chosen = (self.reference or self.name).split(":")
+        if first == self.name:
+            try:
+                self.read_words(chosen)
+            except UnknownModelError as error:
+                raise FamilyError(f"reference of {self.name}: {error}") from None
+
+    def _check_options(self) -> None:
+        for option, words in self.options.items():
+            if not option.isidentifier() or option in _GIVEN:
+                why = "every builder is given that already" if option in _GIVEN else "it is a name in Python"
+                raise FamilyError(f"{self.name} cannot call an option {option!r}: {why}")
+            if wrong := [word for word in words if not _WORD.fullmatch(word)]:
+                raise FamilyError(
+                    f"a word of option {option!r} of {self.name} is letters, digits, '-', '.', '+' and '_'; got "
+                    f"{wrong[0]!r}"
+                )
+            self._check_once(f"option {option!r}", words)
+        self._check_known("renamed", self.renamed.values(), tuple(self.options), "option")
+
+    def _check_once(self, name: str, words: Sequence[str]) -> None:
+        if twice := [word for word in words if list(words).count(word) > 1]:
+            raise FamilyError(f"{name} of {self.name} has {twice[0]!r} twice")
+
+    def _check_known(self, name: str, named: Iterable[str], known: Sequence[str], kind: str) -> None:
+        """Raise FamilyError where a field names what the family has not."""
+        if alien := sorted(set(named) - set(known)):
+            has = f"it has {', '.join(map(repr, known))}" if known else "it has none"
+            raise FamilyError(f"{name} of {self.name}: {self.name} has no {kind} {alien[0]!r}; {has}")
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -165,7 +239,7 @@ class Family:
         """The backend that these options choose."""
         return options.get(BACKEND, self.default_backend("cpu"))
 
-    def read_options(self, options: Mapping[str, str]) -> dict[str, str]:
+    def read_options(self, options: Mapping[str, object]) -> dict[str, str]:
         """Options by today's names, checked.
 
         Raises:
@@ -178,6 +252,9 @@ class Family:
                 former = difflib.get_close_matches(name, self.renamed, n=1)
                 meant = self.renamed[former[0]] if former else name
                 raise UnknownModelError(f"unknown option {name!r} of {self.name}: {closest(meant, self.options)}")
+            if not isinstance(value, str):
+                words = ", ".join(map(repr, self.options[option]))
+                raise UnknownModelError(f"{option} of {self.name} is one of the words {words}; got {value!r:.80}")
             if value not in self.options[option]:
                 known = closest(value, self.options[option])
                 raise UnknownModelError(f"unknown {option} {value!r} of {self.name}: {known}")

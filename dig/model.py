@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dig.block import (
@@ -136,9 +135,19 @@ class DiG(Backbone):
                 block.recomputed = preserve_rng_state
 
     def _run_blocks(self, x: Tensor, c: Tensor, lookahead: Lookahead | None = None) -> Tensor:
-        """Call block after block: tokens (B, T, D) in the first one's source order to those in raster order."""
+        """Call block after block: tokens (B, T, D) in the first one's source order to those in raster order.
+
+        Raises:
+            ValueError: There are more blocks or fewer than the model was built with, or one hands on what is no tokens.
+        """
+        if len(self.blocks) != self.config.depth:
+            raise ValueError(
+                f"the model has {len(self.blocks)} blocks, and was built for {self.config.depth}, each with an order "
+                f"of its own: build one with depth={len(self.blocks)} and load their weights"
+            )
         sources = [self.config.skip_source(i) for i in range(len(self.blocks))]
         kept: dict[int, Tensor] = {}
+        shape, dtype = x.shape, x.dtype
         for i, (block, route) in enumerate(zip(self.blocks, self.routes, strict=True)):
             # A block that somebody wrapped is called with what every block takes, and no more.
             arguments: tuple[Any, ...] = (x, c, route)
@@ -152,9 +161,34 @@ class DiG(Backbone):
                 x = run(*arguments)
             else:
                 x = cast(Tensor, checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=preserve))
+            x = self._check_tokens(x, f"blocks.{i}", shape, dtype)
             if i in sources:
                 kept[i] = x
         return x
+
+    def _check_tokens(self, found: object, block: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What a block handed on, which hooks and whoever wraps it may have changed.
+
+        Args:
+            found: That.
+            block: Its name.
+            shape: (B, T, D), of the first block's tokens.
+            dtype: Theirs.
+        """
+        kernels = self.config.backend == "triton"
+        takes = KERNEL_DTYPES if kernels else (dtype,)
+        if isinstance(found, Tensor) and found.shape == shape:
+            # On kernels, tokens stay in one dtype. Elsewhere what is narrower is promoted, and autocast casts.
+            if kernels and found.dtype in takes:
+                return found.to(dtype)
+            cast = torch.is_autocast_enabled(found.device.type) or torch.promote_types(found.dtype, dtype) == dtype
+            if not kernels and found.is_floating_point() and cast:
+                return found
+        what = f"{tuple(found.shape)} in {_word(found.dtype)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"{block} (or a hook on it) handed on {what}; the model takes tokens {tuple(shape)} in "
+            f"{' or '.join(map(_word, takes))}"
+        )
 
     def _join(self, kept: Tensor, source: int, block: int) -> Tensor:
         """What a block left, (B, T, D), in the order in which it meets the tokens of the block that reads it."""
@@ -168,22 +202,22 @@ class DiG(Backbone):
     def _run_on_kernels(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The forward pass but for `dig.layers.unpatchify`, (B, T, P·P·2C), on tokens that stay in raster order."""
         from dig import raster
-        from dig.ops.aside import aside, side_work
+        from dig.ops.derivatives import refuse_transforms
+        from dig.ops.side_stream import on_side_stream, side_work
 
+        refuse_transforms()
         embeds = raster.can_embed(self.x_embedder)
         dtype = raster.compute_dtype(x)
         for used in (dtype, self.x_embedder.proj.weight.dtype if embeds else dtype):
             if used not in KERNEL_DTYPES:
                 raise ValueError(refused_dtype(used))
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            raise ValueError("backend 'triton' has no forward-mode derivatives; take backend 'reference' for them")
         times, labels, final = self.t_embedder, self.y_embedder, self.final_layer
         weights = [block.weights() if untouched(block, DiGBlock) else None for block in self.blocks]
         finishes = raster.can_finish(final)
         embedders = raster.untouched_embedders(times, labels)
         # Nobody sees any part of the model, and what runs in which order.
         unseen = embeds and finishes and embedders and None not in weights and not torch.is_grad_enabled()
-        beside = aside if unseen else _in_order
+        beside = on_side_stream if unseen else _in_order
         like = x.new_empty((1, 1, self.config.width), dtype=dtype).expand(len(x), self.grid[0] * self.grid[1], -1)
         with side_work(x.device):
             # Neither the condition nor what comes of it and the weights needs the tokens, nor they it.
@@ -217,6 +251,10 @@ def _recomputed(block: nn.Module) -> bool | None:
     return cast("bool | None", getattr(block, "recomputed", None))
 
 
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _in_order(*reads: Tensor) -> AbstractContextManager[None]:
-    """What `dig.ops.aside.aside` is where nothing goes aside."""
+    """What `dig.ops.side_stream.on_side_stream` is where everything runs in order."""
     return nullcontext()

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from types import ModuleType
 
 DISTRIBUTIONS = {
     "fla": "flash-linear-attention",
     "flash_attn": "flash-attn",
+    "flash_attn.cute": "flash-attn-4",
+    "flash_attn_interface": "flash-attn-3",
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",
     "triton": "triton",
@@ -26,14 +33,29 @@ class MissingPackageError(ImportError):
     """An implementation was asked for whose package is not installed."""
 
 
+def _known_as(module: str) -> str:
+    """What `DISTRIBUTIONS` calls a module's package: the module itself, where it comes alone, or its first part."""
+    return module if module in DISTRIBUTIONS else module.partition(".")[0]
+
+
 def is_installed(module: str) -> bool:
-    """Say whether the top-level package of ``module`` can be found, without importing it."""
-    return importlib.util.find_spec(module.partition(".")[0]) is not None
+    """Say whether the package of ``module`` can be found, without importing it.
+
+    A folder that only holds another package's part (``flash_attn`` with nothing but FlashAttention 4 in it) is none.
+    """
+    package = _known_as(module)
+    if "." in package:
+        try:
+            return bool(metadata.version(DISTRIBUTIONS[package]))
+        except metadata.PackageNotFoundError:
+            return False
+    spec = importlib.util.find_spec(package)
+    return spec is not None and (spec.origin is not None or package not in DISTRIBUTIONS)
 
 
 def missing_message(module: str, purpose: str) -> str:
     """One line that says what is missing, what for, and how to install it."""
-    package = module.partition(".")[0]
+    package = _known_as(module)
     if package not in DISTRIBUTIONS:  # Of somebody's own family: its name on PyPI is anybody's guess.
         return f"{purpose} needs the package {package}, which is not installed"
     extra = EXTRAS.get(package, "gpu")
@@ -54,7 +76,21 @@ def require(module: str, purpose: str) -> ModuleType:
         raise MissingPackageError(missing_message(module, purpose))
     if module.startswith("fla."):
         _import_fla_without_models()
-    return importlib.import_module(module)
+    with quietly():
+        return importlib.import_module(module)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, nobody logs or warns: what libraries say as they are imported, or before they raise, is said by us."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _import_fla_without_models() -> None:

@@ -1,13 +1,13 @@
 """What DiG's fused pass does around its blocks, and ahead of them: the scan moves, not the tokens.
 
-Everything in a block but the recurrence and the convolution works on each token by itself, so the tokens can stay in
-raster order through the whole model: the recurrence walks them in the block's order, and the convolution's 3×3 kernel
-is turned instead of the grid. What SREM moves in `dig.block.DiGBlock`'s reference, nothing moves here. The algebra is
-exact; the parameters are the same.
+All of a block but the recurrence and the convolution works token by token. So tokens stay in raster order through the
+whole model: the recurrence walks them in the block's order, and the convolution's 3×3 kernel is turned instead of the
+grid. Nothing here moves what SREM moves in `dig.block.DiGBlock`'s reference. The algebra is exact; the parameters are
+the same.
 
-What needs no tokens, the condition, modulations and blocks' weights, is computed beside what does. Every block is
-called (`dig.model.DiG.forward`); what was computed for it ahead is handed to it. All of this reads the weights of
-modules that it doesn't call, so it is used where `dig.untouched` says that nothing is skipped by that.
+The condition, modulations and blocks' weights need no tokens. They are computed beside the tokens' work. Every block is
+called (`dig.model.DiG.forward`), with what was computed ahead for it. All of this reads the weights of modules that it
+doesn't call, so it is used only where `dig.untouched` says that this skips nothing.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -24,11 +24,11 @@ from dig.config import EPS
 from dig.layers import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, adaln_linear
 from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
-from dig.ops.aside import aside, mark, runs_beside, wait
 from dig.ops.condition import MOST_IMAGES, condition
+from dig.ops.side_stream import mark, on_side_stream, uses_side_stream, wait
 from dig.ops.weights import matrix_vector
 from dig.raster_block import folds_gates
-from dig.raster_weights import Ahead, BlockWeights, Prepared, Rider, adaln, modulations_of, prepare_block
+from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, adaln, modulations_of, prepare_block
 from dig.untouched import untouched, untouched_adaln, untouched_layer_norm, untouched_linear
 
 _FEW_TOKENS = 1024
@@ -37,7 +37,7 @@ _FEW_PROGRAMS = 32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's dtype where it is on, else x's."""
+    """The GEMMs' dtype: autocast's where it is on, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -45,7 +45,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def embed_patches(embedder: PatchEmbed, x: Tensor, position: Tensor) -> Tensor:
     """Patches projected to the width, plus their position: see `dig.layers.PatchEmbed.forward`.
 
-    Patches don't overlap, so the convolution is one matrix product, whose result needs no transposition.
+    Patches don't overlap, so the convolution is one GEMM, whose result needs no transposition.
 
     Args:
         embedder: The model's.
@@ -74,14 +74,14 @@ def can_embed(embedder: PatchEmbed) -> bool:
 
 
 def embed(embedder: PatchEmbed, x: Tensor, position: Tensor, fused: bool) -> Tensor:
-    """`embed_patches`, or where that would skip something (`can_embed` says so) the module called; (B, T, D)."""
+    """`embed_patches` where it skips nothing (``fused``: `can_embed`), else the module's own call; (B, T, D)."""
     if fused:
         return embed_patches(embedder, x, position)
     return (embedder(x) + position).to(compute_dtype(x)).contiguous()
 
 
 def untouched_embedders(times: TimestepEmbedder, labels: LabelEmbedder) -> bool:
-    """Whether nobody would see that neither of both embedders is called."""
+    """Whether leaving out the calls of both embedders changes nothing that anybody attached."""
     if not (untouched(times, TimestepEmbedder) and untouched(labels, LabelEmbedder)):
         return False
     mlp = times.mlp
@@ -114,9 +114,9 @@ def embed_condition(
 def programs_beside(tokens: int) -> int | None:
     """How many programs prepare a block's weights beside the block before; None: all at once.
 
-    Found by `bench.ops.prepare`: with few tokens the products leave most multiprocessors idle or short of work, and a
-    few of them are enough for the weights; with many, cuBLAS' tiles are as many as there are multiprocessors, so that
-    each one taken away costs a product twice its time.
+    Found by `bench.ops.prepare`: with few tokens the GEMMs leave most SMs idle or short of work, and a few of them are
+    enough for the weights; with many, cuBLAS' tiles are as many as there are SMs, so that each one taken away costs a
+    GEMM twice its time.
 
     Args:
         tokens: Of all images.
@@ -127,8 +127,8 @@ def programs_beside(tokens: int) -> int | None:
 class Lookahead:
     """Prepares a block's modulation and weights while the block before it runs; two blocks' are there at a time.
 
-    In the order of preference: in the earlier block's product upwards (`Rider`; the modulation aside), aside, or in the
-    block itself.
+    In the order of preference: in the earlier block's up-projection GEMM (`FusedCast`; the modulation on the side
+    stream), on the side stream, or in the block itself.
 
     Args:
         weights: Of all blocks; None for one that reads its own, because somebody has to see parts of it called.
@@ -147,23 +147,24 @@ class Lookahead:
         self._fold_gates = folds_gates(x)
         self._programs = programs_beside(x.shape[0] * x.shape[1])
         self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
-        self._rider: Rider | None = None
+        self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None
         known = [w for w in weights if w is not None]
         whole = len(known) == len(weights) and self._fold_gates and not torch.compiler.is_compiling()
-        if whole and all(Rider.fits(w.products, x) for w in known):
+        if whole and all(FusedCast.fits(w.products, x) for w in known):
             # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
-            with aside(c):
+            with on_side_stream(c):
                 self._modulations = modulations_of(known, c)
 
     def begin(self) -> None:
-        """Begin with what the first block needs; what comes before it is launched next."""
+        """Begin with what the first block needs. Work that precedes that block is launched next."""
         self._begin(0)
 
     def step(self, i: int) -> Ahead | None:
-        """What is there for block i, which is launched next, once it is there; and begin with what the next one needs.
+        """Wait for what was prepared for block i, which is launched next; begin with what block i + 1 needs.
 
-        None for a block whose weights are not known here.
+        Returns:
+            None for a block whose weights are not known here.
         """
         prepared = self._take()
         self._begin(i + 1)
@@ -173,25 +174,29 @@ class Lookahead:
         if prepared is None and self._prepares:
             prepared = self._prepare(i, None)
         return Ahead(
-            weights=weights, activated=self._c, prepared=prepared, rider=self._rider, in_place=self._in_place[i]
+            weights=weights,
+            activated=self._c,
+            prepared=prepared,
+            fused_cast=self._fused_cast,
+            in_place=self._in_place[i],
         )
 
     def _begin(self, i: int) -> None:
-        self._rider = None
+        self._fused_cast = None
         weights = self._weights[i] if i < len(self._weights) else None
         if weights is None or not self._prepares:
             return
         if i and self._modulations is not None:
-            self._rider = Rider(weights.products, self._modulations[i : i + 1])
-        elif runs_beside():
-            with aside(self._c, self._modulations):
+            self._fused_cast = FusedCast(weights.products, self._modulations[i : i + 1])
+        elif uses_side_stream():
+            with on_side_stream(self._c, self._modulations):
                 prepared = self._prepare(i, self._programs if i else None)
             self._upcoming = prepared, mark()
 
     def _take(self) -> Prepared | None:
         """What was begun last, once it is there."""
-        if self._rider is not None:
-            return self._rider.prepared
+        if self._fused_cast is not None:
+            return self._fused_cast.prepared
         if self._upcoming is None:
             return None
         prepared, ready = self._upcoming

@@ -5,8 +5,8 @@ tensors a token (its input, the fused projection, the sum between its halves, Sw
 and the recurrence's states. What else its weights' gradients need is written again by kernels that pass over the inputs
 anyway: the modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
 
-What no later kernel of the pass waits for goes aside (`dig.ops.aside`): the weights' gradients, the modulation's, and
-in `dig.raster` the next block's modulation and weights.
+What no later kernel of the pass waits for goes to a side stream (`dig.ops.side_stream`): the weights' gradients, the
+modulation's, and in `dig.raster` the next block's modulation and weights.
 
 **One image.** A gate is then the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
 of the sum that the branch is added to, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no
@@ -25,18 +25,19 @@ from torch.nn import functional as F
 
 from dig.config import EPS
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
-from dig.ops.aside import aside, mark, side_work, wait
+from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.linear import as_rows, weight_gradient
+from dig.ops.side_stream import mark, on_side_stream, side_work, wait
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weights import gated_weight_gradient
 from dig.raster_weights import (
     Ahead,
     BlockWeights,
+    FusedCast,
     Prepared,
     Products,
-    Rider,
     Settings,
     cast_products,
     gates_of_one_image,
@@ -44,11 +45,11 @@ from dig.raster_weights import (
 )
 
 HALVED_TOKENS = 4096
-"""A wide model's projection of q, k, v and gates takes half of the rows at a time, where they are at most so many.
+"""Up to so many rows, a wide model projects q, k, v and gates in two halves of the rows.
 
-Before a product of many tiles cuBLAS clears a counter of them, by a memset that holds a CUDA graph up for 6.5 µs. The
-halves of 4096 rows take none and as long as the whole (D = 1152, an H100): 1.8% of DiG-XL's forward pass. At 16,384
-rows the whole is faster.
+Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that delays a CUDA graph by 6.5 µs. Halves of
+4096 rows need none and take as long as the whole (D = 1152, an H100), which saves 1.8% of DiG-XL's forward pass. At
+16,384 rows the whole is faster.
 """
 
 
@@ -91,7 +92,7 @@ class RasterBlock(torch.autograd.Function):
     Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings and
     the modulation (B, 6D) come `Products` (None where it is the parameter itself) and `BlockWeights`, field by field.
     Of the modulation and the products nothing is differentiated: gradients go to the parameters and to c.
-    Differentiable once.
+    Differentiable once (`dig.ops.derivatives`).
     """
 
     @staticmethod
@@ -140,6 +141,7 @@ class RasterBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
+        refuse_second_derivatives()
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
         with side_work(dout.device):
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
@@ -194,16 +196,16 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     norm, grid, order = settings.norm, settings.grid, settings.order
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = len(x) == 1
-    with aside():
+    with on_side_stream():
         p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
     weights_ready = mark()
-    with aside(projected):
+    with on_side_stream(projected):
         # Of the recurrence's backward pass the first kernel waits for no gradient.
         sums = mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
     sums_ready = mark()
 
-    # d is the gradient of x1 plus the gated branch, and of x1; d_branch that of the branch, or with one image d,
-    # its gate being in the weight.
+    # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
+    # because the gate is in the weight.
     dconv_weight = dconv_bias = None
     if w.conv_weight is None:
         d = dout
@@ -220,7 +222,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     dgate_up, hidden = project_down_backward(d_branch, p.down_proj, gate_up)
     del gate_up
     ddown = do_proj = dgate_proj = din_proj = None
-    with aside(d_branch, hidden):
+    with on_side_stream(d_branch, hidden):
         if one_image:
             ddown, dgate2 = _gated_gradients(d, hidden, w.down_proj, gate2)
         elif needed.down_proj:
@@ -231,7 +233,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         x1, branch1, None if one_image else gate1, shift2, scale2, w.norm2, stats2, d, dh, norm
     )
     if needed.gate_proj:
-        with aside(dgate_up, h):
+        with on_side_stream(dgate_up, h):
             dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h))
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
@@ -241,7 +243,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         settings.heads, *grid, order_code(order), EPS, True,
     )  # fmt: skip
     del projected, states, sums
-    with aside(d_branch, y):
+    with on_side_stream(d_branch, y):
         if one_image:
             do_proj, dgate1 = _gated_gradients(d, y, w.o_proj, gate1)
         elif needed.o_proj:
@@ -252,7 +254,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     )
     dc = dadaln_weight = dadaln_bias = None
     if ctx.needs_input_grad[1] or needed.adaln_weight or needed.adaln_bias:
-        with aside(dgate1, dgate2):
+        with on_side_stream(dgate1, dgate2):
             dmodulation = torch.cat([dshift1, dscale1, dgate1, dshift2, dscale2, dgate2], dim=1)
             dc, dadaln_weight, dadaln_bias = _adaln_backward(dmodulation, c, w.adaln_weight)
     if needed.in_proj:
@@ -304,17 +306,17 @@ def infer_block(
     weights: BlockWeights,
     settings: Settings,
     *,
-    rider: Rider | None = None,
+    fused_cast: FusedCast | None = None,
     in_place: bool = False,
 ) -> Tensor:
     """The forward pass alone of one image, without gradients; arguments as of `train_block`, but with folded gates.
 
-    With a rider, the next block's weights are prepared too. In place, **x is overwritten**: the sums need no copy.
+    With a fused cast, the next block's weights are prepared too. In place, **x is overwritten**: the sums need no copy.
     """
     w, p, grid, order = weights, prepared.products, settings.grid, settings.order
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
     h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, settings.norm, EPS, x.dtype)
-    halved = rider is not None and h.shape[1] <= HALVED_TOKENS
+    halved = fused_cast is not None and h.shape[1] <= HALVED_TOKENS
     projected = _linear_in_halves(h, p.in_proj) if halved else _linear(h, p.in_proj)
     y, _ = mixer_forward(
         projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS
@@ -322,7 +324,7 @@ def infer_block(
     x = x if in_place else x.clone()
     x[0].addmm_(y[0], p.o_proj.T)
     h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, settings.norm, EPS, x.dtype)
-    hidden = project_up(h, p.gate_proj, False)[0] if rider is None else rider.project_up(h, p.gate_proj)
+    hidden = project_up(h, p.gate_proj, False)[0] if fused_cast is None else fused_cast.project_up(h, p.gate_proj)
     x[0].addmm_(hidden[0], p.down_proj.T)
     if w.conv_weight is None or w.conv_bias is None:
         return x
@@ -337,7 +339,7 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
         c: (B, D), the condition before its SiLU.
         weights: The block's.
         settings: Its settings.
-        ahead: What is there for it already.
+        ahead: What was computed before, for it.
 
     Returns:
         (B, T, D) in x's dtype.
@@ -350,8 +352,8 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)
     if not fold_gates:
         return train_block(x, activated, prepared, weights, settings)
-    rider, in_place = (None, False) if ahead is None else (ahead.rider, ahead.in_place)
-    return infer_block(x, prepared, weights, settings, rider=rider, in_place=in_place)
+    fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
+    return infer_block(x, prepared, weights, settings, fused_cast=fused_cast, in_place=in_place)
 
 
 def folds_gates(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """A block's weights by name, and what its passes on this project's kernels take of them.
 
-Weights are cast to the dtype of the products, and with one image multiplied by the gates, by one launch a block. None
-of that needs the tokens, so it can be there before the block is: `Ahead`.
+One launch a block casts the weights to the GEMMs' dtype and, with one image, multiplies them by the gates. That needs
+no tokens, so it can precede the block: `Ahead`.
 
 Shapes: B batch, T tokens, D width, R rank of the decay gate, F inner width of SwiGLU.
 """
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dig.ops.swiglu.products import project_up_preparing, rides
+from dig.ops.swiglu.products import fuses_cast, project_up_preparing
 from dig.ops.weights import matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
 
 
 class Products(NamedTuple):
-    """The weights of a block's five matrix products: its parameters, or what was made of them for the products.
+    """The weights of a block's five GEMMs: its parameters, or their copies as the GEMMs take them.
 
     Those that can take a gate come last, as `dig.ops.weights.prepare_weights` asks for.
 
@@ -110,8 +110,8 @@ class Settings:
     order: ScanOrder
 
 
-class Rider:
-    """The weights of a block that are prepared in the one before, by its product upwards: `project_up_preparing`.
+class FusedCast:
+    """The weights of a block that are cast in the one before, in its up-projection GEMM: `project_up_preparing`.
 
     Args:
         products: The later block's.
@@ -124,8 +124,8 @@ class Rider:
 
     @staticmethod
     def fits(products: Products, h: Tensor) -> bool:
-        """Whether such weights ride in the product upwards of tokens like h (B, T, D)."""
-        return rides(h, products.down_proj.shape[1], products, 2)
+        """Whether such weights are cast in the up-projection GEMM of tokens like h (B, T, D)."""
+        return fuses_cast(h, products.down_proj.shape[1], products, 2)
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
         """SwiGLU's result (B, T, F) from h (B, T, D) and the earlier block's weight (2F, D); fills in ``prepared``."""
@@ -137,20 +137,20 @@ class Rider:
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """What a model that runs a block has for it already, beside the block's own arguments.
+    """What a model has computed for a block before it calls it, beside the block's own arguments.
 
     Attributes:
-        weights: The block's, none of which anybody has to see called.
+        weights: The block's, whose modules nobody must see called.
         activated: (B, D), the condition after its SiLU.
         prepared: Of the block; None where it is still to be computed.
-        rider: Of the block after it, which this one takes along; None without.
+        fused_cast: Of the block after it, whose weights this one casts; None without.
         in_place: Whether nobody else reads the tokens that the block is given, so that it may overwrite them.
     """
 
     weights: BlockWeights
     activated: Tensor
     prepared: Prepared | None = None
-    rider: Rider | None = None
+    fused_cast: FusedCast | None = None
     in_place: bool = False
 
 

@@ -10,8 +10,10 @@ Shapes: C channels, H rows, W columns of a model's input.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,21 +51,30 @@ def register(family: Family, /) -> Family: ...
 def register(**fields: Any) -> Callable[[T], T]: ...
 
 
-def register(family: Family | None = None, /, **fields: Any) -> Any:
+def register(family: Any = None, /, **fields: Any) -> Any:
     """Make a family known: ``register(Family(...))``, or as a decorator of what builds it.
 
     ``@register(sizes=("S",), ...)`` on a class or function is a `Family` whose ``build`` it is and whose name, unless
     given, is its own; the class or function stays what it was.
 
     Raises:
-        FamilyError: Another family has this name.
+        FamilyError: Another family has this name, or this is none; the message names family and field.
     """
     if family is not None:
+        if not isinstance(family, Family):
+            name = getattr(family, "__name__", None) or repr(family)
+            raise FamilyError(f"register takes a Family; to decorate {name:.80}, write @register(sizes=('S', 'B'))")
         _add(family)
         return family
 
     def decorate(build: T) -> T:
-        made = Family(**{"name": getattr(build, "__name__", ""), **fields, "build": build})
+        said = {"name": getattr(build, "__name__", ""), **fields, "build": build}
+        known = [entry.name for entry in dataclasses.fields(Family)]
+        if alien := [name for name in said if name not in known]:
+            raise FamilyError(f"unknown field {alien[0]!r} of {said['name']}: {closest(alien[0], known)}")
+        if "sizes" not in said:
+            raise FamilyError(f"{said['name']} needs sizes such as ('S', 'B')")
+        made = Family(**said)
         _add(made)
         setattr(build, _ATTRIBUTE, made)
         return build
@@ -165,6 +176,8 @@ def parse_name(name: str) -> tuple[Family, str, int]:
     Raises:
         UnknownModelError: No such model; the message offers the closest one.
     """
+    if not isinstance(name, str):
+        raise UnknownModelError(f"a model is named by a word, 'DiG-S/2' say; got {name!r:.80}")
     match = re.fullmatch(r"(.+)-([^-/]+)/(\d+)", name)
     if match is None:
         near = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.3) or ["DiG-S/2"]
@@ -336,11 +349,31 @@ class ModelSpec:
         )
 
 
+def _whole(name: str, value: object) -> int:
+    """A whole number of any kind, numpy's too, as Python's."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number; got {value!r:.80}") from None
+
+
+def _pair(size: object) -> tuple[int, int]:
+    """An input size as (height, width)."""
+    if not isinstance(size, list | tuple):
+        side = _whole("input_size, if it is not (height, width),", size)
+        return side, side
+    if len(size) != 2:
+        raise TypeError(f"input_size must be (height, width), or a square's side; got {size!r:.80}")
+    return _whole("height in input_size", size[0]), _whole("width in input_size", size[1])
+
+
 def create_model(
     name: str,
     *,
     image_size: int | None = None,
-    input_size: tuple[int, int] | None = None,
+    input_size: tuple[int, int] | int | None = None,
     num_classes: int = 1000,
     in_channels: int = 4,
     device: torch.device | str | None = None,
@@ -351,7 +384,7 @@ def create_model(
     Args:
         name: Family, size and patch: ``DiG-XL/2``, ``Flash-DiT-B/4``; `list_models` has them all.
         image_size: Side of the square image in pixels, of which the latent is an eighth. Give this or input_size.
-        input_size: (height, width) of the model's input: any grid, or pixels themselves.
+        input_size: (height, width) of the model's input: any grid, or pixels themselves; a number is a square's side.
         num_classes: Labels; the null label of guidance comes on top.
         in_channels: Channels of the input.
         device: Where the model goes, and what decides on its backend if none is named: DiG's own kernels on a GPU.
@@ -368,15 +401,20 @@ def create_model(
         UnknownModelError: No such model or option.
         ValueError: The sizes do not fit.
         MissingPackageError: The backend's package is not installed.
-        TypeError: What the family builds is no `dig.layers.Backbone`.
+        TypeError: A size or count is no whole number.
+        FamilyError: What the family builds is no `dig.layers.Backbone`.
     """
     family, size, patch = parse_name(name)
     chosen = family.read_options(options)
+    num_classes, in_channels = _whole("num_classes", num_classes), _whole("in_channels", in_channels)
     if (image_size is None) == (input_size is None):
         raise ValueError("give either image_size (pixels, through a VAE) or input_size ((height, width) of the input)")
     if image_size is not None:
+        image_size = _whole("image_size", image_size)
         check_resolution(image_size, patch)
         input_size = (image_size // VAE_FACTOR, image_size // VAE_FACTOR)
+    else:
+        input_size = _pair(input_size)
     if family.backends:
         chosen.setdefault(BACKEND, family.default_backend(str(device).partition(":")[0]))
     shape = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes, "patch_size": patch}
@@ -384,5 +422,5 @@ def create_model(
     from dig.layers import Backbone
 
     if not isinstance(model, Backbone):
-        raise TypeError(f"{family.name} builds a {type(model).__name__}, which is no dig.layers.Backbone")
+        raise FamilyError(f"{family.name} builds a {type(model).__name__}, which is no dig.layers.Backbone")
     return model if device is None else model.to(device)

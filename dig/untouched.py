@@ -24,7 +24,7 @@ _FORWARDS: dict[type[nn.Module], object] = {
 
 
 def fusible(kind: type[M]) -> type[M]:
-    """Decorate a module's class whose ``forward`` a fused pass may stand in for; others never are `untouched`."""
+    """Decorate a module's class whose ``forward`` a fused pass may replace; others never are `untouched`."""
     _FORWARDS[kind] = kind.forward
     return kind
 

@@ -1,7 +1,7 @@
 """How a panel is drawn: lines with markers, spreads, and lanes for what failed. Knows nothing of result rows.
 
-Lines must be told apart without colour: every family has its hue, its dash pattern and its marker (`reports.looks`),
-and every series of a family its own shade and marker.
+Lines differ without colour too: every family has its hue, its dash pattern and its marker (`reports.looks`), and every
+series of a family its own shade and marker.
 """
 
 from __future__ import annotations

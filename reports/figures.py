@@ -1,7 +1,7 @@
 """The two figures: speed and memory against resolution (the paper's Fig. 1), and speed against size (its Fig. 2).
 
-A figure is of one setting: one GPU, dtype, batch, mode and execution. Its caption says which, and `Drawing.notes` says
-what the results held beside it.
+A figure is of one setting: one GPU, dtype, batch, mode and execution. Its caption says which; `Drawing.notes` says what
+else the results held.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _points(timed: Sequence[Row]) -> str:
 
 
 def _doubted(timed: Sequence[Row]) -> list[str]:
-    """How many points carry a mark that is a reason to doubt them; the tables say which."""
+    """How many points carry a mark of doubt; the tables say which."""
     counts = Counter(mark for row in timed for mark in doubts(row))
     if not counts:
         return []

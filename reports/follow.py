@@ -1,4 +1,4 @@
-"""``python -m reports.follow DIR``: whether one implementation's losses follow another's, and repeat bit for bit.
+"""``python -m reports.follow DIR``: do one implementation's losses follow another's, and do they repeat bit for bit?
 
 DIR holds three runs of python -m dig train that differ in implementation and dtype alone: ``reference``, and ``first``
 and ``second``, which are the same run made twice. Of each ``config.json`` and ``train.jsonl``, a line for every step.
@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """A run's losses and what it is.
+    """A run's losses, model, implementation and dtype.
 
     Attributes:
         losses: (S,) of steps 1 to S.
@@ -167,7 +167,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether every bound does; a deviation that is not a number never does."""
+        """Whether every bound holds; a deviation that is not a number fails."""
         return self.deviation <= BOUND and self.losses_identical and self.tensors == 0
 
 

@@ -1,4 +1,4 @@
-"""Training logs as files from anywhere: what is read here is what it should be, or one message names file and line."""
+"""Training logs of any origin: a value has the kind that it should have, or one message names file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How families look in figures: as they say themselves, in the registry or in their rows, or so that one can tell them.
+"""How families look in figures: as they declare in the registry or their rows, else by colours chosen to differ.
 
 Families of this project and of installed packages are asked for their looks. A family that was measured by its import
 path is not known here: its rows bring the look. What a look leaves out, or a family without one, is chosen here.

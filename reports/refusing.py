@@ -1,4 +1,4 @@
-"""How the reports' commands end when a file is not what it should be."""
+"""How the reports' commands refuse a file that is not what it should be."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _telling(series: Series) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What has to be equal for two numbers to be compared.
+    """What must be equal for two numbers to compare.
 
     Attributes:
         device: ``cuda`` or ``cpu``.
@@ -222,7 +222,7 @@ def span(values: Iterable[Ordered]) -> str:
 
 
 def is_assumed(case: Case) -> bool:
-    """Whether the model's dimensions are this project's guess: DiS has no published XL."""
+    """Whether this project assumed the model's dimensions: DiS has no published XL."""
     return case.family == "DiS" and case.size == "XL"
 
 
@@ -232,7 +232,7 @@ def doubts(row: Row) -> tuple[Mark, ...]:
 
 
 def shared_doubts(rows: Iterable[Row]) -> frozenset[Mark]:
-    """What all rows with times are marked with, to be said once; empty of fewer than two."""
+    """Marks that all rows with times share, to be said once; empty for fewer than two rows."""
     found = [frozenset(doubts(row)) for row in rows if row.status == "ok"]
     return frozenset.intersection(*found) if len(found) > 1 else frozenset()
 

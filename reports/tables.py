@@ -67,7 +67,7 @@ def tables(sweep: Sweep, *, title: str | None = None) -> str:
 
 
 def _doubts_note(sweep: Sweep) -> list[str]:
-    """What the letters mean that cells carry; what all rows are marked with is said here, and by no letter."""
+    """What the cells' letters mean. Marks that all rows share are said here, without a letter."""
     shared = shared_doubts(sweep.rows)
     lettered = {mark for row in sweep.rows if row.status == "ok" for mark in doubts(row)} - shared
     legend = [f"{letter}: {meaning}" for mark, (letter, meaning) in DOUBTS.items() if mark in lettered]

@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-# Without a GPU, Triton's interpreter stands in for one. It must be chosen before anything imports triton, which
+# Without a GPU, Triton's interpreter replaces it. It must be chosen before anything imports triton, which
 # diffusers does: so here, and not beside the tests of the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -5,17 +5,25 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from bench.cases import suites as cases
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, Budget
+from bench.measure.steps import build_step
+from bench.parity.error import ParityError
+from bench.parity.reference import check_against_reference
 from bench.run.checkouts import copy_tree
 from bench.run.side import Side
 from bench.store import identity
@@ -23,8 +31,10 @@ from bench.store.rows import read_results
 from dig import discovery, registry
 from dig.declared import DIG
 from dig.environment import ROOT
-from dig.family import Family, FamilyError, UnknownModelError
+from dig.family import Family, FamilyError, Look, Signature, UnknownModelError
+from dig.layers import Backbone
 from dig.registry import ModelSpec, create_model, find_family, load_family, parse_family, parse_model, register
+from dig.training.resuming import recorded_config
 
 MODULE = '''
 """A backbone in few lines."""
@@ -210,12 +220,61 @@ def test_commands_refuse_with_status_2(own: str, tmp_path: Path) -> None:
         ({"sizes": ()}, "needs sizes such as"),
         ({"sizes": ("S-1",)}, "without '-' and '/'"),
         ({"options": {"shade": "dark"}}, "option 'shade' of Fine needs a tuple of words"),
-        ({"gpu_only": frozenset({"fast"})}, "Fine has no backend 'fast'; it has ''"),
+        ({"gpu_only": frozenset({"fast"})}, "gpu_only of Fine: Fine has no backend 'fast'; it has ''"),
+        ({"name": 3}, "a family's name is letters"),
+        ({"sizes": "SB"}, r"sizes of Fine must be tuple\[str, ...\]; got 'SB'; of one it is \('SB',\)"),
+        ({"sizes": ("S", "B", "S")}, "sizes of Fine has 'S' twice"),
+        ({"sizes": ("S B",)}, "of letters, digits"),
+        ({"sizes": (1,)}, "sizes of Fine must be tuple"),
+        ({"build": 3}, "build of Fine must be Callable"),
+        ({"options": 3}, "options of Fine must be Mapping"),
+        ({"options": {"shade": (1,)}}, "options of Fine must be Mapping"),
+        ({"options": {"shade": ("dark", "dark")}}, "option 'shade' of Fine has 'dark' twice"),
+        ({"options": {"shade": ("very dark",)}}, "a word of option 'shade' of Fine is letters.*got 'very dark'"),
+        ({"options": {"in_channels": ("three",)}}, "Fine cannot call an option 'in_channels'"),
+        ({"options": {"how-dark": ("very",)}}, "Fine cannot call an option 'how-dark'"),
+        ({"assumed": frozenset({"B"})}, "assumed of Fine: Fine has no size 'B'; it has 'S'"),
+        ({"renamed": {"hue": "shade"}}, "renamed of Fine: Fine has no option 'shade'; it has none"),
+        ({"packages": {"": "fla"}}, "packages of Fine must be Mapping"),
+        ({"gpu_only": "fast"}, "gpu_only of Fine must be frozenset"),
+        ({"on_gpu": "fast"}, "on_gpu of Fine: Fine has no backend 'fast'"),
+        ({"reference": 3}, r"reference of Fine must be str \| None; got 3"),
+        ({"reference": "Fine:fast"}, "reference of Fine: Fine has no backends to choose from"),
+        ({"signatures": {"cuda": None}}, "signatures of Fine must be Mapping"),
+        ({"signatures": {("gpu", ""): Signature()}}, "signatures of Fine: Fine has no device 'gpu'"),
+        ({"reshaped_by": ("shade",)}, "reshaped_by of Fine: Fine has no option 'shade'; it has none"),
+        ({"look": "red"}, "look of Fine must be Look"),
+        ({"files": "kernel.cu"}, "files of Fine must be tuple"),
     ],
 )
 def test_what_no_family_can_be(fields: dict, message: str) -> None:
-    with pytest.raises(FamilyError, match=message):
+    """Said where it is registered, with the family's name and the field's, in one line."""
+    with pytest.raises(FamilyError, match=f"^.*{message}.*$"):
         Family(**{"name": "Fine", "sizes": ("S",), "build": dict, **fields})
+
+
+def test_sizes_may_be_a_list() -> None:
+    assert Family(name="Fine", sizes=["S", "B"], build=dict).sizes == ("S", "B")
+
+
+def test_what_no_signature_and_no_look_can_be() -> None:
+    with pytest.raises(FamilyError, match="expected of a Signature is no regular expression"):
+        Signature(expected="(")
+    with pytest.raises(FamilyError, match="colors of Look must be tuple"):
+        Look(colors="#000000")
+
+
+def test_register_is_written_with_parentheses_and_with_fields_that_there_are() -> None:
+    class Fine: ...
+
+    for given in (Fine, "Fine"):
+        with pytest.raises(FamilyError, match=r"^register takes a Family; to decorate '?Fine'?, write @register\("):
+            register(given)
+    with pytest.raises(FamilyError, match=r"^unknown field 'size' of Fine: did you mean sizes\?"):
+        register(size=("S",))(Fine)
+    with pytest.raises(FamilyError, match=r"^Fine needs sizes such as"):
+        register()(Fine)
+    assert "Fine" not in registry.families()
 
 
 def test_two_families_of_one_name_are_refused_and_the_same_one_again_is_not(own: str) -> None:
@@ -226,8 +285,47 @@ def test_two_families_of_one_name_are_refused_and_the_same_one_again_is_not(own:
 
 def test_what_a_family_builds_must_be_a_backbone(own: str) -> None:
     register(Family(name="Odd", sizes=("S",), build=lambda size, **shape: dict(shape)))
-    with pytest.raises(TypeError, match=r"Odd builds a dict, which is no dig.layers.Backbone"):
+    with pytest.raises(FamilyError, match=r"^Odd builds a dict, which is no dig.layers.Backbone$"):
         create_model("Odd-S/2", image_size=64)
+
+
+def test_a_training_of_what_is_no_backbone_is_refused(own: str, tmp_path: Path) -> None:
+    from tests.dig.tiny import make_fashion
+
+    make_fashion(tmp_path / "data", train=20, test=10)
+    (tmp_path / f"{own}.py").write_text(
+        f"{MODULE}\n@register(sizes=('S',))\ndef odd(size, **shape):\n    return {{}}\n"
+    )
+    words = ["train", "--model", f"{own}:odd-S/8", "--data", "data", "--out", "run", "--device", "cpu"]
+    done = run(*words, folder=tmp_path, module="dig")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "error: odd builds a dict, which is no dig.layers.Backbone"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"skip": 1}, "skip of DiG is one of the words 'none', 'linear', 'identity-init'; got 1"),
+        ({"backend": None}, "backend of DiG is one of the words 'reference', 'fla', 'triton'; got None"),
+        ({"input_size": (8, 8, 8)}, r"input_size must be (height, width), or a square's side; got (8, 8, 8)"),
+        ({"input_size": "88"}, "input_size, if it is not (height, width), must be a whole number; got '88'"),
+        ({"input_size": (8.0, 8)}, "height in input_size must be a whole number; got 8.0"),
+        ({"image_size": 64.0, "input_size": None}, "image_size must be a whole number; got 64.0"),
+        ({"num_classes": "10"}, "num_classes must be a whole number; got '10'"),
+        ({"in_channels": True}, "in_channels must be a whole number; got True"),
+        ({"name": None}, "a model is named by a word, 'DiG-S/2' say; got None"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(given: dict, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+        create_model(**{"name": "DiG-S/2", "input_size": (8, 8), "num_classes": 3, **given})
+
+
+def test_an_input_size_may_be_a_squares_side(own: str) -> None:
+    load_family(f"{own}:Plain")
+    assert create_model("Plain-S/2", input_size=8).input_size == (8, 8)
+    assert create_model("Plain-S/2", input_size=np.int64(8)).input_size == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +365,61 @@ def test_a_family_of_ones_own_is_trained_and_sampled(own: str, tmp_path: Path) -
     assert (tmp_path / "out.npz").exists()
 
 
+def test_a_run_whose_package_cannot_be_imported_is_not_called_damaged(own: str, tmp_path: Path) -> None:
+    """Neither by its folder nor by its checkpoint alone; nor where an installed package declared the family."""
+    from tests.dig.tiny import make_fashion
+
+    make_fashion(tmp_path / "data", train=20, test=10)
+    words = ["train", "--model", f"{own}:Plain-S/8", "--data", "data", "--out", "run", "--steps", "1", "--batch", "4"]
+    done = run(*words, "--device", "cpu", "--grid-every", "0", folder=tmp_path, module="dig")
+    assert done.returncode == 0, done.stderr
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for checkpoint in ("run", "run/checkpoints/step-00000001.safetensors"):
+        record = tmp_path / (f"{checkpoint}/config.json" if checkpoint == "run" else checkpoint)
+        words = ["sample", "--checkpoint", str(tmp_path / checkpoint), "--npz", "out.npz", "--device", "cpu"]
+        done = run(*words, folder=elsewhere, module="dig")
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: the model of {record} cannot be had here: no module '{own}' for {own}:Plain; is its folder on "
+            "PYTHONPATH?\n"
+        )
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace(f'"{own}:Plain"', '""'))
+    with pytest.raises(
+        FamilyError, match=r"^the model of .* cannot be had here: unknown model .*declares it installed"
+    ):
+        recorded_config(tmp_path / "run")
+
+
+def test_an_output_of_half_the_channels_is_no_measurement(own: str) -> None:
+    class Half(Backbone):
+        def __init__(self, size: str, **shape: Any) -> None:
+            super().__init__(**shape)
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return self.weight * x
+
+    register(sizes=("S",))(Half)
+    for mode in ("forward", "train"):
+        case = Case(model="Half-S/2", resolution=64, mode=mode, execution="eager", dtype="fp32", device="cpu")
+        with pytest.raises(
+            ValueError, match=r"^the model gives \(1, 4, 8, 8\) for x \(1, 4, 8, 8\); \(1, 8, 8, 8\) is due$"
+        ):
+            build_step(case).run()
+
+
+def test_a_reference_with_other_weights_is_told_in_short(own: str) -> None:
+    register(Family(name="Wide", sizes=("S",), build=find_family("DiG").build, reference="DiT"))
+    case = Case(model="Wide-S/2", resolution=64, mode="forward", execution="eager", dtype="fp32", device="cpu")
+    with pytest.raises(ParityError) as caught:
+        check_against_reference(case)
+    assert "Wide-S/2 has other weights than its reference (DiT-S/2): " in str(caught.value)
+    assert "differ in name or shape, blocks.0." in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
 def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(own: str, tmp_path: Path) -> None:
     words = ["run", "--models", f"{own}:Plain,DiT", "--patch", "8", "--resolution", "64", "--modes", "forward"]
     words += ["--device", "cpu", "--out", "rows.jsonl", "--resume"]
@@ -277,7 +430,7 @@ def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(ow
         (tmp_path / f"{own}.py").write_text(MODULE + change)
     plain, dit, again = read_results(tmp_path / "rows.jsonl").rows
     assert (plain.status, plain.case.model, plain.case.source) == ("ok", "Plain-S/8", f"{own}:Plain")
-    assert plain.marks == ("unverified", "no-reference")
+    assert plain.marks == ("unverified", "no-reference", "small-parity")
     assert (plain.flops, plain.message) == (2 * 8 * 8 * 4 * 8, "")
     assert dit.marks == ()
     assert again.case == plain.case
@@ -295,7 +448,7 @@ def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_pat
     done = run(*words, "--modes", "forward", "--device", "cpu", "--out", "rows.jsonl", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     right, wrong = read_results(tmp_path / "rows.jsonl").rows
-    assert (right.status, right.marks) == ("ok", ())
+    assert (right.status, right.marks) == ("ok", ("small-parity",))
     assert wrong.status == "error"
     assert "Two-Ways-S/8 differs from its reference (Two-Ways-S/8 backend=plain)" in wrong.message
 

@@ -1,4 +1,4 @@
-"""Every snippet of README, CONTRIBUTING and docs: Python runs as it stands, commands are parsed by what they start."""
+"""README, CONTRIBUTING and docs: Python runs as it stands, commands are parsed by what they start, links lead on."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def module_command(name: str) -> Any:
     """The typer app behind ``python -m name``."""
     module = importlib.import_module("dig.cli" if name == "dig" else name)
     if not hasattr(module, "app"):
-        module = importlib.import_module(f"{name}.{'cli.main' if name == 'bench' else '__main__'}")
+        module = importlib.import_module("bench.cli.main" if name == "bench" else f"{name}.__main__")
     return typer.main.get_command(module.app)
 
 
@@ -119,6 +119,37 @@ def check_extras(words: list[str]) -> None:
         named = re.fullmatch(rf"(?:\.|{project['name']})\[([\w,]+)\]", word)
         if named:
             assert set(named[1].split(",")) <= project["optional-dependencies"].keys(), word
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def lost_links(page: Path) -> list[str]:
+    """The links of a page to files or headings that are not there; links to the web are taken on trust."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lost = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(link)
+    return lost
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "results" / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    assert lost_links(page) == []
+
+
+def test_a_lost_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One place, here\n[a](page.md#one-place-here) [b](gone.md) [c](#nowhere) `[d](code)` [e](https://x.y)"
+    )
+    assert lost_links(page) == ["gone.md", "#nowhere"]
 
 
 def test_what_is_wrong_is_seen() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Mode = Literal["train", "forward"]
 
 
-Execution = Literal["eager", "graph", "compile"]
+Execution = Literal["eager", "compile", "graph", "compiled-graph"]
+Scope = Literal["", "block", "model"]
+Weights = Literal["fp32", "bf16"]
 
 
 Dtype = Literal["bf16", "fp32"]
@@ -18,6 +21,9 @@ Device = Literal["cuda", "cpu"]
 
 
 MOST_COUNT = 2**31 - 1
+_WORDS: Mapping[str, Any] = {
+    "mode": Mode, "execution": Execution, "scope": Scope, "dtype": Dtype, "weights": Weights, "device": Device,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +36,13 @@ class Case:
         resolution: Side of the square image in pixels; the latent is an eighth of it.
         batch: Images a step.
         mode: ``train`` (forward, backward, fused AdamW) or ``forward`` (no gradients).
-        execution: ``eager``, ``graph`` (the whole step replayed as one CUDA graph) or ``compile`` (torch.compile).
-        dtype: ``bf16`` (autocast over fp32 weights) or ``fp32``.
+        execution: ``eager``; ``compile`` (torch.compile); ``graph`` (the whole step replayed as one CUDA graph); or
+            ``compiled-graph``, both together.
+        scope: What one compilation covers: ``block`` (one serves all blocks of a kind) or ``model``; empty where
+            nothing is compiled.
+        max_autotune: Whether Inductor times tiles and libraries for each product.
+        dtype: ``bf16`` or ``fp32``.
+        weights: ``fp32`` (under autocast where dtype is bf16), or ``bf16``: a forward pass of a model that was cast.
         device: ``cuda`` or ``cpu``.
         source: The family's import path, where no installed package declares it: a worker finds it by that.
     """
@@ -42,16 +53,26 @@ class Case:
     batch: int = 1
     mode: Mode = "train"
     execution: Execution = "eager"
+    scope: Scope = ""
+    max_autotune: bool = False
     dtype: Dtype = "bf16"
+    weights: Weights = "fp32"
     device: Device = "cuda"
     source: str = ""
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no row may have."""
         object.__setattr__(self, "options", tuple(sorted((str(k), str(v)) for k, v in self.options)))
-        for name, kind in (("mode", Mode), ("execution", Execution), ("dtype", Dtype), ("device", Device)):
+        for name, kind in _WORDS.items():
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
+                words = ", ".join(word or "nothing" for word in get_args(kind))
+                raise ValueError(f"{name} must be one of {words}; got {getattr(self, name)!r}")
+        if self.compiles and not self.scope:
+            object.__setattr__(self, "scope", "block")
+        if not self.compiles and (self.scope or self.max_autotune):
+            raise ValueError(f"scope and max_autotune are of compiled executions; this one is {self.execution}")
+        if self.weights == "bf16" and (self.mode, self.dtype) != ("forward", "bf16"):
+            raise ValueError("weights bf16 are for a forward pass in bf16; training keeps fp32 weights")
         for name in ("batch", "resolution"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_COUNT:
@@ -72,10 +93,31 @@ class Case:
         """2 of ``DiG-S/2``."""
         return int(self.model.rpartition("/")[2])
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile has a part in it."""
+        return self.execution in ("compile", "compiled-graph")
+
+    @property
+    def captures(self) -> bool:
+        """Whether the step is replayed as a CUDA graph."""
+        return self.execution in ("graph", "compiled-graph")
+
+    @property
+    def precision(self) -> str:
+        """``bf16``, ``fp32``, or ``bf16-weights``."""
+        return "bf16-weights" if self.weights == "bf16" else self.dtype
+
+    @property
+    def way(self) -> str:
+        """How it is run, in short: ``graph``, ``compiled-graph by block``, ``compile by model max-autotune``."""
+        scope = f" by {self.scope}" if self.scope else ""
+        return f"{self.execution}{scope}{' max-autotune' if self.max_autotune else ''}"
+
     def describe(self) -> str:
         """One line for people: ``DiG-S/2 (backend=fla) 1024px train graph bf16 batch 1``."""
         options = f" ({', '.join(f'{k}={v}' for k, v in self.options)})" if self.options else ""
         return (
-            f"{self.model}{options} {self.resolution}px {self.mode} {self.execution} {self.dtype} "
+            f"{self.model}{options} {self.resolution}px {self.mode} {self.way} {self.precision} "
             f"batch {self.batch} on {self.device}"
         )

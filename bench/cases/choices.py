@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, cast, get_args
 
-from bench.cases.case import Case, Dtype, Execution, Mode
+from bench.cases.case import Case, Dtype, Execution, Mode, Scope
 from bench.cases.suites import sweep
 from bench.messages import check_count, refuse
 from dig.environment import gpu_present
@@ -23,7 +23,7 @@ def choose_device(device: str, *, present: bool | None = None) -> str:
 
 
 def default_execution(device: str) -> str:
-    """What is measured where nobody says: a CUDA graph, which has no launches in it, or eager on a CPU."""
+    """The execution where nobody names one: a CUDA graph, which leaves launches out; eager on a CPU."""
     return "graph" if device == "cuda" else "eager"
 
 
@@ -41,8 +41,11 @@ def one_case(
     batch: int,
     dtype: str | None,
     device: str,
+    scope: str = "block",
+    max_autotune: bool = False,
+    weights: str = "fp32",
 ) -> Case:
-    """The case that ``--model DiG-XL/2:triton`` and its companions name; anything wrong ends the command."""
+    """The case that ``--model DiG-XL/2:triton`` and the options beside it name; anything wrong ends the command."""
     check_count(resolution, "--resolution")
     check_count(batch, "--batch")
     where = choose_device(device)
@@ -56,8 +59,11 @@ def one_case(
             resolutions=[resolution],
             modes=cast(Any, [mode]),
             executions=cast(Any, [execution or default_execution(where)]),
+            scope=cast(Any, scope),
+            max_autotune=max_autotune,
             batch=batch,
             dtype=cast(Any, dtype or default_dtype(where)),
+            weights=cast(Any, [weights]),
             device=cast(Any, where),
         )
     except ValueError as error:
@@ -67,8 +73,12 @@ def one_case(
     return case
 
 
-GRAMMAR = "MODEL[:OPTIONS]@RESOLUTION[:MODE][:EXECUTION][:batch=N][:DTYPE]"
+GRAMMAR = "MODEL[:OPTIONS]@RESOLUTION[:MODE][:EXECUTION][:SCOPE][:max-autotune][:batch=N][:DTYPE]"
 """How a command line names a case: ``DiG-S/2:triton@1792:train``; what is left out is as for ``bench run``, train."""
+GRAMMAR_WORDS = (
+    "SCOPE is block or model, what one compilation covers; DTYPE is bf16, fp32 or bf16-weights (a forward pass of a "
+    "model that was cast)"
+)
 
 
 def parse_case(text: str, *, device: str) -> Case:
@@ -86,7 +96,7 @@ def parse_case(text: str, *, device: str) -> Case:
     resolution, *words = rest.split(":")
     if not at or not model:
         wrong(f"a case is {GRAMMAR}, as DiG-S/2:triton@1792:train")
-    kinds = {word: name for name, kind in _WORDS.items() for word in get_args(kind)}
+    kinds = {word: name for name, kind in _WORDS.items() for word in kind}
     given: dict[str, str] = {}
     for word in words:
         name = "batch" if word.startswith("batch=") else kinds.get(word)
@@ -98,16 +108,31 @@ def parse_case(text: str, *, device: str) -> Case:
     for name, number in (("the resolution", resolution), ("batch", given.get("batch", "1"))):
         if not (number.isascii() and number.isdecimal() and len(number) <= 20):
             wrong(f"{name} must be a whole number; got {number!r}")
+    mode, execution, dtype = given.get("mode", "train"), given.get("execution"), given.get("dtype")
+    if execution not in COMPILED and (of_compiling := [given[name] for name in ("scope", TUNED) if name in given]):
+        wrong(f"{of_compiling[0]} is of an execution that compiles: add {' or '.join(COMPILED)}")
+    if dtype == CAST and mode != "forward":
+        wrong(f"{CAST} is of a forward pass, training keeps fp32 weights: add forward")
     return one_case(
         model,
         resolution=int(resolution),
-        mode=given.get("mode", "train"),
-        execution=given.get("execution"),
+        mode=mode,
+        execution=execution,
         batch=int(given.get("batch", "1")),
-        dtype=given.get("dtype"),
+        dtype="bf16" if dtype == CAST else dtype,
         device=device,
+        scope=given.get("scope", "block"),
+        max_autotune=TUNED in given,
+        weights="bf16" if dtype == CAST else "fp32",
     )
 
 
-_WORDS: dict[str, Any] = {"mode": Mode, "execution": Execution, "dtype": Dtype}
-"""Of a case after its resolution, each known by itself."""
+COMPILED, TUNED, CAST = ("compile", "compiled-graph"), "max-autotune", "bf16-weights"
+_WORDS: dict[str, tuple[str, ...]] = {
+    "mode": get_args(Mode),
+    "execution": get_args(Execution),
+    "scope": tuple(word for word in get_args(Scope) if word),
+    TUNED: (TUNED,),
+    "dtype": (*get_args(Dtype), CAST),
+}
+"""Of a case after its resolution, each known by itself: those of `Case.way` and `Case.precision`."""

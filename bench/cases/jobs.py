@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bench.cases.case import Case, Device, Dtype
 
@@ -49,9 +49,26 @@ BUDGETS: dict[Device, Budget] = {
 }
 
 
+Phase = Literal["building", "compiling", "measuring", "checking"]
+"""What a worker does with a case. Kernels are built and tuned in ``compiling``, which has a time limit of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a worker may take.
+
+    Attributes:
+        prepare: Seconds of building the model, and of building and tuning kernels.
+        measure: Seconds of everything after that.
+    """
+
+    prepare: float = 900.0
+    measure: float = 300.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaseJob:
-    """Measure a case; the answer is a row as JSON."""
+    """Measure a case; the answer is a row as JSON, and before it every `Phase` as it begins."""
 
     case: Case
     budget: Budget
@@ -85,7 +102,7 @@ class ProbeJob:
 
 @dataclass(frozen=True, kw_only=True)
 class CeilingJob:
-    """Measure FLOP/s of a large matrix product; the answer is a float."""
+    """Measure the FLOP/s of a large GEMM; the answer is a float."""
 
     device: Device
     dtype: Dtype

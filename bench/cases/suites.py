@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, cast, get_args
 
-from bench.cases.case import Case, Device, Dtype, Execution, Mode
+from bench.cases.case import Case, Device, Dtype, Execution, Mode, Scope, Weights
 from dig.family import BACKEND, Family, UnknownModelError, closest
-from dig.registry import check_resolution, model_name, parse_family, source_of
+from dig.registry import check_resolution, find_family, model_name, parse_family, source_of
 
 PAPER_RESOLUTIONS = (256, 512, 768, 1024, 1280, 1536, 1792, 2048)
 PEERS = ("DiG:fla:variant=release", "DiT", "Flash-DiT:sdpa-cudnn", "Flash-DiT:flash-attn", "DiS:mamba-ssm")
@@ -68,8 +68,11 @@ def sweep(
     resolutions: Sequence[int],
     modes: Sequence[Mode] = ("train",),
     executions: Sequence[Execution] = ("graph",),
+    scope: Scope = "block",
+    max_autotune: bool = False,
     batch: int = 1,
     dtype: Dtype = "bf16",
+    weights: Sequence[Weights] = ("fp32",),
     device: Device = "cuda",
 ) -> list[Case]:
     """Every combination, resolution by resolution, so that the models of one comparison are measured close together.
@@ -78,14 +81,27 @@ def sweep(
         ValueError: Something cannot be measured; the message says what to write instead.
     """
     choices = [ModelChoice.parse(text, device) for text in models]
-    for axis, given, kind in (("mode", modes, Mode), ("execution", executions, Execution)):
+    axes = (
+        ("mode", modes, Mode), ("execution", executions, Execution), ("weights", weights, Weights),
+        ("compile-scope", (scope,), Scope),
+    )  # fmt: skip
+    for axis, given, kind in axes:
         for value in given:
             if value not in get_args(kind):
                 raise ValueError(f"unknown {axis} {value!r}: {closest(value, get_args(kind))}")
-    if device == "cpu" and "graph" in executions:
-        raise ValueError("execution graph is a CUDA graph and needs a GPU; use --executions eager on a CPU")
+    if device == "cpu" and (found := {"graph", "compiled-graph"} & set(executions)):
+        raise ValueError(f"execution {min(found)} is a CUDA graph and needs a GPU; use --executions eager on a CPU")
+    compiled = {"compile", "compiled-graph"}
+    if max_autotune and not compiled & set(executions):
+        raise ValueError("--max-autotune is of executions that compile: compile or compiled-graph")
+    if "bf16" in weights and (dtype == "fp32" or "forward" not in modes):
+        raise ValueError("weights bf16 are for forward passes in bf16; add forward to --modes, with dtype bf16")
     cases = []
-    for size, resolution, mode, execution, choice in itertools.product(sizes, resolutions, modes, executions, choices):
+    for size, resolution, mode, execution, stored, choice in itertools.product(
+        sizes, resolutions, modes, executions, weights, choices
+    ):
+        if stored == "bf16" and mode == "train":
+            continue  # Of both modes, training keeps fp32 weights.
         check_resolution(resolution, patch)
         choice.family.require_device(dict(choice.options), device)
         cases.append(
@@ -97,7 +113,10 @@ def sweep(
                 batch=batch,
                 mode=mode,
                 execution=execution,
+                scope=scope if execution in compiled else "",
+                max_autotune=max_autotune and execution in compiled,
                 dtype=dtype,
+                weights=stored,
                 device=device,
             )
         )
@@ -120,17 +139,17 @@ def figure_2(models: Iterable[str] = COMPARED, resolutions: Sequence[int] = (102
 
 
 def eager_probes(models: Iterable[str] = COMPARED, resolutions: Sequence[int] = (1024, 1792)) -> list[Case]:
-    """S/2 in eager mode at two resolutions: what launches cost whoever does not use graphs."""
+    """S/2 launched eagerly at two resolutions: what launches cost without graphs."""
     return sweep(models, resolutions=resolutions, modes=("train", "forward"), executions=("eager",))
 
 
 def paper_suite() -> list[Case]:
     """Both figures and the eager probes."""
-    return without_repeats([*figure_1(), *figure_2(), *eager_probes()])
+    return tuned_last(without_repeats([*figure_1(), *figure_2(), *eager_probes()]))
 
 
 def cpu_suite() -> list[Case]:
-    """Both figures in small, with the reference implementations, for a machine without a GPU."""
+    """Small versions of both figures, on reference implementations, for a machine without a GPU."""
     figure1 = sweep(ON_CPU, resolutions=(64, 128, 192, 256), executions=("eager",), dtype="fp32", device="cpu")
     figure2 = sweep(
         ON_CPU,
@@ -144,7 +163,62 @@ def cpu_suite() -> list[Case]:
     return without_repeats([*figure1, *figure2])
 
 
-SUITES = {"paper": paper_suite, "cpu": cpu_suite}
+BEST_FLASH = ("Flash-DiT:sdpa-cudnn", "Flash-DiT:flash-attn", "Flash-DiT:flash-attn-4", "Flash-DiT:flash-attn-4-padded")
+"""Every attention that may be the fastest; which of them may not stand for a case, parity says."""
+SHORT = 256
+"""Pixels. Up to there compiling the whole model gains 1 to 3%."""
+PLAIN_UP_TO = 1024
+BEST_TRAINING = (
+    ("S", 256, 1), ("S", 512, 1), ("S", 1024, 1), ("S", 1792, 1), ("S", 2048, 1), ("S", 256, 32), ("XL", 256, 32),
+)  # fmt: skip
+BEST_FORWARD = (
+    ("S", 256, 1), ("XL", 256, 1), ("XL", 512, 1), ("XL", 1024, 1), ("XL", 2048, 1), ("XL", 256, 64), ("XL", 1024, 8),
+)  # fmt: skip
+"""Size, resolution and batch."""
+
+
+def _ways(*, mode: Mode, size: str, resolution: int, batch: int) -> list[Case]:
+    """One case in every way that may be some family's best: DiG in a graph, all others compiled, in a graph too."""
+    shared: dict[str, Any] = {
+        "sizes": (size,), "resolutions": (resolution,), "modes": (mode,), "batch": batch,
+        "weights": ("bf16",) if mode == "forward" else ("fp32",),
+    }  # fmt: skip
+    # Padding heads to 96 can only pay where they are 72 wide.
+    attentions = [name for name in BEST_FLASH if size == "XL" or not name.endswith("padded")]
+    if resolution > SHORT:
+        attentions.remove("Flash-DiT:flash-attn")  # By then cuDNN's is a tenth faster.
+    # Plain attention beyond that has no chance, and takes its time.
+    plain = ("DiT",) if resolution <= PLAIN_UP_TO else ()
+    both: tuple[Execution, ...] = ("compiled-graph",)
+    cases = sweep(("DiG:triton:variant=release",), executions=("graph",), **shared)
+    cases += sweep((*attentions, *plain, "DiG:fla:variant=release", "DiS:mamba-ssm"), executions=both, **shared)
+    if resolution <= SHORT:
+        cases += sweep(("Flash-DiT:sdpa-cudnn",), executions=both, scope="model", **shared)
+    return cases
+
+
+def best_suite() -> list[Case]:
+    """Every family in every honest best way: compiled, in a graph, weights in bf16 for a forward pass."""
+    points = [("train", *point) for point in BEST_TRAINING] + [("forward", *point) for point in BEST_FORWARD]
+    cases = [
+        case
+        for mode, size, resolution, batch in points
+        for case in _ways(mode=cast(Mode, mode), size=size, resolution=resolution, batch=batch)
+    ]
+    return tuned_last(without_repeats(cases))
+
+
+def tuned_last(cases: Iterable[Case]) -> list[Case]:
+    """The cases in order, but those whose kernels tune themselves for minutes last, so that plots fill early."""
+
+    def tunes(case: Case) -> bool:
+        family = find_family(case.family)
+        return family.backend_of(dict(case.options)) in family.tunes
+
+    return sorted(cases, key=tunes)
+
+
+SUITES = {"paper": paper_suite, "best": best_suite, "cpu": cpu_suite}
 
 
 def suite(name: str) -> list[Case]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from bench.cases import suites as case_lists
 from bench.cases.case import Case
 from bench.cases.choices import choose_device, default_dtype, default_execution
+from bench.cases.jobs import Limits
 from bench.cli.capacity import capacity
 from bench.cli.compare import compare, export
 from bench.cli.coverage import coverage
@@ -70,7 +71,10 @@ def run(
     modes: Annotated[str, typer.Option(help="train (forward, backward, AdamW), forward, or both.")] = "train,forward",
     executions: Annotated[
         str | None,
-        typer.Option(help="eager, graph (one CUDA graph), compile. Default: graph on a GPU, eager on a CPU."),
+        typer.Option(
+            help="eager, compile (torch.compile), graph (one CUDA graph), compiled-graph (both), separated by commas. "
+            "Default: graph on a GPU, eager on a CPU."
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
     dtype: Annotated[
@@ -81,9 +85,23 @@ def run(
         "out/results.jsonl"
     ),
     resume: Annotated[bool, typer.Option(help="Skip what the results file has already.")] = False,
-    time_limit: Annotated[
-        float, typer.Option(help="Seconds a case may take. fla tunes its kernels for minutes the first time.")
-    ] = 600.0,
+    compile_scope: Annotated[
+        str, typer.Option(help="What one compilation covers: block (one for all blocks of a kind, seconds) or model.")
+    ] = "block",
+    max_autotune: Annotated[
+        bool, typer.Option("--max-autotune", help="Let Inductor time tiles and libraries for each product; minutes.")
+    ] = False,
+    weights: Annotated[
+        str, typer.Option(help="fp32 (autocast), bf16 (a forward pass of a model that was cast), or both.")
+    ] = "fp32",
+    prepare_limit: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of a case for building the model, and for building and tuning its kernels: fla tunes for "
+            "minutes the first time."
+        ),
+    ] = 900.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds a case may take after that.")] = 300.0,
     launches: Annotated[
         int, typer.Option(help="Process launches a case, in rounds of random order; bench compare needs five.")
     ] = 1,
@@ -100,6 +118,7 @@ def run(
     check_count(patch, "--patch")
     check_count(launches, "--launches", most=MOST_LAUNCHES)
     check_positive(time_limit, "--time-limit")
+    check_positive(prepare_limit, "--prepare-limit")
     where = choose_device(device, present=gpu_present())
     try:
         if suite is not None:
@@ -115,8 +134,11 @@ def run(
                 resolutions=numbers(resolutions, "--resolutions"),
                 modes=cast(Any, words(modes)),
                 executions=cast(Any, words(executions or default_execution(where))),
+                scope=cast(Any, compile_scope),
+                max_autotune=max_autotune,
                 batch=batch,
                 dtype=cast(Any, dtype or default_dtype(where)),
+                weights=cast(Any, words(weights)),
                 device=cast(Any, where),
             )
         # What stands twice, by two names perhaps (DiG and DiG:reference), is measured once.
@@ -125,7 +147,8 @@ def run(
             refuse("nothing to measure: every axis needs at least one value")
         if models is not None:
             _require_packages(selected)
-        _run(selected, out=out, resume=resume, time_limit=time_limit, launches=launches)
+        limits = Limits(prepare=prepare_limit, measure=time_limit)
+        _run(selected, out=out, resume=resume, limits=limits, launches=launches)
     except (ValueError, ResultError) as error:
         refuse(str(error))
 
@@ -137,7 +160,7 @@ def _require_packages(selected: list[Case]) -> None:
             refuse(message)
 
 
-def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, launches: int) -> None:
+def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launches: int) -> None:
     console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
         if said := writer.said_of_torn_line:
@@ -147,7 +170,7 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, la
             cases=tuple(selected),
             launches=launches,
             done=finished_launches(read_results(out).rows) if resume else frozenset(),
-            time_limit=time_limit,
+            limits=limits,
             code=code_hash(ROOT),
             environment=environment,
         )
@@ -164,7 +187,7 @@ def _run(selected: list[Case], *, out: Path, resume: bool, time_limit: float, la
                 rows = run_sweep(
                     sweep,
                     writer,
-                    on_start=lambda case: progress.update(task, description=case.describe()),
+                    on_start=lambda case, doing: progress.update(task, description=f"{case.describe()}: {doing}"),
                 )
                 for row in rows:
                     measured += 1

@@ -69,7 +69,7 @@ def gla(
     """Gated linear attention: this project's kernels beside flash-linear-attention's, in the same run.
 
     Without options: that of DiG-S/2 at 1792 pixels. Shapes: B batch, T tokens, H heads, K key width, V value width.
-    --sweep is what dig.ops.gla.tiles.TILES is made from.
+    --sweep is what dig.ops.tiles.sm90.GLA is made from.
     """
     sizes = numbers(tokens, "--tokens")
     for value, option in ((heads, "--heads"), (key_width, "--key-width"), (value_width, "--value-width")):
@@ -123,7 +123,7 @@ def srem(
     """SREM's convolution: the fused kernels beside PyTorch's convolution, in the same run.
 
     Without options: that of DiG-S/2 at 512, 1024, 1792 and 2048 pixels. moved is a model whose tokens move: gated
-    residual, convolution and reordering for the next block. --sweep is what dig.ops.srem.fused.TILES is made from.
+    residual, convolution and reordering for the next block. --sweep is what dig.ops.tiles.sm90.SREM is made from.
     """
     grids = numbers(sides, "--sides")
     for value, option in ((width, "--width"), (batch, "--batch"), (samples, "--samples"), (best, "--best")):
@@ -176,7 +176,7 @@ def rowwise(
     """Adaptive norm and SwiGLU, which are bound by memory traffic: microseconds, and GB/s beside a device copy.
 
     Without options: those of DiG-S/2 and DiG-XL/2 at 1792 and 2048 pixels. compiled is the reference under
-    torch.compile. --sweep times alternatives to dig.ops.adaln.fused.TILES.
+    torch.compile. --sweep times alternatives to dig.ops.tiles.sm90.ADALN.
     """
     columns, sizes = numbers(widths, "--widths"), numbers(tokens, "--tokens")
     check_count(batch, "--batch")
@@ -217,7 +217,7 @@ def products(
     """SwiGLU in its matrix products, beside products and passes of their own, in the same run.
 
     Without options: that of DiG-S/2 at 1024, 1792 and 2048 pixels and of DiG-XL/2 at 1024 and 2048. --sweep times
-    alternatives to the tables of dig.ops.swiglu.products.
+    alternatives to dig.ops.tiles.sm90.PRODUCTS.
     """
     sizes = numbers(tokens, "--tokens", empty=True)
     check_count(samples, "--samples")
@@ -236,17 +236,25 @@ def products(
 
 
 @ops.command()
-def registers() -> None:
-    """What the compiler makes of the kernels with matrix products: registers, spills, products. Needs no GPU.
+def registers(
+    capabilities: Annotated[
+        str, typer.Option(help="Compute capabilities to compile for, as 9.0, separated by commas; all without.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Only the first variant of each kernel.")] = False,
+    kernels: Annotated[str, typer.Option(help="Names of kernels, separated by commas; all without.")] = "",
+) -> None:
+    """What the compiler makes of every kernel: registers, spills, shared memory, products. Needs no GPU.
 
-    Compiles for compute capability 9.0, half a minute. Exit status 1: a kernel must not run, because the compiler gave
-    its matrix products wrong addresses, or spills registers beside such products.
+    About a minute for each architecture. Exit status 1: a kernel must not run; its line says why.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         refuse("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    from bench.ops.registers import report
+    from bench.ops.registers import by_capability, kernel_names, report
 
-    if not report():
+    known = list(by_capability())
+    chosen = some_of(capabilities, "compute capability", known) if capabilities else known
+    names = kernel_names(chosen)
+    if not report(chosen, some_of(kernels, "kernel", names) if kernels else names, quick=quick):
         raise typer.Exit(1)
 
 

@@ -40,24 +40,26 @@ def prepare(
     resolution: Resolution = 1024,
     mode: Mode = "forward",
     batch: Batch = 1,
-    programs: Annotated[str, typer.Option(help="How many prepare weights aside; 0: all at once.")] = "0,16,32,64",
-    riding: Annotated[str, typer.Option(help="Rows of a share in a product; may be empty.")] = "32",
+    programs: Annotated[
+        str, typer.Option(help="Programs that prepare weights on the side stream; 0: all at once.")
+    ] = "0,16,32,64",
+    fused: Annotated[str, typer.Option(help="Rows of a share in a GEMM; may be empty.")] = "32",
     rounds: Rounds = 12,
     replays: Replays = 8,
     json: Json = None,
 ) -> None:
-    """Time a step with its weights prepared in different ways beside the products, all ways in one run.
+    """Time a step with its weights prepared in different ways beside the GEMMs, all ways in one run.
 
     Each choice is a CUDA graph of the whole step; the graphs take turns, so that the card's clock is the same for all.
     """
-    aside = numbers(programs, "--programs", least=0)
-    shares = numbers(riding, "--riding", empty=True)
+    beside = numbers(programs, "--programs", least=0)
+    shares = numbers(fused, "--fused", empty=True)
     _check(rounds, replays, json)
     case = _graph(model, resolution=resolution, mode=mode, batch=batch)
     from bench.ops.prepare import Choice, compare_choices
 
-    choices = [Choice(riding=rows, programs=0) for rows in shares]
-    choices += [Choice(riding=0, programs=number) for number in aside]
+    choices = [Choice(fused=rows, programs=0) for rows in shares]
+    choices += [Choice(fused=0, programs=number) for number in beside]
     compare_choices(case, choices, rounds=rounds, replays=replays, json_file=json)
 
 
@@ -74,7 +76,7 @@ def chain(
 ) -> None:
     """Time steps whose kernels start while the one before them ends, and the same in order, in turns.
 
-    See dig.ops.chain. Each is a CUDA graph of the whole step.
+    See dig.ops.early_launch. Each is a CUDA graph of the whole step.
     """
     sides = numbers(resolutions, "--resolutions")
     _check(rounds, replays, json)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from bench.cases.case import Case
-from bench.cases.choices import GRAMMAR, parse_case
+from bench.cases.choices import GRAMMAR, GRAMMAR_WORDS, parse_case
 from bench.cases.suites import without_repeats
 from bench.cli.gate import MOST_LAUNCHES, Gate, conclude, make_plan, shown_by
 from bench.cli.options import one_of
@@ -39,7 +39,8 @@ def regression(
         list[str] | None,
         typer.Option(
             metavar="CASE",
-            help=f"Instead of a suite: {GRAMMAR}, as DiG-S/2:triton@1792:train. Again for another case.",
+            help=f"Instead of a suite: {GRAMMAR}, as DiG-S/2:triton@1792:train; {GRAMMAR_WORDS}. Again for another "
+            "case.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where each --case runs: auto, cuda or cpu.")] = "auto",

@@ -1,8 +1,8 @@
 """What fits: the largest batch at a resolution, the largest resolution at a batch, by bisection. No torch here.
 
 The peaks of what fits say where to look first. Each probe is a process of its own that runs the case's step as often as
-its memory needs to settle. Bisection takes for granted that what does not fit does not fit larger either; a probe that
-fails in another way than by memory ends the search with its message, for then nothing is known.
+its memory needs to settle. Bisection assumes that nothing larger fits where a smaller case doesn't. A probe that fails
+otherwise than by memory ends the search with its message, for then nothing is known.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.cases.case import Case
-from bench.cases.jobs import ProbeJob
+from bench.cases.jobs import Limits, ProbeJob
 from bench.run.process import WorkerError
 from bench.run.runner import run_job
 from dig.nvml import Gpu
@@ -24,7 +24,7 @@ MOST_RESOLUTION = 1 << 14
 
 
 class CapacityError(RuntimeError):
-    """A probe failed otherwise than by memory; the message is its."""
+    """A probe failed otherwise than by memory; the message is the probe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """The largest value that fits, None where not even the smallest does, and every probe in order.
+    """The largest value that fits (None where the smallest does not), and every probe in order.
 
     ``bounded``: the search's upper end fits, so that the true answer may be larger.
     """
@@ -55,7 +55,7 @@ def probe_case(case: Case, *, limit: int | None, time_limit: float) -> Probe:
         CapacityError: It failed otherwise than by memory.
     """
     try:
-        answer = run_job(ProbeJob(case=case, limit=limit), time_limit=time_limit)
+        answer = run_job(ProbeJob(case=case, limit=limit), limits=Limits(prepare=time_limit, measure=time_limit))
     except WorkerError as error:
         # The kernel's out-of-memory killer is how a host says no; a time limit is not.
         if "SIGKILL" not in str(error):
@@ -68,7 +68,7 @@ def probe_case(case: Case, *, limit: int | None, time_limit: float) -> Probe:
 
 
 def room_on_gpu() -> int | None:
-    """Bytes that a process' tensors may take on the GPU as it is now; None where NVML does not say."""
+    """Bytes that a process' tensors may take on the GPU now; None where NVML does not say."""
     gpu = Gpu.open()
     free = None if gpu is None else gpu.free()
     return None if free is None else free - CONTEXT

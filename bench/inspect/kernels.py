@@ -1,7 +1,7 @@
-"""Where a step's device time goes, kernel by kernel: what a change of a kernel is judged by.
+"""A step's device time, kernel by kernel.
 
-A step is what `bench.measure.steps` builds for the case, and in graph execution the replay of its graph, so that the
-times are those of the benchmark. `bench.measure.profiler` reads the kernels of a few of them.
+The step is the benchmark's: what `bench.measure.steps` builds for the case, in graph execution its replay.
+`bench.measure.profiler` reads the kernels of a few steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A profile as one HTML page without scripts or anything to fetch; every text is escaped."""
+"""A profile as one HTML page, without scripts and nothing to fetch; every text is escaped."""
 
 from __future__ import annotations
 

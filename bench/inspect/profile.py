@@ -1,6 +1,6 @@
 """One step under the profiler: time by operation and by kernel, memory over time, share of the roofline.
 
-The step runs eagerly, whatever the case's execution, for only then do kernels know the operation that launched them.
+The step runs eagerly, whatever the case's execution: only then is each kernel's operation known.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ Tally = dict[str, tuple[int, float, Cost]]
 def read_events(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple[Tally, Tally]:
     """Calls, microseconds and least work by operation and by kernel, from a Chrome trace's events.
 
-    On a CPU an operator is its own kernel, and its time is what its callees leave. The work of an operation that
-    launches several kernels is put down to the longest, if that takes most of the time (a product, and a sum of its
-    parts), or to each what is known of it (DiG's recurrence); else nobody knows which kernel does what.
+    On a CPU an operator is its own kernel; its time is its duration less its callees'. Where an operation launches
+    several kernels, its work counts for the longest, if that takes most of the time (a GEMM and the sum of its parts),
+    or each kernel's share is known (DiG's recurrence). Else no kernel gets any.
     """
     events = list(events)
     found = [e for e in events if e.get("cat") == "cpu_op" and e.get("ph") == "X"]

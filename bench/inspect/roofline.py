@@ -1,8 +1,8 @@
-"""The least work of an operation: floating-point operations and bytes, from its name and the shapes it was given.
+"""The least work of an operation, FLOPs and bytes, from its name and its arguments' shapes.
 
 Both are lower bounds: every input read once, the output of known operations written once; views move nothing. A share
-of the roofline made from them can be too low, where an operation must do more. It is too high only where a cache is
-faster than the ceilings, and is left out there.
+of the roofline from them is too low where an operation must do more. It would be too high only where a cache is faster
+than the ceilings; there it is left out.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Cost:
 
 
 def _products(name: str, shapes: Sequence[Shape]) -> tuple[float, float]:
-    """FLOPs and elements of the output of a matrix product or an attention; zeros for anything else."""
+    """FLOPs and output elements of a GEMM or an attention; zeros for anything else."""
     matrices = [s for s in shapes if len(s) >= 2]
     if name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm") and len(matrices) >= 2:
         a, b = matrices[-2:]
@@ -108,10 +108,10 @@ def cost_of(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> Cost:
 
 
 def kernel_costs(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> dict[str, Cost]:
-    """Of an operator whose kernels share its work: the least cost of each, by the kernel's name; empty for others.
+    """The least cost of each kernel, by name, of an operator whose kernels share its work; empty for others.
 
     DiG's recurrence with its decays, norm and output gate (`dig.ops.gla.mixer`): slices of the projection's output that
-    a kernel reads, what it writes, and going back the states between chunks and the sums of the decays.
+    a kernel reads, what it writes; in the backward pass also the states between chunks and the decays' sums.
     """
     if name not in ("dig::gla_mixer", "dig::gla_mixer_backward") or len(shapes) < 2:
         return {}

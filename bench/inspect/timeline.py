@@ -1,4 +1,4 @@
-"""One step's kernels in the order in which they ran, with the gaps between them: what a sum over kernels hides."""
+"""One step's kernels in the order in which they ran, with the gaps between them."""
 
 from __future__ import annotations
 

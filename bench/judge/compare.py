@@ -1,7 +1,7 @@
-"""Two sides' rows, case by case: verdicts on time and memory, the status they add up to, and a summary in Markdown.
+"""Two sides' rows, case by case: verdicts on time and memory, the exit status, and a summary in Markdown.
 
-The statuses are those of the gate: 0 no regression, 1 a regression, 3 nothing measured or inconclusive. A case that ran
-on neither side says nothing about the change, and counts for none of them: it is listed. No torch here.
+The statuses are the regression gate's: 0 no regression, 1 a regression, 3 nothing measured or inconclusive. A case that
+ran on neither side is listed and counts for none of them. No torch here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.store.selection import Measured, Subject, by_case_and_machine, newest
 
 NO_REGRESSION, REGRESSION, INCONCLUSIVE = 0, 1, 3
 MEMORY_EFFECT = 0.01
-"""The least change of a memory peak that counts: allocators repeat to the byte, rounding of blocks aside."""
+"""The least change of a memory peak that counts: allocators repeat to the byte, but for the rounding of blocks."""
 RESIDENT_EFFECT = 0.1
 """The same on a CPU, where the peak is the process's resident set, with all of Python and torch in it."""
 
@@ -48,7 +48,7 @@ class Thresholds:
         time: Least relative difference of times, above 0.
         memory: The same of memory peaks.
         noise: The runner's noise floor (`bench.judge.statistics.noise_floor`), or None where it was not measured. A
-            least effect is never below it; and it stands in for the interval where a side has too few launches.
+            least effect is never below it, and it is the interval where a side has too few launches.
     """
 
     time: float = 0.02
@@ -64,7 +64,7 @@ class Thresholds:
 
     @property
     def least_time(self) -> float:
-        """The least effect on time that is used: the chosen one, or the noise floor where that is larger."""
+        """The least effect on time: the chosen one, or the noise floor where that is larger."""
         return max(self.time, self.noise or 0.0)
 
 
@@ -300,7 +300,7 @@ def _line(finding: Finding, several_machines: bool) -> str:
 
 
 def marks_of(*sides: Iterable[Measured]) -> list[str]:
-    """One line for each mark that rows which count carry, with how many of them do."""
+    """One line a mark, with the number of rows that carry it, of those that count."""
     counts: dict[str, int] = {}
     for side in sides:
         for row in newest(side).rows:

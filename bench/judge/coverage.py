@@ -1,4 +1,4 @@
-"""How often the gate's intervals hold the truth, and what it calls equal code: simulated, for several kinds of noise.
+"""How often the regression gate's intervals hold the truth, and its verdicts on equal code, simulated by kind of noise.
 
     python -m bench coverage                    # what docs/method.md quotes; some minutes
     python -m bench coverage --trials 100 --launches 6
@@ -48,7 +48,7 @@ class Coverage:
     Attributes:
         covered: Share of the intervals that hold 1.
         width: Median of high / low - 1.
-        verdicts: Share of each verdict, by the gate's least effect.
+        verdicts: Share of each verdict, by the regression gate's least effect.
     """
 
     covered: float

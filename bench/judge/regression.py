@@ -1,4 +1,4 @@
-"""The gate: the change and its base, launched in turns, judged together. No torch here."""
+"""The regression gate: a change and its base, launched in turns, judged together. No torch here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUDGETS: Mapping[str, Budget] = {
 
 
 def gpu_suite() -> list[Case]:
-    """The fixed cases of the gate: training and forward, small and large, and one that launches eagerly."""
+    """The regression gate's fixed cases: training and forward, small and large, and one that launches eagerly."""
     return [
         *sweep(["DiG:triton", "Flash-DiT:sdpa-cudnn"], resolutions=(1024,), modes=("train",)),
         *sweep(["DiG:triton"], resolutions=(256, 1792), modes=("train",)),
@@ -41,7 +41,7 @@ def gpu_suite() -> list[Case]:
 
 
 def quick_suite() -> list[Case]:
-    """Two cases, for the gate's test of itself."""
+    """Two cases, for the regression gate's test of itself."""
     return [
         *sweep(["DiG:triton"], resolutions=(1024,), modes=("train",)),
         *sweep(["Flash-DiT:sdpa-cudnn"], resolutions=(1024,), modes=("forward",)),
@@ -49,7 +49,7 @@ def quick_suite() -> list[Case]:
 
 
 def cpu_suite() -> list[Case]:
-    """The gate in small, on reference implementations; a forward pass each."""
+    """A small regression gate: a forward pass each, on reference implementations."""
     return sweep(
         ["DiT", "DiG"],
         patch=8,
@@ -110,7 +110,7 @@ class Plan(Generic[C]):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What came of it: findings, and both sides' rows."""
+    """The findings, and both sides' rows."""
 
     findings: tuple[Finding, ...]
     base: tuple[Measured, ...]

@@ -1,7 +1,7 @@
 """From launches to verdicts: bootstrap intervals over process launches, a least effect that counts, a noise floor.
 
 The unit is a launch, not a step. Steps of one process share its memory layout, its tuned kernels and the moment's
-clock; a thousand of them are one observation of those. A launch is represented by the median of its samples.
+clock; a thousand of them are one observation. A launch is represented by the median of its samples.
 
 Ratios are taken on logarithms, so that 2% slower and 2% faster are equally far from none. No torch here.
 """
@@ -178,7 +178,7 @@ def judge_launches(
 
 
 def noise_floor(ratios: Sequence[float], *, quantile: float = 0.95) -> float:
-    """How far apart a runner finds equal code: a quantile of |ratio − 1| over its comparisons with itself.
+    """How far apart equal code lies on a runner: a quantile of |ratio − 1| over comparisons with itself.
 
     Args:
         ratios: One ratio for each comparison of a side with itself (A/A).

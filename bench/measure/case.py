@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,16 +15,18 @@ import torch
 from torch import Tensor
 
 from bench.cases.case import Case
-from bench.cases.jobs import Budget, CaseJob
+from bench.cases.jobs import Budget, CaseJob, Phase
 from bench.measure.clocks import Watch
 from bench.measure.failures import failure
 from bench.measure.flops import step_flops
 from bench.measure.memory import MemoryMeter
 from bench.measure.profiler import kernel_names
+from bench.measure.recheck import recheck
 from bench.measure.steps import Step, build_step, capture, capture_stream, warm_up
 from bench.measure.timing import Sampled, sample
 from bench.measure.versions import versions
 from bench.parity.kernels import check_kernels, doubts
+from bench.parity.operation import check_operation
 from bench.parity.replay import check_replay
 from bench.store.ledgers import Checks, Memory, Timing
 from bench.store.rows import Mark, Row, Status, utc_now
@@ -55,8 +59,13 @@ def stay_near(gpu: Gpu | None) -> int | None:
     return len(chosen)
 
 
-def measure_case(job: CaseJob) -> Row:
-    """Build and measure one case in this process. Never raises for what a case can do wrong: that is a row."""
+def measure_case(job: CaseJob, tell: Callable[[Phase], None] = lambda phase: None) -> Row:
+    """Build and measure one case in this process. A case that fails is a row; nothing is raised for it.
+
+    Args:
+        job: What to measure.
+        tell: Called with what is done next.
+    """
     case, started_at = job.case, utc_now()
     environment = {**job.environment, **versions(case.device)}
 
@@ -74,13 +83,13 @@ def measure_case(job: CaseJob) -> Row:
     if missing := parse_name(case.model)[0].missing_packages(dict(case.options)):
         return failed("unsupported", missing)
     try:
-        return _measure(job, started_at, environment)
+        return _measure(job, started_at, environment, tell)
     except Exception as error:
         traceback.print_exc()
         return failed(*failure(error))
 
 
-def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> Row:
+def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell: Callable[[Phase], None]) -> Row:
     case = job.case
     clock = [time.perf_counter()]
     gpu = Gpu.open() if case.device == "cuda" else None
@@ -88,14 +97,19 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
         environment = {**environment, "near_cpus": cpus}
     watch = Watch(gpu)  # Before CUDA starts here: what is on the card now is somebody else's.
     meter = MemoryMeter(case.device, gpu)
+    tell("building")
     step = build_step(case)
     meter.built()
     clock.append(time.perf_counter())
 
+    # Kernels are built in the first step: by Triton and its tuners, by Inductor, by FlashAttention 4.
+    tell("compiling")
     warm_up(step.run, case.device)
+    clock.append(time.perf_counter())
+    tell("measuring")
     # Before the graph is captured, which may leave no memory for a step beside it.
     with capture_stream(case.device):
-        eager = sample(step.run, device=case.device, budget=EAGER) if case.execution == "graph" else None
+        eager = sample(step.run, device=case.device, budget=EAGER) if case.captures else None
     run, memory = prepare(step, case, meter)
     clock.append(time.perf_counter())
 
@@ -114,22 +128,47 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any]) -> R
     if found.warmup == "bound":
         marks.append("unsteady")
     marks += doubts(case, names)
+    if flush is None and _fits_in_l2(case, memory.allocator_peak):
+        marks.append("l2-warm")
     graph_ms = _graph_ms(step.run) if case.device == "cuda" and case.execution == "eager" else None
     flops, uncounted = _flops(case, step.model)
-    start, warmup, measure = (after - before for before, after in pairwise(clock))
+    start, compiling, warmup, measure = (after - before for before, after in pairwise(clock))
+    model, implementations = step.model, step.model.implementations
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tell("checking")
+    try:
+        error = recheck(case, step, run)
+    except torch.OutOfMemoryError:
+        error = None
+    if error is None:
+        marks.append("not-rechecked")
+    checks = replace(checks, recheck_error=error)
+    # What was timed goes first: the operation's own reference may need the room.
+    del step, run
+    release(case.device)
+    alone = check_operation(case, model)
+    if alone is None:
+        marks.append("small-parity")
+    else:
+        checks = replace(checks, operation_error=alone.error, operation_bound=alone.bound)
     return Row(
         case=case,
         status="ok",
         started_at=started_at,
         samples_ms=tuple(round(x, 5) for x in found.samples_ms),
         memory=memory,
-        parameters=sum(p.numel() for p in step.model.parameters() if p.requires_grad),
+        parameters=parameters,
         flops=flops,
         message=uncounted,
         matmul_ceiling=job.matmul_ceiling,
-        implementations=step.model.implementations,
+        implementations=implementations,
         stop_reason=found.stop_reason,
-        seconds={"start": round(start, 3), "warmup": round(warmup, 3), "measure": round(measure, 3)},
+        seconds={
+            "start": round(start, 3),
+            "compile": round(compiling, 3),
+            "warmup": round(warmup, 3),
+            "measure": round(measure, 3),
+        },
         environment=environment,
         launch=job.launch,
         key=job.key,
@@ -157,8 +196,8 @@ def _flops(case: Case, model: Backbone) -> tuple[int | None, str]:
         return None, str(error)
 
 
-def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], object], Memory]:
-    """The memory pass: one step, captured where the case is a graph; what to time, and the ledger.
+def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], Tensor], Memory]:
+    """The memory pass, one step (captured where the case is a graph): returns what to time, and the ledger.
 
     Raises:
         FloatingPointError: The step's result is not finite.
@@ -167,13 +206,18 @@ def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], ob
     meter.start()
     with capture_stream(case.device):
         result = step.run()
-    run: Callable[[], object] = step.run
+    run = step.run
     eager: Tensor | None = None
-    if case.execution == "graph":
+    if case.captures:
         eager = result.float().cpu()
         del result  # A live result would keep its memory beside that of the graph's.
-        run, result = capture(step.run)
-        run()
+        replay, written = capture(step.run)
+
+        def run() -> Tensor:
+            replay()
+            return written
+
+        result = run()
     memory = meter.read(step.model, step.optimizer)
     if not torch.isfinite(result).all():
         raise FloatingPointError("the step's result is not finite")
@@ -183,11 +227,26 @@ def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], ob
 
 
 def _l2_flush(working_set: int | None) -> Callable[[], object] | None:
-    """What overwrites the L2 cache, for a case whose data would stay in it from one step to the next; else None."""
+    """The write that clears the L2 cache, for a case whose data would stay in it between steps; else None."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     if working_set is None or working_set > 2 * cache:
         return None
     return torch.empty(2 * cache, dtype=torch.int8, device="cuda").zero_
+
+
+def _fits_in_l2(case: Case, working_set: int | None) -> bool:
+    """Whether a step's data may stay in the L2 cache until the next."""
+    if case.device == "cpu":
+        return False
+    return working_set is None or working_set <= 2 * torch.cuda.get_device_properties(0).L2_cache_size
+
+
+def release(device: str) -> None:
+    """Give back what nobody holds any more, graphs' memory included."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _graph_ms(run: Callable[[], Tensor]) -> float | None:
@@ -203,7 +262,7 @@ def _graph_ms(run: Callable[[], Tensor]) -> float | None:
 def _timing(case: Case, found: Sampled, *, eager: Sampled | None, graph_ms: float | None, flushed: bool) -> Timing:
     interval = found.interval
     eager_ms = interval.median if case.execution == "eager" else (eager.interval.median if eager else None)
-    graph_ms = interval.median if case.execution == "graph" else graph_ms
+    graph_ms = interval.median if case.captures else graph_ms
     share = None if eager_ms is None or graph_ms is None else max(0.0, 1 - graph_ms / eager_ms)
     return Timing(
         warmup=found.warmup,

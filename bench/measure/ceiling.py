@@ -1,4 +1,4 @@
-"""The rate that a model's share is taken of: a large matrix product's, measured in the same run."""
+"""The GEMM ceiling: the rate of a large matrix product, measured in the same run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dig.ceiling import large_product
 
 
 def measure_ceiling(job: CeilingJob) -> float:
-    """FLOP/s of a square matrix product on random data: what a model's share is taken of."""
+    """FLOP/s of a square matrix product on random data; a model's share is of this."""
     run, flops = large_product(job.device, job.dtype)
     budget = Budget(settle_s=0.2, settle_max_s=0.2, min_samples=10, target_s=0.3)
     found = sample(run, device=job.device, budget=budget)

@@ -33,14 +33,14 @@ class Watch:
             self.readings.append(self._gpu.read())
 
     def others(self) -> int | None:
-        """Other processes on the card, at most; None where NVML hides them: it lists not even this process then."""
+        """The most other processes seen on the card; None where NVML hides processes, this one included."""
         counts = [r.processes for r in self.readings if r.processes]
         if self._before:
             return max([self._before, *(count - 1 for count in counts)])
         return max(counts) - 1 if counts else None
 
     def clocks(self) -> Clocks | None:
-        """What the readings add up to; None where there are none."""
+        """A summary of the readings; None where there are none."""
         if not self.readings:
             return None
         mhz = [r.sm_mhz for r in self.readings if r.sm_mhz is not None]

@@ -1,6 +1,6 @@
 """The kernels of a step, by torch's profiler (CUPTI on a GPU).
 
-A kernel that is launched early (`dig.ops.chain`) counts from when its programs were placed, and so with what it waited.
+The time of a kernel launched early (`dig.ops.early_launch`) counts from when its CTAs were placed, waiting included.
 """
 
 from __future__ import annotations

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases.case import Case
-from bench.parity.inputs import SEED, fill_zeros, make_inputs
+from bench.parity.inputs import SEED, check_output, fill_zeros, make_inputs, refuse_zeros
 from dig.graphs import on_capture_stream, record
 from dig.layers import Backbone
 from dig.registry import create_model
 
 WARMUP_STEPS = 2
+AUTOTUNE = "max-autotune-no-cudagraphs"
+"""Inductor's mode: the graph is the benchmark's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +27,62 @@ class Step:
     """A case made ready.
 
     Attributes:
-        model: The model, on its device, weights in fp32.
-        run: One step, with nothing prepared: the eager form.
+        model: The model, on its device.
+        run: One step, not captured: eager or compiled.
+        loss: Of a training step: the loss, with its graph; nothing is moved.
         optimizer: Of a training step.
+        tensors: What the step reads: x, noise, t and y, always the same memory.
         inputs: SHA-256 of what the step is given.
     """
 
     model: Backbone
     run: Callable[[], Tensor]
+    loss: Callable[[], Tensor] | None = None
     optimizer: torch.optim.Optimizer | None = None
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     inputs: str
+
+    def give(self, inputs: list[Tensor]) -> None:
+        """Let the step read other values; shapes as in `make_inputs`."""
+        for tensor, value in zip(self.tensors, inputs, strict=True):
+            tensor.copy_(value)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules of the classes that a model keeps in lists: its blocks, wherever they are. Outermost ones only."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    kinds = {type(member) for members in lists for member in members}
+    found = [module for module in model.modules() if type(module) in kinds]
+    inner = {id(part) for block in found for part in block.modules() if part is not block}
+    return [block for block in found if id(block) not in inner]
+
+
+def compile_parts(model: Backbone, case: Case) -> Callable[..., Tensor]:
+    """What calls the model, compiled as the case says.
+
+    Raises:
+        ValueError: It is to be compiled by block, and keeps none in a list.
+    """
+    options: dict[str, Any] = {"mode": AUTOTUNE} if case.max_autotune else {}
+    if case.scope == "model":
+        compiled: Callable[..., Tensor] = torch.compile(model, **options)
+        return compiled
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise ValueError(f"{case.model} keeps no blocks in a ModuleList; compile it with --compile-scope model")
+    for block in blocks:
+        block.compile(**options)
+    return model
 
 
 def build_step(case: Case) -> Step:
     """Model, inputs and the step of a case, on its device.
 
     The training step zeroes gradients, runs forward and backward under autocast and a fused AdamW step. The loss reads
-    every output channel, so that no gradient is zero.
+    every output channel, so that no gradient is zero. With weights in bf16 there is no autocast: the model was cast.
+
+    Raises:
+        ParityError: Weights are mostly zeros.
     """
     torch.manual_seed(SEED)
     device = torch.device(case.device)
@@ -50,12 +91,17 @@ def build_step(case: Case) -> Step:
         model = create_model(case.model, image_size=case.resolution, **options)
     model.to(device)
     fill_zeros(model)
-    inputs, digest = make_inputs(model, case.batch)
-    x, noise, t, y = (tensor.to(device) for tensor in inputs)
-    network: Callable[..., Tensor] = torch.compile(model) if case.execution == "compile" else model
+    cast = torch.bfloat16 if case.weights == "bf16" else torch.float32
+    model.to(cast)
+    values, digest = make_inputs(model, case.batch)
+    x, noise, t, y = tensors = (
+        values[0].to(device, cast), values[1].to(device), values[2].to(device), values[3].to(device),
+    )  # fmt: skip
+    refuse_zeros(model, tensors[:2])
+    network = compile_parts(model, case) if case.compiles else model
 
     def autocast() -> contextlib.AbstractContextManager[object]:
-        if case.dtype == "fp32":
+        if case.dtype == "fp32" or case.weights == "bf16":
             return contextlib.nullcontext()
         return torch.autocast(case.device, dtype=torch.bfloat16)
 
@@ -64,9 +110,9 @@ def build_step(case: Case) -> Step:
 
         def forward() -> Tensor:
             with torch.no_grad(), autocast():
-                return network(x, t, y)
+                return check_output(network(x, t, y), x)
 
-        return Step(model=model, run=forward, inputs=digest)
+        return Step(model=model, run=forward, tensors=tensors, inputs=digest)
 
     model.train()
     optimizer = torch.optim.AdamW(
@@ -78,17 +124,20 @@ def build_step(case: Case) -> Step:
         capturable=case.device == "cuda" and case.execution != "compile",
     )
 
+    def loss() -> Tensor:
+        with autocast():
+            output = check_output(network(x, t, y), x)
+        predicted, covariance = output.float().chunk(2, dim=1)
+        return F.mse_loss(predicted, noise) + covariance.square().mean()
+
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with autocast():
-            output = network(x, t, y)
-        predicted, covariance = output.float().chunk(2, dim=1)
-        loss = F.mse_loss(predicted, noise) + covariance.square().mean()
-        loss.backward()
+        total = loss()
+        total.backward()
         optimizer.step()
-        return loss.detach()
+        return total.detach()
 
-    return Step(model=model, run=train, optimizer=optimizer, inputs=digest)
+    return Step(model=model, run=train, loss=loss, optimizer=optimizer, tensors=tensors, inputs=digest)
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -108,5 +157,5 @@ def warm_up(run: Callable[[], Tensor], device: str) -> None:
 
 
 def capture_stream(device: str) -> contextlib.AbstractContextManager[None]:
-    """Run what is within on the one stream that this process captures on, and wait for it; nothing on a CPU."""
+    """Run the body on the one stream that this process captures on, and wait for it; does nothing on a CPU."""
     return on_capture_stream(torch.device(device))

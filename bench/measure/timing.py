@@ -11,10 +11,18 @@ import torch
 
 from bench.cases.jobs import Budget
 from bench.measure.intervals import CONFIDENCE, MedianInterval
+from bench.parity.error import ParityError
 
+_perf_counter = time.perf_counter
+"""Bound before any model's code is imported: a clock that it replaces is not this one."""
+_elapsed = torch.cuda.Event.elapsed_time
 BLOCK_S = 0.1
 """Seconds of steps enqueued before the host waits."""
 STEADY_BLOCKS = 3
+LEFT_MS, LEFT_SHARE = 1.0, 0.05
+CLOCK_MS, CLOCK_SHARE = 0.5, 0.01
+WAITED_MS, WAITED_SHARE = 50.0, 0.5
+"""Of `check_span`: the host begins before the device and may be held up; the device's clock may not run behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +64,9 @@ class _Blocks:
         self.host_ms: list[float] = []
 
     def _issue(self) -> None:
-        start = time.perf_counter()
+        start = _perf_counter()
         self.run()
-        self.host_ms.append(1000 * (time.perf_counter() - start))
+        self.host_ms.append(1000 * (_perf_counter() - start))
 
     def _cuda(self, steps: int) -> list[float]:
         """Time steps with events around each.
@@ -69,6 +77,7 @@ class _Blocks:
         """
         pairs = []
         end = None
+        began = _perf_counter()
         for _ in range(steps):
             if self.flush is not None or end is None:
                 if self.flush is not None:
@@ -84,13 +93,42 @@ class _Blocks:
         if self.watch is not None:
             self.watch()
         pairs[-1][1].synchronize()
-        return [before.elapsed_time(after) for before, after in pairs]
+        ended = _perf_counter()
+        torch.cuda.synchronize()
+        check_span(
+            events_ms=_elapsed(pairs[0][0], pairs[-1][1]),
+            host_ms=1000 * (ended - began),
+            left_ms=1000 * (_perf_counter() - ended),
+        )
+        return [_elapsed(before, after) for before, after in pairs]
 
     def _cpu(self, steps: int) -> list[float]:
         first = len(self.host_ms)
         for _ in range(steps):
             self._issue()
         return self.host_ms[first:]
+
+
+def check_span(*, events_ms: float, host_ms: float, left_ms: float) -> None:
+    """Hold the device's clock against the host's, over a block of steps.
+
+    Args:
+        events_ms: From the first step's start to the last one's end, by the device.
+        host_ms: From before the first was enqueued until the last one's end was seen.
+        left_ms: From there until nothing ran on the device any more.
+
+    Raises:
+        ParityError: Steps took longer than the host waited for them, or much less; or work went on after the last one's
+            end, on a stream that nobody joined.
+    """
+    if left_ms > LEFT_MS + LEFT_SHARE * host_ms:
+        raise ParityError(
+            f"work went on for {left_ms:.3g} ms after the steps' end, on another stream that they did not join"
+        )
+    if events_ms > host_ms + CLOCK_MS + CLOCK_SHARE * host_ms:
+        raise ParityError(f"steps took {events_ms:.4g} ms by their events, {host_ms:.4g} by the host's clock")
+    if events_ms < (1 - WAITED_SHARE) * host_ms - WAITED_MS:
+        raise ParityError(f"steps took {events_ms:.4g} ms by their events, while the host waited {host_ms:.4g}")
 
 
 def sample(
@@ -111,7 +149,7 @@ def sample(
         flush: Called before every timed step, outside its time: overwrites the L2 cache.
     """
     blocks = _Blocks(run, device, watch, flush)
-    begin = time.perf_counter()
+    begin = _perf_counter()
     first = blocks.block(1)[0]
     steps = max(1, min(20, int(1000 * BLOCK_S / first))) if first > 0 else 20
     warmup, done = "none", 1
@@ -119,7 +157,7 @@ def sample(
     while budget.settle_max_s > 0:
         recent = [*recent[1 - STEADY_BLOCKS :], median(blocks.block(steps))]
         done += steps
-        elapsed = time.perf_counter() - begin
+        elapsed = _perf_counter() - begin
         steady = max(recent) <= min(recent) * (1 + budget.steady)
         if len(recent) < STEADY_BLOCKS:
             continue  # Of a slow step, whose blocks may be longer than the bound, three have to be seen all the same.
@@ -128,10 +166,10 @@ def sample(
             break
     blocks.host_ms.clear()
     samples: list[float] = []
-    begin = time.perf_counter()
+    begin = _perf_counter()
     while True:
         samples += blocks.block(min(steps, budget.max_samples - len(samples)))
-        elapsed = time.perf_counter() - begin
+        elapsed = _perf_counter() - begin
         reason = _why_stop(samples, elapsed, budget)
         if reason:
             return Sampled(

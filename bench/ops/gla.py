@@ -2,7 +2,7 @@
 
     python -m bench ops gla                       # DiG-S/2 at 1792: T = 12544, 6 heads of 32/64, bf16
     python -m bench ops gla --tokens 1024,4096,16384 --kernels --json gla.jsonl
-    python -m bench ops gla --sweep               # what `dig.ops.gla.tiles.TILES` is made from
+    python -m bench ops gla --sweep               # what `dig.ops.tiles.sm90.GLA` is made from
 
 How times are taken, and what cold and hot mean: `bench.ops.common`. Shapes: B batch, T tokens, H heads, K key width, V
 value width.
@@ -109,7 +109,7 @@ def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> 
 KERNELS = ("local_state_kernel", "output_kernel", "output_backward_kernel", "gradient_kernel")
 WARPS = ("local_warps", "output_warps", "output_backward_warps", "gradient_warps")
 REGISTERS = ("output_registers", "output_backward_registers", "gradient_registers")
-"""Fields of `dig.ops.gla.tiles.Tiles` that are the kernels' own."""
+"""Fields of `dig.ops.tiles.choices.GlaTiles` that are the kernels' own."""
 
 
 def mixer_step(shape: Shape, mode: str = MODES[1], device: str = "cuda") -> Step:
@@ -133,7 +133,7 @@ def mixer_step(shape: Shape, mode: str = MODES[1], device: str = "cuda") -> Step
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a sweep tries; fields of `dig.ops.gla.tiles.Tiles`, 0 registers being what the compiler takes."""
+    """What a sweep tries; fields of `dig.ops.tiles.choices.GlaTiles`, 0 registers being what the compiler takes."""
 
     chunks: tuple[int, ...]
     warps: tuple[int, ...]
@@ -153,14 +153,14 @@ def sweep(shape: Shape, choices: Choices) -> None:
     from triton.runtime.errors import OutOfResources
 
     from dig.ops.gla import launches
-    from dig.ops.gla.tiles import Tiles
+    from dig.ops.tiles.choices import GlaTiles
 
     step = mixer_step(shape)
     best: dict[str, tuple[float, dict[str, Any]]] = {}
 
     def time(names: Collection[str], **choice: Any) -> None:
         try:
-            with use_tiles(launches, Tiles(**choice)):
+            with use_tiles(launches, GlaTiles(**choice)):
                 kernels = kernel_times(step)
         except OutOfResources as error:
             print(f"{choice}: {error}", flush=True)

@@ -5,15 +5,15 @@
 
 A kernel beside others cannot be judged by itself: what counts is the step. Each choice is a CUDA graph of the whole
 step, as the benchmark captures it; the graphs take turns, so that the card's clock is the same for all, and the figure
-is the median of their rounds. What is tried: weights that ride in the product upwards (`dig.raster_weights.Rider`,
-where it takes them), or all of them aside, by so many programs (`dig.raster.programs_beside`).
+is the median of their rounds. What is tried: weights cast in the up-projection GEMM (`dig.raster_weights.FusedCast`,
+where it takes them), or all of them on the side stream, by so many programs (`dig.raster.programs_beside`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from bench.ops.common import replaced
 from bench.ops.turns import append_row, steps_in_turns
 from dig import raster, raster_weights
 from dig.ops.swiglu import products
+from dig.ops.tiles import for_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +32,17 @@ class Choice:
     """How a block's weights are prepared while the one before it runs.
 
     Attributes:
-        riding: Rows of a share of the weights in each step of the product upwards; 0: none rides there.
-        programs: How many prepare them aside, where none rides; 0: all at once.
+        fused: Rows of a share of the weights in each step of the up-projection GEMM; 0: none is cast there.
+        programs: How many prepare them on the side stream, where that is so; 0: all at once.
     """
 
-    riding: int
+    fused: int
     programs: int
 
     def __str__(self) -> str:
-        if self.riding:
-            return f"riding, {self.riding} rows"
-        return f"aside, {f'by {self.programs} programs' if self.programs else 'at once'}"
+        if self.fused:
+            return f"fused, {self.fused} rows"
+        return f"side stream, {f'by {self.programs} programs' if self.programs else 'at once'}"
 
 
 @contextmanager
@@ -49,10 +50,13 @@ def chosen(choice: Choice) -> Iterator[None]:
     """Let models prepare their weights so."""
     with ExitStack() as stack:
         stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
-        if choice.riding:
-            stack.enter_context(replaced(products, "SHARE", (choice.riding, products.SHARE[1])))
+        if choice.fused:
+            own = for_device(torch.device("cuda"))
+            share = choice.fused, own.products.share[1]
+            shared = replace(own, products=replace(own.products, share=share))
+            stack.enter_context(replaced(products, "for_device", lambda _: shared))
         else:
-            stack.enter_context(replaced(raster_weights, "rides", lambda *_: False))
+            stack.enter_context(replaced(raster_weights, "fuses_cast", lambda *_: False))
         yield
 
 

@@ -1,12 +1,12 @@
-"""Time SwiGLU in its matrix products beside products and passes of their own, in the same run.
+"""Time SwiGLU as its GEMMs' epilogue beside GEMMs and passes of their own, in the same run.
 
     python -m bench ops products                 # DiG-S/2 at 1024, 1792 and 2048, DiG-XL/2 at 1024 and 2048
-    python -m bench ops products --sweep         # alternatives to the tables of `dig.ops.swiglu.products`
+    python -m bench ops products --sweep         # alternatives to `dig.ops.tiles.sm90.PRODUCTS`
 
 Passes: ``up`` ends with SwiGLU and keeps gate and up, ``up alone`` doesn't keep them (inference), ``down`` is the
-gradient back through the product downwards and SwiGLU. Implementations: ``fused`` is one kernel, where the tables have
-one, ``apart`` cuBLAS' product and this project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the
-products alone. Shapes: T tokens, D width, F inner width.
+gradient back through the down-projection GEMM and SwiGLU. Implementations: ``fused`` is one kernel, where the tables
+have one, ``apart`` cuBLAS' GEMM and this project's pass. How times are taken: `bench.ops.common`; TFLOP/s count the
+GEMMs alone. Shapes: T tokens, D width, F inner width.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,9 @@ import torch
 from bench.ops.common import Step, capture, replaced, replay_times, set_count
 from bench.store.files import append_line
 from dig.ops.swiglu import products
-from dig.ops.swiglu.products import ProductTiles, project_down_backward, project_up
+from dig.ops.swiglu.products import project_down_backward, project_up
+from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import ProductChoices, ProductTiles
 
 IMPLEMENTATIONS = ("fused", "apart")
 PASSES = ("up", "up alone", "down")
@@ -91,8 +94,9 @@ def time_shape(
 ) -> None:
     """Time passes (`PASSES`) of implementations (`IMPLEMENTATIONS`), a line each, also in a file where one is given."""
     for which, implementation in itertools.product(passes, implementations):
-        tables = {"fused": (products.NARROW, products.WIDE), "apart": ({}, {})}[implementation]
-        with replaced(products, "NARROW", tables[0]), replaced(products, "WIDE", tables[1]):
+        own = for_device(torch.device("cuda"))
+        chosen = own if implementation == "fused" else replace(own, products=ProductChoices())
+        with replaced(products, "for_device", lambda _, chosen=chosen: chosen):
             steps, size, flops = make_steps(T, D, which)
             us = time_of(steps, samples)
         row = {"T": T, "D": D, "pass": which, "implementation": implementation, "us": us}

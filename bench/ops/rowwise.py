@@ -2,7 +2,7 @@
 
     python -m bench ops rowwise                     # DiG-S/2 and DiG-XL/2 at 1792 and 2048: widths 384 and 1152, bf16
     python -m bench ops rowwise --stream fp32 --norm layer --kernels --json rowwise.jsonl
-    python -m bench ops rowwise --sweep             # alternatives to `dig.ops.adaln.fused.TILES`
+    python -m bench ops rowwise --sweep             # alternatives to `dig.ops.tiles.sm90.ADALN`
 
 How times are taken, and what cold and hot mean: `bench.ops.common`. GB/s count the bytes that must move, each input
 read once and each output written once. Shapes: B batch, T tokens, D width, F inner width.
@@ -104,7 +104,7 @@ def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a sweep tries; fields of `dig.ops.adaln.fused.Tiles`."""
+    """What a sweep tries; fields of `dig.ops.tiles.choices.NormTiles`."""
 
     rows: tuple[int, ...]
     parts: tuple[int, ...]
@@ -120,6 +120,7 @@ def sweep(shape: Shape, choices: Choices) -> None:
     together.
     """
     from dig.ops.adaln import fused
+    from dig.ops.tiles.choices import NormTiles
 
     count = set_count(shape.least_bytes("residual_norm_modulate", "forward"), most=32)
     sets = [make_inputs(shape, "residual_norm_modulate") for _ in range(count)]
@@ -143,7 +144,7 @@ def sweep(shape: Shape, choices: Choices) -> None:
     for rows, part, warps, programs in grid:
         forward = {"rows": rows, "part": part, "warps": warps}
         backward = {f"backward_{name}": value for name, value in forward.items()} | {"programs": programs}
-        with use_tiles(fused, fused.Tiles(**forward, **backward)):
+        with use_tiles(fused, NormTiles(**forward, **backward)):
             kernels = kernel_times(lambda: [step() for step in steps], repeats=5)
         for name, taken in (("norm_modulate_kernel", forward), ("norm_modulate_backward_kernel", backward)):
             microseconds = kernels[name][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from bench.cases.jobs import Limits
 from bench.ops.rows import OpCase, OpJob, OpRow
 from bench.run.checkouts import Checkout
 from bench.run.process import Worker, WorkerError
@@ -35,7 +36,7 @@ class OpSide(SideOf[OpCase, OpRow]):
 
 def _start() -> Callable[[Question], str]:
     environment = describe_environment()
-    referee = Referee(time_limit=0.0, ceilings=False)
+    referee = Referee(limits=Limits(), ceilings=False)
 
     def answer(question: Question) -> str:
         case = decode_dataclass(OpCase, question.case, "case")

@@ -2,7 +2,7 @@
 
     python -m bench ops srem                                 # DiG-S/2 at 512, 1024, 1792 and 2048, bf16
     python -m bench ops srem --width 1152 --sides 128 --kernels --json srem.jsonl
-    python -m bench ops srem --sides 112 --sweep             # what `dig.ops.srem.fused.TILES` is made from
+    python -m bench ops srem --sides 112 --sweep             # what `dig.ops.tiles.sm90.SREM` is made from
 
 Implementations: ``triton`` and ``reference`` as in `dig.ops.srem.srem`, tokens in raster order; ``moved`` is the gated
 residual, the convolution and the reordering for the next block as in a model whose tokens move, at a transition that
@@ -35,6 +35,7 @@ from bench.ops.common import (
     use_tiles,
 )
 from dig.ops.srem import srem
+from dig.ops.tiles.choices import SremTiles
 from dig.scan import ScanOrder, reorder
 
 ORDER = ScanOrder(transposed=False, reversed=True)
@@ -96,7 +97,7 @@ def make_steps(shape: Shape, implementation: str, mode: str) -> list[Step]:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a sweep tries; fields of `dig.ops.srem.fused.Tiles`, 0 registers being what the compiler takes.
+    """What a sweep tries; fields of `dig.ops.tiles.choices.SremTiles`, 0 registers being what the compiler takes.
 
     ``best`` is how many of each pass are printed.
     """
@@ -128,13 +129,13 @@ def sweep(shape: Shape, choices: Choices) -> None:
             fused.srem_forward(*leaves, *settings)
             fused.srem_backward(*leaves, gradient, *settings, True)
 
-    times: dict[str, list[tuple[float, fused.Tiles]]] = {name: [] for name in KERNELS}
+    times: dict[str, list[tuple[float, SremTiles]]] = {name: [] for name in KERNELS}
     for channels, groups, width, rows, warps, registers in itertools.product(
         choices.channels, choices.groups, choices.widths, choices.rows, choices.warps, choices.registers
     ):
         if channels * groups not in (64 * warps, 128 * warps):
             continue  # two or four channels a thread
-        tiles = fused.Tiles(
+        tiles = SremTiles(
             channels=channels,
             groups=groups,
             width=width,

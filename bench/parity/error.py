@@ -1,4 +1,4 @@
-"""How far a result is from another, and what is raised where that is too far."""
+"""How far a result is from another, and the error where it is too far."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class ParityError(RuntimeError):
-    """A case is not what its name says; the message says in what."""
+    """A case is not what its name says; the message says how."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

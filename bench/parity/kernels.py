@@ -1,4 +1,4 @@
-"""Which kernels ran, held against those that a case is named after."""
+"""The kernels that ran, checked against those that a case names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _triton_kernels(package: str) -> frozenset[str]:
 
 
 def signature_of(case: Case) -> Signature | None:
-    """How the kernels of a case's implementation are known; None where nobody said, or nothing could be said."""
+    """The signature of a case's implementation; None where its family declares none, or has none to declare."""
     family, _, _ = parse_name(case.model)
     if case.execution == "compile" and case.device == "cpu":
         return None  # Inductor's fused loops have no names that say what they do.
@@ -50,7 +50,7 @@ def signature_of(case: Case) -> Signature | None:
 
 
 def doubts(case: Case, names: Collection[str]) -> list[Mark]:
-    """What a reader should know of a case's checks: that nobody saw its kernels, or that it has no reference.
+    """A case's marks from the parity check: ``unverified`` kernels, ``no-reference``.
 
     Args:
         case: What ran.
@@ -69,7 +69,7 @@ def doubts(case: Case, names: Collection[str]) -> list[Mark]:
 
 
 def check_kernels(case: Case, names: Iterable[str]) -> tuple[str, ...]:
-    """The kernels, of those that a step ran, that show the case's implementation at work.
+    """The kernels of a step that belong to the case's implementation.
 
     Args:
         case: What was to run.

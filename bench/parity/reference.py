@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.cases.case import Case
 from bench.parity.error import ParityError, relative_error
-from bench.parity.inputs import make_inputs
+from bench.parity.inputs import check_output, make_inputs
 from bench.parity.kernels import reference_of
 from dig.layers import Backbone
 from dig.registry import create_model, parse_name
@@ -75,17 +75,16 @@ def _shake(model: Backbone, deviation: float) -> None:
 
 
 def _output(model: Backbone, inputs: tuple[Tensor, ...], case: Case, dtype: str) -> Tensor:
-    """What a forward pass gives, by the code that a forward pass runs: without gradients, kernels may be others."""
+    """The output of a forward pass without gradients, because kernels may differ with them."""
     with torch.no_grad(), _autocast(case, dtype):
-        output: Tensor = model(*inputs).float()
-    return output
+        return check_output(model(*inputs), inputs[0]).float()
 
 
 def _gradients(model: Backbone, inputs: tuple[Tensor, ...], case: Case, dtype: str) -> dict[str, Tensor]:
     """The gradient of every parameter; they are the caller's, and the model keeps none."""
     model.zero_grad(set_to_none=True)
     with _autocast(case, dtype):
-        output = model(*inputs)
+        output = check_output(model(*inputs), inputs[0])
     output.float().square().mean().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -100,11 +99,24 @@ def _errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
     }
 
 
+def _give_weights(model: Backbone, reference: Backbone, case: Case, label: str) -> None:
+    """Load the reference's weights into the model; `ParityError` with the first that differ in name or shape."""
+    own, theirs = (
+        {name: getattr(w, "shape", None) for name, w in one.state_dict().items()} for one in (model, reference)
+    )
+    if differing := sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)):
+        raise ParityError(
+            f"{case.model} has other weights than its reference ({label}): {len(differing)} differ in name or shape, "
+            f"{', '.join(differing[:3])} first; name a reference that takes the same weights, or none"
+        )
+    model.load_state_dict(reference.state_dict())
+
+
 def check_against_reference(case: Case) -> Agreement | None:
     """Compare a case's model with its reference: same weights, same small input; outputs, and gradients for training.
 
-    Every parameter's gradient has a bound of its own, made from what the reference loses in it: taken together, the
-    largest gradients, which are the last layer's, would hide the others.
+    Every parameter's gradient has a bound of its own, made from what the reference loses in it: in one norm, the
+    largest gradients, the last layer's, would hide the others.
 
     Returns:
         How close they are, or None where the case's model is the reference.
@@ -130,7 +142,7 @@ def check_against_reference(case: Case) -> Agreement | None:
     off = None
     if case.mode == "train":
         _shake(reference, GENTLE_SHAKE)
-        model.load_state_dict(reference.state_dict())
+        _give_weights(model, reference, case, label)
         truth = _gradients(reference, (x, t, y), case, "fp32")
         rounded = _errors(_gradients(reference, (x, t, y), case, case.dtype), truth)
         errors = _errors(_gradients(model, (x, t, y), case, case.dtype), truth)
@@ -145,7 +157,7 @@ def check_against_reference(case: Case) -> Agreement | None:
             )
         del truth  # As large as the model.
     _shake(reference, SHAKE)
-    model.load_state_dict(reference.state_dict())
+    _give_weights(model, reference, case, label)
     expected = _output(reference, (x, t, y), case, "fp32")
     loss = relative_error(_output(reference, (x, t, y), case, case.dtype), expected)
     error = relative_error(_output(model, (x, t, y), case, case.dtype), expected)

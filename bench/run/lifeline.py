@@ -1,7 +1,7 @@
 """Processes that do not outlive the harness, and temporary folders that its next start removes. No torch here.
 
-A harness may end without a word: SIGKILL, a host out of memory, a closed terminal. What it started must end with it,
-for a worker that goes on would be measured beside the next run's.
+A harness may be killed: SIGKILL, a host out of memory, a closed terminal. What it started must end with it: a worker
+that went on would run beside the next run's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Imported once by the server that worker processes fork from: what is slow to import and leaves CUDA alone."""
+"""Imported once by the server that worker processes fork from: modules that are slow to import and don't touch CUDA."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -72,18 +73,22 @@ class Worker:
         except OSError:
             raise self._death() from None
 
-    def answer(self, time_limit: float) -> Any:
+    def answer(self, time_limit: float, *, since: float | None = None, doing: str = "") -> Any:
         """The next thing that the function sends.
 
         Args:
             time_limit: Seconds to wait.
+            since: From when they count, by `time.monotonic`; from now on without.
+            doing: What the function is at, in words, for the message of a limit that is reached.
 
         Raises:
             WorkerError: Time ran out, and the process is to be ended; or it died: the message holds the end of its
                 stderr.
         """
-        if not self._connection.poll(time_limit):
-            raise WorkerError("timeout", f"no result after {time_limit:g} s; the process was killed")
+        waited = 0.0 if since is None else time.monotonic() - since
+        if not self._connection.poll(max(0.0, time_limit - waited)):
+            of = f" of {doing}" if doing else ""
+            raise WorkerError("timeout", f"no result after {time_limit:g} s{of}; the process was killed")
         try:
             return self._connection.recv()
         except (EOFError, OSError):

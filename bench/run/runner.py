@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.cases.case import Case
-from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, ParityJob
+from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, Limits, ParityJob, Phase
 from bench.run.process import Worker, WorkerError
 from bench.store.identity import measurement_key
 from bench.store.ledgers import Checks
@@ -20,16 +20,27 @@ from dig.nvml import POWER_CAP, Gpu
 FINAL = frozenset({"ok", "oom", "unsupported"})
 """Statuses that a resumed run does not measure again; a timeout or an error may have been the moment's."""
 
+PHASES: Mapping[Phase, str] = {
+    "building": "building the model",
+    "compiling": "building and tuning kernels",
+    "measuring": "measuring",
+    "checking": "checking what was measured",
+}
+"""What a worker does, in words for people."""
+PREPARING: frozenset[Phase] = frozenset({"building", "compiling"})
+"""The phases of `Limits.prepare`."""
+
 SLACK = 64 << 20
 """Bytes by which a GPU's used memory may differ from before, when nothing of ours is left on it."""
 
 
-def run_job(job: Job, *, time_limit: float) -> Any:
+def run_job(job: Job, *, limits: Limits, on_phase: Callable[[Phase], None] = lambda phase: None) -> Any:
     """Do a job in a process of its own.
 
     Args:
         job: What to do.
-        time_limit: Seconds until the process and its children are killed.
+        limits: After which the process and its children are killed.
+        on_phase: Told what the worker does, as it begins.
 
     Returns:
         The worker's answer.
@@ -38,7 +49,21 @@ def run_job(job: Job, *, time_limit: float) -> Any:
         WorkerError: Time ran out, or the process died; the message holds the end of its stderr.
     """
     with Worker("bench.run.worker:worker_main", job) as worker:
-        return worker.answer(time_limit)
+        return _wait(worker, limits, on_phase)
+
+
+def _wait(worker: Worker, limits: Limits, on_phase: Callable[[Phase], None]) -> Any:
+    # What comes before the steps that count: a worker with another job than a case says nothing of itself.
+    limit, since, doing = limits.prepare, time.monotonic(), ""
+    preparing = True
+    while True:
+        kind, value = worker.answer(limit, since=since, doing=doing)
+        if kind == "answer":
+            return value
+        on_phase(value)
+        doing = PHASES[value]
+        if preparing and value not in PREPARING:
+            limit, since, preparing = limits.measure, time.monotonic(), False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +82,7 @@ class Sweep:
         cases: What to measure, in order.
         launches: How often, each in a process of its own.
         done: Addresses (`key`) and numbers of launches that need no measuring, being in the results file already.
-        time_limit: Seconds a case may take, model build and kernel tuning included.
+        limits: How long a case may take.
         budget: How long to sample, or None for the device's own.
         code: Content of the code that measures, by `bench.store.identity.code_hash`.
         environment: By `dig.environment.describe_environment`.
@@ -67,7 +92,7 @@ class Sweep:
     cases: tuple[Case, ...]
     launches: int = 1
     done: frozenset[tuple[str, int]] = frozenset()
-    time_limit: float
+    limits: Limits = field(default_factory=Limits)
     budget: Budget | None = None
     code: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -85,7 +110,7 @@ class Sweep:
     def remaining(self) -> tuple[Launch, ...]:
         """The launches to measure: one of each case, in order; then, where there are more, rounds in random order.
 
-        Launches of one case are far apart that way, and see the machine at different times.
+        So launches of one case are far apart, and see the machine at different times.
         """
         rounds = []
         for number in range(self.launches):
@@ -102,8 +127,10 @@ def finished_launches(rows: Iterable[Row]) -> frozenset[tuple[str, int]]:
     return frozenset(launch for launch, status in latest.items() if status in FINAL)
 
 
-def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Case], None]) -> Iterator[Row]:
+def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Case, str], None]) -> Iterator[Row]:
     """Measure the remaining launches; each row is on the disk before it is yielded.
+
+    ``on_start`` is told the case, and what is done with it, as that begins.
 
     Before the first launch of a model, the parity check compares it with its reference; where that fails, the launch
     is a row with the check's message, and nothing is timed.
@@ -113,10 +140,10 @@ def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Cas
     held down by heat come first, for a card that is at its power cap under a case will be there again. A second look
     that fails leaves the first row as it was.
     """
-    referee = Referee(time_limit=sweep.time_limit)
+    referee = Referee(limits=sweep.limits)
 
     def measure(launch: Launch) -> Row:
-        on_start(launch.case)
+        referee.on_phase = lambda phase: on_start(launch.case, phase)
         return referee.measure(
             CaseJob(
                 case=launch.case,
@@ -148,14 +175,15 @@ def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Cas
 
 
 class Referee:
-    """Measures launches, and sees to it that their numbers may stand side by side.
+    """Measures launches, and checks that their numbers compare.
 
     Keeps what was found once for all launches of a run: ceilings, agreement with the references, each comparison's
     inputs, and the memory that the GPU had in use before anything ran.
     """
 
-    def __init__(self, *, time_limit: float, ceilings: bool = True) -> None:
-        self.time_limit = time_limit
+    def __init__(self, *, limits: Limits, ceilings: bool = True) -> None:
+        self.limits = limits
+        self.on_phase: Callable[[str], None] = lambda phase: None
         self._with_ceilings = ceilings
         self._ceilings: dict[tuple[str, str], float | None] = {}
         self._agreements: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -164,11 +192,12 @@ class Referee:
         self._idle = self._gpu.used() if self._gpu is not None else None
 
     def measure(self, job: CaseJob) -> Row:
-        """One launch to its row, whatever becomes of it."""
+        """Measure one launch; returns its row, also where it fails."""
         case, started_at = job.case, utc_now()
         key = (case.device, case.dtype)
         if key not in self._ceilings:
-            self._ceilings[key] = _ceiling(case, self.time_limit) if self._with_ceilings else None
+            self.on_phase("measuring the matmul ceiling")
+            self._ceilings[key] = _ceiling(case, self.limits) if self._with_ceilings else None
 
         def failed(status: Any, message: str) -> Row:
             return Row(
@@ -186,7 +215,9 @@ class Referee:
             missing = parity["status"] == "unsupported"
             return failed(parity["status"], parity["message"] if missing else f"parity: {parity['message']}")
         try:
-            row = Row.from_json(run_job(replace(job, matmul_ceiling=self._ceilings[key]), time_limit=self.time_limit))
+            self.on_phase("starting")
+            job = replace(job, matmul_ceiling=self._ceilings[key])
+            row = Row.from_json(run_job(job, limits=self.limits, on_phase=self._told))
         except WorkerError as error:
             row = failed(error.status, str(error))
         returned = self.wait_for_memory()
@@ -203,6 +234,9 @@ class Referee:
         )
         return replace(row, checks=checks, marks=row.marks if returned else (*row.marks, "memory-kept"))
 
+    def _told(self, phase: Phase) -> None:
+        self.on_phase(PHASES[phase])
+
     def _agreement(self, case: Case) -> dict[str, Any]:
         """What the parity check found for this model and mode; a training step's comparison holds the outputs' too."""
         model = (case.model, case.options, case.dtype, case.device)
@@ -212,14 +246,15 @@ class Referee:
         key = (*model, case.mode)
         if key not in self._agreements:
             try:
-                self._agreements[key] = run_job(ParityJob(case=case), time_limit=self.time_limit)
+                self.on_phase("comparing with its reference")
+                self._agreements[key] = run_job(ParityJob(case=case), limits=self.limits)
             except WorkerError as error:
                 self._agreements[key] = {"status": error.status, "message": str(error)}
             self.wait_for_memory()
         return self._agreements[key]
 
     def _other_inputs(self, case: Case, checks: Checks) -> str:
-        """Why this row may not stand beside the first of its comparison; empty where it may."""
+        """Why this row does not compare with the first of its comparison; empty where it does."""
         key = (case.resolution, case.batch, case.patch, case.dtype, case.device)
         first, inputs, tokens = self._inputs.setdefault(key, (case, checks.inputs, checks.tokens))
         if checks.inputs != inputs:
@@ -239,8 +274,8 @@ class Referee:
         return True
 
 
-def _ceiling(case: Case, time_limit: float) -> float | None:
+def _ceiling(case: Case, limits: Limits) -> float | None:
     try:
-        return float(run_job(CeilingJob(device=case.device, dtype=case.dtype), time_limit=time_limit))
+        return float(run_job(CeilingJob(device=case.device, dtype=case.dtype), limits=limits))
     except WorkerError:
         return None  # Rows then say null: no share of a ceiling that was not measured.

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from bench.cases.case import Case
-from bench.cases.jobs import Budget, CaseJob
+from bench.cases.jobs import Budget, CaseJob, Limits
 from bench.run.checkouts import Checkout
 from bench.run.lifeline import die_with_parent
 from bench.run.runner import Referee
@@ -32,7 +32,7 @@ from dig.registry import load_source
 
 
 class SideError(RuntimeError):
-    """A side's process ended, or said what is no row; the message holds the end of its stderr."""
+    """A side's process ended, or answered something else than a row; the message holds the end of its stderr."""
 
 
 def without_checkouts(path: str) -> str:
@@ -182,12 +182,12 @@ def answer_questions(start: Callable[[], Callable[[Question], str]]) -> None:
 
 def _start() -> Callable[[Question], str]:
     environment, code = describe_environment(), code_hash(Path(ROOT))
-    referee = Referee(time_limit=0.0, ceilings=False)
+    referee = Referee(limits=Limits(), ceilings=False)
 
     def answer(question: Question) -> str:
         case = Case(**{**question.case, "options": tuple(question.case["options"].items())})
         load_source(case.source)
-        referee.time_limit = question.time_limit
+        referee.limits = Limits(prepare=question.time_limit, measure=question.time_limit)
         job = CaseJob(
             case=case,
             budget=question.budget,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.cases.jobs import CaseJob, CeilingJob, Job, ParityJob, ProbeJob
+from bench.cases.jobs import CaseJob, CeilingJob, Job, ParityJob, Phase, ProbeJob
 from bench.measure.case import measure_case
 from bench.measure.ceiling import measure_ceiling
 from bench.measure.failures import failure
@@ -31,11 +32,11 @@ def check_parity(job: ParityJob) -> dict[str, Any]:
     return {} if found is None else dataclasses.asdict(found)
 
 
-def _answer(job: Job) -> Any:
+def _answer(job: Job, tell: Callable[[Phase], None]) -> Any:
     if not isinstance(job, CeilingJob):
         load_source(job.case.source)
     if isinstance(job, CaseJob):
-        return measure_case(job).to_json()
+        return measure_case(job, tell).to_json()
     if isinstance(job, ParityJob):
         return check_parity(job)
     return probe(job) if isinstance(job, ProbeJob) else measure_ceiling(job)
@@ -45,8 +46,10 @@ def worker_main(connection: Connection, job: Job) -> None:
     """Entry of the worker process.
 
     Args:
-        connection: Takes the one answer; `bench.cases.jobs` says what it is.
+        connection: Takes pairs: ``("phase", name)`` as a case goes on, then ``("answer", value)``; `bench.cases.jobs`
+            says what the value is.
         job: What to do.
     """
-    connection.send(_answer(job))
+    answer = _answer(job, lambda phase: connection.send(("phase", phase)))
+    connection.send(("answer", answer))
     connection.close()

@@ -1,4 +1,4 @@
-"""Reading what may be anything, and writing so that a kill costs nothing that was there. No torch here."""
+"""Reading files of any kind, and writing so that a kill loses nothing that was there. No torch here."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How the samples came to be, and where a step's time goes. Milliseconds are medians.
+    """How the samples were taken, and where a step's time goes. Milliseconds are medians.
 
     Attributes:
         warmup: Why untimed steps ended: ``steady`` (three blocks in a row agreed) or ``bound`` (the time for it was
@@ -115,6 +115,10 @@ class Checks:
         reference_error: ‖output − reference‖ / ‖reference‖ on a small input, the reference in fp32.
         reference_bound: What the error may be.
         gradients_off: Share of the parameters whose gradient was beyond its bound there; None for a forward pass.
+        operation_error: Of the family's operation alone at the case's own shape (`dig.operation`): the largest relative
+            error of any output or gradient, or of any stretch of its tokens; None where the family names none.
+        operation_bound: What that may be.
+        recheck_error: After the timed steps, on other inputs: what was timed against the same step run eagerly.
     """
 
     inputs: str
@@ -124,3 +128,6 @@ class Checks:
     reference_error: float | None = None
     reference_bound: float | None = None
     gradients_off: float | None = None
+    operation_error: float | None = None
+    operation_bound: float | None = None
+    recheck_error: float | None = None

@@ -23,6 +23,19 @@ case.options.backend      was ``recurrence`` (DiG), ``attention`` (DiT, Flash-Di
 case.source               empty: every family was this project's own
 look                      None: figures know the looks of this project's families
 ========================= ==========================================================================================
+
+Schema 4 (2026-11) tells more ways of running a step apart:
+
+========================= ==========================================================================================
+field                     in a row that was written as schema 1 to 3
+========================= ==========================================================================================
+case.scope                ``model`` where the execution is ``compile``: the whole model was compiled; else empty
+case.max_autotune         false
+case.weights              ``fp32``
+checks.operation_error,
+.operation_bound,
+.recheck_error            None: only a small input was compared, and nothing after the timed steps
+========================= ==========================================================================================
 """
 
 from __future__ import annotations
@@ -30,7 +43,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA = 3
+SCHEMA = 4
 FORMER_BACKEND = {"DiG": "recurrence", "DiT": "attention", "Flash-DiT": "attention", "DiS": "mixer"}
 """Family → what ``backend`` was called until schema 2, and in sampling rows and training runs of that time."""
 
@@ -54,7 +67,14 @@ def _from_2(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "case": {**case, "options": rename_backend(str(case.get("model")), case["options"])}}
 
 
-_STEPS = {1: _from_1, 2: _from_2}
+def _from_3(record: dict[str, Any]) -> dict[str, Any]:
+    case = record.get("case")
+    if not isinstance(case, dict) or case.get("execution") != "compile":
+        return record
+    return {**record, "case": {**case, "scope": "model"}}
+
+
+_STEPS = {1: _from_1, 2: _from_2, 3: _from_3}
 _NEW_IN = {2: frozenset({"launch", "key", "marks", "timing", "clocks", "checks"}), 3: frozenset({"look"})}
 """Version → the fields that it brought."""
 

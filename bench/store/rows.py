@@ -29,13 +29,25 @@ __all__ = [
 
 Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
 Mark = Literal[
-    "throttled", "shared-gpu", "unsteady", "unwatched", "unverified", "memory-kept", "no-reference", "measured-again"
+    "throttled",
+    "shared-gpu",
+    "unsteady",
+    "unwatched",
+    "unverified",
+    "memory-kept",
+    "no-reference",
+    "measured-again",
+    "small-parity",
+    "not-rechecked",
+    "l2-warm",
 ]
 """What a reader should know before trusting a row's times: the clock was held down in most readings; another process
 was on the GPU; warm-up did not settle; NVML could not be asked; which kernels ran was not checked, for the profiler saw
 none or nobody said which they should be; the case before it had not given its memory back; nothing else computes what
 the model does, so that its outputs were compared with nothing; the launch was throttled before, and is here once more
-(and throttled again where it carries that mark too).
+(and throttled again where it carries that mark too); the family's operation was compared on a small input only, not at
+the case's own shape; the timed step was not run again on other inputs, for want of memory; its data may have stayed in
+the L2 cache from step to step.
 """
 
 LEAST_MS, MOST_MS = 1e-6, 1e12
@@ -63,7 +75,7 @@ def utc_now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One case and what came of it.
+    """One launch of a case and its outcome.
 
     Attributes:
         case: What was measured.

@@ -1,6 +1,6 @@
-"""Which rows of a results file count: of every case on every machine the newest measurement. No torch here.
+"""Which rows of a results file count: the newest measurement of every case on every machine. No torch here.
 
-Every reader asks here, so that a comparison, a table and a figure of one file speak of the same rows.
+Every reader asks here, so that a comparison, a table and a figure of one file show the same rows.
 """
 
 from __future__ import annotations

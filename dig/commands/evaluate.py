@@ -90,7 +90,8 @@ def evaluate_command(
         # All files first: a wrong one shouldn't end the run between two others.
         sets = [read_samples(path) for path in samples]
         for (images, _), path in zip(sets, samples, strict=True):
-            _check_images(images.shape[1:3], dataset.sample_shape)
+            if tuple(images.shape[1:3]) != dataset.sample_shape[1:] or dataset.sample_shape[0] not in (1, 3):
+                raise ValueError(_other_size(images.shape[1:3], dataset, data, channels, classifier))
             if len(images) < NEEDED:
                 raise ValueError(f"precision and recall need more than {NEEDED - 1} images; {path} holds {len(images)}")
             if count is not None and len(images) < count:
@@ -186,13 +187,30 @@ def _tell_unreadable(unreadable: Mapping[str, str]) -> str:
     return f" ({len(unreadable):,} more unreadable)"
 
 
-def _check_images(size: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+def _other_size(
+    size: tuple[int, ...], dataset: DataSet, data: Path, channels: int | None, classifier: Path | None
+) -> str:
+    """What to say where samples of this size can't be compared with the data as they were opened; advice that helps."""
+    from dig.evaluation.classifier import read_spec
+
+    shape = dataset.sample_shape
     if shape[0] not in (1, 3):
-        raise ValueError("the data are latents; --data takes the images that they were made of")
-    if tuple(size) != shape[1:]:
-        raise ValueError(
-            f"the samples are {size[0]}x{size[1]}, the data {shape[1]}x{shape[2]}; give --image-size {size[0]}"
-        )
+        return "the data are latents; --data takes the images that they were made of"
+    said = f"the samples are {size[0]}x{size[1]}, the data {shape[1]}x{shape[2]}"
+    if size[0] != size[1]:
+        return f"{said}, and always square; measure square samples"
+    try:
+        open_data(data, image_size=size[0], channels=channels)
+    except ValueError as error:
+        return f"{said}, which can't be read as {size[0]}x{size[1]} ({error}); measure samples of another size"
+    spec = read_spec(classifier) if classifier is not None else None
+    if spec is None or spec.shape[1:] == tuple(size):
+        return f"{said}; give --image-size {size[0]}"
+    takes = "x".join(map(str, spec.shape[1:]))
+    return (
+        f"{said}, and the classifier takes {takes} alone; train another with --image-size {size[0]} and evaluate with "
+        f"the same, or measure samples of {takes}"
+    )
 
 
 def classifier_command(

@@ -27,18 +27,40 @@ from dig.commands.common import (
 from dig.registry import ModelSpec, parse_model
 
 
+class _Received:
+    """What signals asked of a run.
+
+    Attributes:
+        stop: Whether to save and end.
+        save: Whether to save and go on.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.save = False
+
+    def take_save(self) -> bool:
+        """Whether to save; asked for once."""
+        asked, self.save = self.save, False
+        return asked
+
+
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP instead of being ended by them; a second SIGINT ends the process after all."""
-    received: list[int] = []
+def _interrupts() -> Iterator[_Received]:
+    """Collect SIGINT, SIGTERM, SIGHUP and SIGUSR1 instead of being ended by them; a second SIGINT ends it after all."""
+    received = _Received()
 
     def receive(number: int, _frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        if received.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
+        if number == signal.SIGUSR1:
+            received.save = True
+        else:
+            received.stop = True
 
     # One that is ignored, as SIGHUP under nohup, stays so.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    heeded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    numbers = [number for number in heeded if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
@@ -116,7 +138,7 @@ def train_command(
 
     Stopped by Ctrl-C, SIGTERM, SIGHUP, SIGKILL or a power cut, it goes on with the same command, bit for bit as if it
     had not been stopped. --steps may then be raised (with a constant learning rate), and whatever has to do with logs,
-    grids and checkpoints may be changed.
+    grids and checkpoints may be changed. SIGUSR1 makes it save a checkpoint and go on.
     """
     console = open_console()
     with refusing():
@@ -128,21 +150,24 @@ def train_command(
         name, options, source = parse_model(model, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.training.config import DataSpec, TrainConfig, choose_execution
+        from dig.training.needs import draws_in_training
         from dig.training.resuming import recorded_config
         from dig.training.trainer import Status, Trainer
 
         begun = recorded_config(out)
-        chosen, reason = choose_execution(execution, device=where, begun=begun)
+        spec = ModelSpec(
+            name=name,
+            options=options,
+            input_size=dataset.sample_shape[1:],
+            in_channels=dataset.sample_shape[0],
+            num_classes=dataset.num_classes,
+            source=source,
+        )
+        redraws = checkpoint_blocks and where == "cuda" and execution == "auto" and draws_in_training(spec)
+        chosen, reason = choose_execution(execution, device=where, begun=begun, redraws=redraws)
         data_spec = DataSpec.of(dataset)
         config = TrainConfig(
-            model=ModelSpec(
-                name=name,
-                options=options,
-                input_size=dataset.sample_shape[1:],
-                in_channels=dataset.sample_shape[0],
-                num_classes=dataset.num_classes,
-                source=source,
-            ),
+            model=spec,
             data=data_spec,
             device=cast(Any, where),
             steps=steps,
@@ -184,9 +209,10 @@ def train_command(
         elif grid_every and grid_cfg != 1 and not label_dropout:
             console.print("grids of samples without guidance: with --label-dropout 0 there is nothing to guide against")
         decode = decoder.decode if decoder is not None else None
-        with _interrupts() as interrupted:
+        with _interrupts() as received:
             trainer = Trainer(config, dataset, out, decode=decode, workers=workers)
-            if trainer.step:
+            finished = trainer.step >= steps
+            if trainer.step and not finished:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}")
             with progress_bar(console, "loss {task.fields[loss]:.4f}", "{task.fields[rate]:.0f} img/s") as bar:
                 task = bar.add_task(
@@ -196,8 +222,12 @@ def train_command(
                 def report(status: Status) -> None:
                     bar.update(task, completed=status.step, loss=status.loss, rate=status.images_per_second)
 
-                done = trainer.run(stop=lambda: bool(interrupted), report=report)
+                done = trainer.run(stop=lambda: received.stop, save=received.take_save, report=report)
     if done < steps:
         console.print(f"stopped: {done} of {steps} steps are in {out}; go on with the same command")
         raise typer.Exit(130)
+    if finished:
+        more = "a larger --steps" if schedule == "constant" else "another folder: this schedule is done"
+        typer.echo(f"{out} is finished already, at step {done}; to train on, give {more}")
+        return
     typer.echo(f"{done} steps in {out}, {trainer.seconds:.0f} s of training; the last checkpoint holds them")

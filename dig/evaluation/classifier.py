@@ -104,7 +104,7 @@ class Training:
         step: Steps that lie behind.
         steps: In all.
         model: The classifier, in eval mode after the last step.
-        unreadable: File name → reason, of every image that another stood in for.
+        unreadable: File name → reason, of every image that another one replaced.
     """
 
     step: int

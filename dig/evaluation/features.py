@@ -68,8 +68,8 @@ class ClassifierFeatures:
         channels, *size = self.spec.shape
         if list(shape[1:]) != size:
             raise ValueError(
-                f"the classifier takes images of {size[0]}x{size[1]}; these are {shape[1]}x{shape[2]}: give "
-                f"--image-size {size[0]}, or train another classifier"
+                f"the classifier takes images of {size[0]}x{size[1]}; samples and data are {shape[1]}x{shape[2]}: "
+                f"train another classifier with --image-size {shape[1]}, or measure samples of {size[0]}x{size[1]}"
             )
         if shape[0] != channels:
             raise ValueError(

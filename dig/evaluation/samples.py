@@ -36,6 +36,8 @@ def read_samples(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
             if "arr_0.npy" not in names:
                 raise DataError(f"{path} holds no arr_0; it is no file of samples")
             images = _read_images(path, archive)
+            if "arr_1.npy" in names:
+                _check_labels(path, archive, len(images))
             return images, _read_about(path, archive) if "about.npy" in names else {}
     except (DataError, MemoryError):
         raise
@@ -74,6 +76,14 @@ def _read_images(path: Path, archive: zipfile.ZipFile) -> NDArray[np.uint8]:
         _fill(values, stream)
     images = values.reshape(shape, order="F" if fortran else "C")
     return images if shape[3] == 3 else images.repeat(3, axis=3)
+
+
+def _check_labels(path: Path, archive: zipfile.ZipFile, images: int) -> None:
+    """Raise DataError unless there is a label for each image."""
+    with archive.open("arr_1.npy") as stream:
+        shape, _, _ = _header(stream)
+    if shape != (images,):
+        raise DataError(f"{path} must hold a label (arr_1) for each of its {images:,} images; got {shape}")
 
 
 def _fill(values: NDArray[np.uint8], stream: IO[bytes]) -> None:

@@ -105,7 +105,7 @@ class BatchSampler:
 
     Args:
         model: In eval mode, on ``device``.
-        plan: What is sampled; its ``count`` and ``first`` are not read.
+        plan: What is sampled; its ``count`` and ``first`` say which samples must be finite.
         device: Where.
         graph: Whether the whole loop over the steps is one CUDA graph.
         finish: What becomes of a batch (M, C, h, w) of the model's: `to_pixels`, say, after a VAE. It too always
@@ -155,10 +155,22 @@ class BatchSampler:
                 yield step_noise(self.plan.seed, indices, self._shape, step).to(self.device)
 
         x = self._replay(x_T, y, noises()) if self._captures else self._loop.run(x_T, y, noises())
-        check_finite(x, indices, lambda observe: self._loop.run(x_T, y, noises(), observe=observe))
-        finished = self._finish(x)
+        wanted = self._wanted(indices)
+        check_finite(
+            x[wanted],
+            indices[wanted],
+            lambda observe: self._loop.run(x_T, y, noises(), observe=lambda step, state: observe(step, state[wanted])),
+        )
+        # Whatever is not asked for only fills the batch.
+        finished = self._finish(x if len(indices[wanted]) == M else x.nan_to_num(0, 0, 0))
         self._last = (number, finished)
         return finished
+
+    def _wanted(self, indices: range) -> slice:
+        """Which of a batch's samples the plan asks for; all of them where it asks for none."""
+        start = max(self.plan.first, indices.start)
+        stop = min(self.plan.first + self.plan.count, indices.stop)
+        return slice(start - indices.start, stop - indices.start) if start < stop else slice(None)
 
     def _replay(self, x_T: Tensor, y: Tensor, noises: Iterator[Tensor]) -> Tensor:
         noise = torch.stack(list(noises)) if self._solver.noises else None

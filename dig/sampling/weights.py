@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from dig.diffusion import LossName
-from dig.family import BACKEND
+from dig.family import BACKEND, FamilyError, UnknownModelError
+from dig.fields import INTEGERS
 from dig.layers import Backbone
 from dig.registry import ModelSpec, list_variants, parse_model
 from dig.sampling.published import file_kind, read_published
 from dig.training.average import share_of_first_weights
-from dig.training.config import INTEGERS, TrainConfig
+from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of
 from dig.training.data.latents import LATENT_SCALE
-from dig.training.resuming import check_same_run, recorded_config
+from dig.training.resuming import check_same_run, no_family, recorded_config
 from dig.training.saving import (
     FOLDER,
     CheckpointError,
@@ -202,6 +203,8 @@ def _own(path: Path, device: str, backend: str | None, choice: WeightsChoice) ->
         numbers = isinstance(step, int) and isinstance(seconds, int | float)
         if not numbers or not all(0 <= number < INTEGERS for number in (step, seconds)):
             raise ValueError(f"step {str(step)[:60]}, seconds {str(seconds)[:60]}")
+    except (FamilyError, UnknownModelError) as error:
+        raise no_family(path, error) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no run that this version knows: {error}") from None
     return Weights(

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from dig.diffusion import LossName, build_solver
+from dig.fields import INTEGERS, fits
 from dig.registry import ModelSpec
 from dig.training.data import DataSet, LatentShards
 from dig.training.identity import data_sha256
@@ -22,9 +21,6 @@ Execution = Literal["eager", "compile", "graph"]
 LearningRateSchedule = Literal["constant", "cosine"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
-
-INTEGERS = 2**63
-"""Numbers of steps and of samples are below this, as torch and numpy count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +157,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 0 or more and below 2^63; got {getattr(self, name)}")
         for name in ("clip", "weight_decay", "grid_cfg"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+                raise ValueError(f"{name} must be a finite number, 0 or more; got {getattr(self, name)}")
         if self.steps * self.batch >= INTEGERS:
             raise ValueError(f"steps times batch must be below 2^63; got {self.steps * self.batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be above 0; got {self.learning_rate}")
+            raise ValueError(f"learning_rate must be a finite number above 0; got {self.learning_rate}")
         for name in ("label_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
@@ -230,13 +226,14 @@ class TrainConfig:
         ]
 
 
-def choose_execution(asked: str, *, device: str, begun: TrainConfig | None) -> tuple[str, str]:
+def choose_execution(asked: str, *, device: str, begun: TrainConfig | None, redraws: bool = False) -> tuple[str, str]:
     """Which execution a run takes, and why.
 
     Args:
         asked: One by name, or ``auto``: the one that the run began with, else a CUDA graph on a GPU, eager on a CPU.
         device: Where it runs.
         begun: The run, if it has begun.
+        redraws: Whether the backward pass draws random numbers of the model again, which no CUDA graph can.
 
     Raises:
         ValueError: There is no such execution.
@@ -245,6 +242,8 @@ def choose_execution(asked: str, *, device: str, begun: TrainConfig | None) -> t
         return asked, "asked for"
     if asked != "auto":
         raise ValueError(f"execution must be one of auto, {', '.join(get_args(Execution))}; got {asked!r}")
+    if device == "cuda" and redraws and (begun is None or begun.execution == "graph"):
+        return "eager", "blocks that draw random numbers can't be computed again in a CUDA graph"
     if begun is not None and begun.device == device:
         return begun.execution, begun.execution_reason or "the run began with it"
     if device == "cuda":
@@ -260,27 +259,8 @@ def _check_types(kind: type, content: Any, without: tuple[str, ...] = ()) -> Non
     if not isinstance(content, dict):
         raise TypeError(f"a {kind.__name__} must be an object; got {type(content).__name__}")
     for name, hint in get_type_hints(kind).items():
-        if name in content and name not in without and not _fits(content[name], hint):
+        if name in content and name not in without and not fits(content[name], hint):
             raise TypeError(f"{name} can't be {str(content[name])[:60]!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in parts
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
-        return len(value) == len(hints) and all(map(_fits, value, hints))
-    if origin is Mapping:
-        return isinstance(value, dict) and all(_fits(a, parts[0]) and _fits(b, parts[1]) for a, b in value.items())
-    if hint in (int, float):
-        number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-        return number and abs(value) < (INTEGERS if isinstance(value, int) else math.inf)
-    return isinstance(value, hint)
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

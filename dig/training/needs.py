@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dig.family import BACKEND
+from dig.layers import Backbone
 from dig.memory import check_memory
 from dig.registry import ModelSpec, parse_name
 from dig.training.config import TrainConfig
 from dig.training.inputs import AHEAD
+from dig.training.step import stop_dropping_labels
 
 FP32 = 4
 MAX_CLASSES = 2**31
@@ -51,10 +57,8 @@ class Footprint:
         patch = parse_name(spec.name)[2]
         if spec.num_classes >= MAX_CLASSES or max(spec.input_size) >= MAX_CLASSES or spec.in_channels >= MAX_CLASSES:
             raise ValueError(f"{spec.describe()} is beyond any machine: sizes and classes must be below 2^31")
-        # A backend changes no weight, and might not be there to build from.
-        options = {name: value for name, value in spec.options.items() if name != BACKEND}
         with torch.device("meta"):
-            model = dataclasses.replace(spec, input_size=(patch, patch), options=options).build()
+            model = _sibling(spec)
         patches = next((p.shape for p in model.parameters() if p.ndim == 4), torch.Size())
         depth = sum(len(child) for child in model.children() if isinstance(child, torch.nn.ModuleList))
         width = patches[0] if patches else 0
@@ -67,6 +71,40 @@ class Footprint:
             tokens=tokens,
             values=math.prod(spec.sample_shape),
         )
+
+
+def _sibling(spec: ModelSpec) -> Backbone:
+    """The model for an input of one patch, on the backend that runs anywhere."""
+    patch = parse_name(spec.name)[2]
+    # A backend changes no weight, and might not be there to build from.
+    options = {name: value for name, value in spec.options.items() if name != BACKEND}
+    return dataclasses.replace(spec, input_size=(patch, patch), options=options).build()
+
+
+class _Draws(TorchDispatchMode):
+    """Notices operations that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let it run."""
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def draws_in_training(spec: ModelSpec) -> bool:
+    """Whether a model draws random numbers in training, labels to drop aside; found on its smallest sibling."""
+    with FakeTensorMode(allow_non_fake_inputs=True):  # No memory, as on ``meta``, but autocast works.
+        model = _sibling(spec).train()
+        stop_dropping_labels(model)
+        x = torch.empty(1, spec.in_channels, *model.input_size)
+        with _Draws() as draws, suppress(Exception):  # A model that reads values finds none here.
+            model(x, torch.empty(1), torch.empty(1, dtype=torch.int64))
+    return draws.found
 
 
 def check_training(config: TrainConfig) -> None:

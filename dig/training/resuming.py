@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from dig.family import FamilyError, UnknownModelError
+from dig.fields import INTEGERS
 from dig.memory import check_disk
 from dig.messages import describe
-from dig.training.config import INTEGERS, TrainConfig
+from dig.training.config import TrainConfig
 from dig.training.saving import FOLDER, Checkpoint, CheckpointError, checkpoint_files, step_of
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ def recorded_config(folder: Path) -> TrainConfig | None:
 
     Raises:
         ValueError: Its record is damaged.
+        FamilyError: Its model's family cannot be had here.
     """
     content = _read_config(folder)
     return None if content is None else content[0]
@@ -44,8 +47,16 @@ def _read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]] | None:
         if not isinstance(environment, dict):
             raise TypeError("environment must be an object")
         return TrainConfig.from_json(content["config"]), environment
+    except (FamilyError, UnknownModelError) as error:
+        raise no_family(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({describe(error)}); restore it, or choose another folder") from None
+
+
+def no_family(path: Path, error: FamilyError | UnknownModelError) -> FamilyError:
+    """What to say of a run whose model is of somebody's package that is not there; ``path`` records the run."""
+    remedy = "" if isinstance(error, FamilyError) else "; is the package that declares it installed?"
+    return FamilyError(f"the model of {path} cannot be had here: {describe(error)}{remedy}")
 
 
 def check_folder(config: TrainConfig, folder: Path, environment: Mapping[str, Any]) -> None:
@@ -88,6 +99,8 @@ def check_same_run(config: TrainConfig, checkpoint: Path, about: Mapping[str, An
             known = isinstance(number, int if name in _COUNTS else int | float) and not isinstance(number, bool)
             if not known or not 0 <= number < INTEGERS:
                 raise ValueError(f"{name} is {str(number)[:60]}")
+    except (FamilyError, UnknownModelError) as error:
+        raise no_family(checkpoint, error) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} describes no run that this version knows: {describe(error)}") from None
     differences = config.differences(theirs)

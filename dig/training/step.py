@@ -100,6 +100,13 @@ def _checkpointed(forward: Callable[..., Any], preserve_rng_state: bool) -> Call
     return run
 
 
+def stop_dropping_labels(model: Backbone) -> None:
+    """Turn off a model's own dropping of labels: inputs of a run come with labels dropped already."""
+    for module in model.modules():
+        if isinstance(module, LabelEmbedder):
+            module.dropout = 0.0
+
+
 class TrainingStep:
     """A model in training: its weights, their moving average, the optimizer, and the step that moves them on.
 
@@ -119,9 +126,7 @@ class TrainingStep:
         self.model = model
         self.loss = loss
         self.device = next(model.parameters()).device
-        for module in model.modules():
-            if isinstance(module, LabelEmbedder):
-                module.dropout = 0.0
+        stop_dropping_labels(model)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         model.train()
         if config.checkpoint_blocks:

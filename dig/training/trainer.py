@@ -239,7 +239,13 @@ class Trainer:
         except CheckpointError as error:
             raise NotFiniteLossError(str(error)) from None
 
-    def run(self, *, stop: Callable[[], bool] = lambda: False, report: Callable[[Status], object] | None = None) -> int:
+    def run(
+        self,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        save: Callable[[], bool] = lambda: False,
+        report: Callable[[Status], object] | None = None,
+    ) -> int:
         """Train to the last step, or until ``stop`` says so, and save.
 
         Whatever else ends it, a full disk or data that can't be read, what was trained is saved before: in the run's
@@ -247,6 +253,7 @@ class Trainer:
 
         Args:
             stop: Asked after every step, and while data or a grid keep it waiting.
+            save: Asked after every step: whether to save now, out of turn.
             report: Called after every step.
 
         Returns:
@@ -268,7 +275,7 @@ class Trainer:
                 workers=self._workers,
             )
             self._catch_up(stream, stop)
-            self._train(stream, stop, report)
+            self._train(stream, stop, save, report)
             if self.step != self._saved:
                 self.save()
             outcome = {"what": "finished" if self.step >= self.config.steps else "stopped"}
@@ -290,7 +297,13 @@ class Trainer:
             self._lock.close()
         return self.step
 
-    def _train(self, stream: InputStream, stop: Callable[[], bool], report: Callable[[Status], object] | None) -> None:
+    def _train(
+        self,
+        stream: InputStream,
+        stop: Callable[[], bool],
+        save: Callable[[], bool],
+        report: Callable[[Status], object] | None,
+    ) -> None:
         config = self.config
         clock: float | None = None
         while self.step < config.steps and not stop():
@@ -305,7 +318,8 @@ class Trainer:
             self._pending += 1
             self._whole = True
             self._watch.passed(self.step, self._step.sums)
-            logs, saves = self.step % config.log_every == 0, self.step % config.save_every == 0
+            asked = save()
+            logs, saves = self.step % config.log_every == 0, asked or self.step % config.save_every == 0
             grids = self._grid_is_due()
             if clock is None:
                 clock = self._now()
@@ -321,6 +335,8 @@ class Trainer:
             if saves:
                 self.save()
                 self._saved = self.step
+                if asked:
+                    self.log.event("saved", step=self.step)
             if logs or saves or grids:
                 clock = time.perf_counter()
             self.status = Status(step=self.step, loss=self.status.loss, images_per_second=self.status.images_per_second)

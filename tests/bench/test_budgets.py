@@ -1,4 +1,4 @@
-"""How long the suite paper and the gate take on an H100: what published runs took, and what budgets change of it."""
+"""How long the suite paper and the regression gate take on an H100: what runs took, and what budgets change of it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from bench.measure import timing
 from bench.measure.timing import BLOCK_S
 from bench.store.rows import Row, read_results
 
-PUBLISHED = Path(__file__).parents[2] / "results" / "h100.jsonl"
+PUBLISHED = Path(__file__).parents[2] / "results" / "h100" / "rows.jsonl"
 TUNING_S = 120.0
 """What fla may tune on a bare machine beyond the published run, whose machine had seen S and XL before: B and L took 60
 and 64 s in it.
 """
-GATE = PUBLISHED.parent / "h100-gate" / "a659891" / "gate"
+GATE = Path(__file__).parents[1] / "data" / "regression" / "gate"
 GATE_S = 416.0
-"""Seconds of the gate's published run (``printed.txt`` beside its rows), two extra rounds of one case among them."""
+"""Seconds of the published run (results/h100/regression/unchanged.txt), with two extra rounds of one case."""
 MINUTE = 60.0
 
 

@@ -256,7 +256,7 @@ def test_a_change_that_made_launches_erratic_is_still_judged() -> None:
     assert time.verdict == "slower"
 
 
-PUBLISHED = Path(__file__).parents[2] / "results" / "h100-gate" / "a659891"
+PUBLISHED = Path(__file__).parents[1] / "data" / "regression"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cases.case import Case
+from bench.cases.jobs import Limits
 from bench.inspect.capacity import CapacityError, largest_batch, largest_resolution, largest_that_fits, probe_case
 from bench.run.runner import Referee
 from bench.store.ledgers import Memory
@@ -277,7 +278,7 @@ def test_memory_that_is_not_given_back_is_waited_for_and_then_said(monkeypatch: 
             return levels.pop(0) if len(levels) > 1 else levels[0]
 
     monkeypatch.setattr("bench.run.runner.Gpu.open", classmethod(lambda cls: Card()))
-    referee = Referee(time_limit=1)
+    referee = Referee(limits=Limits())
     assert referee.wait_for_memory(patience=20)
     levels[:] = [9 << 30]
     assert not referee.wait_for_memory(patience=0.3)
@@ -288,7 +289,7 @@ def test_the_ledger_has_the_parts_of_a_training_step() -> None:
     from bench.run.runner import run_job
 
     case = Case(model="DiT-S/8", resolution=64, mode="train", dtype="fp32", device="cpu")
-    answer = run_job(ProbeJob(case=case), time_limit=60)
+    answer = run_job(ProbeJob(case=case), limits=Limits())
     memory = Memory(**{name: value for name, value in answer.items() if name != "status"})
     assert memory.gradients is not None
     assert memory.optimizer is not None

@@ -17,8 +17,7 @@ from bench.cli.main import app
 from bench.ops import common, rowwise, srem, variants
 from bench.ops import products as timed_products
 from bench.ops.turns import Way
-from dig import raster_block
-from dig.ops.swiglu import products
+from dig import raster, raster_block
 
 runner = CliRunner()
 SETTING = "dig.raster_block.HALVED_TOKENS=0"
@@ -111,15 +110,16 @@ def test_one_round_is_too_few(program: str) -> None:
 
 
 def test_settings_hold_within_and_end_after() -> None:
-    settings = [variants.Setting.parse(text) for text in (SETTING, "dig.ops.swiglu.products.SHARE=(1, 2)")]
-    assert variants.parse_variants([f"{SETTING}; dig.ops.swiglu.products.SHARE=(1, 2)"]) == {
+    other = "dig.raster._FEW_TOKENS=7"
+    settings = [variants.Setting.parse(text) for text in (SETTING, other)]
+    assert variants.parse_variants([f"{SETTING}; {other}"]) == {
         "as it is": (),
-        f"{SETTING}; dig.ops.swiglu.products.SHARE=(1, 2)": tuple(settings),
+        f"{SETTING}; {other}": tuple(settings),
     }
-    before = raster_block.HALVED_TOKENS, products.SHARE
+    before = raster_block.HALVED_TOKENS, raster._FEW_TOKENS
     with variants.applied(settings):
-        assert (raster_block.HALVED_TOKENS, products.SHARE) == (0, (1, 2))
-    assert (raster_block.HALVED_TOKENS, products.SHARE) == before != (0, (1, 2))
+        assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == (0, 7)
+    assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == before != (0, 7)
 
 
 def test_a_way_says_what_it_took_and_how_far_off_it_is() -> None:

@@ -6,11 +6,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from bench.ops.registers import Compiled, hasty_accesses, wrong_descriptors
+from bench.cli.main import app
+from bench.ops.registers import Compiled, hasty_accesses, too_much_shared, wrong_descriptors
+from dig.ops.tiles import KIB, architectures, sm90
+
+QUICK, ALL = 16, 59
+"""Kernels, and their variants; SwiGLU's GEMMs, of which there are two and five, are Hopper's alone."""
 
 # From a listing of gradient_kernel whose products read wrong operands on an H100.
 FAULT = """
@@ -46,6 +53,8 @@ def test_memory_touched_before_the_wait_is_found() -> None:
     load = "        /*0040*/                   @!P0 LDG.E R8, desc[UR8][R2.64] ;\n"
     assert hasty_accesses(load + WAITING) == ("0040: @!P0 LDG.E R8, desc[UR8][R2.64]",)
     assert hasty_accesses(WAITING.replace("ACQBULK", "NOP")) == ("it never waits",)
+    assert hasty_accesses(load.replace("LDG.E R8", "ATOM.E.ADD R8") + WAITING)
+    assert not hasty_accesses("        /*0290*/                   ATOMS.OR RZ, [UR5], R2 ;\n" + WAITING)
 
 
 def test_what_must_not_run() -> None:
@@ -58,11 +67,60 @@ def test_what_must_not_run() -> None:
     assert replace(good, wrong=("5680: UIADD3.X",)).faulty
 
 
-@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
-def test_every_kernel_of_the_table_may_run() -> None:
-    """In a process of its own: this one may have Triton's interpreter in the compiler's place."""
+def test_shared_memory_is_held_to_tiles_and_gpu() -> None:
+    variant = SimpleNamespace(shared=28 * KIB)
+    tiny = replace(sm90.ARCHITECTURE, name="Tiny", capability=(5, 3), shared_memory=20 * KIB)
+    assert too_much_shared(20 * KIB, variant, tiny) == ()  # type: ignore[arg-type]
+    assert too_much_shared(24 * KIB, variant, tiny) == ("24.0 KiB of shared memory where Tiny (5.3) has 20",)  # type: ignore[arg-type]
+    assert too_much_shared(29 * KIB, variant, sm90.ARCHITECTURE) == (  # type: ignore[arg-type]
+        "29.0 KiB of shared memory where its tiles count with 28",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--capabilities", "9.1"), "unknown compute capability '9.1'"),
+        (("--capabilities", "9.0,9.1"), "unknown compute capability '9.1'"),
+        (("--kernels", "gradient_kernels"), "unknown kernel 'gradient_kernels': did you mean gradient_kernel?"),
+        (("--kernels", ","), "name at least one kernel"),
+    ],
+)
+def test_options_are_checked(words: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = CliRunner().invoke(app, ["ops", "registers", *words])
+    assert found.exit_code == 2, found.output
+    assert found.output.count("\n") == 1, found.output
+    assert message in found.output
+
+
+CAPABILITIES = ["8.0", "8.9", "9.0", "10.0", "12.0"]
+
+
+def compiled(*options: str) -> list[str]:
+    """A line for each kernel that was compiled, in a process of its own: this one may have Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench", "ops", "registers"]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "bench", "ops", "registers", *options]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" ok\n") == done.stdout.count("\n") == 37
+    lines = done.stdout.splitlines()
+    assert all(line.endswith(" ok") for line in lines)
+    return lines
+
+
+def test_the_compiler_has_tile_choices_for_every_architecture() -> None:
+    assert [".".join(map(str, each.capability or ())) for each in architectures()] == CAPABILITIES
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_each_kernel_may_run(capability: str) -> None:
+    """One variant of each; what an architecture's GPU would refuse, the compiler refuses or shows here."""
+    assert len(compiled("--quick", "--capabilities", capability)) == (QUICK + 2 if capability == "9.0" else QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_of_the_tables_may_run(capability: str) -> None:
+    assert len(compiled("--capabilities", capability)) == (ALL + 5 if capability == "9.0" else ALL)

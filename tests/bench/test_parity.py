@@ -73,7 +73,7 @@ def test_kernels_tell_implementations_apart(
 @pytest.mark.parametrize("commit", ["742c38c", "25d65ee", "83b2d8b"])
 def test_own_kernels_are_known_in_what_a_profiler_printed_on_an_h100(commit: str) -> None:
     pytest.importorskip("dig.ops.gla.launches")
-    printed = (ROOT / "results" / "h100-triton" / f"kernels-{commit}.txt").read_text()
+    printed = (ROOT / "tests" / "data" / f"kernels-{commit}.txt").read_text()
     names = [line.split("\u2502")[1].strip() for line in printed.splitlines() if line.startswith("\u2502")]
     shown = check_kernels(case("DiG", "triton"), filter(None, names))
     assert {"output_kernel", "local_state_kernel", "scan_kernel"} <= set(shown)

@@ -1,4 +1,4 @@
-"""The gate with real processes and real copies of the tree: what is slower or broken is caught, and said how."""
+"""The regression gate with real processes and real copies of the tree: what is slower or broken is caught, and how."""
 
 from __future__ import annotations
 
@@ -205,6 +205,11 @@ def test_suites_are_small_and_fit_their_device() -> None:
         (["--case", "DiT-S/8@64:batch="], "batch must be a whole number"),
         (["--case", "DiT-S/8@64:batch=0"], "--batch must be at least 1"),
         (["--case", "DiT-S/8@64:graph"], "needs a GPU"),
+        (["--case", "DiT-S/8@64:eager:model"], "model is of an execution that compiles: add compile or compiled-graph"),
+        (["--case", "DiT-S/8@64:max-autotune"], "max-autotune is of an execution that compiles"),
+        (["--case", "DiT-S/8@64:compile:block:model"], "scope is given twice"),
+        (["--case", "DiT-S/8@64:bf16-weights"], "training keeps fp32 weights: add forward"),
+        (["--case", "DiT-S/8@64:forward:fp32:bf16-weights"], "dtype is given twice"),
         (["--case", "DiT@64"], "DiT"),
         (["--case", "DiT-S/8@65"], "resolution 65 is not a multiple of 64"),
         (["--case", "DiG-S/2:triton@64:train", "--device", "cuda"], "no NVIDIA GPU was found"),
@@ -222,6 +227,9 @@ def test_cases_are_named_on_the_command_line(tmp_path: Path, monkeypatch: pytest
         CASE, batch=3, options=(("backend", find_family("DiT").default_backend("cpu")),)
     )
     assert parse_case("DiG-S/8:reference:variant=release@64", device="cpu").mode == "train"
+    compiled = parse_case("DiT-S/8@64:forward:compile:model:max-autotune:bf16-weights", device="cpu")
+    assert (compiled.way, compiled.precision) == ("compile by model max-autotune", "bf16-weights")
+    assert parse_case("DiT-S/8@64:compile", device="cpu").way == "compile by block"
     chosen = []
 
     def stop(plan: Plan, *rest: object) -> None:

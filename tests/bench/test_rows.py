@@ -106,15 +106,15 @@ def test_a_damaged_row_is_an_error_or_the_same_row(position: int, junk: str) -> 
 
 
 def test_newer_schema_is_refused() -> None:
-    line = make_row().to_json().replace('"schema":3', '"schema":4')
-    with pytest.raises(ResultError, match=r"schema 4 is newer than .* \(3\); update the project"):
+    line = make_row().to_json().replace('"schema":4', '"schema":5')
+    with pytest.raises(ResultError, match=r"schema 5 is newer than .* \(4\); update the project"):
         Row.from_json(line)
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "true", "1.0", '"2"', "null"])
 def test_what_is_no_version_is_refused(version: str) -> None:
     with pytest.raises(ResultError, match="is no version of a result row"):
-        Row.from_json(make_row().to_json().replace('"schema":3', f'"schema":{version}'))
+        Row.from_json(make_row().to_json().replace('"schema":4', f'"schema":{version}'))
 
 
 def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
@@ -136,20 +136,33 @@ def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
         Row.from_json(line.replace('"message":""', '"marks":[]'))
 
 
-@pytest.mark.parametrize(("name", "count"), [("h100.jsonl", 167), ("h100-2026-11-23.jsonl", 132)])
-def test_every_published_row_can_be_read(name: str, count: int) -> None:
-    rows = read_results(Path(__file__).parents[2] / "results" / name).rows
+ROOT = Path(__file__).parents[2]
+H100 = ROOT / "results" / "h100"
+ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "backends"),
+    [
+        (H100 / "rows.jsonl", 167, ALL),
+        (H100 / "extra.jsonl", 21, {"triton", "sdpa-cudnn"}),
+        (ROOT / "tests" / "data" / "schema-1.jsonl", 132, ALL),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else "",
+)
+def test_every_published_row_can_be_read(path: Path, count: int, backends: set[str]) -> None:
+    rows = read_results(path).rows
     assert len(rows) == count
     assert all(Row.from_json(row.to_json()) == row for row in rows)
-    assert {dict(row.case.options)["backend"] for row in rows} >= {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
+    assert {dict(row.case.options)["backend"] for row in rows} >= backends
 
 
 def test_a_row_of_schema_2_calls_the_backend_as_its_family_did() -> None:
     line = make_row(case=Case(model="DiS-S/2", options=(("backend", "mamba-ssm"),), resolution=64)).to_json()
-    old = line.replace('"schema":3', '"schema":2').replace('"backend"', '"mixer"').replace(',"look":null', "")
+    old = line.replace('"schema":4', '"schema":2').replace('"backend"', '"mixer"').replace(',"look":null', "")
     assert Row.from_json(old) == Row.from_json(line)
     with pytest.raises(ResultError, match="a row of schema 2 has no field 'look'"):
-        Row.from_json(line.replace('"schema":3', '"schema":2'))
+        Row.from_json(line.replace('"schema":4', '"schema":2'))
 
 
 WHOLE = make_row(

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from dig.locks import LockedError
-from dig.packages import MissingPackageError
+from dig.packages import MissingPackageError, require
 from dig.training.data import (
     LATENT_SCALE,
     DataError,
@@ -40,6 +41,7 @@ from dig.training.data.encode_command import encode_command
 from dig.training.data.encoding import Progress
 from dig.training.data.latents import read_index
 from tests.dig.test_data_images import make_folder
+from tests.dig.tiny import make_vae
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -49,17 +51,7 @@ COUNTS = {"cat": 7, "dog": 6}
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE of random weights that halves the sides, saved as diffusers saves it."""
-    torch.manual_seed(3)
-    model = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-    )
-    path = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(path)
-    return path
+    return make_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +306,10 @@ def test_refusals(tmp_path: Path, images: Path, vae: Path, monkeypatch: pytest.M
         ({"seed": -1}, "seed must be a whole number, at least 0"),
         ({"seed": 2**64}, r"seed must be at most 2\^62"),
         ({"batch_size": 10**400}, r"batch_size must be at most 2\^62"),
-        ({"scale": 0.0}, "scale must be a number above 0"),
-        ({"scale": math.nan}, "scale must be a number above 0"),
+        ({"scale": 0.0}, "scale must be a finite number above 0.001 and at most 1000"),
+        ({"scale": 1e-30}, "scale must be a finite number above 0.001 and at most 1000"),
+        ({"scale": 1e30}, "scale must be a finite number above 0.001 and at most 1000"),
+        ({"scale": math.nan}, "scale must be a finite number above 0.001 and at most 1000"),
         ({"workers": 0}, "workers must be 1 to"),
         ({"workers": 10**9}, "workers must be 1 to"),
         ({"rank": -1}, "rank must be"),
@@ -505,3 +499,32 @@ def test_latents_of_a_picture_that_was_replaced_are_not_called_finished(tmp_path
     next((images / "dog").iterdir()).write_bytes(next((images / "cat").iterdir()).read_bytes())
     with pytest.raises(DataError, match="latents of another encoding"):
         run(images, tmp_path / "out", vae)
+
+
+def test_what_libraries_say_as_they_are_imported_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "import logging, warnings\nlogging.getLogger('noisy').error('no torchao')\nwarnings.warn('old')\n"
+    (tmp_path / "noisy_library.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        require("noisy_library", "a test")
+    assert not caplog.records
+    logging.getLogger("noisy").warning("after it")
+    assert [record.message for record in caplog.records] == ["after it"]
+
+
+def test_what_diffusers_logs_of_a_folder_that_is_no_vae_is_left_out(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    logger = logging.getLogger("diffusers")  # It hands nothing on to the root.
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(DataError, match=r"^cannot load the VAE .*no file named"):
+            run(images, tmp_path / "out", tmp_path / "vae")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records

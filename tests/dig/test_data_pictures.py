@@ -292,7 +292,7 @@ def test_other_class_names_are_kept(tmp_path: Path) -> None:
 def test_what_the_machine_lacks_is_not_blamed_on_the_file(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To stand in for it would make the run unrepeatable."""
+    """Replacing it would make the run unrepeatable."""
 
     def fails(*arguments: object) -> None:
         raise error

@@ -288,7 +288,7 @@ def test_bad_input(data: Path, classifier: Path, tmp_path: Path) -> None:
         assert result.output.count("error:") == 1
     result = invoke("classifier", "--data", data, "--out", tmp_path / "c", "--epochs", 0)
     assert result.exit_code == 2
-    assert "epochs must be a number above 0" in result.output
+    assert "epochs must be a finite number above 0" in result.output
 
 
 def test_grey_samples_may_have_one_channel(tmp_path: Path) -> None:

@@ -178,10 +178,10 @@ def test_options_of_evaluate(data: Path, classifier: Path, samples: Path, option
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--epochs", "nan"], "epochs must be a number above 0"),
-        (["--epochs", "inf"], "epochs must be a number above 0"),
-        (["--epochs", "-1"], "epochs must be a number above 0"),
-        (["--epochs", "1e300"], "epochs must be a number above 0"),
+        (["--epochs", "nan"], "epochs must be a finite number above 0"),
+        (["--epochs", "inf"], "epochs must be a finite number above 0"),
+        (["--epochs", "-1"], "epochs must be a finite number above 0"),
+        (["--epochs", "1e300"], "epochs must be a finite number above 0"),
         (["--batch", 1], "batch must be a whole number, at least 2"),
         (["--batch", 10**400], r"batch must be at most 2\^62"),
         (["--image-size", 10**400], r"image.size must be|are needed"),
@@ -379,7 +379,7 @@ def test_a_classifier_of_other_images(
     assert "was trained on other classes than those of images in" in caplog.text
     small = colours(tmp_path / "small.npz", 9)
     line = refused("evaluate", "--classifier", classifier, "--image-size", 16, "--data", folder, "--samples", small)
-    assert "the classifier takes images of 32x32; these are 16x16: give --image-size 32" in line
+    assert "the classifier takes images of 32x32; samples and data are 16x16: train another" in line
 
 
 @pytest.mark.parametrize(
@@ -436,3 +436,45 @@ def test_specs_that_no_classifier_has() -> None:
     for change in ({"shape": (4, 8, 8)}, {"class_names": ()}, {"accuracy": -0.5}):
         with pytest.raises(ValueError, match=r"must be|have 1 or 3"):
             ClassifierSpec(**{"shape": (1, 8, 8), "class_names": ("a",), **change})
+
+
+@pytest.mark.parametrize(
+    ("side", "options", "message"),
+    [
+        (
+            (16, 16),
+            [],
+            "the samples are 16x16, the data 32x32, which can't be read as 16x16 (.*larger than image_size 16",
+        ),
+        ((32, 48), [], "the samples are 32x48, the data 32x32, and always square; measure square samples"),
+        (
+            (28, 28),
+            [],
+            "the classifier takes 32x32 alone; train another with --image-size 28 and evaluate with the same",
+        ),
+        (
+            (28, 28),
+            ["--image-size", 28],
+            "the classifier takes images of 32x32; samples and data are 28x28: train another",
+        ),
+        ((32, 32), ["--image-size", 28], "the samples are 32x32, the data 28x28; give --image-size 32"),
+    ],
+)
+def test_advice_on_sizes_leads_somewhere(
+    data: Path, classifier: Path, tmp_path: Path, side: tuple[int, int], options: list[Any], message: str
+) -> None:
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((9, *side, 3), dtype=np.uint8))
+    words = ["evaluate", "--samples", tmp_path / "s.npz", "--data", data, "--classifier", classifier, *options]
+    assert re.search(message.replace("(.*", r"\(.*"), refused(*words))
+
+
+def test_labels_of_another_length_and_images_without_pixels_are_refused(
+    data: Path, classifier: Path, tmp_path: Path
+) -> None:
+    """At once: a million images of no pixel are a hundred bytes."""
+    words = ["evaluate", "--data", data, "--classifier", classifier, "--samples", tmp_path / "s.npz"]
+    for labels in (np.zeros(8), np.zeros((9, 2)), np.zeros(())):
+        np.savez(tmp_path / "s.npz", arr_0=np.zeros((9, 32, 32, 3), dtype=np.uint8), arr_1=labels)
+        assert "must hold a label (arr_1) for each of its 9 images; got (" in refused(*words)
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((10**6, 0, 0, 3), dtype=np.uint8))
+    assert "holds no images: (1000000, 0, 0, 3)" in refused(*words)

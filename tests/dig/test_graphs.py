@@ -1,6 +1,6 @@
 """`dig.capture` as far as a CPU shows it: warm-up that is put back, inputs, optimizers.
 
-The graph is stood in for by `tests.dig.fake_graph`, whose replay runs the step again on the same tensors. What only a
+`tests.dig.fake_graph` replaces the graph; its replay runs the step again on the same tensors. What only a
 GPU can tell is in test_graphs_gpu.py.
 """
 

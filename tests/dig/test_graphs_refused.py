@@ -81,7 +81,7 @@ def test_what_a_graph_can_hold_is_not_refused() -> None:
 
 
 def test_tensors_of_the_host_are_refused() -> None:
-    """On the meta device, which stands in for the GPU: what is on the CPU is then elsewhere."""
+    """On the meta device, which replaces the GPU: what is on the CPU is then elsewhere."""
     counter = torch.zeros(3)
     meta = torch.device("meta")
 

@@ -303,9 +303,10 @@ def test_grids_come_from_fixed_noise(data: Path, tmp_path: Path) -> None:
         (["--loss", "mse"], "loss must be one of hybrid, flow-matching"),
         (["--schedule", "linear"], "schedule must be one of constant, cosine"),
         (["--ema", "1"], "ema must be at least 0 and below 1"),
-        (["--lr", "0"], "learning_rate must be above 0"),
-        (["--lr", "nan"], "learning_rate must be above 0"),
-        (["--clip", "-1"], "clip must be 0 or more"),
+        (["--lr", "0"], "learning_rate must be a finite number above 0"),
+        (["--lr", "inf"], "learning_rate must be a finite number above 0; got inf"),
+        (["--weight-decay", "inf"], "weight_decay must be a finite number, 0 or more; got inf"),
+        (["--clip", "-1"], "clip must be a finite number, 0 or more"),
         (["--dtype", "fp16"], "dtype must be bf16 or fp32"),
         (["--execution", "graph"], "needs an NVIDIA GPU; use eager or compile"),
         (["--execution", "jit"], "execution must be one of auto, eager, compile, graph"),
@@ -369,3 +370,13 @@ def test_a_run_inside_of_its_data_is_refused_before_it_is_made(inside: str, tmp_
     assert result.exit_code == 2
     assert "lies in the data's own folder" in result.output
     assert sorted(path.name for path in folder.iterdir()) == ["cat", "dog"]
+
+
+def test_a_run_that_is_done_says_so(data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path / "run", "--steps", "2").exit_code == 0
+    for steps in ("2", "1"):
+        again = train(data, tmp_path / "run", "--steps", steps)
+        assert again.exit_code == 0, again.output
+        said = again.output.replace("\n", " ")
+        assert f"{tmp_path / 'run'} is finished already, at step 2; to train on, give a larger --steps" in said
+        assert "going on" not in said

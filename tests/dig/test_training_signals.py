@@ -126,6 +126,23 @@ def test_a_signal_to_the_group_saves(numbers: list[int], start: Callable[..., Ru
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
+def test_sigusr1_saves_and_goes_on(start: Callable[..., Run]) -> None:
+    """What SLURM's --signal=USR1@60 sends before the limit, to every process of the job."""
+    run = start("--workers", "2")
+    run.wait_for(lambda: run.steps() >= 3)
+    run.send(signal.SIGUSR1)
+    run.wait_for(lambda: bool(checkpoint_files(run.out / "checkpoints")))
+    run.wait_for(lambda: last_event(run.out)["event"] == "saved")
+    saved = last_event(run.out)["step"]
+    assert [step_of(path) for path in checkpoint_files(run.out / "checkpoints")] == [saved]
+    run.wait_for(lambda: run.steps() >= saved + 2)
+    assert len(run.members()) == 3
+    run.send(signal.SIGTERM)
+    errors = run.end()
+    assert run.process.returncode == 130, errors
+    assert run.no_process_is_left()
+
+
 SLOW_SAVE = """
 import time
 from pathlib import Path

@@ -17,6 +17,7 @@ from dig.registry import ModelSpec, create_model
 from dig.training.config import DataSpec, TrainConfig, choose_execution
 from dig.training.data import Batch
 from dig.training.inputs import step_inputs
+from dig.training.needs import draws_in_training
 from dig.training.resuming import CONFIG_NAME, recorded_config
 from dig.training.step import TrainingStep, checkpoint_blocks
 from tests.dig.fake_graph import capture_fake
@@ -239,3 +240,17 @@ def test_execution_is_chosen_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="execution must be one of auto, eager, compile, graph; got 'jit'"):
         choose_execution("jit", device="cuda", begun=begun)
     assert config(execution_reason="asked for").differences(config()) == []
+
+
+@pytest.mark.parametrize(("name", "draws"), [("DiS-S/2", True), ("DiG-S/2", False), ("DiT-S/2", False)])
+def test_blocks_that_draw_are_computed_again_eagerly(name: str, draws: bool) -> None:
+    """Under auto; who asks for a graph is told by it. Also in a folder where a graph came to no step."""
+    spec = ModelSpec(name=name, input_size=(32, 32), in_channels=4, num_classes=10)
+    assert draws_in_training(spec) == draws
+    began = config(device="cuda", execution="graph")
+    reason = "blocks that draw random numbers can't be computed again in a CUDA graph"
+    for begun in (None, began):
+        chosen = choose_execution("auto", device="cuda", begun=begun, redraws=draws)
+        assert (chosen == ("eager", reason)) == draws
+        assert draws or chosen[0] == "graph"
+    assert choose_execution("graph", device="cuda", begun=None, redraws=draws)[0] == "graph"

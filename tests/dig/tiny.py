@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dig import declared, registry
 from dig.cli import app
@@ -57,6 +58,21 @@ def make_fashion(folder: Path, train: int = 300, test: int = 100, side: int = 28
             ]
         write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+def make_vae(folder: Path) -> Path:
+    """A VAE of random weights that halves the sides, saved as diffusers saves it."""
+    import diffusers
+
+    torch.manual_seed(3)
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+    )
+    model.save_pretrained(folder)
     return folder
 
 

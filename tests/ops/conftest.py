@@ -74,6 +74,23 @@ def _scan_rows_at_once() -> None:
     interpreter.ScanOps.generic_scan = scan
 
 
+def _refuse_tensors_in_constants() -> None:
+    """Make the interpreter refuse a tensor inside a constexpr, which a constant of the module times a tensor is there.
+
+    Compiled, the order makes no difference. Triton 3.6's interpreter takes such a tensor and 3.8's fails on it.
+    """
+    import triton.language as tl
+
+    initialize = tl.constexpr.__init__
+
+    def initialize_with_constant(self, value):
+        if isinstance(value, tl.tensor):
+            raise TypeError("a tensor in a constexpr, as CONSTANT * tensor makes it: write tensor * CONSTANT")
+        initialize(self, value)
+
+    tl.constexpr.__init__ = initialize_with_constant
+
+
 def _check_every_address() -> None:
     """Make the interpreter refuse a load or store outside the tensors that the kernel was handed.
 
@@ -144,4 +161,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_to_nearest()
     _multiply_bf16()
     _scan_rows_at_once()
+    _refuse_tensors_in_constants()
     _check_every_address()

@@ -7,6 +7,7 @@ filled with NaN first, so an element that no kernel writes cannot pass.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from dig.ops.adaln import fused, norm_modulate, residual_norm_modulate
-from dig.ops.adaln.fused import MAX_WIDTH, TILES, Tiles, parts_of, tiles_for
+from dig.ops.adaln.fused import MAX_WIDTH, parts_of, tiles_for
+from dig.ops.tiles.choices import NormTiles
+from dig.ops.tiles.sm90 import ADALN
 from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
@@ -109,10 +112,10 @@ def test_any_width(D: int) -> None:
     assert_close("residual_norm_modulate", inputs, norm="rms", dtype=torch.float32, eps=0.1)
 
 
-@pytest.mark.parametrize("tiles", sorted(set(TILES.values()), key=repr), ids=lambda t: f"{t.part}-{t.backward_part}")
-def test_tiles_of_the_gpu(tiles: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tiles", sorted(set(ADALN.values()), key=repr), ids=lambda t: f"{t.part}-{t.backward_part}")
+def test_tiles_of_the_gpu(tiles: NormTiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's own tiles cut rows in fewer parts; here each program walks over rows several times, too."""
-    fewer = Tiles(**{name: getattr(tiles, name) for name in tiles.__dataclass_fields__} | {"programs": 3})
+    fewer = replace(tiles, programs=3)
     monkeypatch.setattr(fused, "tiles_for", lambda x: fewer)
     inputs = make_inputs("residual_norm_modulate", 21, 1152 if tiles.backward_part > 512 else 384)
     assert_close("residual_norm_modulate", inputs, norm="rms", dtype=torch.float32)
@@ -135,7 +138,7 @@ def test_long_sums_over_tokens(norm: str) -> None:
 
 
 def test_more_partial_sums_than_one_read_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = Tiles(rows=16, part=32, backward_rows=1, backward_part=32, programs=140)
+    many = NormTiles(rows=16, part=32, backward_rows=1, backward_part=32, programs=140)
     monkeypatch.setattr(fused, "tiles_for", lambda x: many)
     inputs = make_inputs("residual_norm_modulate", 75, 8, B=2)
     assert_close("residual_norm_modulate", inputs, norm="rms", dtype=torch.float32)
@@ -303,6 +306,6 @@ def test_too_wide_rows_and_bad_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match=rf"^x must have a width of at most {MAX_WIDTH}; got"):
         norm_modulate(*inputs, norm="rms", dtype=torch.float32, implementation="triton")
     with pytest.raises(ValueError, match=r"^part must be a power of two; got 384"):
-        Tiles(part=384, backward_rows=1, backward_part=128, programs=1)
+        NormTiles(part=384, backward_rows=1, backward_part=128, programs=1)
     with pytest.raises(ValueError, match=r"^programs must be at least 1; got 0"):
-        Tiles(part=128, backward_rows=1, backward_part=128, programs=0)
+        NormTiles(part=128, backward_rows=1, backward_part=128, programs=0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dig.ops.gla import gated_linear_attention, launches, recurrent_gla
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.tiled import gla_block, tiled_gla
-from dig.ops.gla.tiles import NARROW_BF16, NARROW_FP32, WIDE_BF16, WIDE_FP32, Tiles, choose
+from dig.ops.tiles.choices import GlaTiles
 from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ign
 
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    tiles = Tiles(chunk=request.param, scan_lanes=128, scan_groups=4, scan_steps=2)
+    tiles = GlaTiles(chunk=request.param, scan_lanes=128, scan_groups=4, scan_steps=2)
     monkeypatch.setattr(launches, "tiles_for", lambda q, v: tiles)
     return request.param
 
@@ -252,7 +252,7 @@ def test_bad_block_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^gate_normalizer must be more than 0"):
         gla_block(**good, scale=1.0, gate_normalizer=0.0)
     with pytest.raises(ValueError, match=r"^chunk must be 16 times a power of two"):
-        Tiles(chunk=48)
+        GlaTiles(chunk=48)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
@@ -275,11 +275,3 @@ def test_cuda_graph_replays_the_same() -> None:
     graph.replay()
     for a, b in zip(captured, expected, strict=True):
         assert torch.equal(a, b)
-
-
-def test_other_heads_take_the_next_wider_tiles() -> None:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    assert choose(32, 64, bf16, 9) == choose(16, 64, bf16, 9) == choose(32, 64, bf16, 12) == NARROW_BF16
-    assert choose(36, 72, bf16, 9) == choose(32, 72, bf16, 9) == choose(64, 128, bf16, 9) == WIDE_BF16
-    assert choose(32, 32, fp32, 9) == NARROW_FP32
-    assert choose(48, 96, fp32, 9) == WIDE_FP32

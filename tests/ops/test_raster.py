@@ -13,10 +13,11 @@ from dig import raster_block, raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
-from dig.ops.gla.tiles import WIDE_FP32
 from dig.ops.srem import fused as srem
 from dig.ops.swiglu import fused as swiglu
 from dig.ops.swiglu import products
+from dig.ops.tiles import INTERPRETER, sm90
+from dig.ops.tiles.choices import ProductChoices, ProductTiles
 from dig.training.step import checkpoint_blocks
 from tests.helpers import example, randomize, relative_error
 
@@ -107,28 +108,28 @@ def test_without_gradients(name: str, batch: int) -> None:
     assert torch.equal(inputs[0], before)
 
 
-def test_weights_that_ride_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next block's weights, copied in a block's product upwards or by a kernel of their own."""
-    wide = products.ProductTiles(rows=128, columns=128, depth=16, stages=4)
-    monkeypatch.setattr(products, "SHARE", (128, 128))
+def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next block's weights, cast in a block's up-projection GEMM or by a kernel of their own."""
+    wide = ProductTiles(rows=128, columns=128, depth=16, stages=4)
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
     _, kernels = twins(replace(BASE, width=128, heads=2, depth=2, variant="release"))
     inputs = example(kernels, 1)
-    ridden = 0
+    fused = 0
     prepare = raster_weights.project_up_preparing
 
     def count(*arguments: Any) -> list[Tensor]:
-        nonlocal ridden
-        ridden += products.rides(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3]))
+        nonlocal fused
+        fused += products.fuses_cast(arguments[0], len(arguments[1]) // 2, arguments[2], len(arguments[3]))
         return prepare(*arguments)
 
     monkeypatch.setattr(raster_weights, "project_up_preparing", count)
     outputs = []
     for narrowest in (0, 1000):
-        monkeypatch.setattr(products, "NARROW_D", narrowest)
+        choices = ProductChoices(narrow_width=narrowest, share=(128, 128))
+        monkeypatch.setattr(products, "for_device", lambda _, own=choices: replace(INTERPRETER, products=own))
         with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
             outputs.append(kernels(*inputs))
-    assert ridden == 1
+    assert fused == 1
     assert torch.equal(*outputs)
 
 
@@ -162,10 +163,10 @@ def test_it_compiles_as_one_graph(recomputed: bool) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes these tiles anyway")
 def test_tiles_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs that a GPU would run, every address of theirs checked (`tests/ops/conftest.py`)."""
-    monkeypatch.setattr(launches, "tiles_for", lambda q, v: WIDE_FP32)
-    monkeypatch.setattr(adaln, "tiles_for", lambda x: adaln.TILES[384, x.dtype])
-    monkeypatch.setattr(srem, "tiles_for", lambda which, x: srem.TILES[which, x.dtype])
-    monkeypatch.setattr(swiglu, "tiles_for", lambda gate_up: swiglu.TILES[gate_up.dtype])
+    monkeypatch.setattr(launches, "tiles_for", lambda q, v: sm90.GLA[36, 72, torch.float32])
+    monkeypatch.setattr(adaln, "tiles_for", lambda x: sm90.ADALN[384, x.dtype])
+    monkeypatch.setattr(srem, "tiles_for", lambda which, x: sm90.SREM[which, x.dtype])
+    monkeypatch.setattr(swiglu, "tiles_for", lambda gate_up: sm90.SWIGLU[gate_up.dtype])
     test_output_and_every_gradient_in_fp32("heads of 36", 1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dig.ops.srem import fused, srem
-from dig.ops.srem.fused import Tiles
+from dig.ops.tiles.choices import SremTiles
 from dig.scan import RASTER, ScanOrder, reorder
 from tests.helpers import LARGE, relative_error
 
@@ -99,14 +99,14 @@ def test_convolution_alone(order: ScanOrder, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "tiles",
     [
-        Tiles(channels=16, groups=4, width=1, rows=3, programs=1, warps=1),
-        Tiles(channels=64, groups=1, width=4, rows=2, programs=1, warps=1),
-        Tiles(channels=32, groups=2, width=2, rows=8, programs=20, warps=1),
-        *([Tiles(width=2), Tiles(rows=1), Tiles(channels=128, groups=8, warps=8)] if LARGE else []),
+        SremTiles(channels=16, groups=4, width=1, rows=3, programs=1, warps=1),
+        SremTiles(channels=64, groups=1, width=4, rows=2, programs=1, warps=1),
+        SremTiles(channels=32, groups=2, width=2, rows=8, programs=20, warps=1),
+        *([SremTiles(width=2), SremTiles(rows=1), SremTiles(channels=128, groups=8, warps=8)] if LARGE else []),
     ],
     ids=str,
 )
-def test_patches_meet_without_a_seam(tiles: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patches_meet_without_a_seam(tiles: SremTiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several strips of channels, and several patches of rows and of columns, the last of each cut off."""
     monkeypatch.setattr(fused, "tiles_for", lambda which, x: tiles)
     assert_close(make_inputs((7, 5), 24, B=2), (7, 5), ORDERS[2])
@@ -227,8 +227,8 @@ def test_bad_arguments_are_named(message: str) -> None:
 
 def test_bad_tiles_are_named() -> None:
     with pytest.raises(ValueError, match=r"^channels must be a power of two"):
-        Tiles(channels=48)
+        SremTiles(channels=48)
     with pytest.raises(ValueError, match=r"^rows must be at least 1"):
-        Tiles(rows=0)
+        SremTiles(rows=0)
     with pytest.raises(ValueError, match=r"^warps must be at most"):
-        Tiles(channels=32, groups=4)
+        SremTiles(channels=32, groups=4)

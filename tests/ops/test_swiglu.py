@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dig.ops.swiglu import fused, swiglu
-from dig.ops.swiglu.fused import TILES, Tiles
+from dig.ops.tiles.choices import SwigluTiles
+from dig.ops.tiles.sm90 import SWIGLU
 from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
@@ -70,7 +71,7 @@ def test_inner_widths(F: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("F", [48, 1100, 2816])
 def test_tiles_of_the_gpu(F: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "tiles_for", lambda gate_up: TILES[gate_up.dtype])
+    monkeypatch.setattr(fused, "tiles_for", lambda gate_up: SWIGLU[gate_up.dtype])
     assert_close(random(1, 5, 2 * F, dtype=dtype))
 
 
@@ -153,7 +154,7 @@ def test_unknown_implementation_and_bad_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^implementation must be one of reference, triton; got 'apex'"):
         swiglu(random(4, 64), implementation="apex")
     with pytest.raises(ValueError, match=r"^columns must be a power of two; got 384"):
-        Tiles(elements=1024, columns=384)
+        SwigluTiles(elements=1024, columns=384)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,8 @@ Every buffer that the operations allocate is filled with NaN first, so an elemen
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch import Tensor
 from dig.ops.swiglu import products
 from dig.ops.swiglu.products import project_down_backward, project_up, project_up_preparing
 from dig.ops.swiglu.reference import reference_swiglu
+from dig.ops.tiles import sm90
+from dig.ops.tiles.choices import ProductTiles
 from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
@@ -21,8 +25,11 @@ SHAPES = [(1, 1, 8, 128), (1, 65, 72, 256), (2, 150, 200, 128)]
 if LARGE:
     SHAPES += [(1, 12544, 384, 1024), (3, 4097, 1152, 3072), (1, 70000, 384, 1024)]
 TOLERANCE = 1e-2
-WIDE = {which: products.NARROW[which] for which in ("up", "down")}
-"""For what a table leaves to a product and a pass."""
+NARROW = sm90.PRODUCTS.narrow
+WIDE = {**NARROW, **sm90.PRODUCTS.wide}
+"""What a table leaves to a product and a pass is taken from the other."""
+
+ALL_WIDE = replace(sm90.ARCHITECTURE, products=replace(sm90.PRODUCTS, narrow_width=0))
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -44,8 +51,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(self.kernel.__name__)
             return self.kernel[grid]
 
-    def chosen(which, tokens: Tensor, F: int) -> products.ProductTiles:
-        return (products.NARROW if tokens.shape[-1] <= products.NARROW_D else products.WIDE | WIDE)[which]
+    def chosen(which, tokens: Tensor, F: int) -> ProductTiles:
+        return (NARROW if tokens.shape[-1] <= products.for_device(tokens.device).products.narrow_width else WIDE)[which]
 
     monkeypatch.setattr(products, "tiles_for", chosen)
     for name in ("up_swiglu_kernel", "down_swiglu_backward_kernel"):
@@ -95,31 +102,31 @@ def test_down_matches_fp64(shape: tuple[int, ...], launches: list[str]) -> None:
     assert launches == ["down_swiglu_backward_kernel"]
 
 
-RIDING = [
+CASTS = [
     ((65, 600, 384), [(40, 128), (3, 128), (20, 256), (9, 384)]),  # Rows that fill no share, several shares across.
     ((65, 600, 384), [(128, 1), (1, 128), (8, 128)]),  # A weight whose rows are no share's: only without a gate.
 ]
 """(T, D, F) of the product, and the weights."""
 if LARGE:
-    RIDING += [((4096, 1152, 3072), [(3472, 1152), (576, 16), (6144, 1152), (1152, 1152), (1152, 3072)])]
+    CASTS += [((4096, 1152, 3072), [(3472, 1152), (576, 16), (6144, 1152), (1152, 1152), (1152, 3072)])]
 
 
 @pytest.mark.parametrize("gated", [0, 1, 2])
-@pytest.mark.parametrize(("product", "shapes"), RIDING, ids=lambda value: str(len(value)))
-def test_weights_are_copied_in_the_product(
+@pytest.mark.parametrize(("product", "shapes"), CASTS, ids=lambda value: str(len(value)))
+def test_weights_are_cast_in_the_gemm(
     product: tuple[int, int, int],
     shapes: list[tuple[int, int]],
     gated: int,
     launches: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The product's bits are those without, the copies' those of a cast."""
-    monkeypatch.setattr(products, "NARROW_D", 0)
+    """The product's bits are those without, the casts' those of a cast alone."""
+    monkeypatch.setattr(products, "for_device", lambda device: ALL_WIDE)
     T, D, F = product
     x, weight = random(1, T, D), random(2 * F, D) / D**0.5
     masters = [random(*shape, dtype=torch.float32) for shape in shapes]
     gates = [random(len(master), dtype=torch.float32) for master in masters[len(masters) - gated :]]
-    assert products.rides(x, F, masters, gated)
+    assert products.fuses_cast(x, F, masters, gated)
     hidden, *copies = project_up_preparing(x, weight, masters, gates)
     assert launches == ["up_swiglu_kernel"]
     assert torch.equal(hidden, project_up(x, weight, False)[0])
@@ -128,15 +135,15 @@ def test_weights_are_copied_in_the_product(
         assert torch.equal(copy, (factor * master).bfloat16()), i
 
 
-def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "NARROW_D", 0)
+def test_weights_that_cannot_be_are_cast_all_the_same(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "for_device", lambda device: ALL_WIDE)
     x, weight, gate = random(1, 9, 200), random(256, 200) / 14, random(6, dtype=torch.float32)
     for masters in (
         [random(6, 100, dtype=torch.float32)],
         [random(6, 128)],
         [random(128, 6, dtype=torch.float32).T],
     ):
-        assert not products.rides(x, 128, masters, 1)
+        assert not products.fuses_cast(x, 128, masters, 1)
         _, copy = project_up_preparing(x, weight, masters, [gate])
         assert torch.equal(copy, (gate[:, None] * masters[0]).bfloat16())
     assert launches == ["up_swiglu_kernel"] * 3
@@ -144,8 +151,8 @@ def test_weights_that_cannot_ride_are_copied_all_the_same(launches: list[str], m
 
 @pytest.mark.parametrize(("programs", "steps"), [(768, 18), (3072, 18), (128, 18), (24, 18), (4, 200), (7, 10), (3, 4)])
 def test_shares_fit_into_the_steps(programs: int, steps: int) -> None:
-    """Every program comes to write all of its shares within its steps, else nothing rides."""
-    shares = products.shares_of([(3472, 1152), (1152, 1152)], 1, programs=programs, steps=steps)
+    """Every program comes to write all of its shares within its steps, else nothing is cast."""
+    shares = products.shares_of([(3472, 1152), (1152, 1152)], 1, share=(32, 128), programs=programs, steps=steps)
     each = -(-(-(-3472 * 9 // 32) + 36 * 9) // programs)
     if each > steps:
         assert shares is None
@@ -177,7 +184,7 @@ def test_both_ways_give_the_same_hidden(launches: list[str], monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_the_kernels_do_not_fit(dtype: torch.dtype) -> None:
-    for which in products.NARROW:
+    for which in NARROW:
         assert products.tiles_for(which, random(1, 20, 24, dtype=dtype), 48) is None
     check_up(1, 20, 24, 48, dtype, keep=True)
     check_up(1, 20, 24, 48, dtype, keep=False)
@@ -187,13 +194,14 @@ def test_where_the_kernels_do_not_fit(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_which_shapes_the_kernels_take() -> None:
-    tokens, wide = random(1, products.LEAST_TOKENS, 384), random(1, products.LEAST_TOKENS, 1152)
-    for which in products.NARROW:
-        assert products.tiles_for(which, tokens, 1024) is products.NARROW[which]
+    least = sm90.PRODUCTS.least_tokens
+    tokens, wide = random(1, least, 384), random(1, least, 1152)
+    for which in NARROW:
+        assert products.tiles_for(which, tokens, 1024) is NARROW[which]
         assert products.tiles_for(which, tokens, 1000) is None
         assert products.tiles_for(which, tokens[:, 1:], 1024) is None
         assert products.tiles_for(which, tokens.float(), 1024) is None
-        assert products.tiles_for(which, wide, 3072) is products.WIDE.get(which)
+        assert products.tiles_for(which, wide, 3072) is sm90.PRODUCTS.wide.get(which)
 
 
 def test_torch_compile_traces_both() -> None:

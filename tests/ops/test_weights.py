@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from dig.ops.tiles import INTERPRETER
+from dig.ops.tiles.choices import CopyTiles
 from dig.ops.weights import gated_weight_gradient, matrix_vector, matrix_vectors, prepare_weights
 from tests.helpers import LARGE, relative_error
 
@@ -76,7 +80,8 @@ def test_strides_do_not_matter() -> None:
 @pytest.mark.parametrize("programs", [1, 3, 100])
 def test_the_number_of_programs_does_not_matter(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, gate, vector, bias = [random(40, 8), random(70, 300), random(9, 300)], random(9), random(300), random(70)
-    monkeypatch.setattr("dig.ops.weights.FEW", (1024, 4))
+    few = replace(INTERPRETER.weights, copy_few=CopyTiles(elements=1024, warps=4))
+    monkeypatch.setattr("dig.ops.weights.for_device", lambda device: replace(INTERPRETER, weights=few))
     for found, expected in zip(
         prepare_weights(weights, [gate], torch.bfloat16, programs),
         prepare_weights(weights, [gate], torch.bfloat16),

@@ -78,7 +78,7 @@ def test_the_script_goes_on_from_its_report(tmp_path: Path) -> None:
 
     def run(out: Path) -> str:
         done = subprocess.run(
-            ["bash", "results/fashion/run.sh", str(data), str(out)],
+            ["bash", "examples/fashion.sh", str(data), str(out)],
             cwd=ROOT,
             env=environment,
             capture_output=True,

@@ -167,7 +167,7 @@ def test_the_script(tmp_path: Path) -> None:
     data = make_fashion(tmp_path / "data")
     settings = {"MODEL": "DiG-S/8", "IMPLEMENTATION": "reference", "EXECUTION": "eager", "STEPS": "24", "BATCH": "8"}
     done = subprocess.run(
-        ["bash", "results/fashion/follow.sh", str(data), str(tmp_path / "out")],
+        ["bash", "examples/follow.sh", str(data), str(tmp_path / "out")],
         cwd=ROOT,
         env={**os.environ, **settings, "PYTHON": str(tiny_python(tmp_path))},
         capture_output=True,

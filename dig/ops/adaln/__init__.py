@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from dig.ops.adaln.reference import reference_norm_modulate, reference_residual_norm_modulate
-from dig.packages import require
+from dig.ops.first_call import from_triton
 
 __all__ = ["IMPLEMENTATIONS", "NORMS", "norm_modulate", "residual_norm_modulate"]
 
@@ -38,41 +37,18 @@ class Implementation:
     residual_norm_modulate: ResidualNormModulate
 
 
-def _fused() -> ModuleType:
-    """`dig.ops.adaln.fused`, imported at the first call: this package does without Triton until then.
+@from_triton
+def _triton_norm_modulate() -> NormModulate:
+    from dig.ops.adaln.fused import fused_norm_modulate
 
-    A plain import comes first, for torch.compile can trace that, but no search for an installed package.
-    """
-    try:
-        from dig.ops.adaln import fused
-    except ImportError:
-        require("triton", "implementation 'triton'")
-        raise
-    return fused
+    return fused_norm_modulate
 
 
-def _triton_norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
-) -> Tensor:
-    h: Tensor = _fused().fused_norm_modulate(x, shift, scale, weight, norm, eps, dtype)
-    return h
+@from_triton
+def _triton_residual_norm_modulate() -> ResidualNormModulate:
+    from dig.ops.adaln.fused import fused_residual_norm_modulate
 
-
-def _triton_residual_norm_modulate(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    norm: str,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    both: tuple[Tensor, Tensor] = _fused().fused_residual_norm_modulate(
-        x, branch, gate, shift, scale, weight, norm, eps, dtype
-    )
-    return both
+    return fused_residual_norm_modulate
 
 
 IMPLEMENTATIONS = {

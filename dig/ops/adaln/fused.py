@@ -14,7 +14,6 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,82 +21,20 @@ import triton
 from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
-from dig.ops.aside import aside
-from dig.ops.chain import chained
-from dig.ops.launch import empty, last_contiguous, on_device
+from dig.ops.derivatives import once
+from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.side_stream import on_side_stream
+from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import NormTiles
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 2048
 """Widest rows: a program holds whole rows, and wider ones spill out of the registers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Tile choices of one width.
-
-    Attributes:
-        rows: Rows of a program of the forward kernel.
-        part: Widest part that it cuts a row into, a power of two. A warp reads 256 columns of bf16 or 128 of fp32 in
-            one go, 16 bytes a thread; with parts of that width and as many warps as rows, sums along a row stay within
-            a warp.
-        warps: Its warps.
-        backward_rows: Rows that a program of the backward kernel holds at once, of the many that it walks over.
-        backward_part: Widest part there. The sums over tokens take registers for every column that a thread has, so
-            that wide rows are spread over several warps.
-        backward_warps: Its warps.
-        programs: About how many programs the backward kernel runs on. Each leaves a row of partial sums, which is to
-            be little beside the rows that it reads, and a multiprocessor is to hold its share of them at once.
-    """
-
-    rows: int = 4
-    part: int
-    warps: int = 4
-    backward_rows: int
-    backward_part: int
-    backward_warps: int = 4
-    programs: int
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 1:
-                raise ValueError(f"{field.name} must be at least 1; got {value}")
-            if field.name != "programs" and value & (value - 1):
-                raise ValueError(f"{field.name} must be a power of two; got {value}")
-
-
-NARROW_BF16 = Tiles(part=256, warps=2, backward_rows=4, backward_part=128, backward_warps=2, programs=4 * 132)
-NARROW_FP32 = Tiles(part=128, backward_rows=4, backward_part=128, programs=3 * 132)
-MEDIUM_BF16 = Tiles(part=256, backward_rows=2, backward_part=512, programs=3 * 132)
-MEDIUM_FP32 = Tiles(part=128, backward_rows=2, backward_part=256, programs=3 * 132)
-WIDE_BF16 = Tiles(part=1024, backward_rows=1, backward_part=1024, programs=4 * 132)
-WIDE_FP32 = Tiles(part=128, backward_rows=1, backward_part=1024, programs=4 * 132)
-INTERPRETER_TILES = Tiles(rows=16, part=256, backward_rows=16, backward_part=1024, programs=6)
-"""Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
-TILES: dict[tuple[int, torch.dtype], Tiles] = {
-    (384, torch.bfloat16): NARROW_BF16,
-    (384, torch.float32): NARROW_FP32,
-    (768, torch.bfloat16): MEDIUM_BF16,
-    (768, torch.float32): MEDIUM_FP32,
-    (1024, torch.bfloat16): WIDE_BF16,
-    (1024, torch.float32): WIDE_FP32,
-    (1152, torch.bfloat16): WIDE_BF16,
-    (1152, torch.float32): WIDE_FP32,
-}
-"""D and x's dtype → tile choices on NVIDIA GPUs; other widths take those of the next wider entry, or the widest.
-
-A table, not autotuning: the first call costs no search, and a run repeats exactly. The bf16 entries of 384 and
-the forward part of that of 1152 are the best of ``python -m bench ops rowwise --sweep`` on an H100, whose 132
-multiprocessors ``programs`` is a multiple of; the others come from the compiler's counts of registers and spills."""
-
-
-def tiles_for(x: Tensor) -> Tiles:
+def tiles_for(x: Tensor) -> NormTiles:
     """The tile choices for x (B, T, D)."""
-    if x.device.type == "cpu":
-        return INTERPRETER_TILES
-    D = x.shape[-1]
-    widths = [width for width, dtype in TILES if dtype == x.dtype]
-    return TILES[min((width for width in widths if width >= D), default=max(widths)), x.dtype]
+    return for_device(x.device).adaln_tiles(x.shape[-1], x.dtype)
 
 
 def parts_of(D: int, widest: int) -> tuple[tuple[int, int], ...]:
@@ -161,12 +98,12 @@ def _forward(
     h, stats = empty(x, dtype), _empty_stats(x, norm)
     x_new = x if branch is None else empty(x)
     b_branch, b_gate, _, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
-    with on_device(x.device):
+    with launching(x.device) as launch:
         norm_modulate_kernel[(triton.cdiv(T, tiles.rows), B)](
             x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
             D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
-            num_warps=tiles.warps, **chained(x.device),
+            num_warps=tiles.warps, **launch.next_kernel(),
         )  # fmt: skip
     return x_new, h, stats
 
@@ -236,20 +173,20 @@ def norm_modulate_backward(
     dh = last_contiguous(dh)
     b_dx_new = dh if dx_new is None else last_contiguous(dx_new)
     b_branch, b_gate, b_shift, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
-    columns = 8
-    with on_device(x.device):
+    with launching(x.device) as launch:
         norm_modulate_backward_kernel[(programs, B)](
             x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx, dbranch, h, partials,
             *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), b_shift.stride(0), scale.stride(0),
             *b_dx_new.stride()[:2], *dh.stride()[:2], T,
             D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=dx_new is not None,
             BRANCH=branch is not None, REBUILD=shift is not None,
-            num_warps=tiles.backward_warps, **chained(x.device),
+            num_warps=tiles.backward_warps, **launch.next_kernel(),
         )  # fmt: skip
-        with aside(partials, scale, b_weight, dshift, dscale, dgate, dweight):
-            norm_modulate_finish_kernel[(triton.cdiv(D, columns), B + (norm == "rms"))](
+        with on_side_stream(partials, scale, b_weight, dshift, dscale, dgate, dweight):
+            norm_modulate_finish_kernel[(triton.cdiv(D, tiles.sum_columns), B + (norm == "rms"))](
                 partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
-                D=D, COLS=columns, ROWS=256, NORM=norm, BRANCH=branch is not None, num_warps=8,
+                D=D, COLS=tiles.sum_columns, ROWS=tiles.sum_rows, NORM=norm, BRANCH=branch is not None,
+                num_warps=tiles.sum_warps,
             )  # fmt: skip
     return outputs
 
@@ -328,7 +265,7 @@ def _norm_modulate_autograd(ctx: Any, dh: Tensor | None, dstats: None) -> tuple[
     return dx, dshift, dscale, None if weight is None else dweight, None, None, None
 
 
-norm_modulate_forward.register_autograd(_norm_modulate_autograd, setup_context=_save_norm_modulate)
+norm_modulate_forward.register_autograd(once(_norm_modulate_autograd), setup_context=_save_norm_modulate)
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -350,7 +287,7 @@ def _residual_autograd(ctx: Any, dx_new: Tensor | None, dh: Tensor | None, dstat
     return *gradients, None if weight is None else dweight, None, None, None
 
 
-residual_norm_modulate_forward.register_autograd(_residual_autograd, setup_context=_save_residual)
+residual_norm_modulate_forward.register_autograd(once(_residual_autograd), setup_context=_save_residual)
 
 
 def fused_norm_modulate(

@@ -33,7 +33,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.chain import join_chain
+from dig.ops.early_launch import start_early
 
 
 @triton.jit
@@ -104,14 +104,14 @@ def norm_modulate_kernel(
     R: tl.constexpr,
     NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """``h`` (B, T, D) and, with RESIDUAL, ``x_new = x + gate branch`` (B, T, D), whose norm h then is.
 
     Grid (ceil(T / R), B). branch, gate and x_new are touched with RESIDUAL only. Stats are r (1, B, T) for the rms
     norm; r and mean (2, B, T) for the layer norm.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     first = tl.program_id(0) * R
     b = tl.program_id(1).to(tl.int64)
     inside = first + tl.arange(0, R) < T
@@ -228,7 +228,7 @@ def norm_modulate_backward_kernel(
     ADD: tl.constexpr,
     BRANCH: tl.constexpr,
     REBUILD: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Gradients of every token, and this program's share of the sums over tokens.
 
@@ -238,7 +238,7 @@ def norm_modulate_backward_kernel(
     sum of branch dx. With REBUILD the forward pass's h (B, T, D) is written again. What goes with a flag is touched
     only then.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     b = tl.program_id(1).to(tl.int64)
     factors = ()
     gates = ()

@@ -15,12 +15,11 @@ import triton
 from torch import Tensor
 
 from dig.ops.condition.kernels import embed_timestep_kernel, finish_condition_kernel
-from dig.ops.launch import on_device
+from dig.ops.launch import launching
+from dig.ops.tiles import for_device
 
 MOST_IMAGES = 8
 """Every image reads the weights again, from the L2 cache; with more, a matrix product is the better way."""
-ROWS, COLUMNS, WARPS = 8, 512, 4
-"""Rows and columns that a program multiplies by a vector at a time, and its warps."""
 MAX_PERIOD = 10_000.0
 """Of the sinusoids."""
 
@@ -50,16 +49,17 @@ def condition(
     B = len(t)
     hidden = torch.empty(B, D, dtype=torch.float32, device=t.device)
     c, activated = (torch.empty(B, D, dtype=table.dtype, device=t.device) for _ in range(2))
-    grid = triton.cdiv(D, ROWS), B
-    with on_device(t.device):
+    tiles = for_device(t.device).condition
+    grid = triton.cdiv(D, tiles.rows), B
+    with launching(t.device):
         embed_timestep_kernel[grid](
             t.contiguous(), first, first_bias, hidden,
-            D=D, HALF=E // 2, RATE=-math.log(MAX_PERIOD) / (E // 2), ROWS=ROWS,
-            BLOCK=triton.next_power_of_2(E // 2), num_warps=WARPS,
+            D=D, HALF=E // 2, RATE=-math.log(MAX_PERIOD) / (E // 2), ROWS=tiles.rows,
+            BLOCK=triton.next_power_of_2(E // 2), num_warps=tiles.warps,
         )  # fmt: skip
         finish_condition_kernel[grid](
             hidden, second, second_bias, table, y.contiguous(), c, activated, len(table),
-            D=D, ROWS=ROWS, BLOCK=min(COLUMNS, triton.next_power_of_2(D)), num_warps=WARPS,
+            D=D, ROWS=tiles.rows, BLOCK=min(tiles.columns, triton.next_power_of_2(D)), num_warps=tiles.warps,
         )  # fmt: skip
     return c, activated
 

@@ -13,22 +13,18 @@ from collections.abc import Callable
 from torch import Tensor
 
 from dig.flops import counts_as
+from dig.ops.first_call import from_triton
 from dig.ops.gla.peer import fla_gla
 from dig.ops.gla.reference import chunked_gla, recurrent_gla
-from dig.packages import require
 
 __all__ = ["IMPLEMENTATIONS", "chunked_gla", "gated_linear_attention", "recurrent_gla"]
 
 
-def _triton_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """`dig.ops.gla.tiled.tiled_gla`, imported at the first call: this package does without Triton until then."""
-    try:
-        from dig.ops.gla.tiled import tiled_gla  # A plain import: torch.compile can trace that, but no search.
-    except ModuleNotFoundError:
-        require("triton", "implementation 'triton'")
-        raise
+@from_triton
+def _triton_gla() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    from dig.ops.gla.tiled import tiled_gla
 
-    return tiled_gla(q, k, v, log_decay)
+    return tiled_gla
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

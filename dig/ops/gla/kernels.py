@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.chain import join_chain
+from dig.ops.early_launch import start_early
 from dig.ops.gla.pieces import (
     MIN_LOG2_DECAY,
     UNSPECIALIZED,
@@ -70,7 +70,7 @@ def local_state_kernel(
     STATES: tl.constexpr,
     GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """What each chunk alone adds to the state, and with GRADIENT what it alone adds to the state's gradient.
 
@@ -78,7 +78,7 @@ def local_state_kernel(
     ``states[0, b, h, n] = (k e^{G-c})^T v``, and with GRADIENT also ``states[1, b, h, n] = (q e^c)^T do`` and
     ``own[b, t, h] = do_t . v_t``. What goes with a flag is touched only then.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
@@ -151,7 +151,7 @@ def scan_kernel(
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
     STEPS: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Turn what chunks add into what has been added before each of them, in place: states (D, B, H, N, K, V).
 
@@ -164,7 +164,7 @@ def scan_kernel(
     learns what the one before it does to a state as a whole; put together, that is the state which it begins with, and
     from there it walks along its chunks, in fp32.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     channel = tl.program_id(0) // tl.cdiv(V, LANES)
     lanes = (tl.program_id(0) % tl.cdiv(V, LANES) * LANES + tl.arange(0, LANES))[None, :]
     exists = lanes < V
@@ -237,13 +237,13 @@ def output_kernel(
     LEVELS: tl.constexpr,
     NORM_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Outputs o of every chunk from the states before it. Grid (H, N, B); out (B, T, H, V) contiguous.
 
     With NORM_GATE the output is ``RMSNorm(o) * weight * swish(gate)``; gate and weight are read only then.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     tokens, present = scan_tokens(n * C, T, grid_rows, grid_columns, order, C)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.chain import join_chain
+from dig.ops.early_launch import start_early
 from dig.ops.gla.pieces import (
     MIN_LOG2_DECAY,
     UNSPECIALIZED,
@@ -92,7 +92,7 @@ def output_backward_kernel(
     LEVELS: tl.constexpr,
     REBUILD: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Backward of ``y = RMSNorm(o) * weight * swish(gate)``, with o recomputed. Grid (H, N, B).
 
@@ -100,7 +100,7 @@ def output_backward_kernel(
     dweight (B, N, H, V), ``own[b, t, h] = do_t . v_t`` and ``state_gradients[b, h, n] = (q e^c)^T do``; with REBUILD
     also y (B, T, H, V) again, contiguous.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
@@ -112,7 +112,7 @@ def output_backward_kernel(
         present, scale, K, V, KP, VP, C, LEVELS, PRECISION,
     )  # fmt: skip
 
-    # What was read above and is needed below is read again: registers limit how many programs share a multiprocessor.
+    # What was read above and is needed below is read again: registers limit how many programs share an SM.
     tl.debug_barrier()
     tokens = forgotten(tokens, PRECISION)
     rows = tl.arange(0, C)
@@ -225,7 +225,7 @@ def gradient_kernel(
     LEVELS: tl.constexpr,
     LOGITS: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Gradients of q, k, v and of the log decays or, with LOGITS, the gate logits. Grid (H, N, B).
 
@@ -233,7 +233,7 @@ def gradient_kernel(
     the token stride given, heads packed. With a rank R (`load_gate`), also the chunk's part of the gradient of the
     logits' bias, dbias (B, N, H, K) in fp32.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     first = n * C
@@ -248,7 +248,7 @@ def gradient_kernel(
     state_gradients += index * (K * V)
 
     # Four parts: v; q and k through the scores; k through the state after the chunk; q and the decays through the one
-    # before it. What several need is read again and not held: registers limit how many programs share a multiprocessor.
+    # before it. What several need is read again and not held: registers limit how many programs share an SM.
     scores = chunk_scores(
         q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, sums, index, tokens, present, scale,
         K, KP, C, LEVELS, DOT, PRECISION,

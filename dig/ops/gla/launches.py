@@ -16,19 +16,19 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.aside import aside
-from dig.ops.chain import chained
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
-from dig.ops.gla.tiles import Tiles, tiles_for
-from dig.ops.launch import empty, last_contiguous, on_device
+from dig.ops.launch import LaunchContext, empty, last_contiguous, launching
+from dig.ops.side_stream import on_side_stream
+from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import GlaTiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything about a call that several launches share."""
 
-    tiles: Tiles
+    tiles: GlaTiles
     B: int
     T: int
     H: int
@@ -55,6 +55,12 @@ class Plan:
     def levels(self) -> int:
         """Group sizes in a chunk: 16, 32, ... up to the chunk."""
         return self.tiles.chunk.bit_length() - 4
+
+
+def tiles_for(q: Tensor, v: Tensor) -> GlaTiles:
+    """The tile choices for queries (B, T, H, K) and values (B, T, H, V), fp32 or bf16."""
+    # As plain numbers: with dynamic shapes torch.compile counts in symbols, which no table can look up.
+    return for_device(v.device).gla_tiles(int(q.shape[-1]), int(v.shape[-1]), v.dtype)
 
 
 def plan_of(
@@ -136,7 +142,15 @@ class DecayGate:
 
 
 def local_states(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, *, do: Tensor | None = None, sums_only: bool = False
+    launch: LaunchContext,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: DecayGate,
+    *,
+    do: Tensor | None = None,
+    sums_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each chunk adds to the state (1, B, H, N, K, V), the sums of the decays, and do . v of each token.
 
@@ -152,15 +166,14 @@ def local_states(
         q, k, v, *gate.tensors, do_or_v, sums, states, own, *strides_of(q, k, v), *gate.strides, *strides_of(do_or_v),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
-        num_warps=plan.tiles.local_warps, **chained(v.device),
+        num_warps=plan.tiles.local_warps, **launch.next_kernel(),
     )  # fmt: skip
     return states, sums, own
 
 
-def decay_sums(plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate) -> Tensor:
+def decay_sums(launch: LaunchContext, plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate) -> Tensor:
     """The sums of the decays alone, as the kernels of the backward pass read them again; q, k and v aren't read."""
-    with on_device(v.device):
-        return local_states(plan, q, k, v, gate, sums_only=True)[1]
+    return local_states(launch, plan, q, k, v, gate, sums_only=True)[1]
 
 
 def empty_sums(plan: Plan, v: Tensor) -> Tensor:
@@ -169,7 +182,7 @@ def empty_sums(plan: Plan, v: Tensor) -> Tensor:
     return torch.empty(plan.B, plan.H, rows, columns, dtype=torch.float32, device=v.device)
 
 
-def scan_states(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
+def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
     K, V = states.shape[-2:]
     lanes, groups = min(plan.tiles.scan_lanes, triton.next_power_of_2(V)), plan.tiles.scan_groups
@@ -178,11 +191,12 @@ def scan_states(plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> 
     scan_kernel[(triton.cdiv(V, lanes) * K, plan.B * plan.H, states.shape[0])](
         states, sums, plan.N, direction,
         K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps, **chained(states.device),
+        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps, **launch.next_kernel(),
     )  # fmt: skip
 
 
 def gradients_of(
+    launch: LaunchContext,
     plan: Plan,
     q: Tensor,
     k: Tensor,
@@ -207,7 +221,7 @@ def gradients_of(
         *strides_of(q, k, v), *gate.strides, *strides_of(do), *(output.stride(1) for output in outputs),
         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
         **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
-        maxnreg=plan.tiles.gradient_registers, **chained(q.device),
+        maxnreg=plan.tiles.gradient_registers, **launch.next_kernel(),
     )  # fmt: skip
     return dbias
 
@@ -219,12 +233,13 @@ def empty_states(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty(1, B, H, N, K, v.shape[-1], dtype=v.dtype, device=v.device)
 
 
-def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
+def column_sums(tiles: GlaTiles, partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
     rows, D = partials.shape
     sums = torch.empty(D, dtype=dtype, device=partials.device)
-    columns = 8
-    column_sums_kernel[(triton.cdiv(D, columns),)](partials, sums, rows, D=D, ROWS=256, COLS=columns, num_warps=8)
+    column_sums_kernel[(triton.cdiv(D, tiles.sum_columns),)](
+        partials, sums, rows, D=D, ROWS=tiles.sum_rows, COLS=tiles.sum_columns, num_warps=tiles.sum_warps
+    )
     return sums
 
 
@@ -233,14 +248,14 @@ def run_block(
 ) -> tuple[Tensor, Tensor]:
     """The launches of `gla_block`: its result, and the states before each chunk (1, B, H, N, K, V)."""
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with on_device(q.device):
-        states, sums, _ = local_states(plan, q, k, v, gate)
-        scan_states(plan, states, sums, direction=0)
+    with launching(q.device) as launch:
+        states, sums, _ = local_states(launch, plan, q, k, v, gate)
+        scan_states(launch, plan, states, sums, direction=0)
         output_kernel[plan.grid](
             q, k, v, g, norm_weight, sums, states, out, *strides_of(q, k, v, g),
             plan.T, plan.N, *plan.walk, plan.scale, eps,
             **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
-            maxnreg=plan.tiles.output_registers, **chained(q.device),
+            maxnreg=plan.tiles.output_registers, **launch.next_kernel(),
         )  # fmt: skip
     return out, states
 
@@ -286,18 +301,18 @@ def run_block_backward(
     dy = last_contiguous(dy)
     do = empty(v)
     dweight = torch.empty(plan.B * plan.N * plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
-    with on_device(q.device):
-        sums = decay_sums(plan, q, k, v, gate) if sums is None else sums
+    with launching(q.device) as launch:
+        sums = decay_sums(launch, plan, q, k, v, gate) if sums is None else sums
         own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
         state_gradients = empty(states)
         output_backward_kernel[plan.grid](
             q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,
             *strides_of(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
             **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
-            maxnreg=plan.tiles.output_backward_registers, **chained(q.device),
+            maxnreg=plan.tiles.output_backward_registers, **launch.next_kernel(),
         )  # fmt: skip
-        scan_states(plan, state_gradients, sums, direction=1)
-        dbias = gradients_of(plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
-        with aside(dweight, dbias):
-            dnorm = column_sums(dweight, norm_weight.dtype)
-            return dnorm, dbias if gate.bias is None else column_sums(dbias, gate.bias.dtype)
+        scan_states(launch, plan, state_gradients, sums, direction=1)
+        dbias = gradients_of(launch, plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
+        with on_side_stream(dweight, dbias):
+            dnorm = column_sums(plan.tiles, dweight, norm_weight.dtype)
+            return dnorm, dbias if gate.bias is None else column_sums(plan.tiles, dbias, gate.bias.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dig.ops.aside import aside
+from dig.ops.derivatives import once
 from dig.ops.gla.launches import (
     DecayGate,
     Plan,
@@ -27,8 +27,9 @@ from dig.ops.gla.launches import (
 )
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import check_qkv
-from dig.ops.launch import empty
+from dig.ops.launch import empty, launching
 from dig.ops.linear import as_rows, weight_gradient
+from dig.ops.side_stream import on_side_stream
 from dig.scan import ScanOrder
 
 
@@ -70,7 +71,8 @@ def mixer_sums(
 ) -> Tensor:
     """The sums of the decays that the backward pass begins with, which it needn't wait for any gradient to compute."""
     plan, qkv, decay, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-    return decay_sums(plan, *qkv, decay)
+    with launching(projected.device) as launch:
+        return decay_sums(launch, plan, *qkv, decay)
 
 
 @mixer_sums.register_fake
@@ -114,7 +116,7 @@ def mixer_backward(
     tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
     with torch.autocast(projected.device.type, enabled=False):
         torch.mm(tokens, decay_weight.to(tokens.dtype), out=as_rows(gradient)[:, -rank:])
-        with aside(tokens, projected):
+        with on_side_stream(tokens, projected):
             dweight = weight_gradient(tokens, as_rows(projected)[:, -rank:])
     return gradient, dweight, dbias, dnorm, y
 
@@ -176,7 +178,7 @@ def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
     return dprojected, dweight.to(weight.dtype), *others, None, None, None, None, None
 
 
-mixer_forward.register_autograd(_autograd, setup_context=_setup)
+mixer_forward.register_autograd(once(_autograd), setup_context=_setup)
 
 
 def _check_parameter(name: str, tensor: Tensor, projected: Tensor) -> None:

@@ -122,7 +122,8 @@ def log2(x, PRECISION: tl.constexpr):
 @triton.jit
 def sigmoid(x, PRECISION: tl.constexpr):
     """1 / (1 + e^-x), any shape, fp32."""
-    return reciprocal(1.0 + tl.exp2(-LOG2E * x), PRECISION)
+    # The constant stands on the right: on its left Triton's interpreter makes the product a constexpr, not a tensor.
+    return reciprocal(1.0 + tl.exp2(x * -LOG2E), PRECISION)
 
 
 @triton.jit

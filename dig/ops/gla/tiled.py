@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.chain import chained
+from dig.ops.derivatives import once
 from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.launches import (
     DecayGate,
@@ -30,7 +30,7 @@ from dig.ops.gla.launches import (
     scan_states,
     strides_of,
 )
-from dig.ops.launch import empty, last_contiguous, on_device
+from dig.ops.launch import empty, last_contiguous, launching
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = {"K": 64, "V": 128}
@@ -71,13 +71,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = plan_of(q, v, 1.0, 1.0)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with on_device(q.device):
-        states, sums, _ = local_states(plan, q, k, v, DecayGate(values=log_decay, logits=False))
-        scan_states(plan, states, sums, direction=0)
+    with launching(q.device) as launch:
+        states, sums, _ = local_states(launch, plan, q, k, v, DecayGate(values=log_decay, logits=False))
+        scan_states(launch, plan, states, sums, direction=0)
         output_kernel[plan.grid](
             q, k, v, v, v, sums, states, out, *strides_of(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
             **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
-            **chained(q.device),
+            **launch.next_kernel(),
         )  # fmt: skip
     return out
 
@@ -89,11 +89,11 @@ def _gla_backward(
     plan = plan_of(q, v, 1.0, 1.0)
     do = last_contiguous(do)
     outputs = empty(q), empty(k), empty(v), empty(log_decay)
-    with on_device(q.device):
+    with launching(q.device) as launch:
         gate = DecayGate(values=log_decay, logits=False)
-        states, sums, own = local_states(plan, q, k, v, gate, do=do)
-        scan_states(plan, states, sums, direction=0)
-        gradients_of(plan, q, k, v, gate, do, sums, states[0], states[1], own, outputs)
+        states, sums, own = local_states(launch, plan, q, k, v, gate, do=do)
+        scan_states(launch, plan, states, sums, direction=0)
+        gradients_of(launch, plan, q, k, v, gate, do, sums, states[0], states[1], own, outputs)
     return outputs
 
 
@@ -117,7 +117,7 @@ def _gla_autograd(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
     return gradients
 
 
-_gla.register_autograd(_gla_autograd, setup_context=_save_inputs)
+_gla.register_autograd(once(_gla_autograd), setup_context=_save_inputs)
 
 
 def tiled_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def _block_autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None,
     return *_block_backward(*ctx.saved_tensors, dy, *ctx.numbers), None, None, None
 
 
-_block.register_autograd(_block_autograd, setup_context=_save_block)
+_block.register_autograd(once(_block_autograd), setup_context=_save_block)
 
 
 def gla_block(

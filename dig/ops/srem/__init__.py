@@ -20,8 +20,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dig.ops.first_call import from_triton
 from dig.ops.srem.reference import oriented, reference_srem
-from dig.packages import require
 from dig.scan import ScanOrder
 
 __all__ = ["IMPLEMENTATIONS", "oriented", "reference_srem", "srem"]
@@ -44,24 +44,11 @@ class Implementation(Protocol):
         """(B, T, D)."""
 
 
-def _triton_srem(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    grid: tuple[int, int],
-    order: ScanOrder,
-) -> Tensor:
-    """`dig.ops.srem.fused.fused_srem`, imported at the first call: this package does without Triton until then."""
-    try:
-        from dig.ops.srem.fused import fused_srem  # A plain import: torch.compile can trace that, but no search.
-    except ModuleNotFoundError:
-        require("triton", "implementation 'triton'")
-        raise
+@from_triton
+def _triton_srem() -> Implementation:
+    from dig.ops.srem.fused import fused_srem
 
-    return fused_srem(x, branch, gate, weight, bias, grid=grid, order=order)
+    return fused_srem
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference_srem, "triton": _triton_srem}

@@ -11,84 +11,28 @@ these up. No atomics: two runs agree in every bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dig.ops.aside import aside
-from dig.ops.chain import chained
-from dig.ops.launch import empty, on_device
+from dig.ops.derivatives import once
+from dig.ops.launch import empty, launching
+from dig.ops.side_stream import on_side_stream
 from dig.ops.srem import check_shapes
 from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
+from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import SremPass, SremTiles
 from dig.scan import ScanOrder
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """What a program works on.
-
-    Attributes:
-        channels: Channels of a program, a power of two.
-        groups: Groups of columns side by side, a power of two.
-        width: Columns of a group, computed by the same thread: a token is loaded (width + 2) / width times.
-        rows: Rows that a program walks at most.
-        least_rows: Rows that it walks at least, where the grid has them: a patch also reads those next to it.
-        programs: Patches are as short as leaves at most this many programs: an H100's 132 multiprocessors times the
-            programs that each holds at once, so that none begins when the others end.
-        warps: Warps of a program. A thread holds channels · groups / (32 · warps) channels, which must be 2 or more:
-            bf16 is computed in pairs.
-        registers: Most registers of a thread; None leaves it to the compiler.
-    """
-
-    channels: int = 64
-    groups: int = 4
-    width: int = 4
-    rows: int = 32
-    least_rows: int = 4
-    programs: int = 600
-    warps: int = 4
-    registers: int | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value < 1:
-                raise ValueError(f"{field.name} must be at least 1; got {value}")
-        for name in ("channels", "groups"):
-            value = getattr(self, name)
-            if value & (value - 1):
-                raise ValueError(f"{name} must be a power of two; got {value}")
-        if 64 * self.warps > self.channels * self.groups:
-            raise ValueError(f"warps must be at most channels · groups / 64; got {self.warps}")
-
-
-Pass = Literal["forward", "backward"]
-TILES: dict[tuple[Pass, torch.dtype], Tiles] = {
-    ("forward", torch.bfloat16): Tiles(),
-    ("forward", torch.float32): Tiles(),
-    ("backward", torch.bfloat16): Tiles(registers=128, programs=4 * 132),
-    ("backward", torch.float32): Tiles(registers=168, programs=3 * 132),
-}
-"""On NVIDIA GPUs, by x's dtype. A table, not autotuning: the first call costs no search, and a run repeats exactly.
-
-From the compiler's counts for sm_90 in bf16. Two channels a thread keep its 9 weights, and going back also their 9
-gradients, in few enough registers for 16 warps a multiprocessor and more (72 registers forwards; 128 backwards, without
-a spill), where four channels take 210 backwards. Four columns a thread cost 20 instructions an element forwards and 41
-backwards; two columns 30 and 46. ``python -m bench ops srem --sweep`` times alternatives."""
-INTERPRETER_TILES = Tiles(channels=512, groups=8, width=2, programs=1)
-"""Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
-SUM_STEPS, SUM_CHANNELS = 64, 32
-"""Patches and channels that a program of the second backward kernel adds up at once."""
-
-
-def tiles_for(which: Pass, x: Tensor) -> Tiles:
+def tiles_for(which: SremPass, x: Tensor) -> SremTiles:
     """The tile choices of one pass over tokens like x."""
-    return INTERPRETER_TILES if x.device.type == "cpu" else TILES[which, x.dtype]
+    return for_device(x.device).srem[which, x.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +41,7 @@ class _Plan:
 
     B: int
     D: int
-    tiles: Tiles
+    tiles: SremTiles
     patch_rows: int
     patches: int
     """Of one batch entry."""
@@ -118,7 +62,7 @@ class _Plan:
 
 
 def _plan(
-    which: Pass,
+    which: SremPass,
     x: Tensor,
     branch: Tensor | None,
     grid: tuple[int, int],
@@ -188,11 +132,11 @@ def srem_forward(
     """`fused_srem` as torch sees it."""
     plan = _plan("forward", x, branch, (rows, columns), ScanOrder(transposed, reversed))
     y = empty(x)
-    with on_device(x.device):
+    with launching(x.device) as launch:
         srem_forward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, bias, y,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, **plan.options, **chained(x.device),
+            **plan.constants, **plan.options, **launch.next_kernel(),
         )  # fmt: skip
     return y
 
@@ -216,22 +160,23 @@ def srem_backward(
     With ``sum_only`` the first is the gradient of ``x + gate branch``, from which the caller gets the next two.
     """
     plan = _plan("backward", x, branch, (rows, columns), ScanOrder(transposed, reversed))
+    tiles = plan.tiles
     dy = dy.contiguous()
     dx, dweight, dbias = empty(x), empty(weight), empty(bias)
     dbranch, dgate = _branch_gradients(x, branch, gate, sum_only)
     gated = gate is not None and not sum_only
     slots = int(TOKEN_SUMS.value) + gated
     sums = torch.empty(plan.B, plan.patches, slots, plan.D, dtype=torch.float32, device=x.device)
-    with on_device(x.device):
+    with launching(x.device) as launch:
         srem_backward_kernel[plan.launch](
             x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums,
             x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, SUM_ONLY=sum_only, **plan.options, **chained(x.device),
+            **plan.constants, SUM_ONLY=sum_only, **plan.options, **launch.next_kernel(),
         )  # fmt: skip
-        with aside(sums, dweight, dbias, dgate):
-            srem_sum_kernel[(triton.cdiv(plan.D, SUM_CHANNELS), slots - gated + gated * plan.B)](
+        with on_side_stream(sums, dweight, dbias, dgate):
+            srem_sum_kernel[(triton.cdiv(plan.D, tiles.sum_channels), slots - gated + gated * plan.B)](
                 sums, dweight, dbias, dgate, plan.patches, plan.B * plan.patches, *plan.taps,
-                D=plan.D, GATED=gated, STEPS=SUM_STEPS, BD=SUM_CHANNELS, num_warps=4,
+                D=plan.D, GATED=gated, STEPS=tiles.sum_steps, BD=tiles.sum_channels, num_warps=tiles.sum_warps,
             )  # fmt: skip
     return dx, dbranch, dgate, dweight, dbias
 
@@ -281,7 +226,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dbranch, dgate, dweight, dbias, None, None, None, None
 
 
-srem_forward.register_autograd(_autograd, setup_context=_save_inputs)
+srem_forward.register_autograd(once(_autograd), setup_context=_save_inputs)
 
 
 def fused_srem(

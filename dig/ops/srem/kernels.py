@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.chain import join_chain
+from dig.ops.early_launch import start_early
 
 TOKEN_SUMS = tl.constexpr(10)
 """Gradients that are sums over every token: nine taps and the bias. The gate's is one for each batch entry."""
@@ -118,10 +118,10 @@ def srem_forward_kernel(
     x, branch, gate, weight, bias, y, x_b, branch_b, gate_b, rows, columns, patch_rows, tap_start, tap_row, tap_column,
     D: tl.constexpr, X_T: tl.constexpr, BRANCH_T: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     W: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y of one patch. x_b, branch_b, gate_b are strides of the batch; X_T, BRANCH_T those of a token."""
-    join_chain(CHAINED)
+    start_early(EARLY)
     batch = tl.program_id(2).to(tl.int64)
     row_tokens = columns.to(tl.int64)
     channels, exists = strip(D, BD)
@@ -183,7 +183,7 @@ def srem_backward_kernel(
     tap_start, tap_row, tap_column,
     D: tl.constexpr, X_T: tl.constexpr, BRANCH_T: tl.constexpr, GATED: tl.constexpr, SUM_ONLY: tl.constexpr,
     PACKED: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dx and dbranch of one patch, and its sums over tokens for the gradients of weight, bias and gate.
 
@@ -192,7 +192,7 @@ def srem_backward_kernel(
     With s = x + gate · branch, ds[t] is a sum over taps of w[tap] · dy[t - tap], and dw[tap] one over tokens of
     s[t] · dy[t - tap]: both need the same nine dy, so only dy is read with a halo.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     batch = tl.program_id(2).to(tl.int64)
     row_tokens = columns.to(tl.int64)
     channels, exists = strip(D, BD)

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 from torch import Tensor
 
+from dig.ops.first_call import from_triton
 from dig.ops.swiglu.reference import reference_swiglu
-from dig.packages import require
 
 __all__ = ["IMPLEMENTATIONS", "swiglu"]
 
 
-def _fused() -> ModuleType:
-    """`dig.ops.swiglu.fused`, imported at the first call: this package does without Triton until then.
+@from_triton
+def _triton_swiglu() -> Callable[[Tensor], Tensor]:
+    from dig.ops.swiglu.fused import fused_swiglu
 
-    A plain import comes first, for torch.compile can trace that, but no search for an installed package.
-    """
-    try:
-        from dig.ops.swiglu import fused
-    except ImportError:
-        require("triton", "implementation 'triton'")
-        raise
-    return fused
-
-
-def _triton_swiglu(gate_up: Tensor) -> Tensor:
-    hidden: Tensor = _fused().fused_swiglu(gate_up)
-    return hidden
+    return fused_swiglu
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {"reference": reference_swiglu, "triton": _triton_swiglu}

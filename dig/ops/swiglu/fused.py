@@ -8,7 +8,6 @@ Shapes: M rows, F inner width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,45 +15,21 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.launch import empty, last_contiguous, on_device
+from dig.ops.derivatives import once
+from dig.ops.launch import empty, last_contiguous, launching
 from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
+from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import SwigluTiles
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Tile choices of one dtype.
-
-    Attributes:
-        elements: Elements of a program, a power of two; rows times columns.
-        columns: The most columns of a program, a power of two.
-        warps: Its warps.
-    """
-
-    elements: int
-    columns: int = 1024
-    warps: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("elements", "columns", "warps"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"{name} must be a power of two; got {value}")
-
-
-TILES = {torch.bfloat16: Tiles(elements=2048), torch.float32: Tiles(elements=1024)}
-"""By gate_up's dtype, on NVIDIA GPUs, for any F: two reads of 16 bytes a thread each of gate and up, at 4 warps."""
-INTERPRETER_TILES = Tiles(elements=2**14)
-"""Fewer and larger programs: the interpreter takes the same time for each, whatever its width."""
-
-
-def tiles_for(gate_up: Tensor) -> Tiles:
+def tiles_for(gate_up: Tensor) -> SwigluTiles:
     """The tile choices for gate_up (..., 2F)."""
-    return INTERPRETER_TILES if gate_up.device.type == "cpu" else TILES[gate_up.dtype]
+    return for_device(gate_up.device).swiglu[gate_up.dtype]
 
 
-def _shape(tiles: Tiles, F: int) -> tuple[int, int]:
+def _shape(tiles: SwigluTiles, F: int) -> tuple[int, int]:
     """Rows and columns of a program: columns that divide F if there are enough such, for then none need a mask."""
     divisor = F & -F
     columns = min(tiles.columns, divisor if divisor >= 64 else triton.next_power_of_2(F))
@@ -74,7 +49,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     hidden = _empty_hidden(gate_up)
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
-    with on_device(gate_up.device):
+    with launching(gate_up.device):
         swiglu_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
             rows, hidden, rows.stride(0), len(rows), F=F, ROWS=R, COLS=C, num_warps=tiles.warps
         )
@@ -94,7 +69,7 @@ def swiglu_backward(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Te
     dgate_up, hidden = _empty_gradients(gate_up, dhidden, rebuild)
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
-    with on_device(gate_up.device):
+    with launching(gate_up.device):
         swiglu_backward_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
             rows, gradient, dgate_up, hidden, rows.stride(0), gradient.stride(0), len(rows),
             F=F, ROWS=R, COLS=C, HIDDEN=rebuild, num_warps=tiles.warps,
@@ -121,7 +96,7 @@ def _autograd(ctx: Any, dhidden: Tensor) -> Tensor:
     return gradient
 
 
-swiglu_forward.register_autograd(_autograd, setup_context=_save)
+swiglu_forward.register_autograd(once(_autograd), setup_context=_save)
 
 
 def fused_swiglu(gate_up: Tensor) -> Tensor:

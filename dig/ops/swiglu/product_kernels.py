@@ -1,15 +1,15 @@
-"""Triton kernels of the matrix products on SwiGLU's two sides, with its passes in them.
+"""Triton kernels of the GEMMs on SwiGLU's two sides, with its passes as their epilogues.
 
 Shapes: M tokens, D width, F inner width of SwiGLU. A program computes BM tokens by BN of the F columns.
 
 Operands come through tensor descriptors, which Hopper's copy engine reads tiles by: rows past the end are read as 0 and
 not written.
 
-**Shares.** A product leaves the memory idle: its operands come from the L2 cache. Work that only moves bytes can ride
-in it, in shares of R by C elements: at every EVERY-th step along the sum a program writes the share that it asked for
-that many steps before, and asks for its next one. Steps in between are for it to arrive, and spread what its addresses
-take. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first share of
-each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
+**Shares.** A GEMM leaves the memory idle: its operands come from the L2 cache. Casts of weights, which only move bytes,
+are fused into it, in shares of R by C elements: at every EVERY-th step along the sum a program writes the share that it
+asked for that many steps before, and asks for its next one. Steps in between are for it to arrive, and spread what its
+addresses take. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first
+share of each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.chain import join_chain
+from dig.ops.early_launch import start_early
 
 
 @triton.jit
@@ -103,14 +103,14 @@ def up_swiglu_kernel(
     KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, GATE_STARTS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Hidden (M, F) from x (M, D) and weight (2F, D); with KEEP also gate_up (M, 2F), the product itself.
 
     Beside it, unless EVERY is 0, copies of the masters (N, M) in another type, the rows of the last of them multiplied
     by gates (N,): in shares, see above, of which a program has at most D / BK / EVERY.
     """
-    join_chain(CHAINED)
+    start_early(EARLY)
     row, column = tile_corner(M, F, BM, BN, GROUP)
     gate = tl.zeros((BM, BN), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
@@ -142,10 +142,10 @@ def up_swiglu_kernel(
 def down_swiglu_backward_kernel(
     dout, weight, gate_up, dgate_up, hidden, M,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dgate_up (M, 2F) and hidden (M, F) from dout (M, D), weight (D, F) and gate_up (M, 2F)."""
-    join_chain(CHAINED)
+    start_early(EARLY)
     row, column = tile_corner(M, F, BM, BN, GROUP)
     gradient = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):

@@ -1,15 +1,15 @@
-"""The matrix products on SwiGLU's two sides with its passes in them, on Triton: bf16 on Hopper.
+"""The GEMMs on SwiGLU's two sides with its passes as their epilogues, on Triton: bf16, where `dig.ops.tiles` has any.
 
-A product's result is in a program's registers when it is done. SwiGLU by itself reads it back from memory: at
-DiG-S/2 that pass and the product take about the same time. Here the product upwards ends with SwiGLU, and the product
-that its gradient goes back through ends with SwiGLU's backward pass, so that bytes for each of the M F elements are
+A GEMM's result is in a program's registers when it is done. SwiGLU by itself reads it back from memory: at DiG-S/2 that
+pass and the GEMM take about the same time. Here the up-projection GEMM ends with SwiGLU, and the GEMM back through the
+down-projection ends with SwiGLU's backward pass, so that bytes for each of the M F elements are
 
     forward     6 instead of 10 (writes gate, up, hidden), 2 where gate and up aren't kept
     backward   10 instead of 14 (reads gate and up; writes their gradients and hidden)
 
-**What rides along.** The product upwards is the longest of a forward pass, and leaves the memory idle. Without
-gradients, the copies of the next block's weights in the products' dtype, which move bytes and nothing else, are made in
-it: beside it they would wait for multiprocessors, each of which a program of a product has to itself.
+**The fused weight cast.** The up-projection GEMM is the longest of a forward pass, and leaves the memory idle. Without
+gradients, the next block's weights are cast to the GEMMs' dtype in it, which moves bytes and does nothing else: beside
+it, a cast would wait for SMs, each of which a program of a GEMM has to itself.
 
 Shapes: M tokens, D width, F inner width of SwiGLU.
 """
@@ -17,82 +17,34 @@ Shapes: M tokens, D width, F inner width of SwiGLU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dig.ops.chain import chained
-from dig.ops.launch import empty, on_device
+from dig.ops.launch import empty, launching
 from dig.ops.linear import as_rows
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
 from dig.ops.swiglu.product_kernels import down_swiglu_backward_kernel, up_swiglu_kernel
+from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import ProductPass, ProductTiles
 from dig.ops.weights import prepare_weights
 
-
-@dataclass(frozen=True, kw_only=True)
-class ProductTiles:
-    """Tile choices of one kernel.
-
-    Attributes:
-        rows: Tokens of a program, a power of two.
-        columns: Of the F columns that a program computes, a power of two.
-        depth: Of the sum that it takes at a time, a power of two.
-        group: Rows of tiles that are walked together.
-        warps: Of a program.
-        stages: Steps along the sum whose operands are in shared memory at once.
-        registers: Most registers of a thread; None leaves it to the compiler.
-    """
-
-    rows: int
-    columns: int
-    depth: int = 64
-    group: int = 8
-    warps: int = 8
-    stages: int = 3
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """As Triton takes them."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
-
-
-Pass = Literal["up", "up alone", "down"]
-"""``up alone`` does not keep gate and up."""
-NARROW_D = 512
-"""The widest D of the first of these tables."""
-NARROW: dict[Pass, ProductTiles] = {
-    "up": ProductTiles(rows=128, columns=64, stages=3, registers=128),
-    "up alone": ProductTiles(rows=128, columns=64, stages=3, registers=128),
-    "down": ProductTiles(rows=128, columns=64, stages=4),
-}
-"""At D = 384 the sum is short: a tile takes as long to write as to compute, so two are to share a multiprocessor."""
-WIDE: dict[Pass, ProductTiles] = {"up alone": ProductTiles(rows=128, columns=128, stages=4)}
-"""What isn't here is faster apart: at D = 1152 cuBLAS' product takes so much less time that the pass is paid for.
-
-Both are what was fastest of ``python -m bench ops products --sweep`` on an H100, at D = 384 and T = 12,544 and at D =
-1152 and T = 4096."""
-LEAST_TOKENS = 2048
-"""With fewer, tiles of these sizes leave multiprocessors without work."""
-SHARE = (32, 128)
-"""Rows and columns of a weight that are copied together: 16 elements of each of a program's 256 threads."""
 NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_STARTS": (0,), "R": 1, "C": 1, "EVERY": 0}
-"""What `up_swiglu_kernel` is told where nothing rides."""
+"""What `up_swiglu_kernel` is told where it casts no weights."""
 
 
-def tiles_for(which: Pass, tokens: Tensor, F: int) -> ProductTiles | None:
-    """The tile choices of a pass over tokens (B, T, D), or None where a product and a pass of their own do better."""
+def tiles_for(which: ProductPass, tokens: Tensor, F: int) -> ProductTiles | None:
+    """The tile choices of a pass over tokens (B, T, D), or None where a GEMM and a pass of their own do better."""
     D = tokens.shape[-1]
-    tiles = (NARROW if D <= NARROW_D else WIDE).get(which)
-    fits = tokens.dtype == torch.bfloat16 and D % 8 == 0 and tokens.numel() >= LEAST_TOKENS * D and tokens.is_cuda
-    if tiles is None or not fits or F % tiles.columns:
-        return None
-    return tiles if torch.cuda.get_device_capability(tokens.device)[0] == 9 else None
+    architecture = for_device(tokens.device)
+    tiles = architecture.product_tiles(which, D)
+    many = tokens.numel() >= architecture.products.least_tokens * D
+    fits = tokens.dtype == torch.bfloat16 and D % 8 == 0 and many
+    return None if tiles is None or not fits or F % tiles.columns else tiles
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -105,12 +57,12 @@ def _grid(tiles: ProductTiles, M: int, F: int) -> tuple[int]:
 
 @torch.library.custom_op("dig::project_up", mutates_args=())
 def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """``SwiGLU(x weight^T)``, in one kernel or, where that does not fit, by a product and a pass.
+    """``SwiGLU(x weight^T)``, in one kernel or, where that does not fit, by a GEMM and a pass.
 
     Args:
         x: (B, T, D), contiguous.
         weight: (2F, D), contiguous, in x's dtype.
-        keep: Whether the product's result is asked for.
+        keep: Whether the GEMM's result is asked for.
 
     Returns:
         Hidden (B, T, F), and gate_up (B, T, 2F), without ``keep`` of no elements.
@@ -140,12 +92,12 @@ def _launch_up(
     """Launch `up_swiglu_kernel`; copied are its masters, gates and copies, shares the constants about those."""
     D, F = x.shape[-1], len(weight) // 2
     M, tile = x.numel() // D, (t.rows, t.columns)
-    with on_device(x.device):
+    with launching(x.device) as launch:
         up_swiglu_kernel[_grid(t, M, F)](
             _descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
             _descriptor(hidden, *tile), *copied, M,
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **constants, **shares,
-            **t.options, **chained(x.device),
+            **t.options, **launch.next_kernel(),
         )  # fmt: skip
 
 
@@ -159,12 +111,14 @@ def _empty_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-def shares_of(shapes: Sequence[tuple[int, int]], gated: int, *, programs: int, steps: int) -> dict[str, Any] | None:
+def shares_of(
+    shapes: Sequence[tuple[int, int]], gated: int, *, share: tuple[int, int], programs: int, steps: int
+) -> dict[str, Any] | None:
     """How weights (N, M) are shared among programs that have so many steps; None where they don't fit.
 
-    The last ``gated`` of the weights have gates.
+    The last ``gated`` of the weights have gates. A share has so many rows and columns.
     """
-    rows, columns = SHARE
+    rows, columns = share
     # Without a gate, nothing asks for a weight's own rows.
     ungated = len(shapes) - gated
     cut = [(N * M // columns, columns) if i < ungated else (N, M) for i, (N, M) in enumerate(shapes)]
@@ -188,41 +142,44 @@ def shares_of(shapes: Sequence[tuple[int, int]], gated: int, *, programs: int, s
     }
 
 
-def rides(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
-    """Whether `project_up_preparing` copies these weights in its product: contiguous, in fp32, beside a wide one."""
-    return _riding(x, F, masters, gated) is not None
+def fuses_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
+    """Whether the cast of these weights is fused into the GEMM: they are contiguous, in fp32, and the GEMM is wide."""
+    return _fused_cast(x, F, masters, gated) is not None
 
 
-def _riding(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tuple[ProductTiles, dict[str, Any]] | None:
-    """Tiles of the product, and the constants of the shares; None where nothing `rides`."""
+def _fused_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tuple[ProductTiles, dict[str, Any]] | None:
+    """Tiles of the GEMM, and the constants of the shares; None where the weights are cast apart."""
     t = tiles_for("up alone", x, F)
     plain = all(master.dtype == torch.float32 and master.is_contiguous() for master in masters)
-    if t is None or x.shape[-1] <= NARROW_D or not plain:
+    choices = for_device(x.device).products
+    if t is None or x.shape[-1] <= choices.narrow_width or not plain:
         return None
     D = x.shape[-1]
     (programs,) = _grid(t, x.numel() // D, F)
     shapes = [(len(w), w.numel() // len(w)) for w in masters]
-    shares = shares_of(shapes, gated, programs=programs, steps=triton.cdiv(D, t.depth))
+    shares = shares_of(shapes, gated, share=choices.share, programs=programs, steps=triton.cdiv(D, t.depth))
     return None if shares is None else (t, shares)
 
 
 @torch.library.custom_op("dig::project_up_preparing", mutates_args=())
 def project_up_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
-    """`project_up` without keeping, and `dig.ops.weights.prepare_weights` in x's dtype: in one kernel where it `rides`.
+    """`project_up` without keeping, and `dig.ops.weights.prepare_weights` in x's dtype.
+
+    In one kernel, where `fuses_cast` says so.
 
     Args:
         x: (B, T, D), contiguous.
         weight: (2F, D), contiguous, in x's dtype.
-        masters: Weights (N, M) to copy.
+        masters: Weights (N, M) to cast.
         gates: Of the last ones, (N,) each, contiguous.
 
     Returns:
         Hidden (B, T, F), and the copies.
     """
-    riding = _riding(x, len(weight) // 2, masters, len(gates))
-    if riding is None:
+    fused = _fused_cast(x, len(weight) // 2, masters, len(gates))
+    if fused is None:
         return [project_up(x, weight, False)[0], *prepare_weights(masters, gates, x.dtype)]
-    t, shares = riding
+    t, shares = fused
     hidden, *copies = _empty_preparing(x, weight, masters, gates)
     copied = (tuple(masters), tuple(gates) or tuple(masters[:1]), tuple(copies))
     _launch_up(t, x, weight, hidden, hidden, copied, shares, KEEP=False)
@@ -236,7 +193,7 @@ def _empty_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates
 
 @torch.library.custom_op("dig::project_down_backward", mutates_args=())
 def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The backward pass of ``SwiGLU(gate_up) weight^T``, in one kernel or by a product and a pass.
+    """The backward pass of ``SwiGLU(gate_up) weight^T``, in one kernel or by a GEMM and a pass.
 
     Args:
         dout: (B, T, D), the gradient of the result, contiguous.
@@ -255,12 +212,12 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
         return gradients
     dgate_up, hidden = _empty_down(dout, weight, gate_up)
     M, tile = dout.numel() // D, (t.rows, t.columns)
-    with on_device(dout.device):
+    with launching(dout.device) as launch:
         down_swiglu_backward_kernel[_grid(t, M, F)](
             _descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),
             _descriptor(dgate_up, *tile), _descriptor(hidden, *tile), M,
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **t.options,
-            **chained(dout.device),
+            **launch.next_kernel(),
         )  # fmt: skip
     return dgate_up, hidden
 

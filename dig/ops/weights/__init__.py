@@ -4,10 +4,10 @@ Autocast casts every weight by a launch of its own. Here a block's weights take 
 on a layer's output, ``y = gate ⊙ (W x)``, can act on the rows of W instead when one condition serves all tokens; then
 neither ``W x`` nor its gradient is a tensor of T rows that anything has to read or write.
 
-**Beside matrix products.** A program of cuBLAS' takes a multiprocessor whole, and starts on none where another kernel's
-programs still come and go. A copy of many small programs therefore takes turns with the products instead of running
-beside them. Told to take few programs, both kernels here keep to as many multiprocessors and leave the others alone:
-each program walks over its share, with enough loads in flight to be worth its multiprocessor.
+**Beside GEMMs.** A program of cuBLAS' takes an SM whole, and starts on none where another kernel's programs still come
+and go. A cast by many small programs therefore takes turns with the GEMMs instead of running beside them. Told to take
+few programs, both kernels here keep to as many SMs and leave the others alone: each program walks over its share, with
+enough loads in flight to be worth its SM.
 
 Shapes: N rows and M columns of a weight.
 """
@@ -20,24 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.launch import empty, on_device
+from dig.ops.launch import empty, launching
+from dig.ops.tiles import for_device
 from dig.ops.weights.kernels import gated_weight_gradient_kernel, matrix_vector_kernel, prepare_kernel
-
-WIDE = (4096, 8)
-"""Elements that a program copies at a time, and its warps."""
-FEW = (16384, 32)
-"""The same for at most `FEW_PROGRAMS`, each with a multiprocessor to itself: 64 KiB in flight."""
-FEW_PROGRAMS = 64
-VECTOR_WIDE = (8, 512, 4)
-"""Rows and columns that a program multiplies by a vector at a time, and its warps: 32 elements of each thread's are
-read together.
-"""
-VECTOR_FEW = (32, 512, 16)
-"""The same for at most `FEW_PROGRAMS`. A row is a warp's in both, so the sums are added in one order."""
-
-
-def _few(programs: int | None) -> bool:
-    return programs is not None and programs <= FEW_PROGRAMS
 
 
 @torch.library.custom_op("dig::prepare_weights", mutates_args=())
@@ -47,21 +32,21 @@ def prepare_weights(
     """Copies of the weights (N, M) in ``dtype``, the rows of the last ones multiplied by gates (N,), one each.
 
     Everything is contiguous. The products with the gates are rounded once, from fp32. With ``programs`` the kernel has
-    at most so many, and leaves the card's other multiprocessors alone.
+    at most so many, and leaves the card's other SMs alone.
     """
     weights, gates = [weight.contiguous() for weight in weights], [gate.contiguous() for gate in gates]
     copies = [empty(weight, dtype) for weight in weights]
     sizes = tuple(weight.numel() for weight in weights)
     ungated = len(weights) - len(gates)
     columns = tuple(1 if i < ungated else weight.shape[-1] for i, weight in enumerate(weights))
-    elements, warps = FEW if _few(programs) else WIDE
-    blocks = sum(triton.cdiv(size, elements) for size in sizes)
+    tiles = for_device(weights[0].device).weights.copy_for(programs)
+    blocks = sum(triton.cdiv(size, tiles.elements) for size in sizes)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
-    with on_device(weights[0].device):
+    with launching(weights[0].device):
         prepare_kernel[(blocks if programs is None else min(programs, blocks),)](
-            tuple(weights), factors, tuple(copies), SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=elements,
-            num_warps=warps,
+            tuple(weights), factors, tuple(copies), SIZES=sizes, COLUMNS=columns, UNGATED=ungated,
+            BLOCK=tiles.elements, num_warps=tiles.warps,
         )  # fmt: skip
     return copies
 
@@ -89,12 +74,12 @@ def matrix_vectors(
     weights, biases = [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
     N, M = shape
     out = torch.empty(len(weights), N, dtype=dtype, device=vector.device)
-    rows, columns, warps = VECTOR_FEW if _few(programs) else VECTOR_WIDE
-    blocks = triton.cdiv(N, rows)
-    with on_device(vector.device):
+    tiles = for_device(vector.device).weights.vector_for(programs)
+    blocks = triton.cdiv(N, tiles.rows)
+    with launching(vector.device):
         matrix_vector_kernel[(blocks if programs is None else min(programs, blocks), len(weights))](
             tuple(weights), vector.contiguous(), tuple(biases), out, N,
-            M=M, ROWS=rows, BLOCK=min(columns, triton.next_power_of_2(M)), num_warps=warps,
+            M=M, ROWS=tiles.rows, BLOCK=min(tiles.columns, triton.next_power_of_2(M)), num_warps=tiles.warps,
         )  # fmt: skip
     return out
 
@@ -119,10 +104,12 @@ def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tupl
     product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
     dweight, dgate = empty(weight), empty(gate)
     N, M = weight.shape
-    with on_device(weight.device):
+    tiles = for_device(weight.device).weights
+    with launching(weight.device):
         gated_weight_gradient_kernel[(N,)](
-            product, weight, gate, dweight, dgate, M=M, BLOCK=min(1024, triton.next_power_of_2(M)), num_warps=4
-        )
+            product, weight, gate, dweight, dgate,
+            M=M, BLOCK=min(tiles.gradient_columns, triton.next_power_of_2(M)), num_warps=tiles.gradient_warps,
+        )  # fmt: skip
     return dweight, dgate
 
 

@@ -26,7 +26,7 @@ class Samples:
     Attributes:
         x: (B, C, H, W) float32: pixels in [-1, 1], or latents, scaled already.
         y: (B,) int64 labels.
-        unreadable: File name → reason, for every file among them that another stands in for.
+        unreadable: File name → reason, for every file among them that another one replaces.
     """
 
     x: Tensor
@@ -64,13 +64,13 @@ class DataSet(ABC):
             mirrored: (B,), which of them to mirror left to right.
 
         Raises:
-            DataError: The samples, and those that could stand in for them, cannot be read.
+            DataError: The samples, and those that could replace them, cannot be read.
         """
 
     def fetch_readable(self, indices: NDArray[np.int64]) -> Samples:
         """Read samples, none mirrored, and leave out those that cannot be read instead of letting others stand in.
 
-        For measuring: a sample that stands in for another would be counted twice.
+        For measuring: a replacement would be counted twice.
 
         Args:
             indices: (B,), each at least 0 and below the length.

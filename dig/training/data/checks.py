@@ -20,7 +20,7 @@ def check_whole(name: str, value: Any, *, least: int) -> None:
 def check_between(name: str, value: Any, low: float, high: float) -> None:
     """Raise ValueError unless it is a number above ``low`` and at most ``high``, and finite."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low < value <= high or math.isinf(value):
-        raise ValueError(f"{name} must be a number above {low:g} and at most {high:g}; got {_short(value)}")
+        raise ValueError(f"{name} must be a finite number above {low:g} and at most {high:g}; got {_short(value)}")
 
 
 def check_names(name: str, value: Any) -> None:

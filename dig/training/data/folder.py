@@ -38,7 +38,7 @@ _PASSING_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIN
 class ImageFolder(DataSet):
     """Images by class folder. Labels number the folders in the order of their names, as code points.
 
-    An image that cannot be decoded is stood in for by the next readable one of the listing (after the last comes the
+    An image that cannot be decoded is replaced by the next readable one of the listing (after the last comes the
     first), label included. That depends on the files alone, so a resumed run sees the same; each is reported once.
     Files whose names do not end like an image's are left out, and a warning counts them.
 

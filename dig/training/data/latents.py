@@ -34,6 +34,8 @@ SCHEMA = 1
 INDEX_NAME = "index.json"
 LATENT_SCALE = 0.18215
 """Multiplied with a latent of Stable Diffusion's VAE, so that its values have about unit variance (Rombach et al.)."""
+SCALES = (1e-3, 1e3)
+"""Between these lie the scales of latents, one over their standard deviation: beyond, data or its noise is nothing."""
 
 Storage = Literal["fp16", "bf16", "fp32"]
 STORAGE_DTYPES: dict[Storage, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -83,7 +85,7 @@ class Encoding:
         for name in ("images", "image_size", "shard_size"):
             check_whole(name, getattr(self, name), least=1)
         check_whole("seed", self.seed, least=0)
-        check_between("scale", self.scale, 0, math.inf)
+        check_between("scale", self.scale, *SCALES)
         check_names("class_names", self.class_names)
         check_names("vae", (self.vae,))
         check_sha256("listing_sha256", self.listing_sha256)

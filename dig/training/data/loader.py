@@ -37,7 +37,7 @@ class Batch:
         step: Which step, 0 being the first.
         x: (B, C, H, W) float32, pixels in [-1, 1] or scaled latents.
         y: (B,) int64 labels.
-        unreadable: File name → reason, of the files among them that another stands in for.
+        unreadable: File name → reason, of the files among them that another one replaces.
     """
 
     step: int
@@ -83,7 +83,7 @@ class _StepsFrom(Sampler[int]):
         return itertools.count(self.first)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """They reach every process of a terminal, job or service; the main one alone answers, and may want more batches."""
 MAX_WORKERS = 128
 ORPHAN_INTERVAL = 0.5
@@ -145,7 +145,7 @@ class Loader:
 
     Attributes:
         step: The step that is delivered next.
-        unreadable: File name → reason, of every file so far that another stands in for. Each is logged once.
+        unreadable: File name → reason, of every file so far that another one replaces. Each is logged once.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Loader:
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                logger.warning("cannot read %s (%s); another image stands in for it", shown(name), reason)
+                logger.warning("cannot read %s (%s); another image replaces it", shown(name), reason)
         self.step = batch.step + 1
         return batch
 

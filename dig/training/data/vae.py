@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dig.packages import require
+from dig.packages import quietly, require
 from dig.training.data.base import DataError, pixels_to_unit
 
 
@@ -32,9 +32,9 @@ def load_vae(name: str, device: torch.device) -> Any:
     options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
     if (Path(name) / "vae" / "config.json").is_file():
         options["subfolder"] = "vae"
-    kind = diffusers.AutoencoderKL
     try:
-        vae, loaded = kind.from_pretrained(name, output_loading_info=True, **options)
+        with quietly():  # It imports more as it is asked for.
+            vae, loaded = diffusers.AutoencoderKL.from_pretrained(name, output_loading_info=True, **options)
     except MemoryError:
         raise DataError(f"cannot load the VAE {name!r}: not enough memory") from None
     # A folder of junk brings up nearly anything: OSError, KeyError, TypeError, SafetensorError, RecursionError.

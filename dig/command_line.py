@@ -1,0 +1,53 @@
+"""Command lines whose usage errors are one line, with status 2, like every other bad input. No torch here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from dig.messages import one_line
+
+MOST_LETTERS = 400
+"""Of a message of typer's: it quotes what was typed."""
+
+
+def _one_line(main: Any, standalone: bool, *arguments: Any, **named: Any) -> Any:
+    """Run a command; what typer has to say about its options is one line, like everything else."""
+    try:
+        status = main(*arguments, standalone_mode=False, **named)
+    except typer.Abort:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+    except Exception as error:
+        # Of which package typer's exceptions are, depends on its version.
+        if not standalone or not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message(), err=True)
+        else:
+            context = getattr(error, "ctx", None)
+            hint = f"; see {context.command_path} --help" if context is not None else ""
+            typer.echo(f"error: {one_line(error.format_message()).rstrip('.')[:MOST_LETTERS]}{hint}", err=True)
+        sys.exit(2)
+    if not standalone:
+        return status
+    sys.exit(status or 0)
+
+
+class OneLineCommand(TyperCommand):
+    """A command whose usage errors are one line, with status 2."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
+        """See click."""
+        return _one_line(super().main, standalone_mode, *arguments, **named)
+
+
+class OneLineGroup(TyperGroup):
+    """Commands whose usage errors are one line, with status 2."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **named: Any) -> Any:
+        """See click."""
+        return _one_line(super().main, standalone_mode, *arguments, **named)

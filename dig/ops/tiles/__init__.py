@@ -1,0 +1,74 @@
+"""Tile choices of every operation's kernels, one file an architecture.
+
+`dig.ops.tiles.choices` says what there is to choose, `Architecture` what an architecture's file states, and
+`dig.ops.tiles.sm90` is the one that was measured. A file ``sm<capability>.py`` here with an ``ARCHITECTURE`` is found
+by its name: docs/extending.md says how to add one.
+
+**GPUs that have none** take the nearest older file: the largest capability that isn't above theirs, or the oldest
+there is. How much shared memory they have is asked of the driver.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import re
+from dataclasses import replace
+
+import torch
+
+from dig.ops.tiles.architecture import KIB, Architecture
+from dig.ops.tiles.interpreter import ARCHITECTURE as INTERPRETER
+
+__all__ = ["INTERPRETER", "KIB", "Architecture", "architectures", "for_capability", "for_device", "gpu_index"]
+
+
+@functools.cache
+def architectures() -> tuple[Architecture, ...]:
+    """Those that have a file, oldest first.
+
+    Raises:
+        ValueError: A file states another capability than its name does.
+    """
+    return tuple(architecture for _, architecture in sorted(_found().items()))
+
+
+def _found() -> dict[tuple[int, int], Architecture]:
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if re.fullmatch(r"sm\d+", module.name):
+            capability = divmod(int(module.name[2:]), 10)
+            architecture: Architecture = importlib.import_module(f"{__name__}.{module.name}").ARCHITECTURE
+            if architecture.capability != capability:
+                raise ValueError(
+                    f"{module.name}.py must have the capability {capability}; got {architecture.capability}"
+                )
+            found[capability] = architecture
+    return found
+
+
+def for_capability(capability: tuple[int, int]) -> Architecture:
+    """The architecture of a compute capability, (major, minor), or the nearest older one with a file."""
+    known = architectures()
+    older = [each for each in known if each.capability is not None and each.capability <= capability]
+    return older[-1] if older else known[0]
+
+
+def for_device(device: torch.device) -> Architecture:
+    """What runs on a device: on a CPU that is Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return _of_gpu(gpu_index(device))
+
+
+def gpu_index(device: torch.device) -> int:
+    """Which GPU a CUDA device is; without an index it is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _of_gpu(index: int) -> Architecture:
+    known = for_capability(torch.cuda.get_device_capability(index))
+    limit = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", known.shared_memory)
+    return replace(known, shared_memory=limit)

@@ -1,0 +1,94 @@
+"""A GPU architecture: what its hardware has, and what was chosen for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from dig.ops.tiles.choices import (
+    GlaTiles,
+    NormTiles,
+    ProductChoices,
+    ProductPass,
+    ProductTiles,
+    SremPass,
+    SremTiles,
+    SwigluTiles,
+    VectorTiles,
+    WeightTiles,
+)
+
+KIB = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Facts of an architecture, and the tile choices of every operation on it.
+
+    Attributes:
+        name: NVIDIA's.
+        capability: The compute capability, (major, minor); None for what is no GPU.
+        shared_memory: Bytes that a program (block) may have; None: no limit.
+        early_launch: Whether a kernel can start while the one before it ends (programmatic dependent launch).
+        descriptors: Whether its copy engine (TMA) reads tiles by tensor descriptors.
+        gla: (K, V, dtype) → tile choices, of each dtype the narrowest heads first.
+        adaln: (D, dtype of x) → tile choices.
+        srem: (pass, dtype of x) → tile choices.
+        swiglu: dtype → tile choices.
+        products: Of SwiGLU's GEMMs. They read tiles by descriptors: without those, all are apart.
+        weights: Of casts of weights and what else reads each weight once.
+        condition: Of the condition's two products.
+    """
+
+    name: str
+    capability: tuple[int, int] | None
+    shared_memory: int | None
+    early_launch: bool
+    descriptors: bool
+    gla: Mapping[tuple[int, int, torch.dtype], GlaTiles]
+    adaln: Mapping[tuple[int, torch.dtype], NormTiles]
+    srem: Mapping[tuple[SremPass, torch.dtype], SremTiles]
+    swiglu: Mapping[torch.dtype, SwigluTiles]
+    products: ProductChoices
+    weights: WeightTiles
+    condition: VectorTiles
+
+    def __post_init__(self) -> None:
+        if not self.descriptors and (self.products.narrow or self.products.wide):
+            raise ValueError(f"products must be apart on {self.name}: its kernels need tensor descriptors")
+
+    def gla_tiles(self, K: int, V: int, dtype: torch.dtype) -> GlaTiles:
+        """Of the first entry for heads at least as wide, or the widest; of a smaller chunk where that doesn't fit.
+
+        Raises:
+            ValueError: Not even the smallest chunk fits into shared memory.
+        """
+        entries = {(k, v): tiles for (k, v, of), tiles in self.gla.items() if of == dtype}
+        tiles = next((tiles for (k, v), tiles in entries.items() if k >= K and v >= V), list(entries.values())[-1])
+        while not self._fits(tiles.shared_memory(K, V, dtype)):
+            if tiles.chunk == 16:
+                raise ValueError(
+                    f"gated linear attention with heads of K = {K} and V = {V} in {dtype} needs "
+                    f"{tiles.shared_memory(K, V, dtype) / KIB:g} KiB of shared memory a block; {self} has "
+                    f"{(self.shared_memory or 0) / KIB:g}: use backend 'reference' or 'fla', or narrower heads"
+                )
+            tiles = replace(tiles, chunk=tiles.chunk // 2)
+        return tiles
+
+    def adaln_tiles(self, D: int, dtype: torch.dtype) -> NormTiles:
+        """Of the next wider entry, or the widest."""
+        widths = [width for width, of in self.adaln if of == dtype]
+        return self.adaln[min((width for width in widths if width >= D), default=max(widths)), dtype]
+
+    def product_tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
+        """Of a GEMM over tokens of this width; None where a GEMM and a pass of their own do better, or must do."""
+        tiles = self.products.tiles(which, D)
+        return tiles if tiles is not None and self._fits(tiles.shared_memory(which)) else None
+
+    def _fits(self, shared_memory: int) -> bool:
+        return self.shared_memory is None or shared_memory <= self.shared_memory
+
+    def __str__(self) -> str:
+        return self.name if self.capability is None else f"{self.name} ({'.'.join(map(str, self.capability))})"

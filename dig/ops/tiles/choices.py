@@ -1,0 +1,301 @@
+"""What there is to choose of every operation's kernels: one frozen class an operation.
+
+A program is what CUDA calls a block (CTA), a warp 32 threads. Shapes as in each operation's package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+
+SremPass = Literal["forward", "backward"]
+ProductPass = Literal["up", "up alone", "down"]
+"""Up-projection GEMM with SwiGLU, keeping gate and up or not (``up alone``), and the GEMM back through the
+down-projection."""
+
+
+def _check_positive(choices: Any) -> None:
+    for each in fields(choices):
+        value = getattr(choices, each.name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{each.name} must be at least 1; got {value}")
+
+
+def _check_powers_of_two(choices: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(choices, name)
+        if value < 1 or value & (value - 1):
+            raise ValueError(f"{name} must be a power of two; got {value}")
+
+
+def _padded(width: int) -> int:
+    """As the recurrence's kernels pad a head: to a power of two, 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlaTiles:
+    """Gated linear attention, heads of one shape and dtype.
+
+    Attributes:
+        chunk: Tokens of a chunk, 16 times a power of two.
+        local_warps: Warps of a program that computes what a chunk adds to the state.
+        scan_warps: Warps of a program that scans elements of the state over the chunks.
+        scan_lanes: Elements of a program of that.
+        scan_groups: Groups of chunks that it scans beside each other, a power of two.
+        scan_steps: Chunks of a group, at most; a power of two, as which fewer are counted.
+        output_warps: Warps of a program that computes a chunk's outputs.
+        output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
+        gradient_warps: Warps of a program that computes a chunk's gradients.
+        output_registers: Most registers of a thread of the third of these kernels, where it norms and gates: fewer let
+            more programs share an SM. None leaves it to the compiler.
+        output_backward_registers: Those of the fourth.
+        gradient_registers: Those of the last.
+        sum_rows: Rows of partial sums that a program adds up at a time.
+        sum_columns: Its columns.
+        sum_warps: Its warps.
+    """
+
+    chunk: int = 64
+    local_warps: int = 4
+    scan_warps: int = 4
+    scan_lanes: int = 32
+    scan_groups: int = 16
+    scan_steps: int = 16
+    output_warps: int = 4
+    output_backward_warps: int = 4
+    gradient_warps: int = 4
+    output_registers: int | None = None
+    output_backward_registers: int | None = None
+    gradient_registers: int | None = None
+    sum_rows: int = 256
+    sum_columns: int = 8
+    sum_warps: int = 8
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if self.chunk < 16 or self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
+
+    def shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
+        """Bytes that a program takes at most: a state, and a chunk's rows of q, k, v and the output's gradient.
+
+        A bound, which the compile check (`bench.ops.registers`) holds the compiler to on every architecture.
+        """
+        K, V = _padded(K), _padded(V)
+        return dtype.itemsize * (K * V + 2 * self.chunk * (K + V))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormTiles:
+    """Adaptive norm, rows of one width and dtype.
+
+    Attributes:
+        rows: Rows of a program of the forward kernel.
+        part: Widest part that it cuts a row into, a power of two. A warp reads 256 columns of bf16 or 128 of fp32 in
+            one go, 16 bytes a thread; with parts of that width and as many warps as rows, sums along a row stay within
+            a warp.
+        warps: Its warps.
+        backward_rows: Rows that a program of the backward kernel holds at once, of the many that it walks over.
+        backward_part: Widest part there. The sums over tokens take registers for every column that a thread has, so
+            that wide rows are spread over several warps.
+        backward_warps: Its warps.
+        programs: About how many programs the backward kernel runs on. Each leaves a row of partial sums, which is to
+            be little beside the rows that it reads, and an SM is to hold its share of them at once.
+        sum_rows: Rows of partial sums that a program of the last kernel adds up at a time.
+        sum_columns: Its columns.
+        sum_warps: Its warps.
+    """
+
+    rows: int = 4
+    part: int
+    warps: int = 4
+    backward_rows: int
+    backward_part: int
+    backward_warps: int = 4
+    programs: int
+    sum_rows: int = 256
+    sum_columns: int = 8
+    sum_warps: int = 8
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        _check_powers_of_two(self, *(each.name for each in fields(self) if each.name != "programs"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SremTiles:
+    """SREM's convolution, one pass and dtype.
+
+    Attributes:
+        channels: Channels of a program, a power of two.
+        groups: Groups of columns side by side, a power of two.
+        width: Columns of a group, computed by the same thread: a token is loaded (width + 2) / width times.
+        rows: Rows that a program walks at most.
+        least_rows: Rows that it walks at least, where the grid has them: a patch also reads those next to it.
+        programs: Patches are as short as leaves at most this many programs: the SMs times the programs that each holds
+            at once, so that none begins when the others end.
+        warps: Warps of a program. A thread holds channels · groups / (32 · warps) channels, which must be 2 or more:
+            bf16 is computed in pairs.
+        registers: Most registers of a thread; None leaves it to the compiler.
+        sum_steps: Patches that a program of the second backward kernel adds up at once.
+        sum_channels: Its channels.
+        sum_warps: Its warps.
+    """
+
+    channels: int = 64
+    groups: int = 4
+    width: int = 4
+    rows: int = 32
+    least_rows: int = 4
+    programs: int = 600
+    warps: int = 4
+    registers: int | None = None
+    sum_steps: int = 64
+    sum_channels: int = 32
+    sum_warps: int = 4
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        _check_powers_of_two(self, "channels", "groups")
+        if 64 * self.warps > self.channels * self.groups:
+            raise ValueError(f"warps must be at most channels · groups / 64; got {self.warps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwigluTiles:
+    """SwiGLU by itself, one dtype.
+
+    Attributes:
+        elements: Elements of a program, a power of two; rows times columns.
+        columns: The most columns of a program, a power of two.
+        warps: Its warps.
+    """
+
+    elements: int
+    columns: int = 1024
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        _check_powers_of_two(self, "elements", "columns", "warps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductTiles:
+    """One of SwiGLU's GEMMs, bf16.
+
+    Attributes:
+        rows: Tokens of a program, a power of two.
+        columns: Of the F columns that a program computes, a power of two.
+        depth: Of the sum that it takes at a time, a power of two.
+        group: Rows of tiles that are walked together.
+        warps: Of a program.
+        stages: Steps along the sum whose operands are in shared memory at once.
+        registers: Most registers of a thread; None leaves it to the compiler.
+    """
+
+    rows: int
+    columns: int
+    depth: int = 64
+    group: int = 8
+    warps: int = 8
+    stages: int = 3
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """As Triton takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+    def shared_memory(self, which: ProductPass) -> int:
+        """Bytes that a program takes at most: its stages' operands, and their barriers. Up has two weights."""
+        weights = 1 if which == "down" else 2
+        return self.stages * 2 * self.depth * (self.rows + weights * self.columns) + 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductChoices:
+    """SwiGLU's GEMMs with its passes in their epilogues; what is in neither table is a GEMM and a pass apart.
+
+    Attributes:
+        narrow_width: The widest D of the first table.
+        narrow: Pass → tile choices.
+        wide: The same for wider D.
+        least_tokens: With fewer, tiles of these sizes leave SMs without work.
+        share: Rows and columns of a weight that the up-projection casts together, where weights are cast in it.
+    """
+
+    narrow_width: int = 512
+    narrow: Mapping[ProductPass, ProductTiles] = field(default_factory=dict)
+    wide: Mapping[ProductPass, ProductTiles] = field(default_factory=dict)
+    least_tokens: int = 2048
+    share: tuple[int, int] = (32, 128)
+
+    def tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
+        """Of a pass over tokens of this width; None where it is done apart."""
+        return (self.narrow if self.narrow_width >= D else self.wide).get(which)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorTiles:
+    """A product of a matrix and a vector.
+
+    Attributes:
+        rows: Rows of a program.
+        columns: Columns that it multiplies at a time, at most.
+        warps: Its warps.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyTiles:
+    """A cast of weights.
+
+    Attributes:
+        elements: That a program copies at a time.
+        warps: Its warps.
+    """
+
+    elements: int
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightTiles:
+    """Casts of weights, matrix-vector products, and gradients of gated weights.
+
+    Attributes:
+        copy: Where all programs start at once.
+        copy_few: Where at most ``few`` programs run beside other kernels, each with an SM to itself.
+        vector: As ``copy``.
+        vector_few: As ``copy_few``.
+        few: Most programs that count as few.
+        gradient_columns: Columns that a program of the gradients' kernel takes at a time, at most.
+        gradient_warps: Its warps.
+    """
+
+    copy: CopyTiles
+    copy_few: CopyTiles
+    vector: VectorTiles
+    vector_few: VectorTiles
+    few: int
+    gradient_columns: int
+    gradient_warps: int
+
+    def copy_for(self, programs: int | None) -> CopyTiles:
+        """For at most so many programs; None: as many as there are blocks."""
+        return self.copy_few if self._few(programs) else self.copy
+
+    def vector_for(self, programs: int | None) -> VectorTiles:
+        """For at most so many programs; None: as many as there are blocks."""
+        return self.vector_few if self._few(programs) else self.vector
+
+    def _few(self, programs: int | None) -> bool:
+        return programs is not None and programs <= self.few

@@ -1,0 +1,14 @@
+"""Blackwell for data centres (B200), compute capability 10.0: Hopper's tiles, for nobody has run a sweep on one yet.
+
+It has Hopper's copy engine and more. SwiGLU's GEMMs are apart all the same: which of these tiles beat cuBLAS there is
+not known, and its matrix units (tcgen05) are not Hopper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dig.ops.tiles import sm90
+from dig.ops.tiles.choices import ProductChoices
+
+ARCHITECTURE = replace(sm90.ARCHITECTURE, name="Blackwell", capability=(10, 0), products=ProductChoices())

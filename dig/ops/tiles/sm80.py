@@ -1,0 +1,19 @@
+"""Ampere for data centres (A100), compute capability 8.0: Hopper's tiles, for nobody has run a sweep on one yet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dig.ops.tiles import sm90
+from dig.ops.tiles.architecture import KIB
+from dig.ops.tiles.choices import ProductChoices
+
+ARCHITECTURE = replace(
+    sm90.ARCHITECTURE,
+    name="Ampere",
+    capability=(8, 0),
+    shared_memory=163 * KIB,
+    early_launch=False,
+    descriptors=False,
+    products=ProductChoices(),
+)

@@ -1,0 +1,176 @@
+"""Tile choices by architecture, without a GPU: which file a GPU takes, and what is done where a tile does not fit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dig.ops import tiles
+from dig.ops.gla import launches, recurrent_gla
+from dig.ops.gla.tiled import tiled_gla
+from dig.ops.swiglu import products
+from dig.ops.tiles import INTERPRETER, KIB, architectures, for_capability, for_device, sm90
+from dig.ops.tiles.choices import CopyTiles, GlaTiles, NormTiles, VectorTiles
+from tests.helpers import relative_error
+
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="launches on the CPU, in the interpreter")
+
+BF16, FP32 = torch.bfloat16, torch.float32
+HOPPER = sm90.ARCHITECTURE
+
+
+@pytest.fixture(autouse=True)
+def looked_up_anew() -> Iterator[None]:
+    """What was found for a GPU that a test made up is forgotten."""
+    yield
+    tiles._of_gpu.cache_clear()
+    architectures.cache_clear()
+
+
+def test_what_an_architecture_has() -> None:
+    found = {each.capability: (each.shared_memory // KIB, each.early_launch) for each in architectures()}
+    assert found == {
+        (8, 0): (163, False),
+        (8, 9): (99, False),
+        (9, 0): (227, True),
+        (10, 0): (227, True),
+        (12, 0): (99, True),
+    }
+    # Which tiles beat a GEMM and a pass apart was only measured on Hopper.
+    assert [each.capability for each in architectures() if each.product_tiles("up", 384)] == [(9, 0)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"),
+    [
+        ((9, 0), (9, 0)),
+        ((8, 6), (8, 0)),
+        ((9, 1), (9, 0)),
+        ((10, 3), (10, 0)),
+        ((11, 0), (10, 0)),
+        ((12, 1), (12, 0)),
+        ((13, 0), (12, 0)),
+        ((7, 5), (8, 0)),
+    ],
+)
+def test_a_gpu_without_a_file_takes_the_nearest_older(capability: tuple[int, int], taken: tuple[int, int]) -> None:
+    assert for_capability(capability).capability == taken
+
+
+def test_how_much_shared_memory_there_is_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX 30 takes the A100's file and has 64 KiB less."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 * KIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = for_device(torch.device("cuda"))
+    assert found == replace(for_capability((8, 0)), shared_memory=99 * KIB)
+    assert for_device(torch.device("cuda:1")) is found
+    assert for_device(torch.device("cpu")) is INTERPRETER
+
+
+def test_one_file_adds_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sm75.py").write_text(
+        "from dataclasses import replace\n"
+        "from dig.ops.tiles import sm80\n"
+        "ARCHITECTURE = replace(sm80.ARCHITECTURE, name='Turing', capability=(7, 5), shared_memory=64 * 1024)\n"
+    )
+    monkeypatch.setattr(tiles, "__path__", [*tiles.__path__, str(tmp_path)])
+    architectures.cache_clear()
+    assert str(for_capability((7, 5))) == "Turing (7.5)"
+    assert for_capability((8, 0)).name == "Ampere"
+    (tmp_path / "sm110.py").write_text("from dig.ops.tiles.sm100 import ARCHITECTURE\n")
+    importlib.invalidate_caches()
+    architectures.cache_clear()
+    with pytest.raises(ValueError, match=r"^sm110\.py must have the capability \(11, 0\); got \(10, 0\)$"):
+        architectures()
+
+
+def test_other_heads_take_the_next_wider_tiles() -> None:
+    narrow, wide = sm90.GLA[32, 64, BF16], sm90.GLA[36, 72, BF16]
+    assert narrow != wide
+    assert HOPPER.gla_tiles(32, 64, BF16) == HOPPER.gla_tiles(16, 64, BF16) == narrow
+    assert HOPPER.gla_tiles(36, 72, BF16) == HOPPER.gla_tiles(32, 72, BF16) == HOPPER.gla_tiles(64, 128, BF16) == wide
+    assert HOPPER.gla_tiles(32, 32, FP32) == sm90.GLA[32, 64, FP32]
+    assert HOPPER.gla_tiles(48, 96, FP32) == sm90.GLA[36, 72, FP32]
+
+
+def test_other_widths_take_the_next_wider_tiles() -> None:
+    assert HOPPER.adaln_tiles(1, BF16) == HOPPER.adaln_tiles(384, BF16) == sm90.ADALN[384, BF16]
+    assert HOPPER.adaln_tiles(385, FP32) == sm90.ADALN[768, FP32]
+    assert HOPPER.adaln_tiles(2048, BF16) == sm90.ADALN[1152, BF16]
+
+
+@INTERPRETED
+def test_a_chunk_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And computes the same recurrence."""
+    assert HOPPER.gla_tiles(32, 64, BF16).shared_memory(32, 64, BF16) == 28 * KIB
+    for limit, chunk in ((28, 64), (27, 32), (16, 32), (15, 16)):
+        small = replace(HOPPER, shared_memory=limit * KIB)
+        assert small.gla_tiles(32, 64, BF16) == replace(sm90.GLA[32, 64, BF16], chunk=chunk)
+    small = replace(INTERPRETER, shared_memory=26 * KIB)
+    assert small.gla_tiles(16, 16, FP32).chunk == 64 > small.gla_tiles(32, 64, FP32).chunk == 16
+    monkeypatch.setattr(launches, "for_device", lambda device: small)
+    q, k, v = (torch.randn(1, 40, 1, width) for width in (32, 32, 64))
+    decay = -torch.rand(1, 40, 1, 32) / 4
+    expected = recurrent_gla(*(x.double() for x in (q, k, v, decay)))
+    assert relative_error(tiled_gla(q, k, v, decay), expected) < 2e-3
+
+
+@INTERPRETED
+def test_heads_that_do_not_fit_at_all_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(HOPPER, name="Tiny", capability=(5, 3), shared_memory=40 * KIB)
+    message = (
+        r"^gated linear attention with heads of K = 64 and V = 128 in torch.float32 needs 56 KiB of shared memory a "
+        r"block; Tiny \(5.3\) has 40: use backend 'reference' or 'fla', or narrower heads$"
+    )
+    with pytest.raises(ValueError, match=message):
+        small.gla_tiles(64, 128, FP32)
+    monkeypatch.setattr(launches, "for_device", lambda device: small)
+    q, k, v = (torch.randn(1, 4, 1, width) for width in (64, 64, 128))
+    with pytest.raises(ValueError, match=message):
+        tiled_gla(q, k, v, -torch.rand_like(q))
+
+
+@INTERPRETED
+def test_a_gemm_whose_stages_do_not_fit_is_done_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Hopper's, 97 KiB is what two take and 193 the third."""
+    small = replace(HOPPER, shared_memory=99 * KIB)
+    taken = [small.product_tiles(which, D) is not None for which in ("up", "up alone", "down") for D in (384, 1152)]
+    assert taken == [True, False, True, False, True, False]
+    assert HOPPER.product_tiles("up alone", 1152) is not None
+    tokens, F = torch.zeros(1, sm90.PRODUCTS.least_tokens, 384, dtype=BF16), 1024
+    for limit, fits in ((97, True), (96, False)):
+        limited = replace(HOPPER, shared_memory=limit * KIB)
+        monkeypatch.setattr(products, "for_device", lambda device, own=limited: own)
+        assert (products.tiles_for("up", tokens, F) is not None) == fits
+    hidden, _ = products.project_up(tokens, torch.zeros(2 * F, 384, dtype=BF16), False)
+    assert not hidden.any()
+
+
+def test_gemms_that_read_by_descriptors_need_those() -> None:
+    with pytest.raises(ValueError, match=r"^products must be apart on Hopper: its kernels need tensor descriptors"):
+        replace(HOPPER, descriptors=False)
+
+
+def test_few_programs_take_other_tiles() -> None:
+    weights = sm90.WEIGHTS
+    assert weights.copy_for(None) == weights.copy_for(65) == CopyTiles(elements=4096, warps=8)
+    assert weights.copy_for(64) == CopyTiles(elements=16384, warps=32)
+    assert weights.vector_for(None) == weights.vector_for(65) == VectorTiles(rows=8, columns=512, warps=4)
+    assert weights.vector_for(64) == VectorTiles(rows=32, columns=512, warps=16)
+
+
+def test_bad_tiles_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^chunk must be 16 times a power of two; got 48"):
+        GlaTiles(chunk=48)
+    with pytest.raises(ValueError, match=r"^scan_steps must be at least 1; got 0"):
+        GlaTiles(scan_steps=0)
+    with pytest.raises(ValueError, match=r"^part must be a power of two; got 100"):
+        NormTiles(part=100, backward_rows=1, backward_part=128, programs=3)
