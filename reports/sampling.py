@@ -10,8 +10,10 @@ import matplotlib as mpl
 import typer
 
 from bench.messages import OneLineCommand, cell, say, visible
-from bench.sampling.rows import Comparison, RowError, SamplingCase, SamplingRow, compare, machine, read_rows
+from bench.sampling.rows import Comparison, SamplingCase, SamplingRow, compare, read_rows
 from bench.store.files import write_file
+from bench.store.lines import ResultError
+from bench.store.selection import machine
 from reports import drawing
 from reports.drawing import Style
 from reports.figures import Drawing
@@ -150,7 +152,7 @@ def _draw_bars(axis: Any, rows: Sequence[SamplingRow], styles: dict[str, Style])
 
 @app.command(cls=OneLineCommand)
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl", help="Rows of python -m bench.sampling.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl", help="Rows of python -m bench sampling.")],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write into. Default: that of the first file.")
     ] = None,
@@ -161,15 +163,15 @@ def report(
     Exit status 2: a file cannot be read or written, or there are no rows.
     """
     folder = out or files[0].parent
-    with refusing(RowError, folder=folder):
+    with refusing(ResultError, folder=folder):
         rows: list[SamplingRow] = []
         for file in files:
-            found, torn = read_rows(file)
-            rows += found
-            for number in torn:
-                say(f"warning: {file}, line {number} ends in the middle and is left out", err=True)
+            found = read_rows(file)
+            rows += found.rows
+            if found.torn:
+                say(f"warning: {file} ends inside a row, which is left out", err=True)
         if not rows:
-            raise RowError(f"{files[0]} holds no rows")
+            raise ResultError(f"{files[0]} holds no rows")
         entries = compare(rows)
         if repeated := len(rows) - len(entries):
             say(f"warning: rows left out: {repeated} of cases that were measured again since", err=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.cases.jobs import Budget, ParityJob
+from bench.cases.jobs import Budget, Limits, ParityJob
 from bench.cases.suites import sweep
 from bench.models import create_model
 from bench.run.checkouts import copy_tree
@@ -103,8 +103,8 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
     cases = sweep(["Flash-DiT:sdpa-cudnn"], resolutions=(128,), modes=(mode,), executions=("graph", "eager", "compile"))
     path = tmp_path / "results.jsonl"
     with ResultsWriter(path) as writer:
-        run = Sweep(cases=tuple(cases), time_limit=420)
-        rows = list(run_sweep(run, writer, on_start=lambda case: None))
+        run = Sweep(cases=tuple(cases))
+        rows = list(run_sweep(run, writer, on_start=lambda case, doing: None))
     assert [row.case for row in rows] == cases
     assert {row.case: row.message for row in rows if row.status != "ok"} == {}
     for row in read_results(path).rows:
@@ -131,7 +131,7 @@ def test_harness_measures_every_execution(mode: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_every_implementation_passes_the_parity_check_with_room(model: str, mode: str) -> None:
     (case,) = sweep([model], resolutions=(256,), modes=(mode,))
-    answer = run_job(ParityJob(case=case), time_limit=420)
+    answer = run_job(ParityJob(case=case), limits=Limits())
     print(case.describe(), answer)
     assert answer.get("message") is None
     assert answer["error"] < answer["bound"] / 1.5
@@ -142,8 +142,8 @@ def test_every_implementation_passes_the_parity_check_with_room(model: str, mode
 @pytest.mark.parametrize("model", ["DiG:triton", "DiG:fla", "DiT", "DiS:mamba-ssm", "Flash-DiT:flash-attn"])
 def test_the_kernels_of_every_family_are_known_by_their_names(model: str, tmp_path: Path) -> None:
     with ResultsWriter(tmp_path / "results.jsonl") as writer:
-        run = Sweep(cases=tuple(sweep([model], resolutions=(128,), modes=("forward",))), time_limit=420)
-        (row,) = run_sweep(run, writer, on_start=lambda case: None)
+        run = Sweep(cases=tuple(sweep([model], resolutions=(128,), modes=("forward",))))
+        (row,) = run_sweep(run, writer, on_start=lambda case, doing: None)
     assert row.status == "ok", row.message
     print(row.checks)
     assert row.checks.kernels
@@ -153,8 +153,8 @@ def test_the_kernels_of_every_family_are_known_by_their_names(model: str, tmp_pa
 def test_out_of_device_memory_is_a_row(tmp_path: Path) -> None:
     cases = sweep(["DiT"], resolutions=(2048,), batch=16, executions=("eager",), modes=("forward",))
     with ResultsWriter(tmp_path / "results.jsonl") as writer:
-        run = Sweep(cases=tuple(cases), time_limit=120)
-        (row,) = run_sweep(run, writer, on_start=lambda case: None)
+        run = Sweep(cases=tuple(cases))
+        (row,) = run_sweep(run, writer, on_start=lambda case, doing: None)
     assert row.status == "oom"
     assert "out of memory" in row.message.lower()
 

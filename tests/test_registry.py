@@ -28,7 +28,6 @@ from bench.parity.error import ParityError
 from bench.parity.reference import check_against_reference
 from bench.run.checkouts import copy_tree
 from bench.run.side import Side
-from bench.sampling.__main__ import app as sampling_app
 from bench.store import identity
 from bench.store.rows import read_results
 from dig import discovery, registry
@@ -211,7 +210,7 @@ def test_commands_refuse_with_status_2(own: str, tmp_path: Path, monkeypatch: py
         (bench_app, ["run", "--models", f"{own}:Plane"]),
         (bench_app, ["kernels", "--model", f"{own}:Plane-S/2"]),
         (bench_app, ["capacity", "--model", f"{own}:Plane-S/2"]),
-        (sampling_app, ["--models", f"{own}:Plane"]),
+        (bench_app, ["sampling", "--models", f"{own}:Plane"]),
         (dig_app, ["train", "--model", f"{own}:Plane-S/2", "--data", "images", "--out", "run"]),
     ):
         done = CliRunner().invoke(app, [*words, "--device", "cpu"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast, get_args
 
-from bench.cases.case import Case
+from bench.cases.case import Case, Dtype, Execution, Mode, Scope
 from bench.cases.suites import sweep
 from bench.messages import check_count, refuse
 from dig.environment import gpu_present
+from dig.family import closest
 from dig.registry import parse_family, parse_name
 
 
@@ -40,6 +41,9 @@ def one_case(
     batch: int,
     dtype: str | None,
     device: str,
+    scope: str = "block",
+    max_autotune: bool = False,
+    weights: str = "fp32",
 ) -> Case:
     """The case that ``--model DiG-XL/2:triton`` and the options beside it name; anything wrong ends the command."""
     check_count(resolution, "--resolution")
@@ -55,8 +59,11 @@ def one_case(
             resolutions=[resolution],
             modes=cast(Any, [mode]),
             executions=cast(Any, [execution or default_execution(where)]),
+            scope=cast(Any, scope),
+            max_autotune=max_autotune,
             batch=batch,
             dtype=cast(Any, dtype or default_dtype(where)),
+            weights=cast(Any, [weights]),
             device=cast(Any, where),
         )
     except ValueError as error:
@@ -64,3 +71,68 @@ def one_case(
     if message := family.missing_packages(dict(case.options)):
         refuse(message)
     return case
+
+
+GRAMMAR = "MODEL[:OPTIONS]@RESOLUTION[:MODE][:EXECUTION][:SCOPE][:max-autotune][:batch=N][:DTYPE]"
+"""How a command line names a case: ``DiG-S/2:triton@1792:train``; what is left out is as for ``bench run``, train."""
+GRAMMAR_WORDS = (
+    "SCOPE is block or model, what one compilation covers; DTYPE is bf16, fp32 or bf16-weights (a forward pass of a "
+    "model that was cast)"
+)
+
+
+def parse_case(text: str, *, device: str) -> Case:
+    """The case that ``--case DiG-S/2:triton@1792:train:batch=2`` names; anything wrong ends the command.
+
+    Args:
+        text: By `GRAMMAR`. The words after the resolution may come in any order.
+        device: ``auto``, ``cuda`` or ``cpu``.
+    """
+
+    def wrong(what: str) -> NoReturn:
+        refuse(f"--case {text[:200]!r}: {what}")
+
+    model, at, rest = text.strip().rpartition("@")
+    resolution, *words = rest.split(":")
+    if not at or not model:
+        wrong(f"a case is {GRAMMAR}, as DiG-S/2:triton@1792:train")
+    kinds = {word: name for name, kind in _WORDS.items() for word in kind}
+    given: dict[str, str] = {}
+    for word in words:
+        name = "batch" if word.startswith("batch=") else kinds.get(word)
+        if name is None:
+            wrong(f"unknown word {word!r}: {closest(word, [*kinds, 'batch=N'])}")
+        if name in given:
+            wrong(f"{name} is given twice")
+        given[name] = word.removeprefix("batch=")
+    for name, number in (("the resolution", resolution), ("batch", given.get("batch", "1"))):
+        if not (number.isascii() and number.isdecimal() and len(number) <= 20):
+            wrong(f"{name} must be a whole number; got {number!r}")
+    mode, execution, dtype = given.get("mode", "train"), given.get("execution"), given.get("dtype")
+    if execution not in COMPILED and (of_compiling := [given[name] for name in ("scope", TUNED) if name in given]):
+        wrong(f"{of_compiling[0]} is of an execution that compiles: add {' or '.join(COMPILED)}")
+    if dtype == CAST and mode != "forward":
+        wrong(f"{CAST} is of a forward pass, training keeps fp32 weights: add forward")
+    return one_case(
+        model,
+        resolution=int(resolution),
+        mode=mode,
+        execution=execution,
+        batch=int(given.get("batch", "1")),
+        dtype="bf16" if dtype == CAST else dtype,
+        device=device,
+        scope=given.get("scope", "block"),
+        max_autotune=TUNED in given,
+        weights="bf16" if dtype == CAST else "fp32",
+    )
+
+
+COMPILED, TUNED, CAST = ("compile", "compiled-graph"), "max-autotune", "bf16-weights"
+_WORDS: dict[str, tuple[str, ...]] = {
+    "mode": get_args(Mode),
+    "execution": get_args(Execution),
+    "scope": tuple(word for word in get_args(Scope) if word),
+    TUNED: (TUNED,),
+    "dtype": (*get_args(Dtype), CAST),
+}
+"""Of a case after its resolution, each known by itself: those of `Case.way` and `Case.precision`."""

@@ -11,7 +11,7 @@ import typer
 from bench.judge.compare import Thresholds, compare_rows, exit_status, marks_of, to_markdown
 from bench.messages import refuse, say
 from bench.store.files import write_file
-from bench.store.rows import ResultError, Results, read_results
+from bench.store.rows import ResultError, Results, Row, read_results
 from bench.store.selection import differences, machine, newest
 
 
@@ -83,7 +83,7 @@ def _spare(results: tuple[Path, ...], out: Path) -> None:
             refuse(f"--out {out} is the results file itself, and measured rows are kept; choose another --out")
 
 
-def _notes(sides: list[tuple[str, Results]]) -> list[str]:
+def _notes(sides: list[tuple[str, Results[Row]]]) -> list[str]:
     """What a reader of a comparison should know of the files: what differs, and what was left out."""
     chosen = [(name, newest(side.rows)) for name, side in sides]
     notes = [f"differs: {line}" for line in differences([(name, side.rows) for name, side in chosen])]

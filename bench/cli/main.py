@@ -1,16 +1,14 @@
-"""The commands of ``python -m bench``: run and list here; the others in modules of their own."""
+"""The commands of ``python -m bench``: run here; the others in modules of their own, in order below."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bench.cases import suites as case_lists
 from bench.cases.case import Case
@@ -18,18 +16,22 @@ from bench.cases.choices import choose_device, default_dtype, default_execution
 from bench.cases.jobs import Limits
 from bench.cli.capacity import capacity
 from bench.cli.compare import compare, export
+from bench.cli.coverage import coverage
 from bench.cli.first_step import first_step
 from bench.cli.kernels import kernels
+from bench.cli.list import list_models
+from bench.cli.ops import ops
+from bench.cli.options import numbers, words
 from bench.cli.profile import profile
 from bench.cli.regression import regression
-from bench.messages import OneLineGroup, check_count, check_positive, refuse, say, visible
+from bench.cli.sampling import sampling
+from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
 from bench.run.runner import Sweep, finished_launches, run_sweep
 from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.commands.common import progress_bar
 from dig.environment import ROOT, describe_environment, gpu_present
-from dig.packages import MissingPackageError
-from dig.registry import VAE_FACTOR, ModelSpec, families, list_models, parse_name
+from dig.registry import parse_name
 
 app = typer.Typer(
     cls=OneLineGroup,
@@ -38,37 +40,13 @@ app = typer.Typer(
     help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS against resolution and model size.",
 )
 GIB = 2**30
-
-for command in (kernels, compare, export, regression, capacity, profile, first_step):
-    app.command()(command)
-
-
 MOST_LAUNCHES = 10_000
-
-
-def _words(text: str) -> list[str]:
-    """The words of a list, each once."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    for word in (repeated := [word for word, count in Counter(words).items() if count > 1]):
-        say(f"{word} stands {words.count(word)} times in {text}; it counts once", err=True)
-    return list(dict.fromkeys(words)) if repeated else words
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    numbers = []
-    for word in _words(text):
-        if not (word.isascii() and word.removeprefix("-").isdecimal() and len(word) <= 20):
-            refuse(f"{option} takes whole numbers separated by commas; got {text[:80]!r}")
-        check_count(int(word), option)
-        numbers.append(int(word))
-    return numbers
 
 
 def _default_models(device: str) -> list[str]:
     return list(case_lists.COMPARED if device == "cuda" else case_lists.ON_CPU)
 
 
-@app.command()
 def run(
     suite: Annotated[
         str | None,
@@ -150,17 +128,17 @@ def run(
                 refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
         else:
             selected = case_lists.sweep(
-                _words(models) if models is not None else _default_models(where),
-                sizes=_words(sizes),
+                words(models) if models is not None else _default_models(where),
+                sizes=words(sizes),
                 patch=patch,
-                resolutions=_numbers(resolutions, "--resolutions"),
-                modes=cast(Any, _words(modes)),
-                executions=cast(Any, _words(executions or default_execution(where))),
+                resolutions=numbers(resolutions, "--resolutions"),
+                modes=cast(Any, words(modes)),
+                executions=cast(Any, words(executions or default_execution(where))),
                 scope=cast(Any, compile_scope),
                 max_autotune=max_autotune,
                 batch=batch,
                 dtype=cast(Any, dtype or default_dtype(where)),
-                weights=cast(Any, _words(weights)),
+                weights=cast(Any, words(weights)),
                 device=cast(Any, where),
             )
         # What stands twice, by two names perhaps (DiG and DiG:reference), is measured once.
@@ -185,8 +163,7 @@ def _require_packages(selected: list[Case]) -> None:
 def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launches: int) -> None:
     console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
-        if writer.torn_path is not None:
-            said = f"{out} ended inside a row; the torn line was moved to {writer.torn_path}"
+        if said := writer.said_of_torn_line:
             console.print(visible(said), style="yellow", markup=False)
         environment = describe_environment()
         sweep = Sweep(
@@ -236,37 +213,18 @@ def _line(row: Row) -> str:
     return f"{row.case.describe()}: {speed}, {memory}{share}{marks}"
 
 
-@app.command("list")
-def list_command() -> None:
-    """List every model: parameters, and multiply-adds of a forward pass, counted in full and as the paper does."""
-    import torch
-
-    from bench.measure.flops import paper_macs
-    from dig.flops import UncountedError, forward_macs, model_macs
-    from dig.model import DiG
-
-    table = Table(title="256x256 images, 1000 classes, default options")
-    for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    side = 256 // VAE_FACTOR
-    for name in list_models():
-        family, size, _ = parse_name(name)
-        spec = ModelSpec(name=name, input_size=(side, side), in_channels=4, num_classes=1000)
-        try:
-            with torch.device("meta"):
-                model = spec.build()
-            macs = forward_macs(model) if spec.reference() == spec else model_macs(spec)
-        except (UncountedError, MissingPackageError) as error:
-            table.add_row(name, "", str(error), "")
-            continue
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        paper = f"{paper_macs(model, macs) / 1e9:.3f}" if isinstance(model, DiG) else ""
-        mark = " (assumed)" if size in family.assumed else ""
-        table.add_row(name + mark, f"{count:,}", f"{macs / 1e9:.3f}", paper)
-    console = Console()
-    console.print(table)
-    for family in families().values():
-        for option, values in family.options.items():
-            console.print(f"{family.name}: {option} = {values[0]} (default)" + "".join(f" | {v}" for v in values[1:]))
-    if any(family.assumed for family in families().values()):
-        console.print("assumed: nobody published this size")
+for command in (
+    run,
+    list_models,
+    sampling,
+    compare,
+    export,
+    regression,
+    kernels,
+    profile,
+    capacity,
+    first_step,
+    coverage,
+):
+    app.command("list" if command is list_models else None)(command)
+app.add_typer(ops, name="ops")

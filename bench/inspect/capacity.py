@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from bench.cases.case import Case
 from bench.cases.jobs import Limits, ProbeJob
-from bench.run.runner import WorkerError, run_job
+from bench.run.process import WorkerError
+from bench.run.runner import run_job
 from dig.nvml import Gpu
 from dig.registry import VAE_FACTOR
 

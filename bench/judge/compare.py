@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from bench.cases.case import Case
 from bench.judge.statistics import (
     LEAST_LAUNCHES,
     MOST_SCATTER,
@@ -22,8 +21,7 @@ from bench.judge.statistics import (
     ratio_interval,
 )
 from bench.messages import cell
-from bench.store.rows import Row
-from bench.store.selection import by_case_and_machine, newest
+from bench.store.selection import Measured, Subject, by_case_and_machine, newest
 
 NO_REGRESSION, REGRESSION, INCONCLUSIVE = 0, 1, 3
 MEMORY_EFFECT = 0.01
@@ -87,7 +85,7 @@ class Finding:
         machine: On which it was compared; ``X against Y`` where the sides ran on two.
     """
 
-    case: Case
+    case: Subject
     metric: Metric
     base: float | None = None
     change: float | None = None
@@ -107,7 +105,7 @@ class Finding:
 
 
 def compare_rows(
-    base: Iterable[Row], change: Iterable[Row], thresholds: Thresholds, *, across_machines: bool = False
+    base: Iterable[Measured], change: Iterable[Measured], thresholds: Thresholds, *, across_machines: bool = False
 ) -> list[Finding]:
     """Compare two sides, case by case, in the base's order; a case that only one side has is left out.
 
@@ -142,7 +140,7 @@ _OTHER_MACHINE = "measured on two machines; --across-machines judges all the sam
 
 
 def _compare_case(
-    case: Case, base: list[Row], change: list[Row], thresholds: Thresholds, *, paired: bool = True
+    case: Subject, base: Sequence[Measured], change: Sequence[Measured], thresholds: Thresholds, *, paired: bool = True
 ) -> list[Finding]:
     good = [[row for row in rows if row.status == "ok"] for rows in (base, change)]
     if not good[0] or not good[1]:
@@ -164,7 +162,9 @@ def _compare_case(
     return findings
 
 
-def _missing(case: Case, base: list[Row], change: list[Row], good: Sequence[list[Row]]) -> Finding:
+def _missing(
+    case: Subject, base: Sequence[Measured], change: Sequence[Measured], good: Sequence[Sequence[Measured]]
+) -> Finding:
     """What to say of a case that has no number on one side or on both."""
     words = [f"{row.status}{f': {row.message:.120}' if row.message else ''}" for row in (base[0], change[0])]
     if good[0]:
@@ -182,14 +182,14 @@ def _missing(case: Case, base: list[Row], change: list[Row], good: Sequence[list
     )
 
 
-def _figure(row: Row, metric: Metric) -> float | None:
+def _figure(row: Measured, metric: Metric) -> float | None:
     if metric == "time":
         return row.median_ms
     return float(row.memory.peak) if row.memory is not None and row.memory.peak else None
 
 
 def _judge(
-    case: Case, metric: Metric, figures: Sequence[list[tuple[int, float]]], thresholds: Thresholds, *, paired: bool
+    case: Subject, metric: Metric, figures: Sequence[list[tuple[int, float]]], thresholds: Thresholds, *, paired: bool
 ) -> Finding | None:
     values = [[x for _, x in side] for side in figures]
     if not values[0] or not values[1]:
@@ -227,7 +227,7 @@ def _judge(
     )
 
 
-def ambiguous_cases(findings: Iterable[Finding]) -> list[Case]:
+def ambiguous_cases(findings: Iterable[Finding]) -> list[Subject]:
     """The cases that more launches may decide, each once."""
     return list(dict.fromkeys(f.case for f in findings if f.verdict == "ambiguous" and f.interval is not None))
 
@@ -299,7 +299,7 @@ def _line(finding: Finding, several_machines: bool) -> str:
     )
 
 
-def marks_of(*sides: Iterable[Row]) -> list[str]:
+def marks_of(*sides: Iterable[Measured]) -> list[str]:
     """One line a mark, with the number of rows that carry it, of those that count."""
     counts: dict[str, int] = {}
     for side in sides:

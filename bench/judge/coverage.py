@@ -1,29 +1,24 @@
 """How often the regression gate's intervals hold the truth, and its verdicts on equal code, simulated by kind of noise.
 
-    python -m bench.judge.coverage                    # what docs/method.md quotes; some minutes
-    python -m bench.judge.coverage --trials 100 --launches 6
+    python -m bench coverage                    # what docs/method.md quotes; some minutes
+    python -m bench coverage --trials 100 --launches 6
 
 The change is as fast as its base in every trial. Cases that are left ambiguous are not launched again here.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import NoReturn
 
 import numpy as np
 
 from bench.judge.compare import Thresholds
-from bench.judge.statistics import LEAST_LAUNCHES, judge_launches, ratio_interval
-from bench.messages import visible
+from bench.judge.statistics import judge_launches, ratio_interval
 
-MOST_TRIALS, MOST_LAUNCHES = 10**6, 200
 Noise = Callable[[np.random.Generator, int], np.ndarray]
 """Logarithms of so many launches' figures."""
 
@@ -87,40 +82,21 @@ def simulate(noise: Noise, launches: int, *, paired: bool, trials: int, seed: in
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {visible(message)}", file=sys.stderr)
-        sys.exit(2)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    parser = _Parser(
-        prog="python -m bench.judge.coverage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--trials", type=int, default=1000, help="comparisons a line")
-    parser.add_argument("--launches", type=int, nargs="+", default=[5, 6, 12, 18], help="of each side")
-    options = parser.parse_args(arguments)
-    if not 1 <= options.trials <= MOST_TRIALS:
-        parser.error(f"--trials must be at least 1 and at most {MOST_TRIALS}")
-    if not all(LEAST_LAUNCHES <= launches <= MOST_LAUNCHES for launches in options.launches):
-        parser.error(f"--launches must be at least {LEAST_LAUNCHES} and at most {MOST_LAUNCHES}")
-    error = math.sqrt(0.95 * 0.05 / options.trials)
-    print(f"{options.trials} comparisons of equal code a line: a share of 95% is known to {2 * error:.1%}")
+def report(launches: Iterable[int], *, trials: int) -> None:
+    """Print a line for each noise, number of launches a side, and way to compare them."""
+    numbers = tuple(launches)
+    error = math.sqrt(0.95 * 0.05 / trials)
+    print(f"{trials} comparisons of equal code a line: a share of 95% is known to {2 * error:.1%}")
     print("noise        launches       in  covered   width   same ambiguous  wrong")
     for name, noise in NOISES.items():
-        for launches in options.launches:
+        for number in numbers:
             for paired in (True, False):
-                found = simulate(noise, launches, paired=paired, trials=options.trials)
+                found = simulate(noise, number, paired=paired, trials=trials)
                 shares = found.verdicts
                 same, undecided = shares.get("same", 0.0), shares.get("ambiguous", 0.0)
                 wrong = shares.get("slower", 0.0) + shares.get("faster", 0.0)
                 print(
-                    f"{name:12} {launches:8} {'rounds' if paired else 'no order':>8} {found.covered:8.1%} "
+                    f"{name:12} {number:8} {'rounds' if paired else 'no order':>8} {found.covered:8.1%} "
                     f"{found.width:7.2%} {same:6.1%} {undecided:9.1%} {wrong:6.1%}",
                     flush=True,
                 )
-
-
-if __name__ == "__main__":
-    main()

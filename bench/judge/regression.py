@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from bench.cases.case import Case, Device
+from bench.cases.case import Case
 from bench.cases.jobs import Budget
 from bench.cases.suites import sweep
 from bench.judge.compare import Finding, Thresholds, ambiguous_cases, compare_rows
 from bench.judge.statistics import LEAST_LAUNCHES
 from bench.run.checkouts import Checkout
-from bench.run.side import Side
-from bench.store.rows import ResultsWriter, Row
+from bench.run.side import Side, SideOf
+from bench.store.lines import LinesWriter, Parse
+from bench.store.rows import Row
+from bench.store.selection import Measured, Subject
 
-BUDGETS: dict[Device, Budget] = {
+BUDGETS: Mapping[str, Budget] = {
     # Graphs are narrow in half a second. A step of 50 ms that the host holds up now and then is not: 16 samples of it
     # left 1.2% of noise in a launch's median, half of the variance there is between most launches.
     "cuda": Budget(settle_s=0.2, settle_max_s=1.0, least_s=0.3, target_s=2.4),
@@ -58,11 +61,23 @@ def cpu_suite() -> list[Case]:
     )
 
 
+C = TypeVar("C", bound=Subject)
+"""What is compared: cases of whole steps, or of something else."""
+Of = TypeVar("Of", contravariant=True)
+
+
+class Measurer(Protocol[Of]):
+    """One side, as `bench.run.side.Side` is for whole steps."""
+
+    def measure(self, case: Of, *, budget: Budget, launch: int) -> Measured:
+        """One launch of a case. Raises SideError where the side is gone."""
+
+
 SUITES: dict[str, Callable[[], list[Case]]] = {"gpu": gpu_suite, "quick": quick_suite, "cpu": cpu_suite}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Generic[C]):
     """How a comparison is measured.
 
     Attributes:
@@ -76,7 +91,7 @@ class Plan:
         seed: Of the order.
     """
 
-    cases: tuple[Case, ...]
+    cases: tuple[C, ...]
     launches: int = 6
     extra_launches: int = 6
     repeats: int = 2
@@ -98,11 +113,11 @@ class Comparison:
     """The findings, and both sides' rows."""
 
     findings: tuple[Finding, ...]
-    base: tuple[Row, ...]
-    change: tuple[Row, ...]
+    base: tuple[Measured, ...]
+    change: tuple[Measured, ...]
 
 
-def rounds(cases: Sequence[Case], numbers: Sequence[int], draw: random.Random) -> Iterator[tuple[Case, int, bool]]:
+def rounds(cases: Sequence[C], numbers: Sequence[int], draw: random.Random) -> Iterator[tuple[C, int, bool]]:
     """Case, launch number and whether it is the base's turn: cases in random order, a case's two sides one after the
     other, in random order.
     """
@@ -116,23 +131,37 @@ def rounds(cases: Sequence[Case], numbers: Sequence[int], draw: random.Random) -
 
 
 def compare_checkouts(
-    base: Checkout, change: Checkout, plan: Plan, *, folder: Path, on_start: Callable[[str], None]
+    base: Checkout,
+    change: Checkout,
+    plan: Plan[C],
+    *,
+    folder: Path,
+    on_start: Callable[[str], None],
+    side: Callable[..., SideOf[Any, Any]] = Side,
 ) -> Comparison:
     """`compare_sides` of two checkouts, each in a process of its own for as long as that takes.
+
+    ``side`` opens the process of one, which measures what the plan's cases are; its other arguments are as there.
 
     Raises:
         SideError: A side's process died.
         ResultError: The folder cannot be written.
     """
     with (
-        Side(base, time_limit=plan.time_limit) as first,
-        Side(change, time_limit=plan.time_limit) as second,
+        side(base, time_limit=plan.time_limit) as first,
+        side(change, time_limit=plan.time_limit) as second,
     ):
-        return compare_sides((first, second), plan, folder=folder, on_start=on_start)
+        return compare_sides((first, second), plan, folder=folder, on_start=on_start, parse=first.parse)
 
 
 def compare_sides(
-    sides: tuple[Side, Side], plan: Plan, *, folder: Path, on_start: Callable[[str], None], warm: bool = False
+    sides: tuple[Measurer[C], Measurer[C]],
+    plan: Plan[C],
+    *,
+    folder: Path,
+    on_start: Callable[[str], None],
+    warm: bool = False,
+    parse: Parse[Any] = Row.from_json,
 ) -> Comparison:
     """Measure both sides in turns; every row is on the disk, in ``base.jsonl`` and ``change.jsonl``, once measured.
 
@@ -142,6 +171,7 @@ def compare_sides(
         folder: Takes the results files; must not hold any.
         on_start: Told what is measured next.
         warm: Both sides have run the plan's cases before, and their compilers' caches are full.
+        parse: Of the kind of their rows.
 
     Raises:
         SideError: A side's process died.
@@ -149,11 +179,12 @@ def compare_sides(
     """
     draw = random.Random(plan.seed)
     began = time.monotonic()
-    rows: tuple[list[Row], list[Row]] = ([], [])
+    rows: tuple[list[Measured], list[Measured]] = ([], [])
     with ExitStack() as stack:
-        writers = [stack.enter_context(ResultsWriter(folder / f"{name}.jsonl")) for name in ("base", "change")]
+        files = [folder / f"{name}.jsonl" for name in ("base", "change")]
+        writers: list[LinesWriter[Any]] = [stack.enter_context(LinesWriter(file, parse)) for file in files]
 
-        def measure(cases: Sequence[Case], numbers: Sequence[int]) -> list[Finding]:
+        def measure(cases: Sequence[C], numbers: Sequence[int]) -> list[Finding]:
             for case, number, is_base in rounds(cases, numbers, draw):
                 on_start(f"launch {number + 1}, {'base' if is_base else 'change'}: {case.describe()}")
                 which = 0 if is_base else 1
@@ -169,7 +200,8 @@ def compare_sides(
         findings = measure(plan.cases, range(plan.launches))
         done = plan.launches
         for _ in range(plan.repeats):
-            undecided = ambiguous_cases(findings)
+            ambiguous = ambiguous_cases(findings)
+            undecided = [case for case in plan.cases if case in ambiguous]
             if not undecided or time.monotonic() - began > plan.seconds:
                 break
             findings = measure(undecided, range(done, done + plan.extra_launches))

@@ -15,7 +15,6 @@ from statistics import quantiles
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 Verdict = Literal["faster", "same", "slower", "ambiguous"]
 
@@ -61,6 +60,8 @@ def expanded_percentiles(n: int, confidence: float = CONFIDENCE) -> tuple[float,
         n: Observations, more than 1.
         confidence: Of the interval.
     """
+    from scipy import stats  # Late: to import it takes as long as all else that a command needs to start.
+
     tail = (1 - confidence) / 2
     widened = float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - tail, n - 1)))
     return 100 * widened, 100 * (1 - widened)
@@ -108,6 +109,8 @@ def ratio_interval(
     centre = float(shift(*logs))
     if all(np.ptp(side) == 0 for side in logs):  # an allocator's peak repeats to the byte
         return Interval(ratio=math.exp(centre), low=math.exp(centre), high=math.exp(centre))
+    from scipy import stats
+
     drawn = stats.bootstrap(
         tuple(logs),
         shift,

@@ -24,6 +24,7 @@ from bench.measure.profiler import kernel_names
 from bench.measure.recheck import recheck
 from bench.measure.steps import Step, build_step, capture, capture_stream, warm_up
 from bench.measure.timing import Sampled, sample
+from bench.measure.versions import versions
 from bench.parity.kernels import check_kernels, doubts
 from bench.parity.operation import check_operation
 from bench.parity.replay import check_replay
@@ -38,17 +39,6 @@ EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, targe
 """How long the step is timed in the execution that is not the case's."""
 LEAST_CPUS = 4
 """A step's launches, its backward pass' and the readings of the card's clock have a thread each."""
-
-
-def _versions(case: Case) -> dict[str, Any]:
-    """What only a process with torch knows."""
-    versions: dict[str, Any] = {"torch": torch.__version__, "float32_matmul": torch.get_float32_matmul_precision()}
-    if case.device == "cuda":
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        versions["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    else:
-        versions |= {"threads": torch.get_num_threads()}
-    return versions
 
 
 def stay_near(gpu: Gpu | None) -> int | None:
@@ -77,7 +67,7 @@ def measure_case(job: CaseJob, tell: Callable[[Phase], None] = lambda phase: Non
         tell: Called with what is done next.
     """
     case, started_at = job.case, utc_now()
-    environment = {**job.environment, **_versions(case)}
+    environment = {**job.environment, **versions(case.device)}
 
     def failed(status: Status, message: str) -> Row:
         return Row(

@@ -69,7 +69,6 @@ def compile_parts(model: nn.Module, *, scope: str, max_autotune: bool = False) -
         raise ValueError(f"{type(model).__name__} keeps no blocks in a ModuleList; compile it with scope model")
     for part in parts:
         part.compile(**options)
-    return model
 
 
 def build_step(case: Case) -> Step:

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from bench.cases.jobs import Budget
-from bench.measure.intervals import MedianInterval, median_interval
+from bench.measure.intervals import CONFIDENCE, MedianInterval
 from bench.parity.error import ParityError
 
 _perf_counter = time.perf_counter
@@ -46,9 +46,7 @@ class Sampled:
     @property
     def interval(self) -> MedianInterval:
         """Median with its 95% interval; from the smallest to the largest sample where there are fewer than six."""
-        found = median_interval(self.samples_ms)
-        low, high = min(self.samples_ms), max(self.samples_ms)
-        return found or MedianInterval(median=median(self.samples_ms), low=low, high=high)
+        return MedianInterval.of(self.samples_ms)
 
 
 class _Blocks:
@@ -189,7 +187,7 @@ def _why_stop(samples: list[float], elapsed: float, budget: Budget) -> str:
     if len(samples) < budget.min_samples:
         return ""
     if elapsed >= budget.least_s:
-        interval = median_interval(samples)
-        if interval is not None and interval.relative_width <= budget.width:
+        interval = MedianInterval.of(samples)
+        if interval.confidence >= CONFIDENCE and interval.relative_width <= budget.width:
             return "narrow"
     return "time" if elapsed >= budget.target_s else ""

@@ -1,4 +1,4 @@
-"""What the benchmarks of single operations share: input sets, graphs, times, rows, options.
+"""What the benchmarks of single operations share: input sets, graphs, times, rows.
 
 A step is captured several times in one CUDA graph, so that launches don't count, and a sample is one replay divided by
 that number. "cold" steps take turns among input sets that together exceed the L2 cache several times, as in a model,
@@ -7,27 +7,42 @@ whose layers touch other memory in between; "hot" steps share one set.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
-from bench.cases.case import Case
-from bench.cases.choices import one_case
+from bench.store.files import append_line
 from dig.graphs import on_capture_stream, record
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = ("forward", "forward+backward")
 
 Step = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """How a case is timed, and where its row goes.
+
+    Attributes:
+        rate: Bytes a microsecond of a large copy (`copy_rate`), which stands beside every case.
+        samples: Replays a median is taken of.
+        kernels: Whether each kernel is timed too, by torch.profiler.
+        json: File that takes a line for each case, or None.
+    """
+
+    rate: float
+    samples: int = 50
+    kernels: bool = False
+    json: Path | None = None
 
 
 def make_step(
@@ -108,17 +123,14 @@ def copy_rate() -> float:
     return 2 * source.nbytes / statistics.median(replay_times(graph, 1, 20))
 
 
-def measure(
-    case: dict[str, Any], make_steps: Callable[[], list[Step]], *, size: int, rate: float, options: argparse.Namespace
-) -> dict[str, Any]:
+def measure(case: dict[str, Any], make_steps: Callable[[], list[Step]], *, size: int, times: Times) -> dict[str, Any]:
     """Time one case.
 
     Args:
         case: What the row says of it.
         make_steps: Makes its cold steps, each on an input set of its own.
         size: Bytes that a step must move.
-        rate: What `copy_rate` found.
-        options: samples and kernels of `parse`.
+        times: How.
 
     Returns:
         The row. A missing package and a full memory are a row too.
@@ -126,22 +138,26 @@ def measure(
     try:
         steps = make_steps()
         samples = {
-            name: replay_times(capture(chosen), len(chosen), options.samples)
+            name: replay_times(capture(chosen), len(chosen), times.samples)
             for name, chosen in (("cold", steps), ("hot", steps[:1] * len(steps)))
         }
-        kernels = kernel_times(steps[0]) if options.kernels else {}
+        kernels = kernel_times(steps[0]) if times.kernels else {}
     except (ImportError, torch.OutOfMemoryError) as error:
         return case | {"status": type(error).__name__, "message": str(error)}
-    row = case | {f"{name}_us": statistics.median(times) for name, times in samples.items()}
-    row |= {"bytes": size, "gb_per_s": size / row["cold_us"] / 1e3, "copy_gb_per_s": rate / 1e3, "kernels": kernels}
+    row = case | {f"{name}_us": statistics.median(taken) for name, taken in samples.items()}
+    row |= {
+        "bytes": size,
+        "gb_per_s": size / row["cold_us"] / 1e3,
+        "copy_gb_per_s": times.rate / 1e3,
+        "kernels": kernels,
+    }
     return row | {"device": torch.cuda.get_device_name(), "status": "ok", "samples_us": samples}
 
 
 def report(row: dict[str, Any], start: str, path: Path | None) -> None:
     """Print a row as one line beginning with ``start``, and one for each kernel; append it to a file, where given."""
     if path is not None:
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(path, json.dumps(row))
     if row["status"] != "ok":
         print(f"{start} {row['status']}: {row['message']}", flush=True)
         return
@@ -169,49 +185,3 @@ def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
 def use_tiles(module: ModuleType, tiles: object) -> AbstractContextManager[None]:
     """Let every call of a module's ``tiles_for`` give these tile choices."""
     return replaced(module, "tiles_for", lambda *_: tiles)
-
-
-def parser_for(program: str, description: str | None, implementations: Iterable[str]) -> argparse.ArgumentParser:
-    """A parser with the options that every operation's benchmark has."""
-    names = list(implementations)
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--implementations", nargs="+", choices=names, default=names)
-    parser.add_argument("--samples", type=int, default=50, help="replays a median is taken of")
-    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel, by torch.profiler")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
-    parser.add_argument("--sweep", action="store_true", help="time tile choices instead of implementations")
-    return parser
-
-
-def parse(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, *, or_zero: tuple[str, ...] = ()
-) -> argparse.Namespace:
-    """The options, every number of them checked to be at least 1, but those that may be 0."""
-    options = parser.parse_args(arguments)
-    for name, value in vars(options).items():
-        numbers = [x for x in (value if isinstance(value, list) else [value]) if type(x) is int]
-        least = 0 if name in or_zero else 1
-        if numbers and min(numbers) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    return options
-
-
-def case_for(model: str, *, resolution: int, mode: str, batch: int) -> Case:
-    """The case of a model's step as a CUDA graph in bf16; ends the program with one message where there is none."""
-    try:
-        return one_case(
-            model, resolution=resolution, mode=mode, execution="graph", batch=batch, dtype="bf16", device="cuda"
-        )
-    except typer.Exit as stop:
-        raise SystemExit(stop.exit_code) from None
-
-
-def require_gpu(program: str) -> None:
-    """End with one message where torch sees no GPU."""
-    if not torch.cuda.is_available():
-        raise SystemExit(f"{program} needs an NVIDIA GPU; none is visible to torch")
-    torch.manual_seed(0)

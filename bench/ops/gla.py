@@ -1,8 +1,8 @@
 """Time gated linear attention alone: this project's kernels beside flash-linear-attention's, in the same run.
 
-    python -m bench.ops.gla                       # DiG-S/2 at 1792: T = 12544, 6 heads of 32/64, bf16
-    python -m bench.ops.gla --tokens 1024 4096 16384 --kernels --json gla.jsonl
-    python -m bench.ops.gla --sweep               # what `dig.ops.tiles.sm90.GLA` is made from
+    python -m bench ops gla                       # DiG-S/2 at 1792: T = 12544, 6 heads of 32/64, bf16
+    python -m bench ops gla --tokens 1024,4096,16384 --kernels --json gla.jsonl
+    python -m bench ops gla --sweep               # what `dig.ops.tiles.sm90.GLA` is made from
 
 How times are taken, and what cold and hot mean: `bench.ops.common`. Shapes: B batch, T tokens, H heads, K key width, V
 value width.
@@ -10,9 +10,8 @@ value width.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -25,14 +24,11 @@ from bench.ops.common import (
     DTYPES,
     MODES,
     Step,
-    copy_rate,
+    Times,
     kernel_times,
     make_step,
     measure,
-    parse,
-    parser_for,
     report,
-    require_gpu,
     set_count,
     use_tiles,
 )
@@ -65,16 +61,16 @@ class Shape:
         return self.B * self.T * self.H * per_token * DTYPES[self.dtype].itemsize
 
 
-def make_inputs(shape: Shape, operation: str) -> tuple[list[Tensor], Tensor]:
+def make_inputs(shape: Shape, operation: str, device: str = "cuda") -> tuple[list[Tensor], Tensor]:
     """Leaves for one step and the output's gradient; q, k, v (and g) are slices of one projection, as in the model."""
     B, T, H, K, V = shape.B, shape.T, shape.H, shape.K, shape.V
     dtype = DTYPES[shape.dtype]
     widths = [H * K, H * K, H * V, H * V]
-    fused = torch.randn(B, T, sum(widths), device="cuda", dtype=dtype)
+    fused = torch.randn(B, T, sum(widths), device=device, dtype=dtype)
     q, k, v, g = (x.unflatten(-1, (H, -1)).detach() for x in fused.split(widths, -1))
-    logits = torch.randn(B, T, H, K, device="cuda", dtype=dtype)
+    logits = torch.randn(B, T, H, K, device=device, dtype=dtype)
     if operation == "block":
-        leaves = [q, k, v, logits, g, torch.ones(V, device="cuda")]
+        leaves = [q, k, v, logits, g, torch.ones(V, device=device)]
     else:
         leaves = [q * K**-0.5, k, v, (F.logsigmoid(logits.float()) / NORMALIZER).to(dtype)]
     return [x.requires_grad_() for x in leaves], torch.randn_like(v)
@@ -94,7 +90,7 @@ def operations(implementation: str, shape: Shape) -> dict[str, Callable[..., Ten
     from dig.ops.gla.peer import fla_gla
     from dig.packages import require
 
-    require("fla", "--implementations fla")
+    require("fla", "implementation fla")
 
     def fla_block(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, g: Tensor, norm_weight: Tensor) -> Tensor:
         o = fla_gla(q * scale, k, v, (F.logsigmoid(gate_logits.float()) / NORMALIZER).to(q.dtype))
@@ -116,26 +112,39 @@ REGISTERS = ("output_registers", "output_backward_registers", "gradient_register
 """Fields of `dig.ops.tiles.choices.GlaTiles` that are the kernels' own."""
 
 
-def mixer_step(shape: Shape) -> Step:
-    """Forward and backward pass of the mixer as the model runs it, from one projection's output."""
+def mixer_step(shape: Shape, mode: str = MODES[1], device: str = "cuda") -> Step:
+    """The mixer as the model runs it, from one projection's output; with its backward pass unless told otherwise."""
     from dig.ops.gla.mixer import gla_mixer
     from dig.ops.gla.projection import GATE_RANK, projection_splits
     from dig.scan import RASTER
 
     D, dtype = shape.H * shape.V, DTYPES[shape.dtype]
-    random = partial(torch.randn, device="cuda", dtype=dtype)
+    random = partial(torch.randn, device=device, dtype=dtype)
     leaves = [
         random(shape.B, shape.T, sum(projection_splits(D))),
         random(D // 2, GATE_RANK),
         random(D // 2),
-        torch.ones(shape.V, device="cuda"),
+        torch.ones(shape.V, device=device),
     ]
     mixer = partial(gla_mixer, heads=shape.H, grid=(1, shape.T), order=RASTER)
     gradient = random(shape.B, shape.T, D)
-    return make_step(mixer, MODES[1], [x.requires_grad_() for x in leaves], [gradient])
+    return make_step(mixer, mode, [x.requires_grad_() for x in leaves], [gradient])
 
 
-def sweep(shape: Shape, options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a sweep tries; fields of `dig.ops.tiles.choices.GlaTiles`, 0 registers being what the compiler takes."""
+
+    chunks: tuple[int, ...]
+    warps: tuple[int, ...]
+    registers: tuple[int, ...]
+    scan_warps: tuple[int, ...]
+    scan_lanes: tuple[int, ...]
+    scan_groups: tuple[int, ...]
+    scan_steps: tuple[int, ...]
+
+
+def sweep(shape: Shape, choices: Choices) -> None:
     """Time each kernel of the mixer's forward and backward pass under every tile choice; print the best of each.
 
     A kernel's time depends on the chunk length and its own choices alone, so all warps and registers are varied
@@ -162,11 +171,11 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
             if microseconds < best.get(name, (float("inf"), {}))[0]:
                 best[name] = (microseconds, choice)
 
-    for chunk in options.chunks:
+    for chunk in choices.chunks:
         best.clear()
-        for warps, registers in itertools.product(options.warps, options.registers):
+        for warps, registers in itertools.product(choices.warps, choices.registers):
             time(KERNELS, chunk=chunk, **dict.fromkeys(WARPS, warps), **dict.fromkeys(REGISTERS, registers or None))
-        scans = (options.scan_warps, options.scan_lanes, options.scan_groups, options.scan_steps)
+        scans = (choices.scan_warps, choices.scan_lanes, choices.scan_groups, choices.scan_steps)
         for choice in itertools.product(*scans):
             names = ("scan_warps", "scan_lanes", "scan_groups", "scan_steps")
             time(["scan_kernel"], chunk=chunk, **dict(zip(names, choice, strict=True)))
@@ -174,46 +183,13 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
             print(f"chunk {chunk}, best: {microseconds:7.1f} µs {name:24} {taken}", flush=True)
 
 
-def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's options, checked."""
-    parser = parser_for("bench.ops.gla", __doc__, ("triton", "fla"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[12544])
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--key-width", type=int, default=32)
-    parser.add_argument("--value-width", type=int, default=64)
-    parser.add_argument("--operations", nargs="+", choices=("recurrence", "block"), default=["recurrence", "block"])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--scan-warps", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--scan-lanes", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--scan-groups", type=int, nargs="+", default=[16, 32])
-    parser.add_argument("--scan-steps", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--registers", type=int, nargs="+", default=[0, 128, 168], help="0 leaves them to the compiler")
-    return parse(parser, arguments, or_zero=("registers",))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    options = options_of(arguments)
-    require_gpu("bench.ops.gla")
-    rate = copy_rate()
-    for T in options.tokens:
-        shape = Shape(
-            B=options.batch, T=T, H=options.heads, K=options.key_width, V=options.value_width, dtype=options.dtype
+def time_shape(shape: Shape, implementations: Iterable[str], chosen: Iterable[str], times: Times) -> None:
+    """Time operations (``recurrence``, ``block``) of implementations (``triton``, ``fla``), a line each."""
+    for implementation, operation, mode in itertools.product(implementations, chosen, MODES):
+        row = measure(
+            asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode},
+            partial(make_steps, shape, operation, implementation, mode),
+            size=shape.least_bytes(operation, mode),
+            times=times,
         )
-        if options.sweep:
-            sweep(shape, options)
-            continue
-        for implementation, operation, mode in itertools.product(options.implementations, options.operations, MODES):
-            row = measure(
-                asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode},
-                partial(make_steps, shape, operation, implementation, mode),
-                size=shape.least_bytes(operation, mode),
-                rate=rate,
-                options=options,
-            )
-            report(row, f"T={T:<6} {operation:<10} {mode:<17} {implementation:<7}", options.json)
-
-
-if __name__ == "__main__":
-    main()
+        report(row, f"T={shape.T:<6} {operation:<10} {mode:<17} {implementation:<7}", times.json)

@@ -1,7 +1,7 @@
 """Time SwiGLU as its GEMMs' epilogue beside GEMMs and passes of their own, in the same run.
 
-    python -m bench.ops.products                 # DiG-S/2 at 1024, 1792 and 2048, DiG-XL/2 at 1024 and 2048
-    python -m bench.ops.products --sweep         # alternatives to `dig.ops.tiles.sm90.PRODUCTS`
+    python -m bench ops products                 # DiG-S/2 at 1024, 1792 and 2048, DiG-XL/2 at 1024 and 2048
+    python -m bench ops products --sweep         # alternatives to `dig.ops.tiles.sm90.PRODUCTS`
 
 Passes: ``up`` ends with SwiGLU and keeps gate and up, ``up alone`` doesn't keep them (inference), ``down`` is the
 gradient back through the down-projection GEMM and SwiGLU. Implementations: ``fused`` is one kernel, where the tables
@@ -11,24 +11,25 @@ GEMMs alone. Shapes: T tokens, D width, F inner width.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.ops.common import Step, capture, parse, replaced, replay_times, require_gpu, set_count
+from bench.ops.common import Step, capture, replaced, replay_times, set_count
+from bench.store.files import append_line
 from dig.ops.swiglu import products
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import ProductChoices, ProductTiles
 
 IMPLEMENTATIONS = ("fused", "apart")
+PASSES = ("up", "up alone", "down")
 SHAPES = ((4096, 384), (12544, 384), (16384, 384), (4096, 1152), (16384, 1152))
 """(T, D)."""
 
@@ -88,48 +89,22 @@ def sweep(T: int, D: int, which: str, samples: int) -> None:
         print(f"T={T:<6} D={D:<5} {which:<9} {us:8.1f} µs  {tiles}", flush=True)
 
 
-def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's options, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ops.products",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--samples", type=int, default=50, help="replays a median is taken of")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
-    parser.add_argument("--sweep", action="store_true", help="time tile choices too")
-    parser.add_argument("--passes", nargs="+", choices=("up", "up alone", "down"), default=["up", "up alone", "down"])
-    parser.add_argument("--tokens", type=int, nargs="+", help="T, of the shapes that are timed; all without")
-    return parse(parser, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    options = options_of(arguments)
-    require_gpu("bench.ops.products")
-    for (T, D), which in itertools.product(SHAPES, options.passes):
-        if options.tokens and T not in options.tokens:
-            continue
-        if options.sweep:
-            sweep(T, D, which, options.samples)
-        for implementation in options.implementations:
-            own = for_device(torch.device("cuda"))
-            chosen = own if implementation == "fused" else replace(own, products=ProductChoices())
-            with replaced(products, "for_device", lambda _, chosen=chosen: chosen):
-                steps, size, flops = make_steps(T, D, which)
-                us = time_of(steps, options.samples)
-            row = {"T": T, "D": D, "pass": which, "implementation": implementation, "us": us}
-            rates = {"tflops": flops / us / 1e6, "gb_per_s": size / us / 1e3}
-            print(
-                f"T={T:<6} D={D:<5} {which:<9} {implementation:<6} {us:8.1f} µs  {rates['tflops']:5.0f} TFLOP/s  "
-                f"{rates['gb_per_s']:5.0f} GB/s",
-                flush=True,
-            )
-            if options.json is not None:
-                with options.json.open("a") as file:
-                    file.write(json.dumps(row | rates) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def time_shape(
+    T: int, D: int, passes: Iterable[str], implementations: Iterable[str], *, samples: int, json_file: Path | None
+) -> None:
+    """Time passes (`PASSES`) of implementations (`IMPLEMENTATIONS`), a line each, also in a file where one is given."""
+    for which, implementation in itertools.product(passes, implementations):
+        own = for_device(torch.device("cuda"))
+        chosen = own if implementation == "fused" else replace(own, products=ProductChoices())
+        with replaced(products, "for_device", lambda _, chosen=chosen: chosen):
+            steps, size, flops = make_steps(T, D, which)
+            us = time_of(steps, samples)
+        row = {"T": T, "D": D, "pass": which, "implementation": implementation, "us": us}
+        rates = {"tflops": flops / us / 1e6, "gb_per_s": size / us / 1e3}
+        print(
+            f"T={T:<6} D={D:<5} {which:<9} {implementation:<6} {us:8.1f} µs  {rates['tflops']:5.0f} TFLOP/s  "
+            f"{rates['gb_per_s']:5.0f} GB/s",
+            flush=True,
+        )
+        if json_file is not None:
+            append_line(json_file, json.dumps(row | rates))

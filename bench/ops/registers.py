@@ -1,8 +1,8 @@
 """What the compiler makes of every kernel: registers, spills, shared memory, products. Needs no GPU.
 
-    python -m bench.ops.registers                           # for every architecture that has tile choices
-    python -m bench.ops.registers --capabilities 9.0 --kernels gradient_kernel
-    python -m bench.ops.registers --quick                   # one variant of each kernel
+    python -m bench ops registers                           # for every architecture that has tile choices
+    python -m bench ops registers --capabilities 9.0 --kernels gradient_kernel
+    python -m bench ops registers --quick                   # one variant of each kernel
 
 compiles the kernels of `dig.ops` at the tile choices of an architecture (`dig.ops.tiles`), and reads the machine code
 with cuobjdump, both of which come with Triton. Exit status 1 if a kernel keeps registers in memory (spills) while it
@@ -25,13 +25,10 @@ added to the very register that the low word was computed from.
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,52 +179,49 @@ def _listing(cubin: bytes, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _chosen(variants: Iterable[Variant], kernels: Sequence[str] | None, quick: bool) -> Iterator[Variant]:
+def by_capability() -> dict[str, Architecture]:
+    """Every architecture that has tile choices, by its compute capability: ``9.0``."""
+    return {".".join(map(str, each.capability or ())): each for each in architectures()}
+
+
+def kernel_names(capabilities: Iterable[str]) -> list[str]:
+    """The kernels that these architectures (`by_capability`) have compiled, each once."""
+    known = by_capability()
+    variants = (variant for capability in capabilities for variant in kernel_variants(known[capability]))
+    return list(dict.fromkeys(variant.function.__name__ for variant in variants))
+
+
+def _chosen(variants: Iterable[Variant], kernels: Collection[str], quick: bool) -> Iterator[Variant]:
     seen: set[str] = set()
     for variant in variants:
         name = variant.function.__name__
-        if (kernels is None or name in kernels) and not (quick and name in seen):
+        if name in kernels and not (quick and name in seen):
             seen.add(name)
             yield variant
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for each kernel; 1 if one must not run."""
-    known = {".".join(map(str, each.capability or ())): each for each in architectures()}
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ops.registers",
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog="About a minute for each architecture. Exit status 1: a kernel must not run; its line says why.",
-    )
-    parser.add_argument(
-        "--capabilities", nargs="+", choices=known, default=list(known), metavar="X.Y",
-        help=f"compute capabilities to compile for: {', '.join(known)} (default: all)",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="only the first variant of each kernel")
-    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only kernels of these names (default: all)")
-    options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    chosen = [
-        (capability, variant)
-        for capability in options.capabilities
-        for variant in _chosen(kernel_variants(known[capability]), options.kernels, options.quick)
-    ]
-    if not chosen:
-        parser.error(f"there is no kernel {', '.join(options.kernels)} among those of dig.ops")
-    faulty = 0
-    for capability, variant in chosen:
-        found = compile_variant(variant, known[capability])
-        faulty += found.faulty
-        verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
-        print(
-            f"{capability:>4} {found.kernel:29} {found.sizes:18} {found.dtype} warps {found.warps:2} "
-            f"registers {found.registers:3} spills {found.spills:3} shared {found.shared / KIB:5.1f} KiB "
-            f"HGMMA {found.products:3} {verdict}",
-            flush=True,
-        )
-    return int(faulty > 0)
+def report(capabilities: Iterable[str], kernels: Collection[str], *, quick: bool) -> bool:
+    """Compile kernels and print a line for each variant.
 
+    Args:
+        capabilities: Architectures, as `by_capability` names them.
+        kernels: Of `kernel_names`.
+        quick: Only the first variant of each kernel.
 
-if __name__ == "__main__":
-    sys.exit(main())
+    Returns:
+        Whether all of them may run.
+    """
+    faulty = False
+    for capability in capabilities:
+        architecture = by_capability()[capability]
+        for variant in _chosen(kernel_variants(architecture), kernels, quick):
+            found = compile_variant(variant, architecture)
+            faulty = faulty or found.faulty
+            verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
+            print(
+                f"{capability:>4} {found.kernel:29} {found.sizes:18} {found.dtype} warps {found.warps:2} "
+                f"registers {found.registers:3} spills {found.spills:3} shared {found.shared / KIB:5.1f} KiB "
+                f"HGMMA {found.products:3} {verdict}",
+                flush=True,
+            )
+    return not faulty

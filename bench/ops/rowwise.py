@@ -1,8 +1,8 @@
 """Time the operations that are bound by memory traffic, adaptive norm and SwiGLU: µs, and GB/s beside a device copy.
 
-    python -m bench.ops.rowwise                     # DiG-S/2 and DiG-XL/2 at 1792 and 2048: widths 384 and 1152, bf16
-    python -m bench.ops.rowwise --stream fp32 --norm layer --kernels --json rowwise.jsonl
-    python -m bench.ops.rowwise --sweep             # alternatives to `dig.ops.tiles.sm90.ADALN`
+    python -m bench ops rowwise                     # DiG-S/2 and DiG-XL/2 at 1792 and 2048: widths 384 and 1152, bf16
+    python -m bench ops rowwise --stream fp32 --norm layer --kernels --json rowwise.jsonl
+    python -m bench ops rowwise --sweep             # alternatives to `dig.ops.tiles.sm90.ADALN`
 
 How times are taken, and what cold and hot mean: `bench.ops.common`. GB/s count the bytes that must move, each input
 read once and each output written once. Shapes: B batch, T tokens, D width, F inner width.
@@ -10,9 +10,8 @@ read once and each output written once. Shapes: B batch, T tokens, D width, F in
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -24,18 +23,15 @@ from bench.ops.common import (
     DTYPES,
     MODES,
     Step,
-    copy_rate,
+    Times,
     kernel_times,
     make_step,
     measure,
-    parse,
-    parser_for,
     report,
-    require_gpu,
     set_count,
     use_tiles,
 )
-from dig.ops.adaln import NORMS, norm_modulate, residual_norm_modulate
+from dig.ops.adaln import norm_modulate, residual_norm_modulate
 from dig.ops.swiglu import swiglu
 
 OPERATIONS = ("norm_modulate", "residual_norm_modulate", "swiglu")
@@ -72,14 +68,14 @@ class Shape:
         return self.B * self.T * width * (forward if mode == "forward" else forward + backward)
 
 
-def make_inputs(shape: Shape, operation: str) -> Inputs:
+def make_inputs(shape: Shape, operation: str, device: str = "cuda") -> Inputs:
     """Leaves for one step and the outputs' gradients; modulations are slices of one tensor, as in the model."""
     stream, dtype = DTYPES[shape.stream], DTYPES[shape.dtype]
-    tokens = partial(torch.randn, shape.B, shape.T, device="cuda")
+    tokens = partial(torch.randn, shape.B, shape.T, device=device)
     if operation == "swiglu":
         return [tokens(2 * shape.F, dtype=dtype).requires_grad_()], [tokens(shape.F, dtype=dtype)]
-    modulation = torch.randn(shape.B, 6 * shape.D, device="cuda", dtype=dtype).chunk(6, dim=1)
-    weight = torch.ones(shape.D, device="cuda") if shape.norm == "rms" else None
+    modulation = torch.randn(shape.B, 6 * shape.D, device=device, dtype=dtype).chunk(6, dim=1)
+    weight = torch.ones(shape.D, device=device) if shape.norm == "rms" else None
     x, dh = tokens(shape.D, dtype=stream), tokens(shape.D, dtype=dtype)
     if operation == "norm_modulate":
         leaves, gradients = [x, *modulation[:2], weight], [dh]
@@ -106,7 +102,17 @@ def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> 
     return [make_step(function, mode, *make_inputs(shape, operation)) for _ in range(sets)]
 
 
-def sweep(shape: Shape, options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a sweep tries; fields of `dig.ops.tiles.choices.NormTiles`."""
+
+    rows: tuple[int, ...]
+    parts: tuple[int, ...]
+    warps: tuple[int, ...]
+    programs: tuple[int, ...]
+
+
+def sweep(shape: Shape, choices: Choices) -> None:
     """Time residual_norm_modulate's kernels under every tile choice, cold, and print the best of each.
 
     The backward pass is that of a model's block with one image: it also writes h again, and leaves the branch's
@@ -134,8 +140,8 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
 
     steps = [step_of(leaves, gradients) for leaves, gradients in sets]
     best: dict[str, tuple[float, dict[str, int]]] = {}
-    choices = itertools.product(options.rows, options.parts, options.warps, options.programs)
-    for rows, part, warps, programs in choices:
+    grid = itertools.product(choices.rows, choices.parts, choices.warps, choices.programs)
+    for rows, part, warps, programs in grid:
         forward = {"rows": rows, "part": part, "warps": warps}
         backward = {f"backward_{name}": value for name, value in forward.items()} | {"programs": programs}
         with use_tiles(fused, NormTiles(**forward, **backward)):
@@ -152,42 +158,14 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
         print(f"best: D={shape.D} T={shape.T} {microseconds:7.1f} µs {name} {taken}", flush=True)
 
 
-def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's options, checked."""
-    parser = parser_for("bench.ops.rowwise", __doc__, IMPLEMENTATIONS)
-    parser.add_argument("--widths", type=int, nargs="+", default=[384, 1152])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[12544, 16384])
-    parser.add_argument("--norm", choices=NORMS, default="rms")
-    parser.add_argument("--stream", choices=DTYPES, default="bf16", help="dtype of x, the residual stream")
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--parts", type=int, nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--programs", type=int, nargs="+", default=[264, 396, 528, 792])
-    return parse(parser, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    options = options_of(arguments)
-    require_gpu("bench.ops.rowwise")
-    rate = copy_rate()
-    for D, T in itertools.product(options.widths, options.tokens):
-        shape = Shape(B=options.batch, T=T, D=D, norm=options.norm, stream=options.stream, dtype=options.dtype)
-        if options.sweep:
-            sweep(shape, options)
-            continue
-        torch.compiler.reset()
-        for operation, mode, implementation in itertools.product(options.operations, MODES, options.implementations):
-            row = measure(
-                asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode},
-                partial(make_steps, shape, operation, implementation, mode),
-                size=shape.least_bytes(operation, mode),
-                rate=rate,
-                options=options,
-            )
-            report(row, f"D={D:<5} T={T:<6} {operation:<23} {mode:<17} {implementation:<10}", options.json)
-
-
-if __name__ == "__main__":
-    main()
+def time_shape(shape: Shape, implementations: Iterable[str], operations: Iterable[str], times: Times) -> None:
+    """Time operations (`OPERATIONS`) of implementations (`IMPLEMENTATIONS`), a line each."""
+    torch.compiler.reset()
+    for operation, mode, implementation in itertools.product(operations, MODES, implementations):
+        row = measure(
+            asdict(shape) | {"implementation": implementation, "operation": operation, "mode": mode},
+            partial(make_steps, shape, operation, implementation, mode),
+            size=shape.least_bytes(operation, mode),
+            times=times,
+        )
+        report(row, f"D={shape.D:<5} T={shape.T:<6} {operation:<23} {mode:<17} {implementation:<10}", times.json)

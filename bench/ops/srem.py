@@ -1,8 +1,8 @@
 """Time SREM's convolution alone: the fused kernels beside PyTorch's convolution, in the same run.
 
-    python -m bench.ops.srem                                 # DiG-S/2 at 512, 1024, 1792 and 2048, bf16
-    python -m bench.ops.srem --width 1152 --sides 128 --kernels --json srem.jsonl
-    python -m bench.ops.srem --sides 112 --sweep             # what `dig.ops.tiles.sm90.SREM` is made from
+    python -m bench ops srem                                 # DiG-S/2 at 512, 1024, 1792 and 2048, bf16
+    python -m bench ops srem --width 1152 --sides 128 --kernels --json srem.jsonl
+    python -m bench ops srem --sides 112 --sweep             # what `dig.ops.tiles.sm90.SREM` is made from
 
 Implementations: ``triton`` and ``reference`` as in `dig.ops.srem.srem`, tokens in raster order; ``moved`` is the gated
 residual, the convolution and the reordering for the next block as in a model whose tokens move, at a transition that
@@ -13,9 +13,8 @@ rate on the same card stands beside them. Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -27,14 +26,11 @@ from bench.ops.common import (
     DTYPES,
     MODES,
     Step,
-    copy_rate,
+    Times,
     kernel_times,
     make_step,
     measure,
-    parse,
-    parser_for,
     report,
-    require_gpu,
     set_count,
     use_tiles,
 )
@@ -69,12 +65,12 @@ class Shape:
         return tensors * self.B * self.rows * self.columns * self.D * DTYPES[self.dtype].itemsize
 
 
-def make_inputs(shape: Shape) -> tuple[list[Tensor], Tensor]:
+def make_inputs(shape: Shape, device: str = "cuda") -> tuple[list[Tensor], Tensor]:
     """x, branch, gate, weight and bias for one step, and the output's gradient; gate is a slice, as in the model."""
     B, T, D = shape.B, shape.rows * shape.columns, shape.D
-    x, branch, gradient = (torch.randn(B, T, D, device="cuda", dtype=DTYPES[shape.dtype]) for _ in range(3))
-    gate = torch.randn(B, 6 * D, device="cuda", dtype=DTYPES[shape.dtype]).chunk(6, dim=1)[5].detach()
-    weight, bias = torch.randn(D, 1, 3, 3, device="cuda"), torch.randn(D, device="cuda")
+    x, branch, gradient = (torch.randn(B, T, D, device=device, dtype=DTYPES[shape.dtype]) for _ in range(3))
+    gate = torch.randn(B, 6 * D, device=device, dtype=DTYPES[shape.dtype]).chunk(6, dim=1)[5].detach()
+    weight, bias = torch.randn(D, 1, 3, 3, device=device), torch.randn(D, device=device)
     return [leaf.requires_grad_() for leaf in (x, branch, gate, weight, bias)], gradient
 
 
@@ -99,7 +95,23 @@ def make_steps(shape: Shape, implementation: str, mode: str) -> list[Step]:
     return [make_step(function, mode, leaves, [gradient]) for leaves, gradient in sets]
 
 
-def sweep(shape: Shape, options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a sweep tries; fields of `dig.ops.tiles.choices.SremTiles`, 0 registers being what the compiler takes.
+
+    ``best`` is how many of each pass are printed.
+    """
+
+    channels: tuple[int, ...]
+    groups: tuple[int, ...]
+    widths: tuple[int, ...]
+    rows: tuple[int, ...]
+    warps: tuple[int, ...]
+    registers: tuple[int, ...]
+    best: int
+
+
+def sweep(shape: Shape, choices: Choices) -> None:
     """Time the kernel of each pass under every tile choice, and print them from the fastest to the slowest.
 
     Inputs are hot: small grids then show what the instructions cost, and large ones do not fit into the L2 cache.
@@ -119,7 +131,7 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
 
     times: dict[str, list[tuple[float, SremTiles]]] = {name: [] for name in KERNELS}
     for channels, groups, width, rows, warps, registers in itertools.product(
-        options.channels, options.groups, options.widths, options.rows, options.warps, options.registers
+        choices.channels, choices.groups, choices.widths, choices.rows, choices.warps, choices.registers
     ):
         if channels * groups not in (64 * warps, 128 * warps):
             continue  # two or four channels a thread
@@ -141,45 +153,18 @@ def sweep(shape: Shape, options: argparse.Namespace) -> None:
         for name, kernel in KERNELS.items():
             times[name].append((kernels[kernel][0], tiles))
     for name, found in times.items():
-        for microseconds, tiles in sorted(found, key=lambda item: item[0])[: options.best]:
+        for microseconds, tiles in sorted(found, key=lambda item: item[0])[: choices.best]:
             print(f"{shape.rows:>4} x {shape.columns:<4} {name:<8} {microseconds:8.1f} µs  {tiles}", flush=True)
 
 
-def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's options, checked."""
-    parser = parser_for("bench.ops.srem", __doc__, IMPLEMENTATIONS)
-    parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 112, 128], help="rows, and columns, of a grid")
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--channels", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--registers", type=int, nargs="+", default=[0, 128], help="0 leaves them to the compiler")
-    parser.add_argument("--best", type=int, default=10, help="tile choices printed of each pass")
-    return parse(parser, arguments, or_zero=("registers",))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    options = options_of(arguments)
-    require_gpu("bench.ops.srem")
-    rate = copy_rate()
-    for side in options.sides:
-        shape = Shape(B=options.batch, rows=side, columns=side, D=options.width, dtype=options.dtype)
-        if options.sweep:
-            sweep(shape, options)
-            continue
-        for implementation, mode in itertools.product(options.implementations, MODES):
-            row = measure(
-                asdict(shape) | {"implementation": implementation, "operation": "srem", "mode": mode},
-                partial(make_steps, shape, implementation, mode),
-                size=shape.least_bytes(mode),
-                rate=rate,
-                options=options,
-            )
-            report(row, f"{side:>4} x {side:<4} D={shape.D:<5} {mode:<17} {implementation:<10}", options.json)
-
-
-if __name__ == "__main__":
-    main()
+def time_shape(shape: Shape, implementations: Iterable[str], times: Times) -> None:
+    """Time implementations (`IMPLEMENTATIONS`), a line each."""
+    for implementation, mode in itertools.product(implementations, MODES):
+        row = measure(
+            asdict(shape) | {"implementation": implementation, "operation": "srem", "mode": mode},
+            partial(make_steps, shape, implementation, mode),
+            size=shape.least_bytes(mode),
+            times=times,
+        )
+        start = f"{shape.rows:>4} x {shape.columns:<4} D={shape.D:<5} {mode:<17} {implementation:<10}"
+        report(row, start, times.json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from bench.cases.case import Case
 from bench.measure.steps import build_step, capture, warm_up
+from bench.store.files import append_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +94,7 @@ def steps_in_turns(
     return found
 
 
-def _two_or_more(text: str) -> int:
-    """A number of rounds: one alone has no interval."""
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2; got {number}")
-    return number
-
-
-def add_turns(parser: argparse.ArgumentParser) -> None:
-    """The options of programs that let steps take turns."""
-    parser.add_argument("--rounds", type=_two_or_more, default=12, help="turns a median is taken of, 2 or more")
-    parser.add_argument("--replays", type=int, default=8, help="steps a turn")
-    parser.add_argument("--json", type=Path, help="append one JSON line for each measurement to this file")
-
-
 def append_row(path: Path | None, case: Case, **row: Any) -> None:
     """Append a row about a case to a file of JSON lines, where one is given."""
     if path is not None:
-        with path.open("a") as file:
-            file.write(json.dumps({"case": asdict(case), **row, "device": torch.cuda.get_device_name()}) + "\n")
+        append_line(path, json.dumps({"case": asdict(case), **row, "device": torch.cuda.get_device_name()}))

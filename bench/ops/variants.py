@@ -1,31 +1,32 @@
 """Time a model's step with constants of the code changed, beside the step as it is, all in turns.
 
-    python -m bench.ops.variants --set dig.raster_block.HALVED_TOKENS=0
-    python -m bench.ops.variants --model DiG-S/2:triton --resolution 512 --set dig.raster._FEW_TOKENS=0 \\
-        --set dig.raster._FEW_PROGRAMS=16
+    python -m bench ops variants --set dig.raster_block.HALVED_TOKENS=0
+    python -m bench ops variants --model DiG-S/2:triton --resolution 512 \\
+        --set dig.raster._FEW_TOKENS=0 --set "dig.raster._FEW_TOKENS=0; dig.raster._FEW_PROGRAMS=16"
 
-Each ``--set`` is one variant, of one constant or several; a value is a Python literal, and a constant is named in the
-module that reads it. Each variant is a CUDA graph of the whole step, as the benchmark captures it; what comes of it is
-compared with the first's, bit for bit.
+Each ``--set`` is one variant, of one constant or several with semicolons between them; a value is a Python literal, and
+a constant is named in the module that reads it. Each variant is a CUDA graph of the whole step, as the benchmark
+captures it; what comes of it is compared with the first's, bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from bench.cases.case import Case
 from bench.judge.statistics import ratio_interval
-from bench.ops.common import case_for, parse, replaced, require_gpu
-from bench.ops.turns import add_turns, append_row, steps_in_turns
+from bench.ops.common import replaced
+from bench.ops.turns import append_row, steps_in_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,43 +73,40 @@ def applied(settings: Sequence[Setting]) -> Iterator[None]:
         yield
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ops.variants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--set", dest="variants", action="append", nargs="+", required=True, metavar="MODULE.NAME=VALUE",
-        help="one variant: what is set in it",
-    )  # fmt: skip
-    parser.add_argument("--model", default="DiG-XL/2:triton:variant=release", help="model name, options after colons")
-    parser.add_argument("--resolution", type=int, default=1024, help="image side in pixels")
-    parser.add_argument("--mode", choices=("train", "forward"), default="forward")
-    parser.add_argument("--batch", type=int, default=1, help="images a step")
-    add_turns(parser)
-    options = parse(parser, arguments)
+def parse_variants(texts: Sequence[str]) -> dict[str, tuple[Setting, ...]]:
+    """The step as it is, and the variants that the command line names, by what it calls them.
+
+    Raises:
+        ValueError: As of `Setting.parse`.
+    """
     ways: dict[str, tuple[Setting, ...]] = {"as it is": ()}
-    try:
-        for variant in options.variants:
-            ways[" ".join(variant)] = tuple(Setting.parse(text) for text in variant)
-    except ValueError as error:
-        parser.error(str(error))
-    require_gpu("bench.ops.variants")
-    case = case_for(options.model, resolution=options.resolution, mode=options.mode, batch=options.batch)
-    contexts = [partial(applied, settings) for settings in ways.values()]
-    found = steps_in_turns(case, contexts, rounds=options.rounds, replays=options.replays)
+    for text in texts:
+        ways[text] = tuple(Setting.parse(part) for part in text.split(";"))
+    return ways
+
+
+def compare_variants(
+    case: Case, variants: Mapping[str, Sequence[Setting]], *, rounds: int, replays: int, json_file: Path | None
+) -> None:
+    """Time a case's step in variants, in turns; print a line for each, with its ratio to the first.
+
+    Args:
+        case: On a GPU, as a CUDA graph.
+        variants: What is set in each, by name.
+        rounds: Two or more, as of `bench.ops.turns.steps_in_turns`.
+        replays: As of the same.
+        json_file: Takes a line for each too, where one is given.
+    """
+    contexts = [partial(applied, settings) for settings in variants.values()]
+    found = steps_in_turns(case, contexts, rounds=rounds, replays=replays)
     print(f"{case.describe()} on {torch.cuda.get_device_name()}", flush=True)
-    for name, way in zip(ways, found, strict=True):
+    for name, way in zip(variants, found, strict=True):
         print(f"{name}: {way.describe()}", end="")
         if way is not found[0]:
             ratio = ratio_interval(found[0].ms, way.ms, paired=True)
             print(f", {ratio.ratio - 1:+.2%} [{ratio.low - 1:+.2%}, {ratio.high - 1:+.2%}]", end="")
-            if options.mode == "forward":
+            if case.mode == "forward":
                 same = torch.equal(way.result, found[0].result)
                 print(f", {'the same bits' if same else f'off by {way.distance(found[0]):.1e}'}", end="")
         print(flush=True)
-        append_row(options.json, case, variant=name, samples_ms=way.ms)
-
-
-if __name__ == "__main__":
-    main()
+        append_row(json_file, case, variant=name, samples_ms=way.ms)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
-from pathlib import Path
 from typing import Any
 
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, Limits, ParityJob, Phase
-from bench.run.lifeline import end_group, scratch_folder
+from bench.run.process import Worker, WorkerError
 from bench.store.identity import measurement_key
 from bench.store.ledgers import Checks
-from bench.store.rows import ResultsWriter, Row, utc_now
-from dig.environment import HARNESS_VARIABLE
+from bench.store.lines import LinesWriter
+from bench.store.rows import Row, utc_now
 from dig.nvml import POWER_CAP, Gpu
 
 FINAL = frozenset({"ok", "oom", "unsupported"})
@@ -34,31 +27,11 @@ PHASES: Mapping[Phase, str] = {
     "checking": "checking what was measured",
 }
 """What a worker does, in words for people."""
+PREPARING: frozenset[Phase] = frozenset({"building", "compiling"})
+"""The phases of `Limits.prepare`."""
 
 SLACK = 64 << 20
 """Bytes by which a GPU's used memory may differ from before, when nothing of ours is left on it."""
-
-
-class WorkerError(RuntimeError):
-    """A worker process ended without an answer; ``status`` is what its row says."""
-
-    def __init__(self, status: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _context() -> ForkServerContext | SpawnContext:
-    """Worker processes fork from a server that has imported torch once, and never touched CUDA."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.run.preload"])
-    os.environ[HARNESS_VARIABLE] = str(os.getpid())
-    return context
-
-
-def _tail(path: Path, characters: int = 600) -> str:
-    return path.read_text(errors="replace").strip()[-characters:]
 
 
 def run_job(job: Job, *, limits: Limits, on_phase: Callable[[Phase], None] = lambda phase: None) -> Any:
@@ -75,62 +48,22 @@ def run_job(job: Job, *, limits: Limits, on_phase: Callable[[Phase], None] = lam
     Raises:
         WorkerError: Time ran out, or the process died; the message holds the end of its stderr.
     """
-    folder = scratch_folder()
-    context = _context()
-    receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        errors = Path(place) / "stderr"
-        errors.touch()
-        process = context.Process(target=_worker, args=(sender, job, str(errors)), daemon=False)
-        process.start()
-        sender.close()
-        try:
-            try:
-                return _wait(receiver, limits, on_phase)
-            except EOFError:
-                process.join()
-                raise WorkerError("error", _post_mortem(process.exitcode, _tail(errors))) from None
-        finally:
-            end_group(process)
-            receiver.close()
+    with Worker("bench.run.worker:worker_main", job) as worker:
+        return _wait(worker, limits, on_phase)
 
 
-def _wait(receiver: Connection, limits: Limits, on_phase: Callable[[Phase], None]) -> Any:
-    """The worker's answer.
-
-    Raises:
-        WorkerError: A limit was reached first.
-        EOFError: The worker ended without one.
-    """
+def _wait(worker: Worker, limits: Limits, on_phase: Callable[[Phase], None]) -> Any:
     # What comes before the steps that count: a worker with another job than a case says nothing of itself.
-    deadline, preparing = time.monotonic() + limits.prepare, True
-    phase: Phase | None = None
+    limit, since, doing = limits.prepare, time.monotonic(), ""
+    preparing = True
     while True:
-        if not receiver.poll(max(0.0, deadline - time.monotonic())):
-            limit = limits.prepare if preparing else limits.measure
-            doing = f" of {PHASES[phase]}" if phase else ""
-            raise WorkerError("timeout", f"no result after {limit:g} s{doing}; the process was killed")
-        kind, value = receiver.recv()
+        kind, value = worker.answer(limit, since=since, doing=doing)
         if kind == "answer":
             return value
-        phase = value
         on_phase(value)
-        if preparing and value not in ("building", "compiling"):
-            deadline, preparing = time.monotonic() + limits.measure, False
-
-
-def _worker(connection: Any, job: Any, errors: str) -> None:
-    from bench.run.worker import worker_main
-
-    worker_main(connection, job, errors)
-
-
-def _post_mortem(exit_code: int | None, stderr: str) -> str:
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hint = " (most often: the host ran out of memory)" if -exit_code == signal.SIGKILL else ""
-        return f"the process was ended by {name}{hint}; {stderr or 'it printed nothing'}"
-    return f"the process ended with status {exit_code}; {stderr or 'it printed nothing'}"
+        doing = PHASES[value]
+        if preparing and value not in PREPARING:
+            limit, since, preparing = limits.measure, time.monotonic(), False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +127,7 @@ def finished_launches(rows: Iterable[Row]) -> frozenset[tuple[str, int]]:
     return frozenset(launch for launch, status in latest.items() if status in FINAL)
 
 
-def run_sweep(sweep: Sweep, writer: ResultsWriter, *, on_start: Callable[[Case, str], None]) -> Iterator[Row]:
+def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Case, str], None]) -> Iterator[Row]:
     """Measure the remaining launches; each row is on the disk before it is yielded.
 
     ``on_start`` is told the case, and what is done with it, as that begins.

@@ -14,10 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, Limits
@@ -41,24 +41,39 @@ def without_checkouts(path: str) -> str:
     return os.pathsep.join(folder for folder in folders if not Path(folder, "bench", "run", "side.py").exists())
 
 
-class Side:
+C = TypeVar("C")
+R = TypeVar("R")
+
+
+class SideOf(Generic[C, R]):
     """The process of one side, seen from the harness. A context manager: leaving it ends the process.
 
     Args:
         checkout: Where it runs.
         time_limit: Seconds a launch may take.
+        module: What runs there; it answers by `answer_questions`.
+        ask: What it is asked about a case, as JSON has it.
+        parse: Reads its answer.
     """
 
-    def __init__(self, checkout: Checkout, *, time_limit: float) -> None:
-        self.checkout = checkout
-        self._time_limit = time_limit
+    def __init__(
+        self,
+        checkout: Checkout,
+        *,
+        time_limit: float,
+        module: str,
+        ask: Callable[[C], dict[str, Any]],
+        parse: Callable[[str], R],
+    ) -> None:
+        self.checkout, self.parse = checkout, parse
+        self._time_limit, self._ask = time_limit, ask
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = {**os.environ, COMMIT_VARIABLE: checkout.name, "PYTHONHASHSEED": "0"}
         # Where the harness was started, a family of one's own may lie, as may any package on the path.
         given = os.pathsep.join([environment.get("PYTHONPATH", ""), os.getcwd()])
         environment["PYTHONPATH"] = without_checkouts(given)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.run.side"],
+            [sys.executable, "-m", module],
             cwd=checkout.root,
             env=environment,
             stdin=subprocess.PIPE,
@@ -68,15 +83,14 @@ class Side:
             start_new_session=True,
         )
 
-    def measure(self, case: Case, *, budget: Budget, launch: int) -> Row:
+    def measure(self, case: C, *, budget: Budget, launch: int) -> R:
         """One launch of a case.
 
         Raises:
             SideError: The side's process is gone.
         """
-        options = {"options": dict(case.options)}
         question = {
-            "case": dataclasses.asdict(case) | options,
+            "case": self._ask(case),
             "budget": dataclasses.asdict(budget),
             "launch": launch,
             "time_limit": self._time_limit,
@@ -86,7 +100,7 @@ class Side:
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-            return Row.from_json(self._process.stdout.readline())
+            return self.parse(self._process.stdout.readline())
         except (OSError, ResultError) as error:
             self._log.seek(0)
             tail = self._log.read()[-600:].decode(errors="replace").strip()
@@ -101,46 +115,91 @@ class Side:
         self._process.communicate()
         self._log.close()
 
-    def __enter__(self) -> Side:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def _read_job(line: str, environment: Mapping[str, Any], code: str) -> tuple[CaseJob, float]:
-    question = json.loads(line)
-    case_fields = question["case"]
-    case = Case(**{**case_fields, "options": tuple(case_fields["options"].items())})
-    load_source(case.source)
-    budget = decode_dataclass(Budget, question["budget"], "budget")
-    key = measurement_key(case, code=code, environment=environment, budget=budget)
-    job = CaseJob(
-        case=case, budget=budget, environment=environment, matmul_ceiling=None, launch=question["launch"], key=key
-    )
-    return job, float(question["time_limit"])
+class Side(SideOf[Case, Row]):
+    """A side that measures whole steps.
+
+    Args:
+        checkout: Where it runs.
+        time_limit: Seconds a launch may take.
+    """
+
+    def __init__(self, checkout: Checkout, *, time_limit: float) -> None:
+        super().__init__(
+            checkout,
+            time_limit=time_limit,
+            module="bench.run.side",
+            ask=lambda case: dataclasses.asdict(case) | {"options": dict(case.options)},
+            parse=Row.from_json,
+        )
+
+
+class Question(NamedTuple):
+    """What a side is asked: a launch of a case.
+
+    Attributes:
+        case: As JSON has it.
+        budget: How long it is sampled.
+        launch: Its number.
+        time_limit: Seconds it may take.
+    """
+
+    case: dict[str, Any]
+    budget: Budget
+    launch: int
+    time_limit: float
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def main() -> None:
-    """Answer until the input ends."""
+def answer_questions(start: Callable[[], Callable[[Question], str]]) -> None:
+    """Answer each question from stdin with a line on stdout, until the input ends: all that a side does.
+
+    Args:
+        start: Makes ready, once nothing that is printed can pass for an answer any more; gives what answers.
+    """
     die_with_parent()  # Its input ends with the harness too, but a launch takes its time.
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What a worker prints must not pass for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    environment, code = describe_environment(), code_hash(Path(ROOT))
-    referee = Referee(limits=Limits(), ceilings=False)
+    answer = start()
     for line in sys.stdin:
-        job, seconds = _read_job(line, environment, code)
-        referee.limits = Limits(prepare=seconds, measure=seconds)
-        answers.write(referee.measure(job).to_json() + "\n")
+        asked = json.loads(line)
+        question = Question(**{**asked, "budget": decode_dataclass(Budget, asked["budget"], "budget")})
+        answers.write(answer(question) + "\n")
         answers.flush()
 
 
+def _start() -> Callable[[Question], str]:
+    environment, code = describe_environment(), code_hash(Path(ROOT))
+    referee = Referee(limits=Limits(), ceilings=False)
+
+    def answer(question: Question) -> str:
+        case = Case(**{**question.case, "options": tuple(question.case["options"].items())})
+        load_source(case.source)
+        referee.limits = Limits(prepare=question.time_limit, measure=question.time_limit)
+        job = CaseJob(
+            case=case,
+            budget=question.budget,
+            environment=environment,
+            matmul_ceiling=None,
+            launch=question.launch,
+            key=measurement_key(case, code=code, environment=environment, budget=question.budget),
+        )
+        return referee.measure(job).to_json()
+
+    return answer
+
+
 if __name__ == "__main__":
-    main()
+    answer_questions(_start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -14,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from bench.measure.failures import failure
+from bench.measure.versions import versions
 from bench.parity.inputs import fill_zeros
-from bench.run.lifeline import end_with_parent, give_way
 from bench.sampling.rows import SamplingCase
 from dig.registry import create_model, load_source
 from dig.sampling.runner import BatchSampler, SamplePlan
@@ -75,22 +74,12 @@ class Contestant:
         """The most that torch's allocator gave out at a time, weights and captured graph included."""
         return torch.cuda.max_memory_allocated() / GIB if self.case.device == "cuda" else None
 
-    def versions(self) -> dict[str, Any]:
-        """What only a process with torch knows."""
-        if self.case.device == "cpu":
-            return {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        cudnn: Any = torch.backends.cudnn
-        return {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": cudnn.version()}
-
 
 def serve(connection: Connection, case: SamplingCase) -> None:
     """Entry of a model's process: answers ``prepare``, ``sample`` and ``finish``, until one fails.
 
     An answer is ``("ok", value)``, or ``("failed", (status, message))``.
     """
-    end_with_parent()
-    give_way()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
     contestant: Contestant | None = None
     try:
         while True:
@@ -117,4 +106,4 @@ def serve(connection: Connection, case: SamplingCase) -> None:
 
 
 def _summary(contestant: Contestant) -> dict[str, Any]:
-    return {"peak_memory_gib": contestant.peak_memory_gib(), "versions": contestant.versions()}
+    return {"peak_memory_gib": contestant.peak_memory_gib(), "versions": versions(contestant.case.device)}

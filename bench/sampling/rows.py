@@ -5,71 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from bench.cases.case import MOST_COUNT
-from bench.store.decoding import decode_dataclass, parse_json, require
-from bench.store.files import append_line, read_file, require_appendable
+from bench.measure.intervals import MedianInterval
+from bench.store.decoding import decode_dataclass, of_kind, require, with_options
+from bench.store.lines import LinesWriter, ResultError, Results, read_lines
 from bench.store.migrations import rename_backend
-from bench.store.rows import check_environment
+from bench.store.rows import Status, check_environment
+from bench.store.selection import machine
 
 SCHEMA = 2
 """2 calls the backend by its present name (`bench.store.migrations`) and has ``case.source``; 1 is read too."""
 MOST_CFG = 1e6
 KIND = "sampling"
 """Tells these rows from those of `bench.store.rows`, which are of single steps."""
-_BEGINS = f'{{"kind":"{KIND}"'.encode()
-CONFIDENCE = 0.95
-Status = Literal["ok", "oom", "timeout", "error"]
-
-
-class RowError(ValueError):
-    """A file of rows cannot be read or written; the message names it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A median, and order statistics around it.
-
-    Attributes:
-        median: Of the values.
-        low: A lower end.
-        high: A higher end.
-        confidence: With this probability the interval holds the median of whatever the values are drawn from, however
-            that is distributed. Two values give 0.5, five 0.94.
-    """
-
-    median: float
-    low: float
-    high: float
-    confidence: float
-
-    @classmethod
-    def of(cls, values: Iterable[float], confidence: float = CONFIDENCE) -> Interval:
-        """The narrowest interval of at least this confidence; with too few values for it, least to most.
-
-        Raises:
-            ValueError: There are no values.
-        """
-        ordered = sorted(values)
-        n = len(ordered)
-        if not n:
-            raise ValueError("a median needs values")
-
-        def reached(k: int) -> float:
-            """Both medians agree unless fewer than k of n values fall on one side, each with probability a half."""
-            return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
-
-        k = max((k for k in range(1, n // 2 + 1) if reached(k) >= confidence), default=1)
-        return cls(median=median(ordered), low=ordered[k - 1], high=ordered[n - k], confidence=max(0.0, reached(k)))
-
-    def __str__(self) -> str:
-        """``3.21 (3.18 to 3.22)``."""
-        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +128,9 @@ class SamplingRow:
         check_environment(self.environment)
 
     @property
-    def speed(self) -> Interval | None:
+    def speed(self) -> MedianInterval | None:
         """Samples a second; None of a failure."""
-        return Interval.of(self.case.batch / s for s in self.seconds) if self.status == "ok" else None
+        return MedianInterval.of(self.case.batch / s for s in self.seconds) if self.status == "ok" else None
 
     def to_json(self) -> str:
         """One line of JSON, without its newline. What can be computed from the seconds is written for readers."""
@@ -189,74 +142,29 @@ class SamplingRow:
 
     @classmethod
     def from_json(cls, line: str) -> SamplingRow:
-        """Read a line that `to_json` wrote. Raises RowError on anything else."""
+        """Read a line that `to_json` wrote. Raises ResultError on anything else."""
         try:
-            record = parse_json(line)
-            if not isinstance(record, dict) or record.pop("kind", None) != KIND:
-                raise ValueError(f"it is not of kind {KIND!r}")
-            if (version := record.pop("schema", None)) not in (1, SCHEMA):
-                raise ValueError(f"it is of schema {version!r}, not of 1 to {SCHEMA}")
+            record, version = of_kind(line, KIND, SCHEMA)
             record.pop("samples_per_second", None)
-            case = record.get("case")
-            if not isinstance(case, dict) or not isinstance(case.get("options"), dict):
-                raise ValueError("case.options must be an object")
-            if not all(isinstance(value, str) for value in case["options"].values()):
-                raise ValueError("case.options must be words")
-            options = case["options"]
+            case = with_options(record.get("case"))
             if version == 1:
-                options = rename_backend(str(case.get("model")), options)
-            fields = {name: value for name, value in case.items() if name != "options"}
-            record["case"] = {**fields, "options": [list(pair) for pair in sorted(options.items())]}
-            return decode_dataclass(cls, record, "row")
+                options = rename_backend(str(case.get("model")), dict(case["options"]))
+                case |= {"options": [list(pair) for pair in sorted(options.items())]}
+            return decode_dataclass(cls, {**record, "case": case}, "row")
         except ValueError as error:
-            raise RowError(f"not a row of {KIND}: {error}") from None
+            raise ResultError(f"not a row of {KIND}: {error}") from None
 
 
-def append_row(path: Path, row: SamplingRow) -> None:
-    """Append a row and wait until it is on the disk. Raises RowError where that can't be."""
-    try:
-        append_line(path, row.to_json())
-    except OSError as error:
-        raise RowError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+def read_rows(path: Path) -> Results[SamplingRow]:
+    """Read a file of sampling rows, as of `bench.store.lines.read_lines`."""
+    return read_lines(path, SamplingRow.from_json)
 
 
-def require_rows(path: Path) -> None:
-    """Raise RowError where rows cannot be appended: the file can't be written, or holds something else."""
-    try:
-        require_appendable(path)
-    except OSError as error:
-        raise RowError(f"cannot write {path}: {error.strerror}; choose another --out") from None
-    if path.exists():
-        try:
-            read_rows(path)
-        except RowError as error:
-            raise RowError(f"{error}; choose another --out") from None
+class RowsWriter(LinesWriter[SamplingRow]):
+    """Appends rows to a file of sampling rows, as of `bench.store.lines.LinesWriter`."""
 
-
-def read_rows(path: Path) -> tuple[list[SamplingRow], list[int]]:
-    """The rows of a file, and the numbers of lines that end in the middle, as a kill leaves them.
-
-    Raises:
-        RowError: The file can't be read, or holds other rows.
-    """
-    try:
-        lines = read_file(path).split(b"\n")
-    except OSError as error:
-        raise RowError(f"cannot read {path}: {error.strerror}") from None
-    rows, torn = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if not line.rstrip().endswith(b"}") and (line.startswith(_BEGINS) or _BEGINS.startswith(line)):
-            torn.append(number)
-            continue
-        try:
-            rows.append(SamplingRow.from_json(line.decode()))
-        except UnicodeDecodeError:
-            raise RowError(f"{path}, line {number}: not text in UTF-8; is it a file of sampling rows?") from None
-        except RowError as error:
-            raise RowError(f"{path}, line {number}: {error}") from None
-    return rows, torn
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, SamplingRow.from_json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,13 +179,7 @@ class Comparison:
 
     row: SamplingRow
     peer: str | None = None
-    ratio: Interval | None = None
-
-
-def machine(row: SamplingRow) -> str:
-    """Name of the GPU, or of the processor."""
-    name = row.environment.get("gpu_name") if row.case.device == "cuda" else None
-    return str(name or row.environment.get("cpu") or "unknown hardware")
+    ratio: MedianInterval | None = None
 
 
 def compare(rows: Sequence[SamplingRow]) -> list[Comparison]:
@@ -296,7 +198,7 @@ def compare(rows: Sequence[SamplingRow]) -> list[Comparison]:
         ratio = None
         # Turns that one of them did not live to see say nothing.
         if row.status == peer.status == "ok" and len(row.seconds) == len(peer.seconds):
-            ratio = Interval.of(theirs / ours for ours, theirs in zip(row.seconds, peer.seconds, strict=True))
+            ratio = MedianInterval.of(theirs / ours for ours, theirs in zip(row.seconds, peer.seconds, strict=True))
         found.append(Comparison(row=row, peer=peer.case.label, ratio=ratio))
     return found
 

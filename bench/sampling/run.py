@@ -6,31 +6,13 @@ round in reverse. So what changes slowly, the card's temperature and clocks, cha
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
-from bench.run.lifeline import end_group
+from bench.run.process import Worker, WorkerError
 from bench.sampling.rows import SamplingCase, SamplingRow
-
-
-class LaneError(RuntimeError):
-    """A model's process did not answer as it should; ``status`` is what its row says."""
-
-    def __init__(self, status: Any, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _serve(connection: Connection, case: SamplingCase) -> None:
-    # Imported in the process, because it takes torch.
-    from bench.sampling.measure import serve
-
-    serve(connection, case)
+from bench.store.rows import utc_now
 
 
 @dataclass(kw_only=True)
@@ -39,45 +21,23 @@ class Lane:
 
     Attributes:
         case: What is measured.
+        worker: The process; it imports while others do, and waits.
         seconds: Of the repeats so far.
+        setup_seconds: What it took to get ready.
     """
 
     case: SamplingCase
+    worker: Worker
     seconds: list[float] = field(default_factory=list)
     setup_seconds: float | None = None
-    _process: BaseProcess | None = None
-    _connection: Any = None
-
-    def start(self) -> None:
-        """Start the process; it imports while others do, and waits."""
-        # Not forked: CUDA's state would not survive it, and a server to fork from is more than a few processes need.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.case), daemon=True)
-        self._process.start()
-        theirs.close()
 
     def ask(self, word: str, time_limit: float) -> Any:
-        """Have the process do something and wait for the answer. Raises LaneError."""
-        assert self._process is not None
-        try:
-            self._connection.send(word)
-            if not self._connection.poll(time_limit):
-                raise LaneError("timeout", f"no answer to {word!r} after {time_limit:g} s; the process was killed")
-            kind, value = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            raise LaneError("error", f"the process ended with status {self._process.exitcode}") from None
+        """Have the process do something and wait for the answer. Raises WorkerError."""
+        self.worker.tell(word)
+        kind, value = self.worker.answer(time_limit)
         if kind == "failed":
-            raise LaneError(*value)
+            raise WorkerError(*value)
         return value
-
-    def end(self) -> None:
-        """Kill the process, so that its memory is free, and wait until it is gone."""
-        if self._process is not None:
-            end_group(self._process)
-            self._connection.close()
-            self._process = None
 
 
 def measure(
@@ -97,7 +57,7 @@ def measure(
         environment: For the rows.
         on_step: Told what is being done.
     """
-    run = datetime.now(UTC).isoformat(timespec="seconds")
+    run = utc_now()
     for cases in settings:
         yield from _measure_in_turns(
             cases, repeats=repeats, time_limit=time_limit, environment=environment, run=run, on_step=on_step
@@ -113,8 +73,8 @@ def _measure_in_turns(
     run: str,
     on_step: Callable[[str], object],
 ) -> Iterator[SamplingRow]:
-    lanes = [Lane(case=case) for case in cases]
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    lanes: list[Lane] = []
+    started_at = utc_now()
 
     def row(lane: Lane, status: Any, **fields: Any) -> SamplingRow:
         return SamplingRow(
@@ -131,16 +91,16 @@ def _measure_in_turns(
         """The answer; or None, with the lane ended and its row in ``failed``."""
         try:
             return lane.ask(word, time_limit)
-        except LaneError as failure:
-            lane.end()
+        except WorkerError as failure:
+            lane.worker.end()
             lanes.remove(lane)
             failed.append(row(lane, failure.status, message=str(failure)))
             return None
 
     failed: list[SamplingRow] = []
     try:
-        for lane in lanes:
-            lane.start()
+        for case in cases:
+            lanes.append(Lane(case=case, worker=Worker("bench.sampling.measure:serve", case)))
         for lane in list(lanes):
             on_step(f"{lane.case.label} at {lane.case.resolution}: getting ready")
             lane.setup_seconds = attempt(lane, "prepare")
@@ -166,4 +126,4 @@ def _measure_in_turns(
         yield from failed
     finally:
         for lane in lanes:
-            lane.end()
+            lane.worker.end()

@@ -70,6 +70,40 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def of_kind(line: str, kind: str, newest: int) -> tuple[dict[str, Any], int]:
+    """A line's record and schema, both checked; for rows that say of which kind they are.
+
+    Args:
+        line: JSON.
+        kind: What its ``kind`` must be.
+        newest: The last schema that is known; all from 1 are.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    record = parse_json(line)
+    if not isinstance(record, dict) or record.pop("kind", None) != kind:
+        raise ValueError(f"it is not of kind {kind!r}")
+    version = record.pop("schema", None)
+    if type(version) is not int or not 1 <= version <= newest:
+        raise ValueError(f"it is of schema {version!r:.80}, and this version of the project reads 1 to {newest}")
+    return record, version
+
+
+def with_options(case: Any) -> dict[str, Any]:
+    """A case's record as `decode_dataclass` takes it: its options, an object of words in a file, as sorted pairs.
+
+    Raises:
+        ValueError: No object, or options that are no such object.
+    """
+    options = case.get("options", {}) if isinstance(case, dict) else None
+    if not isinstance(options, dict):
+        raise ValueError("case.options must be an object")
+    if not all(isinstance(value, str) for value in options.values()):
+        raise ValueError("case.options must be words")
+    return {**case, "options": [list(pair) for pair in sorted(options.items())]}
+
+
 @cache
 def _fields(kind: Any) -> Mapping[str, Any]:
     hints = typing.get_type_hints(kind)

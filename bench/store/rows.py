@@ -6,11 +6,9 @@ too, with its status; a reader therefore never has to guess why a point is missi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,11 +17,15 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 from bench.cases.case import Case
-from bench.store.decoding import decode_dataclass, parse_json, require
-from bench.store.files import read_file, require_file_or_nothing
+from bench.store.decoding import decode_dataclass, parse_json, require, with_options
 from bench.store.ledgers import Checks, Clocks, Memory, Timing
+from bench.store.lines import LinesWriter, ResultError, Results, read_lines
 from bench.store.migrations import SCHEMA, to_present
 from dig.family import Look
+
+__all__ = [
+    "Mark", "ResultError", "Results", "ResultsWriter", "Row", "Status", "check_environment", "read_results", "utc_now",
+]  # fmt: skip
 
 Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
 Mark = Literal[
@@ -69,10 +71,6 @@ def check_environment(environment: Mapping[str, Any]) -> None:
 def utc_now() -> str:
     """The time of day, ISO 8601, UTC, as ``started_at`` has it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class ResultError(ValueError):
-    """A results file cannot be read or written; the message says which line and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,143 +181,18 @@ class Row:
         except ValueError as error:
             raise ResultError(str(error)) from None
         try:
-            case = record.get("case")
-            if isinstance(case, dict) and isinstance(options := case.get("options"), dict):
-                if not all(isinstance(value, str) for value in options.values()):
-                    raise ValueError("case.options must be words")
-                record["case"] = {**case, "options": [list(pair) for pair in options.items()]}
-            elif not isinstance(case, dict) or "options" in case:
-                raise ValueError("case.options must be an object")
-            return decode_dataclass(cls, record, "row")
+            return decode_dataclass(cls, {**record, "case": with_options(record.get("case"))}, "row")
         except ValueError as error:
             raise ResultError(f"not a result row: {error}") from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """What a file held.
-
-    Attributes:
-        rows: The rows, in the order of the file.
-        torn: The bytes after the last newline, where the file ends inside a row; empty otherwise.
-    """
-
-    rows: tuple[Row, ...]
-    torn: bytes = b""
-
-    def latest(self) -> dict[Case, Row]:
-        """The last row of every case."""
-        return {row.case: row for row in self.rows}
+def read_results(path: Path) -> Results[Row]:
+    """Read a results file, as of `bench.store.lines.read_lines`."""
+    return read_lines(path, Row.from_json)
 
 
-def read_results(path: Path) -> Results:
-    """Read a results file. A last line without its newline is what a kill leaves: it is returned as ``torn``.
-
-    Raises:
-        ResultError: The file cannot be opened, or a whole line of it is not a row; the message names file and line.
-    """
-    try:
-        content = read_file(path)
-    except OSError as error:
-        raise ResultError(f"cannot read {path}: {error.strerror}") from None
-    return _rows_of(content, path)
-
-
-def _rows_of(content: bytes, path: Path) -> Results:
-    *lines, torn = content.split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(Row.from_json(line.decode()))
-        except UnicodeDecodeError:
-            raise ResultError(f"{path}, line {number}: not text in UTF-8; is it a file of results?") from None
-        except ResultError as error:
-            raise ResultError(f"{path}, line {number}: {error}") from None
-    return Results(rows=tuple(rows), torn=torn)
-
-
-class ResultsWriter:
-    """Appends rows to a file, each flushed to the disk; the only writer of its file while it is open.
-
-    A torn last line is moved to ``<file>.torn`` first, so that nothing whole is lost and nothing torn is read as a row.
-    A file that holds anything but rows is left as it is.
-
-    Raises:
-        ResultError: The file cannot be written, is written by another run, or holds something else.
-    """
+class ResultsWriter(LinesWriter[Row]):
+    """Appends rows to a results file, as of `bench.store.lines.LinesWriter`."""
 
     def __init__(self, path: Path) -> None:
-        import fcntl
-
-        self.path = path
-        self.torn_path: Path | None = None
-        try:
-            require_file_or_nothing(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered, so that a failed write leaves nothing behind that closing the file would try to write again.
-            self._file = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise ResultError(f"cannot write {path}: {error.strerror}; choose another --out") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ResultError(f"{path} is being written by another run; wait for it, or choose another --out") from None
-        try:
-            self._set_torn_line_aside()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _set_torn_line_aside(self) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        try:
-            _rows_of(content[:whole], self.path)
-        except ResultError as error:
-            raise ResultError(f"{error}; choose another --out") from None
-        if whole == len(content):
-            return
-        self.torn_path = self.path.with_name(self.path.name + ".torn")
-        try:
-            require_file_or_nothing(self.torn_path)
-            with self.torn_path.open("ab") as torn:
-                torn.write(content[whole:] + b"\n")
-                torn.flush()
-                os.fsync(torn.fileno())
-            self._file.truncate(whole)
-        except OSError as error:
-            raise ResultError(f"cannot write {self.torn_path}: {error.strerror}; choose another --out") from None
-
-    def write(self, row: Row) -> None:
-        """Append one row and wait until it is on the disk.
-
-        Raises:
-            ResultError: It could not be written whole (a full disk, most often); the file is as it was before.
-        """
-        whole = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(row.to_json().encode() + b"\n")
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(whole)
-            raise ResultError(
-                f"cannot write {self.path}: {error.strerror}; the rows before are whole. Make room, then go on with "
-                "--resume"
-            ) from None
-
-    def close(self) -> None:
-        """Close the file and let others write it."""
-        self._file.close()
-
-    def __enter__(self) -> ResultsWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        super().__init__(path, Row.from_json, go_on="go on with --resume")

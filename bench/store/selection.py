@@ -7,17 +7,83 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-from bench.cases.case import Case
 from bench.store.identity import VERSIONS
-from bench.store.rows import Row
+from bench.store.ledgers import Checks, Memory
 from dig.environment import CIRCUMSTANCES
 
 _BESIDE_THE_GPU = {"card": "gpu_uuid", "host processor": "cpu"}
 """What may differ between two machines whose GPUs have one name: cards by a few percent, hosts in what is eager."""
 
 
-def machine(row: Row) -> str:
+class Subject(Protocol):
+    """What was measured: a case of whatever kind, which says all that changes the number and can be a dict's key."""
+
+    @property
+    def device(self) -> str:
+        """``cuda`` or ``cpu``."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+
+class Placed(Protocol):
+    """A row of whatever kind, as far as saying where it was measured goes."""
+
+    @property
+    def case(self) -> Subject:
+        """What was measured."""
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Commit, versions and device, by `dig.environment`."""
+
+
+class Measured(Placed, Protocol):
+    """A row of one launch of a case, as far as choosing and comparing rows goes; `bench.store.rows.Row` is one."""
+
+    @property
+    def status(self) -> str:
+        """``ok``, or why there is no time."""
+
+    @property
+    def message(self) -> str:
+        """Of a failure."""
+
+    @property
+    def started_at(self) -> str:
+        """ISO 8601, UTC."""
+
+    @property
+    def key(self) -> str:
+        """Content address of what was measured."""
+
+    @property
+    def launch(self) -> int:
+        """Which process launch of its case, from 0."""
+
+    @property
+    def marks(self) -> Sequence[str]:
+        """Reasons to doubt the times."""
+
+    @property
+    def median_ms(self) -> float | None:
+        """Median milliseconds."""
+
+    @property
+    def memory(self) -> Memory | None:
+        """The ledger, where there is one."""
+
+    @property
+    def checks(self) -> Checks | None:
+        """What was checked, where anything was."""
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def machine(row: Placed) -> str:
     """Name of the GPU, or of the processor where the case ran on the CPU."""
     if row.case.device == "cuda":
         return str(row.environment.get("gpu_name") or "unnamed GPU")
@@ -25,7 +91,7 @@ def machine(row: Row) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Newest:
+class Newest(Generic[M]):
     """The rows that count, in the order of the file, and how many do not.
 
     Attributes:
@@ -34,7 +100,7 @@ class Newest:
         repeated: Rows whose launch was measured again since.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[M, ...]
     older: int
     repeated: int
 
@@ -45,7 +111,7 @@ class Newest:
         return f"rows left out: {', '.join(parts)}" if parts else ""
 
 
-def newest(rows: Iterable[Row]) -> Newest:
+def newest(rows: Iterable[M]) -> Newest[M]:
     """Choose the rows that count. What was measured last is newest: its key is the one that counts.
 
     Of the same moment it is what was appended last. Files may have been put together in any order.
@@ -62,9 +128,9 @@ def newest(rows: Iterable[Row]) -> Newest:
     )
 
 
-def by_case_and_machine(rows: Iterable[Row]) -> dict[Case, dict[str, list[Row]]]:
+def by_case_and_machine(rows: Iterable[M]) -> dict[Subject, dict[str, list[M]]]:
     """Rows by case and machine, each in the order they came, launches by number."""
-    found: dict[Case, dict[str, list[Row]]] = {}
+    found: dict[Subject, dict[str, list[M]]] = {}
     for row in rows:
         found.setdefault(row.case, {}).setdefault(machine(row), []).append(row)
     for machines in found.values():
@@ -73,7 +139,7 @@ def by_case_and_machine(rows: Iterable[Row]) -> dict[Case, dict[str, list[Row]]]
     return found
 
 
-def differences(sides: Sequence[tuple[str, Iterable[Row]]]) -> list[str]:
+def differences(sides: Sequence[tuple[str, Iterable[Placed]]]) -> list[str]:
     """A line for everything that was recorded of the sides' environments and is not the same in all their rows.
 
     Args:
@@ -94,7 +160,7 @@ def differences(sides: Sequence[tuple[str, Iterable[Row]]]) -> list[str]:
     return lines
 
 
-def _described(row: Row) -> dict[str, str]:
+def _described(row: Placed) -> dict[str, str]:
     """What may differ between two rows' environments, by name; of a mapping, its name alone says that it is there."""
     environment = row.environment
     found = {"machine": machine(row)}

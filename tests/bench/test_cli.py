@@ -150,3 +150,10 @@ def test_capacity_keeps_every_probe_with_its_machine(tmp_path: Path, monkeypatch
         assert record["case"]["options"] == {"backend": "reference"}
         assert record["environment"]["python"]
         assert record["limit"] == 1 << 30
+
+
+def test_there_is_one_command_line() -> None:
+    """All is reached by ``python -m bench``; the two other modules that run are the sides of a comparison."""
+    found = {path.relative_to(ROOT / "bench").as_posix(): path.read_text() for path in (ROOT / "bench").rglob("*.py")}
+    assert {name for name, text in found.items() if "__main__" in text} == {"__main__.py", "run/side.py", "ops/side.py"}
+    assert [name for name, text in found.items() if "argparse" in text] == []

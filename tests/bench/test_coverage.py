@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from bench.judge.coverage import NOISES, main, simulate
+from bench.cli.main import app
+from bench.judge.coverage import NOISES, simulate
 
 
 def test_intervals_of_normal_noise_hold_the_truth_and_equal_code_is_the_same() -> None:
@@ -36,10 +38,15 @@ def test_noises_are_what_they_are_called() -> None:
     assert np.mean(drawn["two speeds"] > 0.015) == pytest.approx(0.5, abs=0.05)
 
 
-def test_the_command_prints_a_line_for_each_and_refuses_too_few(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--trials", "2", "--launches", "5"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * len(NOISES)
-    with pytest.raises(SystemExit):
-        main(["--launches", "4"])
-    assert "at least 5" in capsys.readouterr().err
+def test_the_command_prints_a_line_for_each_and_refuses_too_few() -> None:
+    found = CliRunner().invoke(app, ["coverage", "--trials", "2", "--launches", "5"])
+    assert found.exit_code == 0, found.output
+    assert len(found.output.splitlines()) == 2 + 2 * len(NOISES)
+    for words, message in (
+        (("--launches", "4"), "--launches must be at least 5"),
+        (("--launches", "6,201"), "--launches must be at most 200"),
+        (("--trials", "0"), "--trials must be at least 1"),
+    ):
+        found = CliRunner().invoke(app, ["coverage", *words])
+        assert (found.exit_code, found.output.count("\n")) == (2, 1), found.output
+        assert message in found.output

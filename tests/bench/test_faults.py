@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cases.case import Case
+from bench.cases.jobs import Limits
 from bench.inspect.capacity import CapacityError, largest_batch, largest_resolution, largest_that_fits, probe_case
 from bench.run.runner import Referee
 from bench.store.ledgers import Memory
@@ -70,7 +71,7 @@ def test_no_module_of_the_harness_times_anything_by_the_time_of_day() -> None:
     files = (ROOT / "bench").rglob("*.py")
     found = {path.relative_to(ROOT / "bench").as_posix(): wrong.findall(path.read_text()) for path in files}
     # A row's started_at and a folder's name are for people.
-    allowed = {"store/rows.py", "cli/regression.py", "sampling/run.py"}
+    allowed = {"store/rows.py", "cli/gate.py"}
     assert {name for name, words in found.items() if words} == allowed
     assert all(set(found[name]) == {"datetime.now"} for name in allowed)
 
@@ -128,7 +129,7 @@ def test_a_disk_that_fills_up_keeps_the_rows_before_and_says_so(tmp_path: Path) 
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); from pathlib import Path; "
-        "from bench.store.rows import *; "
+        "from bench.cases.case import Case; from bench.store.rows import *; "
         "case = Case(model='DiT-S/8', resolution=64); writer = ResultsWriter(Path(sys.argv[1]))\n"
         "try: writer.write(Row(case=case, status='error', started_at='', message='y' * 4000))\n"
         "except ResultError as error: print(error); writer.close()"
@@ -141,7 +142,7 @@ def test_a_disk_that_fills_up_keeps_the_rows_before_and_says_so(tmp_path: Path) 
 def test_a_harness_killed_while_it_writes_leaves_whole_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from pathlib import Path; from bench.store.rows import *\n"
+        "import sys; from pathlib import Path; from bench.cases.case import Case; from bench.store.rows import *\n"
         "case = Case(model='DiT-S/8', resolution=64); writer = ResultsWriter(Path(sys.argv[1]))\n"
         "for i in range(10**9): writer.write(Row(case=case, status='error', started_at='', message='m' * 100_000))"
     )
@@ -281,7 +282,7 @@ def test_memory_that_is_not_given_back_is_waited_for_and_then_said(monkeypatch: 
             return levels.pop(0) if len(levels) > 1 else levels[0]
 
     monkeypatch.setattr("bench.run.runner.Gpu.open", classmethod(lambda cls: Card()))
-    referee = Referee(time_limit=1)
+    referee = Referee(limits=Limits())
     assert referee.wait_for_memory(patience=20)
     levels[:] = [9 << 30]
     assert not referee.wait_for_memory(patience=0.3)
@@ -292,7 +293,7 @@ def test_the_ledger_has_the_parts_of_a_training_step() -> None:
     from bench.run.runner import run_job
 
     case = Case(model="DiT-S/8", resolution=64, mode="train", dtype="fp32", device="cpu")
-    answer = run_job(ProbeJob(case=case), time_limit=60)
+    answer = run_job(ProbeJob(case=case), limits=Limits())
     memory = Memory(**{name: value for name, value in answer.items() if name != "status"})
     assert memory.gradients is not None
     assert memory.optimizer is not None

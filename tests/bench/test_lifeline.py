@@ -19,7 +19,7 @@ from tests.bench.test_runner import alive, children
 
 CASE = ["--models", "DiT", "--patch", "8", "--resolutions", "64"]
 RUN = ["-m", "bench", "run", *CASE, "--modes", "forward", "--device", "cpu"]
-SAMPLING = ["-m", "bench.sampling", *CASE, "--size", "S", "--steps", "1", "--batch", "1", "--device", "cpu"]
+SAMPLING = ["-m", "bench", "sampling", *CASE, "--size", "S", "--steps", "1", "--batch", "1", "--device", "cpu"]
 REGRESSION = ["-m", "bench", "regression", "--suite", "cpu", "--base", str(ROOT)]
 ENDLESS = (
     "import subprocess; module.DiT.forward = lambda self, x, t, y: "

@@ -2,52 +2,91 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer.main
+from typer.testing import CliRunner, Result
 
-from bench.ops import common, variants
+from bench.cli.main import app
+from bench.ops import common, rowwise, srem, variants
+from bench.ops import products as timed_products
 from bench.ops.turns import Way
 from dig import raster, raster_block
 
-PROGRAMS = ["bench.ops.gla", "bench.ops.srem", "bench.ops.rowwise"]
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_options_are_checked(program: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = importlib.import_module(program)
-    for wrong, message in (
-        (["--samples", "0"], "--samples must be at least 1"),
-        (["--warps", "4", "-1"], "--warps must be at least 1"),
-        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--implementations", "magic"], "invalid choice: 'magic'"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            module.options_of(wrong)
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
-    assert module.options_of([]).samples == 50
-
-
-def test_ways_to_prepare_weights_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module("bench.ops.prepare").main(["--programs", "-1"])
-    assert stopped.value.code == 2
-    assert "--programs must be at least 0" in capsys.readouterr().err
-
-
+runner = CliRunner()
 SETTING = "dig.raster_block.HALVED_TOKENS=0"
+TIMED = ("gla", "srem", "rowwise", "products")
+IN_STEPS = ("prepare", "chain", "variants")
 
 
-@pytest.mark.parametrize("program", [*PROGRAMS, "bench.ops.prepare", "bench.ops.chain", "bench.ops.variants"])
+def ops(program: str, *words: str) -> Result:
+    given = ("--set", SETTING) if program == "variants" else ()
+    return runner.invoke(app, ["ops", program, *given, *words])
+
+
+def refused(found: Result, message: str) -> None:
+    assert found.exit_code == 2, found.output
+    assert found.output.count("\n") == 1, found.output
+    assert message in found.output
+
+
+@pytest.mark.parametrize("program", ["gla", "srem", "rowwise"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--samples", "0"), "--samples must be at least 1"),
+        (("--warps", "4,-1"), "--warps must be at least 1"),
+        (("--warps", "4 8"), "--warps takes whole numbers separated by commas"),
+        (("--warps", ""), "--warps needs at least one number"),
+        (("--dtype", "fp8"), "unknown dtype 'fp8'"),
+        (("--dtype", "bf16,fp32"), "unknown dtype 'bf16,fp32'"),
+        (("--implementations", "magic"), "unknown implementation 'magic'"),
+        (("--implementations", ","), "name at least one implementation: triton"),
+        (("--json", "."), "choose another --json"),
+        (("--nothing",), "--help"),
+    ],
+)
+def test_options_are_checked(program: str, words: tuple[str, ...], message: str) -> None:
+    refused(ops(program, *words), message)
+
+
+def test_products_and_ways_to_prepare_weights_are_checked() -> None:
+    refused(ops("products", "--passes", "sideways"), "unknown pass 'sideways'")
+    refused(ops("prepare", "--programs", "-1"), "--programs must be at least 0")
+
+
+@pytest.mark.parametrize("program", [*TIMED, *IN_STEPS])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_it_says_so(program: str) -> None:
-    with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
-        importlib.import_module(program).main(["--set", SETTING] if program.endswith("variants") else [])
+    refused(ops(program), "no NVIDIA GPU was found")
+
+
+def test_help_needs_neither_torch_nor_scipy_and_shows_every_command() -> None:
+    code = (
+        "import sys, typer.main; from bench.cli.main import app; group = typer.main.get_command(app)\n"
+        "print(*group.commands, *group.commands['ops'].commands)\n"
+        "sys.exit(bool({'torch', 'scipy.stats'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"run", "list", "sampling", "coverage", "ops", "registers", *TIMED, *IN_STEPS} <= set(done.stdout.split())
+
+
+def test_defaults_are_what_the_modules_know() -> None:
+    """The command line names implementations without torch; the modules that measure are the ones that have them."""
+    group = typer.main.get_command(app).commands["ops"].commands  # type: ignore[attr-defined]
+    defaults = {name: {p.name: p.default for p in command.params} for name, command in group.items()}
+    assert defaults["srem"]["implementations"] == ",".join(srem.IMPLEMENTATIONS)
+    assert defaults["rowwise"]["implementations"] == ",".join(rowwise.IMPLEMENTATIONS)
+    assert defaults["rowwise"]["operations"] == ",".join(rowwise.OPERATIONS)
+    assert defaults["products"]["implementations"] == ",".join(timed_products.IMPLEMENTATIONS)
+    assert defaults["products"]["passes"] == ",".join(timed_products.PASSES)
 
 
 @pytest.mark.parametrize(
@@ -61,24 +100,22 @@ def test_without_a_gpu_it_says_so(program: str) -> None:
         ("dig.raster_block.HALVED_TOKENS=1.5", "is of type int, 1.5 of float"),
     ],
 )
-def test_settings_are_checked(setting: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        variants.main(["--set", SETTING, setting])
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_settings_are_checked(setting: str, message: str) -> None:
+    refused(ops("variants", "--set", f"{SETTING}; {setting}"), message)
 
 
-@pytest.mark.parametrize("program", ["bench.ops.prepare", "bench.ops.chain", "bench.ops.variants"])
-def test_one_round_is_too_few(program: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--set", SETTING] if program.endswith("variants") else []
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(program).main([*arguments, "--rounds", "1"])
-    assert stopped.value.code == 2
-    assert "must be at least 2; got 1" in capsys.readouterr().err
+@pytest.mark.parametrize("program", IN_STEPS)
+def test_one_round_is_too_few(program: str) -> None:
+    refused(ops(program, "--rounds", "1"), "--rounds must be at least 2; got 1")
 
 
 def test_settings_hold_within_and_end_after() -> None:
-    settings = [variants.Setting.parse(text) for text in (SETTING, "dig.raster._FEW_TOKENS=7")]
+    other = "dig.raster._FEW_TOKENS=7"
+    settings = [variants.Setting.parse(text) for text in (SETTING, other)]
+    assert variants.parse_variants([f"{SETTING}; {other}"]) == {
+        "as it is": (),
+        f"{SETTING}; {other}": tuple(settings),
+    }
     before = raster_block.HALVED_TOKENS, raster._FEW_TOKENS
     with variants.applied(settings):
         assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == (0, 7)
@@ -116,8 +153,7 @@ def test_what_cannot_run_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[
     def missing() -> list[common.Step]:
         raise ImportError("needs fla")
 
-    options = SimpleNamespace(samples=5, kernels=False)
-    row = common.measure({"operation": "gla"}, missing, size=1, rate=1.0, options=options)  # type: ignore[arg-type]
+    row = common.measure({"operation": "gla"}, missing, size=1, times=common.Times(rate=1.0, samples=5))
     path = tmp_path / "rows.jsonl"
     common.report(row, "gla", path)
     assert json.loads(path.read_text()) == {"operation": "gla", "status": "ImportError", "message": "needs fla"}

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from bench.ops.registers import Compiled, hasty_accesses, main, too_much_shared, wrong_descriptors
+from bench.cli.main import app
+from bench.ops.registers import Compiled, hasty_accesses, too_much_shared, wrong_descriptors
 from dig.ops.tiles import KIB, architectures, sm90
 
 QUICK, ALL = 16, 59
@@ -75,16 +77,21 @@ def test_shared_memory_is_held_to_tiles_and_gpu() -> None:
     )
 
 
-def test_options_are_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--capabilities", "9.1"), "unknown compute capability '9.1'"),
+        (("--capabilities", "9.0,9.1"), "unknown compute capability '9.1'"),
+        (("--kernels", "gradient_kernels"), "unknown kernel 'gradient_kernels': did you mean gradient_kernel?"),
+        (("--kernels", ","), "name at least one kernel"),
+    ],
+)
+def test_options_are_checked(words: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for wrong, message in (
-        (["--capabilities", "9.1"], "invalid choice: '9.1'"),
-        (["--kernels", "magic_kernel"], "there is no kernel magic_kernel among those of dig.ops"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main(wrong)
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
+    found = CliRunner().invoke(app, ["ops", "registers", *words])
+    assert found.exit_code == 2, found.output
+    assert found.output.count("\n") == 1, found.output
+    assert message in found.output
 
 
 CAPABILITIES = ["8.0", "8.9", "9.0", "10.0", "12.0"]
@@ -93,7 +100,7 @@ CAPABILITIES = ["8.0", "8.9", "9.0", "10.0", "12.0"]
 def compiled(*options: str) -> list[str]:
     """A line for each kernel that was compiled, in a process of its own: this one may have Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.ops.registers", *options]
+    command = [sys.executable, "-m", "bench", "ops", "registers", *options]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cases.case import Case
+from bench.cases.choices import parse_case
 from bench.cases.jobs import Budget
 from bench.cli import main as cli
 from bench.cli import regression as regression_command
@@ -24,6 +25,7 @@ from bench.run.side import Side, SideError, without_checkouts
 from bench.store.ledgers import Memory
 from bench.store.rows import Row, read_results
 from dig.environment import ROOT
+from dig.registry import find_family
 
 CASE = Case(model="DiT-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu")
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.0, max_samples=3)
@@ -197,12 +199,49 @@ def test_suites_are_small_and_fit_their_device() -> None:
         (["--suite", "cpu", "--base", "no-such"], "neither a revision nor a folder"),
         (["--suite", "cpu", "--least-effect", "x"], "--least-effect takes a percentage"),
         (["--suite", "cpu", "--against-itself", "-1"], "--against-itself must be at least 0"),
+        (["--suite", "cpu", "--case", "DiT-S/8@64"], "give one of them"),
+        (["--case", "DiT-S/8"], "a case is MODEL[:OPTIONS]@RESOLUTION"),
+        (["--case", "DiT-S/8@"], "the resolution must be a whole number"),
+        (["--case", "DiT-S/8@64:training"], "unknown word 'training': did you mean train?"),
+        (["--case", "DiT-S/8@64:train:forward"], "mode is given twice"),
+        (["--case", "DiT-S/8@64:batch="], "batch must be a whole number"),
+        (["--case", "DiT-S/8@64:batch=0"], "--batch must be at least 1"),
+        (["--case", "DiT-S/8@64:graph"], "needs a GPU"),
+        (["--case", "DiT-S/8@64:eager:model"], "model is of an execution that compiles: add compile or compiled-graph"),
+        (["--case", "DiT-S/8@64:max-autotune"], "max-autotune is of an execution that compiles"),
+        (["--case", "DiT-S/8@64:compile:block:model"], "scope is given twice"),
+        (["--case", "DiT-S/8@64:bf16-weights"], "training keeps fp32 weights: add forward"),
+        (["--case", "DiT-S/8@64:forward:fp32:bf16-weights"], "dtype is given twice"),
+        (["--case", "DiT@64"], "DiT"),
+        (["--case", "DiT-S/8@65"], "resolution 65 is not a multiple of 64"),
+        (["--case", "DiG-S/2:triton@64:train", "--device", "cuda"], "no NVIDIA GPU was found"),
     ],
 )
 def test_bad_input(options: list[str], message: str, tmp_path: Path) -> None:
     result = runner.invoke(cli.app, ["regression", *options, "--out", str(tmp_path)])
     assert result.exit_code == 2, result.output
     assert message in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_cases_are_named_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_case("DiT-S/8@64:fp32:forward:batch=3:eager", device="cpu") == replace(
+        CASE, batch=3, options=(("backend", find_family("DiT").default_backend("cpu")),)
+    )
+    assert parse_case("DiG-S/8:reference:variant=release@64", device="cpu").mode == "train"
+    compiled = parse_case("DiT-S/8@64:forward:compile:model:max-autotune:bf16-weights", device="cpu")
+    assert (compiled.way, compiled.precision) == ("compile by model max-autotune", "bf16-weights")
+    assert parse_case("DiT-S/8@64:compile", device="cpu").way == "compile by block"
+    chosen = []
+
+    def stop(plan: Plan, *rest: object) -> None:
+        chosen.extend(plan.cases)
+        raise SideError("seen")
+
+    monkeypatch.setattr(regression_command, "_Gate", stop)
+    words = ["--case", "DiT-S/8@64:forward", "--case", "DiG-S/8@64", "--case", "DiT-S/8@64:forward", "--device", "cpu"]
+    assert runner.invoke(cli.app, ["regression", *words, "--out", str(tmp_path)]).exit_code == 3
+    assert [(case.model, case.mode) for case in chosen] == [("DiT-S/8", "forward"), ("DiG-S/8", "train")]
 
 
 @pytest.mark.slow

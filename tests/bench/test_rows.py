@@ -294,14 +294,6 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
         read_results(tmp_path / "absent.jsonl")
 
 
-def test_the_latest_row_of_a_case_counts(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    with ResultsWriter(path) as writer:
-        for ms in (9.0, 2.0):
-            writer.write(make_row(samples_ms=(ms,)))
-    assert [row.samples_ms for row in read_results(path).latest().values()] == [(2.0,)]
-
-
 def test_two_writers_of_one_file(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     code = "import sys, bench.store.rows as r, pathlib\ntry: r.ResultsWriter(pathlib.Path(sys.argv[1]))\n"

@@ -13,26 +13,28 @@ from pathlib import Path
 import pytest
 
 from bench.cases.case import Case
-from bench.cases.jobs import Budget, CaseJob, ParityJob
+from bench.cases.jobs import Budget, CaseJob, Limits, ParityJob, Phase
 from bench.measure import case as worker
 from bench.measure.timing import Sampled
 from bench.run import runner
-from bench.run.runner import Referee, Sweep, WorkerError, finished_launches, run_job, run_sweep
+from bench.run.process import Worker, WorkerError
+from bench.run.runner import Referee, Sweep, finished_launches, run_job, run_sweep
 from bench.store.ledgers import Checks, Clocks, Memory
 from bench.store.rows import ResultsWriter, Row, read_results
 
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
+TWO_MINUTES = Limits(prepare=120, measure=120)
 
 
 def small(model: str = "DiT-S/8", **changes: object) -> Case:
     return Case(**{"model": model, "resolution": 64, "mode": "forward", "dtype": "fp32", "device": "cpu", **changes})
 
 
-def measure(cases: list[Case], path: Path, *, time_limit: float = 120, launches: int = 1) -> list[Row]:
+def measure(cases: list[Case], path: Path, *, limits: Limits = TWO_MINUTES, launches: int = 1) -> list[Row]:
     environment = {"commit": "abc"}
-    sweep = Sweep(cases=tuple(cases), launches=launches, time_limit=time_limit, budget=QUICK, environment=environment)
+    sweep = Sweep(cases=tuple(cases), launches=launches, limits=limits, budget=QUICK, environment=environment)
     with ResultsWriter(path) as writer:
-        return list(run_sweep(sweep, writer, on_start=lambda case: None))
+        return list(run_sweep(sweep, writer, on_start=lambda case, doing: None))
 
 
 def children(process_id: int) -> set[int]:
@@ -68,7 +70,7 @@ def test_a_case_becomes_a_whole_row(tmp_path: Path) -> None:
     assert row.matmul_ceiling > 1e9
     assert row.environment["commit"] == "abc"
     assert row.environment["torch"]
-    assert set(row.seconds) == {"start", "warmup", "measure"}
+    assert set(row.seconds) == {"start", "compile", "warmup", "measure"}
 
 
 def test_out_of_memory_is_a_row_and_the_next_case_runs(tmp_path: Path) -> None:
@@ -83,12 +85,50 @@ def test_time_limit_kills_the_process_and_the_next_case_runs(tmp_path: Path) -> 
     before = children(os.getpid())
     slow = small("DiS-S/2", resolution=1024, batch=4, mode="train")
     start = time.monotonic()
-    (row,) = measure([slow], tmp_path / "a.jsonl", time_limit=3)
+    (row,) = measure([slow], tmp_path / "a.jsonl", limits=Limits(prepare=3, measure=3))
     assert row.status == "timeout"
     assert "after 3 s" in row.message
     assert time.monotonic() - start < 60
     assert [pid for pid in children(os.getpid()) - before if alive(pid) and b"DiS" in _command(pid)] == []
     assert measure([small()], tmp_path / "b.jsonl")[0].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("phases", "limits", "message"),
+    [
+        ([], Limits(prepare=0.5, measure=60), "no result after 0.5 s; the process was killed"),
+        (
+            ["building", "compiling"],
+            Limits(prepare=4, measure=60),
+            "no result after 4 s of building and tuning kernels; the process was killed",
+        ),
+        (
+            ["building", "compiling", "measuring", "checking"],
+            Limits(prepare=60, measure=0.5),
+            "no result after 0.5 s of checking what was measured; the process was killed",
+        ),
+    ],
+)
+def test_building_and_measuring_have_limits_of_their_own(
+    phases: list[Phase], limits: Limits, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "def begin(connection, phases):\n    for phase in phases:\n        connection.send(('phase', phase))\n"
+    (tmp_path / "stuck_worker.py").write_text(f"import time\n\n{said}    time.sleep(600)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told: list[Phase] = []
+    with Worker("stuck_worker:begin", phases) as worker, pytest.raises(WorkerError) as raised:
+        runner._wait(worker, limits, told.append)
+    assert (raised.value.status, str(raised.value)) == ("timeout", message)
+    assert told == phases
+
+
+def test_a_run_is_told_what_is_done_with_a_case(tmp_path: Path) -> None:
+    told: list[tuple[Case, str]] = []
+    sweep = Sweep(cases=(small(),), budget=QUICK)
+    with ResultsWriter(tmp_path / "results.jsonl") as writer:
+        list(run_sweep(sweep, writer, on_start=lambda case, doing: told.append((case, doing))))
+    assert [doing for _, doing in told][-5:] == ["starting", *runner.PHASES.values()]
+    assert {case for case, _ in told} == {small()}
 
 
 def _command(process_id: int) -> bytes:
@@ -219,7 +259,7 @@ def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
 def test_resume_repeats_what_failed_for_the_moment_and_what_other_code_measured() -> None:
     cases = [small(resolution=64 * i) for i in (1, 2, 3, 4, 5)]
     statuses = ["ok", "oom", "unsupported", "timeout", "error"]
-    sweep = Sweep(cases=tuple(cases), time_limit=1, code="a", environment={"torch": "2.13", "commit": "1"})
+    sweep = Sweep(cases=tuple(cases), code="a", environment={"torch": "2.13", "commit": "1"})
     rows = [
         Row(
             case=case,
@@ -245,7 +285,7 @@ def test_resume_repeats_what_failed_for_the_moment_and_what_other_code_measured(
 
 def test_rounds_hold_every_case_once_in_an_order_of_their_own() -> None:
     cases = tuple(small(resolution=64 * i) for i in range(1, 9))
-    order = Sweep(cases=cases, launches=3, time_limit=1).remaining
+    order = Sweep(cases=cases, launches=3).remaining
     rounds = [[launch.case for launch in order if launch.number == number] for number in range(3)]
     assert [launch.number for launch in order] == [0] * 8 + [1] * 8 + [2] * 8
     assert rounds[0] == list(cases)
@@ -277,7 +317,7 @@ def again(
 
     monkeypatch.setattr(Referee, "measure", look)
     with ResultsWriter(path) as writer:
-        rows = list(run_sweep(Sweep(cases=cases, time_limit=1, again_s=seconds), writer, on_start=lambda case: None))
+        rows = list(run_sweep(Sweep(cases=cases, again_s=seconds), writer, on_start=lambda case, doing: None))
     assert read_results(path).rows == tuple(rows)
     return rows
 
@@ -339,17 +379,17 @@ def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch:
     asked = []
     answers = {"train": {"reference": "r", "gradients_off": 0.0}, "forward": {"reference": "r"}}
 
-    def answer(job: ParityJob, *, time_limit: float) -> dict:
+    def answer(job: ParityJob, *, limits: Limits) -> dict:
         asked.append(job.case.mode)
         return answers[job.case.mode]
 
     monkeypatch.setattr(runner, "run_job", answer)
-    referee = Referee(time_limit=1)
+    referee = Referee(limits=Limits())
     for mode in ("forward", "train", "forward", "train"):
         assert referee._agreement(small(mode=mode)) == (answers["train"] if "train" in asked else answers["forward"])
     assert asked == ["forward", "train"]
     answers["train"] = {"status": "error", "message": "gradients"}
-    referee = Referee(time_limit=1)
+    referee = Referee(limits=Limits())
     assert "message" in referee._agreement(small(mode="train"))
     assert "message" not in referee._agreement(small(mode="forward"))
 
@@ -383,4 +423,4 @@ def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPat
 
 def test_a_job_that_cannot_start_is_an_error() -> None:
     with pytest.raises(WorkerError, match="the process ended with status 1"):
-        run_job("not a job", time_limit=60)  # type: ignore[arg-type]
+        run_job("not a job", limits=Limits())  # type: ignore[arg-type]

@@ -15,11 +15,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.sampling.__main__ import app, default_batch
+from bench.cli.main import app
+from bench.cli.sampling import default_batch
+from bench.measure.intervals import MedianInterval
 from bench.sampling.measure import Contestant
-from bench.sampling.rows import Interval, RowError, SamplingCase, SamplingRow, append_row, compare, read_rows
+from bench.sampling.rows import RowsWriter, SamplingCase, SamplingRow, compare, read_rows
 from bench.sampling.run import measure
+from bench.store.lines import ResultError
 from dig.diffusion import sample
+from dig.environment import ROOT
 from dig.sampling import runner as runs
 
 CASE = SamplingCase(
@@ -40,19 +44,19 @@ def row(case: SamplingCase = CASE, *seconds: float, **fields: Any) -> SamplingRo
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
-    assert Interval.of([3.0]) == Interval(median=3, low=3, high=3, confidence=0)
-    five = Interval.of([5, 1, 4, 2, 3])
+    assert MedianInterval.of([3.0]) == MedianInterval(median=3, low=3, high=3, confidence=0)
+    five = MedianInterval.of([5, 1, 4, 2, 3])
     assert (five.median, five.low, five.high, five.confidence) == (3, 1, 5, 0.9375)
-    assert Interval.of(range(1, 7)).confidence == pytest.approx(0.96875)
+    assert MedianInterval.of(range(1, 7)).confidence == pytest.approx(0.96875)
     with pytest.raises(ValueError, match="needs values"):
-        Interval.of([])
+        MedianInterval.of([])
     # Twenty values: the 6th and the 15th, of the binomial distribution's tables.
-    twenty = Interval.of(range(1, 21))
+    twenty = MedianInterval.of(range(1, 21))
     assert (twenty.low, twenty.high) == (6, 15)
     draw = random.Random(0)
     held = 0
     for _ in range(4000):
-        found = Interval.of([draw.expovariate(1.0) for _ in range(20)])
+        found = MedianInterval.of([draw.expovariate(1.0) for _ in range(20)])
         held += found.low <= math.log(2) <= found.high
     assert held / 4000 == pytest.approx(twenty.confidence, abs=0.01)
 
@@ -60,16 +64,25 @@ def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
 def test_rows_survive_the_file_and_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "rows" / "a.jsonl"
     first = row(CASE, 1.0, 2.0, environment={"gpu_name": "H100"}, peak_memory_gib=1.5)
-    append_row(path, first)
+    with RowsWriter(path) as writer:
+        writer.write(first)
+        with pytest.raises(ResultError, match="being written by another run"):
+            RowsWriter(path)
     path.write_bytes(path.read_bytes() + b'{"kind":"samp')
+    assert read_rows(path).torn == b'{"kind":"samp'
     failed = row(DIG, status="oom", seconds=(), message="full")
-    append_row(path, failed)
-    assert read_rows(path) == ([first, failed], [2])
+    missing = row(DIG, status="unsupported", seconds=(), message="needs fla")
+    with RowsWriter(path) as writer:
+        assert writer.said_of_torn_line == f"{path} ended inside a row; the torn line was moved to {path}.torn"
+        writer.write(failed)
+        writer.write(missing)
+    found = read_rows(path)
+    assert (found.rows, found.torn) == ((first, failed, missing), b"")
     record = json.loads(path.read_text().splitlines()[0])
     assert record["samples_per_second"]["median"] == 1.5
     for line, message in (("{}", "line 1"), ('{"kind":"step","schema":1}', "not a row of sampling")):
         path.write_text(line + "\n")
-        with pytest.raises(RowError, match=message):
+        with pytest.raises(ResultError, match=message):
             read_rows(path)
     with pytest.raises(ValueError, match="needs seconds"):
         row(status="ok", seconds=())
@@ -77,12 +90,25 @@ def test_rows_survive_the_file_and_a_kill(tmp_path: Path) -> None:
         row(CASE, 0.0)
 
 
+def test_published_rows_of_schema_1_are_read_and_written_as_today(tmp_path: Path) -> None:
+    published = ROOT / "results" / "h100" / "sampling.jsonl"
+    assert json.loads(published.read_text().splitlines()[0])["schema"] == 1
+    rows = read_rows(published).rows
+    assert [r.case.label for r in rows[:2]] == ["DiG-XL/2 (triton, release)", "Flash-DiT-XL/2 (sdpa-cudnn)"]
+    assert all(dict(r.case.options)["backend"] in ("triton", "sdpa-cudnn") for r in rows)
+    with RowsWriter(tmp_path / "again.jsonl") as writer:
+        for each in rows:
+            writer.write(each)
+    assert read_rows(tmp_path / "again.jsonl").rows == rows
+    assert json.loads((tmp_path / "again.jsonl").read_text().splitlines()[0])["schema"] == 2
+
+
 def test_ratios_are_of_the_same_turn() -> None:
     """A card that slows down by half between turns changes no ratio; ratios of medians over turns would show it."""
     ours, theirs = row(DIG, 1.0, 2.0, 4.0), row(CASE, 3.0, 6.0, 12.0)
     found = compare([ours, theirs])
     assert [entry.peer for entry in found] == [CASE.label, None]
-    assert found[0].ratio == Interval(median=3, low=3, high=3, confidence=0.75)
+    assert found[0].ratio == MedianInterval(median=3, low=3, high=3, confidence=0.75)
     # Another run's peer, or another setting's, is none.
     assert compare([ours, row(CASE, 1.0, run="2")])[0].ratio is None
     assert compare([ours, row(replace(CASE, batch=4), 1.0)])[0].peer is None
@@ -119,11 +145,11 @@ def test_the_command_measures_in_turns(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     options = ["--models", "DiG,Flash-DiT", "--size", "S", "--patch", "8", "--resolutions", "64", "--device", "cpu"]
     options += ["--steps", "2", "--repeats", "3", "--batch", "2", "--out", str(out)]
-    command = [sys.executable, "-m", "bench.sampling", *options]
+    command = [sys.executable, "-m", "bench", "sampling", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows, torn = read_rows(out)
-    assert not torn
+    rows = read_rows(out).rows
+    assert not read_rows(out).torn
     assert [r.case for r in rows] == [DIG, CASE]
     assert all(len(r.seconds) == 3 and r.setup_seconds and r.environment["torch"] for r in rows)
     assert rows[0].run == rows[1].run
@@ -180,7 +206,7 @@ def test_samples_that_are_not_finite_are_no_measurement(monkeypatch: pytest.Monk
     ],
 )
 def test_bad_input(options: str, message: str, tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--out", str(tmp_path / "a.jsonl"), *options.split()]
+    words = ["sampling", "--device", "cpu", "--out", str(tmp_path / "a.jsonl"), *options.split()]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, result.output
     assert message in result.output

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from bench.judge.statistics import Interval, common_scatter, expanded_percentiles, judge, noise_floor, ratio_interval
-from bench.measure.intervals import median_interval
+from bench.measure.intervals import CONFIDENCE, MedianInterval
 
 
 def launches(rng: np.random.Generator, n: int, *, mean: float = 10.0, noise: float = 0.01) -> list[float]:
@@ -119,13 +120,17 @@ def test_launches_scatter_where_both_sides_do() -> None:
     assert common_scatter([10.0], erratic) == 0
 
 
-def test_median_interval_covers_and_needs_six() -> None:
-    assert median_interval([1.0] * 5) is None
-    assert median_interval([1.0, 2, 3, 4, 5, 6]) is not None
+def test_median_intervals_are_those_of_the_binomial_law_and_say_where_values_are_too_few() -> None:
+    assert MedianInterval.of([1.0] * 5).confidence == 0.9375 < CONFIDENCE
+    for n in range(6, 201):
+        found = MedianInterval.of(range(1, n + 1))
+        rank = int(binom.ppf((1 - CONFIDENCE) / 2, n, 0.5))
+        assert (found.low, found.high) == (rank, n + 1 - rank)
+        assert found.confidence > CONFIDENCE
+        assert found.confidence == pytest.approx(1 - 2 * binom.cdf(rank - 1, n, 0.5))
     rng = np.random.default_rng(3)
     covered = 0
     for _ in range(500):
-        found = median_interval(list(rng.exponential(size=15) + 1))
-        assert found is not None
+        found = MedianInterval.of(list(rng.exponential(size=15) + 1))
         covered += found.low <= 1 + math.log(2) <= found.high
     assert covered / 500 >= 0.93

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bench.sampling.rows import SamplingCase, SamplingRow, append_row, compare
+from bench.sampling.rows import RowsWriter, SamplingCase, SamplingRow, compare
 from reports.sampling import app, draw, table
 
 DIG = SamplingCase(model="DiG-XL/2", options=(("backend", "triton"), ("variant", "release")), resolution=256, batch=32)
@@ -61,13 +61,14 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(file)])
     assert result.exit_code == 2
     assert "cannot read" in result.output
-    for each in ROWS:
-        append_row(file, each)
+    with RowsWriter(file) as writer:
+        for each in ROWS:
+            writer.write(each)
     with file.open("ab") as stream:
         stream.write(b'{"kind":')
     result = CliRunner().invoke(app, [str(file), "--title", "Speed"])
     assert result.exit_code == 0, result.output
-    assert "line 5 ends in the middle" in result.output
+    assert "ends inside a row" in result.output
     assert (tmp_path / "sampling.md").read_text().startswith("# Speed\n")
     assert (tmp_path / "sampling.png").stat().st_size > 10_000
     file.write_text('{"schema": 1}\n')

@@ -124,7 +124,7 @@ def test_a_size_that_no_row_has_is_refused(make_row, write_rows, tmp_path) -> No
 
 
 def test_sampling_counts_what_its_figure_leaves_out(tmp_path) -> None:
-    from bench.sampling.rows import append_row
+    from bench.sampling.rows import RowsWriter
     from tests.reports.test_report_sampling import DIG, row
 
     file = tmp_path / "rows.jsonl"
@@ -132,8 +132,9 @@ def test_sampling_counts_what_its_figure_leaves_out(tmp_path) -> None:
     rows = [row(DIG, 9.0, **elsewhere), row(DIG, 5.0), row(DIG, 1.0, 2.0)]
     rows += [row(replace(DIG, resolution=256 * i), 1.0) for i in (2, 3, 4)]
     rows += [row(replace(DIG, resolution=64), status="oom", message="[red]full[/red]")]
-    for each in rows:
-        append_row(file, each)
+    with RowsWriter(file) as writer:
+        for each in rows:
+            writer.write(each)
     result = CliRunner().invoke(sampling.app, [str(file)])
     assert result.exit_code == 0, result.output
     assert "rows left out: 1 of cases that were measured again since" in result.stderr

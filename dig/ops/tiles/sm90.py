@@ -25,12 +25,12 @@ from dig.ops.tiles.choices import (
 
 _EIGHT_WARPS = {"local_warps": 8, "output_warps": 8, "output_backward_warps": 8, "gradient_warps": 8}
 GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
-    # The best of `python -m bench.ops.gla --sweep` that was also the best in a whole model, whose tensors are not in
+    # The best of `python -m bench ops gla --sweep` that was also the best in a whole model, whose tensors are not in
     # the L2 cache.
     (32, 64, torch.bfloat16): GlaTiles(),
     # These are the largest chunks at which no kernel keeps registers in memory: where one does while it uses Hopper's
     # asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses
-    # (`python -m bench.ops.registers` compiles all of them and looks, without a GPU).
+    # (`python -m bench ops registers` compiles all of them and looks, without a GPU).
     (36, 72, torch.bfloat16): GlaTiles(chunk=32, **_EIGHT_WARPS),
     (32, 64, torch.float32): GlaTiles(chunk=16),
     (36, 72, torch.float32): GlaTiles(chunk=16, **_EIGHT_WARPS),
@@ -39,7 +39,7 @@ GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
 _WIDE_BF16 = NormTiles(part=1024, backward_rows=1, backward_part=1024, programs=4 * 132)
 _WIDE_FP32 = NormTiles(part=128, backward_rows=1, backward_part=1024, programs=4 * 132)
 ADALN: dict[tuple[int, torch.dtype], NormTiles] = {
-    # bf16 at 384, and the forward part at 1152: the best of `python -m bench.ops.rowwise --sweep`. The others come from
+    # bf16 at 384, and the forward part at 1152: the best of `python -m bench ops rowwise --sweep`. The others come from
     # the compiler's counts of registers and spills.
     (384, torch.bfloat16): NormTiles(
         part=256, warps=2, backward_rows=4, backward_part=128, backward_warps=2, programs=4 * 132
@@ -57,7 +57,7 @@ SREM: dict[tuple[SremPass, torch.dtype], SremTiles] = {
     # From the compiler's counts in bf16. Two channels a thread keep its 9 weights, and going back also their 9
     # gradients, in few enough registers for 16 warps an SM and more (72 registers forwards; 128 backwards, without a
     # spill), where four channels take 210 backwards. Four columns a thread cost 20 instructions an element forwards and
-    # 41 backwards; two columns 30 and 46. `python -m bench.ops.srem --sweep` times alternatives.
+    # 41 backwards; two columns 30 and 46. `python -m bench ops srem --sweep` times alternatives.
     ("forward", torch.bfloat16): SremTiles(),
     ("forward", torch.float32): SremTiles(),
     ("backward", torch.bfloat16): SremTiles(registers=128, programs=4 * 132),
@@ -70,7 +70,7 @@ SWIGLU = {
     torch.float32: SwigluTiles(elements=1024),
 }
 
-# What was fastest of `python -m bench.ops.products --sweep`, at D = 384 and T = 12,544 and at D = 1152 and T = 4096.
+# What was fastest of `python -m bench ops products --sweep`, at D = 384 and T = 12,544 and at D = 1152 and T = 4096.
 _NARROW: dict[ProductPass, ProductTiles] = {
     # At D = 384 the sum is short: a tile takes as long to write as to compute, so two are to share an SM.
     "up": ProductTiles(rows=128, columns=64, stages=3, registers=128),

@@ -1,4 +1,4 @@
-"""``python -m bench.sampling``: how many samples a second models make, in turns on one device."""
+"""``python -m bench sampling``: how many samples a second models make, in turns on one device. No torch here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.cases.choices import choose_device, default_dtype, default_execution
 from bench.cases.suites import ModelChoice
-from bench.messages import OneLineCommand, check_count, check_positive, refuse, visible
-from bench.sampling.rows import MOST_CFG, RowError, SamplingCase, SamplingRow, append_row, compare, require_rows
+from bench.cli.options import numbers, one_of, words
+from bench.messages import check_count, check_positive, refuse, visible
+from bench.sampling.rows import MOST_CFG, RowsWriter, SamplingCase, SamplingRow, compare
 from bench.sampling.run import measure
-from dig.environment import describe_environment, gpu_present
-from dig.family import closest
+from bench.store.lines import ResultError
+from dig.environment import describe_environment
 from dig.registry import PATCHES, check_resolution
 
 MOST_REPEATS = 10_000
-app = typer.Typer(add_completion=False)
 DEFAULT_MODELS = {"cuda": "DiG:triton:variant=release,Flash-DiT:sdpa-cudnn", "cpu": "DiG:variant=release,Flash-DiT"}
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 """Those of models that predict noise; random weights can't tell, but Euler's steps are no step of these models'."""
@@ -31,27 +32,18 @@ def default_batch(resolution: int) -> int:
     return int(max(1, 2 ** round(5 - 1.5 * math.log2(resolution / 256))))
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}: {closest(value, known)}")
-
-
 def _cases(
     models: str, size: str, patch: int, resolutions: str, batch: int | None, setting: dict[str, Any]
 ) -> list[list[SamplingCase]]:
     """A group for each resolution, a case in it for each model. Raises ValueError on what can't be measured."""
-    choices = [ModelChoice.parse(text, setting["device"]) for text in models.split(",") if text.strip()]
-    try:
-        sides = [int(text) for text in resolutions.split(",") if text.strip()]
-    except ValueError:
-        raise ValueError(f"--resolutions takes whole numbers separated by commas; got {resolutions!r}") from None
-    if not choices or not sides:
-        raise ValueError("nothing to measure: --models and --resolutions must name something")
+    choices = [ModelChoice.parse(text, setting["device"]) for text in words(models)]
+    sides = numbers(resolutions, "--resolutions")
+    if not choices:
+        raise ValueError("nothing to measure: --models must name something")
     if patch not in PATCHES:
         raise ValueError(f"--patch must be one of {', '.join(map(str, PATCHES))}; got {min(patch, 10**20)}")
     # What stands twice would only take turns with itself.
     choices = list({(choice.family.name, choice.options): choice for choice in choices}.values())
-    sides = list(dict.fromkeys(sides))
     for choice in choices:
         options = dict(choice.options)
         choice.family.require_device(options, setting["device"])
@@ -59,7 +51,6 @@ def _cases(
             raise ValueError(message)
     groups = []
     for resolution in sides:
-        check_count(resolution, "--resolutions")
         check_resolution(resolution, patch)
         groups.append(
             [
@@ -77,7 +68,6 @@ def _cases(
     return groups
 
 
-@app.command(cls=OneLineCommand)
 def sampling(
     models: Annotated[
         str | None,
@@ -119,24 +109,20 @@ def sampling(
     Exit status 1: a model could not be measured; its row says why. 2: bad input.
     """
     try:
-        _one_of("device", device, ("auto", "cuda", "cpu"))
-        present = gpu_present()
-        if device == "cuda" and not present:
-            raise ValueError("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
-        where = ("cuda" if present else "cpu") if device == "auto" else device
+        where = choose_device(device)
         setting: dict[str, Any] = {
             "sampler": sampler,
             "steps": steps,
             "cfg": cfg,
             "cfg_channels": cfg_channels,
-            "dtype": dtype or ("bf16" if where == "cuda" else "fp32"),
+            "dtype": dtype or default_dtype(where),
             "device": where,
-            "execution": execution or ("graph" if where == "cuda" else "eager"),
+            "execution": execution or default_execution(where),
         }
-        _one_of("sampler", sampler, SAMPLERS)
-        _one_of("cfg-channels", cfg_channels, ("three", "all"))
-        _one_of("dtype", setting["dtype"], ("bf16", "fp32"))
-        _one_of("execution", setting["execution"], ("graph", "eager"))
+        one_of(sampler, "sampler", SAMPLERS)
+        one_of(cfg_channels, "cfg-channels", ("three", "all"))
+        one_of(setting["dtype"], "dtype", ("bf16", "fp32"))
+        one_of(setting["execution"], "execution", ("graph", "eager"))
         if where == "cpu" and setting["execution"] == "graph":
             raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager")
         check_count(steps, "--steps")
@@ -151,8 +137,10 @@ def sampling(
     console = Console(stderr=True)
     rows = []
     try:
-        require_rows(out)  # Before anything is measured that could not be kept.
-        with console.status("starting") as status:
+        # Opened before anything is measured that could not be kept.
+        with RowsWriter(out) as writer, console.status("starting") as status:
+            if said := writer.said_of_torn_line:
+                console.print(visible(said), style="yellow", markup=False)
             for row in measure(
                 groups,
                 repeats=repeats,
@@ -160,9 +148,9 @@ def sampling(
                 environment=describe_environment(),
                 on_step=lambda text: status.update(Text(visible(text))),
             ):
-                append_row(out, row)
+                writer.write(row)
                 rows.append(row)
-    except RowError as error:
+    except ResultError as error:
         refuse(str(error))
     except KeyboardInterrupt:
         console.print(visible(f"interrupted; {len(rows)} rows are in {out}"), markup=False)
@@ -188,7 +176,3 @@ def _table(rows: list[SamplingRow]) -> Table:
         if row.message:
             table.add_row(Text(f"  {visible(row.message[:120])}"))
     return table
-
-
-if __name__ == "__main__":
-    app(prog_name="python -m bench.sampling")

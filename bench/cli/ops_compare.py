@@ -1,0 +1,96 @@
+"""``python -m bench ops compare``: did an operation get faster? The gate for operations alone. No torch here."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+
+from bench.cases.choices import choose_device, default_dtype
+from bench.cli.gate import Gate, conclude, make_plan
+from bench.cli.options import one_of, some_of
+from bench.messages import check_count, refuse
+from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase
+from bench.ops.side import OpSide
+
+
+def compare(
+    op: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Operations, separated by commas: {', '.join(IMPLEMENTATIONS)}. Default: all that run there."
+        ),
+    ] = None,
+    base: Annotated[str, typer.Option(help="What to compare with: a revision, or a folder with a checkout.")] = "main",
+    model: Annotated[str, typer.Option(help="The DiG whose sizes they have.")] = "DiG-S/2",
+    resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 1792,
+    batch: Annotated[int, typer.Option(help="Images.")] = 1,
+    mode: Annotated[str, typer.Option(help="train (forward and backward pass), forward, or both.")] = "train",
+    implementation: Annotated[
+        str | None, typer.Option(help="triton or reference. Default: triton on a GPU, reference on a CPU.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. Default: bf16 on a GPU, fp32 on a CPU.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    launches: Annotated[int, typer.Option(help="Process launches a side and operation, at least 5.")] = 6,
+    least_effect: Annotated[str, typer.Option(help="The least difference of times that counts, in percent.")] = "2%",
+    noise: Annotated[
+        str | None, typer.Option(help="The runner's noise floor in percent, from bench regression --against-itself.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="After so long, what is ambiguous is not measured again.")] = 480.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds a launch may take.")] = 120.0,
+    out: Annotated[Path, typer.Option(help="Folder for rows and summary; each run makes one of its own there.")] = Path(
+        "out/ops"
+    ),
+    summary: Annotated[Path | None, typer.Option(help="Append the Markdown summary to this file too.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of launches.")] = 0,
+) -> None:
+    """Measure operations of the working tree and its base in turns, and say whether any got slower or faster.
+
+    The base's dig is measured by the working tree's harness, each launch in a process of its own, judged as bench
+    regression judges steps. Exit status 0: nothing got slower; 1: something did; 3: nothing measured, or inconclusive;
+    2: bad input.
+    """
+    check_count(resolution, "--resolution")
+    check_count(batch, "--batch")
+    where = choose_device(device)
+    way = implementation or ("triton" if where == "cuda" else "reference")
+    one_of(way, "implementation", ("triton", "reference"))
+    modes = some_of(mode, "mode", ("train", "forward"))
+    named = some_of(op, "op", IMPLEMENTATIONS) if op is not None else None
+    pairs = list(itertools.product(named or IMPLEMENTATIONS, modes))
+    if named is None:
+        # All means all that there are.
+        pairs = [(o, m) for o, m in pairs if way in IMPLEMENTATIONS[o] and not (m == "train" and o in FORWARD_ONLY)]
+    try:
+        cases = [
+            OpCase(
+                op=name,
+                implementation=way,
+                model=model,
+                resolution=resolution,
+                batch=batch,
+                mode=cast(Any, one),
+                dtype=cast(Any, dtype or default_dtype(where)),
+                device=cast(Any, where),
+            )
+            for name, one in pairs
+        ]
+    except ValueError as error:
+        refuse(str(error))
+    plan = make_plan(
+        cases,
+        launches=launches,
+        least_effect=least_effect,
+        noise=noise,
+        seconds=seconds,
+        time_limit=time_limit,
+        seed=seed,
+    )
+
+    def judge(scratch: Path, folder: Path, console: Console) -> tuple[int, str]:
+        return Gate(plan, scratch, folder, console, side=OpSide).run(base)
+
+    conclude(judge, out=out, summary=summary)

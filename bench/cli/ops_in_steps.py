@@ -1,0 +1,128 @@
+"""``python -m bench ops prepare``, ``chain``, ``variants``: a kernel judged by the step it is in. torch comes late."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cases.case import Case
+from bench.cases.choices import one_case
+from bench.cli.options import check_appendable, numbers, words
+from bench.messages import check_count, refuse
+
+Model = Annotated[str, typer.Option(help="Model name, options after colons.")]
+Resolution = Annotated[int, typer.Option(help="Image side in pixels.")]
+Mode = Annotated[str, typer.Option(help="train or forward.")]
+Batch = Annotated[int, typer.Option(help="Images a step.")]
+Rounds = Annotated[int, typer.Option(help="Turns a median is taken of, 2 or more.")]
+Replays = Annotated[int, typer.Option(help="Steps a turn.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Append one JSON line for each measurement to this file.")]
+
+
+def _check(rounds: int, replays: int, json: Path | None) -> None:
+    check_count(rounds, "--rounds", least=2)  # One alone has no interval.
+    check_count(replays, "--replays")
+    check_appendable(json, "--json")
+
+
+def _graph(model: str, *, resolution: int, mode: str, batch: int) -> Case:
+    """The case of a model's step as a CUDA graph in bf16."""
+    return one_case(
+        model, resolution=resolution, mode=mode, execution="graph", batch=batch, dtype="bf16", device="cuda"
+    )
+
+
+def prepare(
+    model: Model = "DiG-XL/2:triton:variant=release",
+    resolution: Resolution = 1024,
+    mode: Mode = "forward",
+    batch: Batch = 1,
+    programs: Annotated[
+        str, typer.Option(help="Programs that prepare weights on the side stream; 0: all at once.")
+    ] = "0,16,32,64",
+    fused: Annotated[str, typer.Option(help="Rows of a share in a GEMM; may be empty.")] = "32",
+    rounds: Rounds = 12,
+    replays: Replays = 8,
+    json: Json = None,
+) -> None:
+    """Time a step with its weights prepared in different ways beside the GEMMs, all ways in one run.
+
+    Each choice is a CUDA graph of the whole step; the graphs take turns, so that the card's clock is the same for all.
+    """
+    beside = numbers(programs, "--programs", least=0)
+    shares = numbers(fused, "--fused", empty=True)
+    _check(rounds, replays, json)
+    case = _graph(model, resolution=resolution, mode=mode, batch=batch)
+    from bench.ops.prepare import Choice, compare_choices
+
+    choices = [Choice(fused=rows, programs=0) for rows in shares]
+    choices += [Choice(fused=0, programs=number) for number in beside]
+    compare_choices(case, choices, rounds=rounds, replays=replays, json_file=json)
+
+
+def chain(
+    models: Annotated[
+        str, typer.Option(help="Model names, options after colons; separated by commas.")
+    ] = "DiG-S/2:triton:variant=release,DiG-XL/2:triton:variant=release",
+    resolutions: Annotated[str, typer.Option(help="Image sides in pixels, separated by commas.")] = "256,512,1024,1792",
+    modes: Annotated[str, typer.Option(help="train, forward, or both.")] = "train,forward",
+    batch: Batch = 1,
+    rounds: Rounds = 12,
+    replays: Replays = 8,
+    json: Json = None,
+) -> None:
+    """Time steps whose kernels start while the one before them ends, and the same in order, in turns.
+
+    See dig.ops.early_launch. Each is a CUDA graph of the whole step.
+    """
+    sides = numbers(resolutions, "--resolutions")
+    _check(rounds, replays, json)
+    cases = [
+        _graph(model, resolution=side, mode=mode, batch=batch)
+        for model, side, mode in itertools.product(words(models), sides, words(modes))
+    ]
+    if not cases:
+        refuse("nothing to time: --models and --modes must name something")
+    import torch
+
+    from bench.ops.chain import compare_orders
+
+    typer.echo(torch.cuda.get_device_name())
+    for case in cases:
+        compare_orders(case, rounds=rounds, replays=replays, json_file=json)
+
+
+def variants(
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="MODULE.NAME=VALUE",
+            help="One variant: what is set in it, several constants with semicolons between them. Again for another.",
+        ),
+    ],
+    model: Model = "DiG-XL/2:triton:variant=release",
+    resolution: Resolution = 1024,
+    mode: Mode = "forward",
+    batch: Batch = 1,
+    rounds: Rounds = 12,
+    replays: Replays = 8,
+    json: Json = None,
+) -> None:
+    """Time a step with constants of the code changed, beside the step as it is, all in turns.
+
+    A value is a Python literal; a constant is named in the module that reads it. What a variant computes is compared
+    with the step as it is, bit for bit.
+    """
+    _check(rounds, replays, json)
+    from bench.ops.variants import compare_variants, parse_variants
+
+    try:
+        ways = parse_variants(settings)
+    except ValueError as error:
+        refuse(str(error))
+    case = _graph(model, resolution=resolution, mode=mode, batch=batch)
+    compare_variants(case, ways, rounds=rounds, replays=replays, json_file=json)

@@ -1,0 +1,54 @@
+"""What options hold: words and numbers with commas between them, one word of several, a file. No torch here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+from bench.messages import check_count, refuse, say
+from bench.store.files import require_appendable
+from dig.family import closest
+
+
+def words(text: str) -> list[str]:
+    """The words of a list, each once."""
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    for word in (repeated := [word for word, count in Counter(found).items() if count > 1]):
+        say(f"{word} stands {found.count(word)} times in {text}; it counts once", err=True)
+    return list(dict.fromkeys(found)) if repeated else found
+
+
+def numbers(text: str, option: str, *, least: int = 1, empty: bool = False) -> list[int]:
+    """The whole numbers of a list, each at least ``least``; none at all only if the list may be empty."""
+    found = []
+    for word in words(text):
+        if not (word.isascii() and word.removeprefix("-").isdecimal() and len(word) <= 20):
+            refuse(f"{option} takes whole numbers separated by commas; got {text[:80]!r}")
+        check_count(int(word), option, least=least)
+        found.append(int(word))
+    return found if found or empty else refuse(f"{option} needs at least one number")
+
+
+def one_of(value: str, what: str, known: Collection[str]) -> None:
+    """Refuse a word that is not known, offering the closest that is."""
+    if value not in known:
+        refuse(f"unknown {what} {value[:80]!r}: {closest(value, tuple(known))}")
+
+
+def some_of(text: str, what: str, known: Collection[str]) -> list[str]:
+    """The words of a list, each one that is known; at least one."""
+    found = words(text)
+    for word in found:
+        one_of(word, what, known)
+    return found or refuse(f"name at least one {what}: {', '.join(known)}")
+
+
+def check_appendable(path: Path | None, option: str) -> None:
+    """Refuse, before anything is measured for it, a file that cannot be appended to."""
+    if path is None:
+        return
+    try:
+        require_appendable(path)
+    except OSError as error:
+        refuse(f"cannot write {path}: {error.strerror}; choose another {option}")

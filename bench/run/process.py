@@ -1,0 +1,138 @@
+"""A process of its own for what may crash, hang or fill the memory: started, asked, ended with all of its children.
+
+No torch here; it is in the server that processes fork from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
+from typing import Any
+
+from bench.run.lifeline import die_with_parent, end_group, end_with_parent, give_way, scratch_folder
+from dig.environment import HARNESS_VARIABLE
+
+
+class WorkerError(RuntimeError):
+    """A worker process gave no answer; ``status`` is what its row says."""
+
+    def __init__(self, status: Any, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """Worker processes fork from a server that has imported torch once, and never touched CUDA."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.run.preload"])
+    os.environ[HARNESS_VARIABLE] = str(os.getpid())
+    return context
+
+
+class Worker:
+    """A process that runs one function. A context manager: leaving it ends the process.
+
+    Args:
+        entry: ``module:function``, imported in the process; it is called with its end of a connection, then
+            ``arguments``.
+        *arguments: For the function.
+    """
+
+    def __init__(self, entry: str, *arguments: Any) -> None:
+        # With what the process prints to stderr, for the message of a crash.
+        self._folder = tempfile.TemporaryDirectory(dir=scratch_folder())
+        self._errors = Path(self._folder.name) / "stderr"
+        self._errors.touch()
+        context = _context()
+        self._connection, theirs = context.Pipe()
+        target: Callable[..., None] = _enter
+        self._process = context.Process(target=target, args=(theirs, str(self._errors), entry, arguments), daemon=False)
+        try:
+            self._process.start()
+        except BaseException:
+            self._connection.close()
+            self._folder.cleanup()
+            raise
+        finally:
+            theirs.close()
+
+    def tell(self, word: Any) -> None:
+        """Send the function something. Raises WorkerError where the process is gone."""
+        try:
+            self._connection.send(word)
+        except OSError:
+            raise self._death() from None
+
+    def answer(self, time_limit: float, *, since: float | None = None, doing: str = "") -> Any:
+        """The next thing that the function sends.
+
+        Args:
+            time_limit: Seconds to wait.
+            since: From when they count, by `time.monotonic`; from now on without.
+            doing: What the function is at, in words, for the message of a limit that is reached.
+
+        Raises:
+            WorkerError: Time ran out, and the process is to be ended; or it died: the message holds the end of its
+                stderr.
+        """
+        waited = 0.0 if since is None else time.monotonic() - since
+        if not self._connection.poll(max(0.0, time_limit - waited)):
+            of = f" of {doing}" if doing else ""
+            raise WorkerError("timeout", f"no result after {time_limit:g} s{of}; the process was killed")
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+
+    def _death(self) -> WorkerError:
+        self._process.join()
+        return WorkerError("error", _post_mortem(self._process.exitcode, _tail(self._errors)))
+
+    def end(self) -> None:
+        """Kill the process with its children, so that their memory is free, and wait until they are gone."""
+        end_group(self._process)
+        self._connection.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+
+def _enter(connection: Connection, errors: str, entry: str, arguments: tuple[Any, ...]) -> None:
+    """Where the process begins."""
+    end_with_parent()  # In a group of its own, which a time limit ends too.
+    die_with_parent()
+    give_way()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
+    try:
+        with open(errors, "ab", buffering=0) as stderr:
+            os.dup2(stderr.fileno(), 2)
+    except FileNotFoundError:
+        return  # The harness was interrupted while this process started, and has removed the folder: nobody waits.
+    module, _, name = entry.partition(":")
+    getattr(importlib.import_module(module), name)(connection, *arguments)
+
+
+def _tail(path: Path, characters: int = 600) -> str:
+    return path.read_text(errors="replace").strip()[-characters:]
+
+
+def _post_mortem(exit_code: int | None, stderr: str) -> str:
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = " (most often: the host ran out of memory)" if -exit_code == signal.SIGKILL else ""
+        return f"the process was ended by {name}{hint}; {stderr or 'it printed nothing'}"
+    return f"the process ended with status {exit_code}; {stderr or 'it printed nothing'}"

@@ -1,0 +1,193 @@
+"""Operations of two checkouts against each other: what is slower is caught, what cannot be timed is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.cases.jobs import Budget
+from bench.cli import ops_compare
+from bench.cli.main import app
+from bench.judge.compare import Thresholds, exit_status
+from bench.judge.regression import Plan, compare_checkouts
+from bench.ops import calls
+from bench.ops.calls import MAKERS, tensors_of
+from bench.ops.measure import measure
+from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase, OpJob, OpRow
+from bench.ops.side import OpSide
+from bench.run.checkouts import copy_tree
+from bench.run.process import Worker
+from bench.run.side import SideError
+from bench.store.lines import ResultError, read_lines
+from dig.environment import ROOT
+from dig.ops import srem
+
+SREM = OpCase(
+    op="srem", implementation="reference", model="DiG-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu"
+)
+QUICK = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.0, max_samples=3)
+SLOWED = """
+
+_call = reference_srem
+
+def reference_srem(*arguments, **named):
+    import time
+    time.sleep(0.02)
+    return _call(*arguments, **named)
+"""
+
+
+def test_a_slowed_operation_is_caught_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
+    base = copy_tree(ROOT, tmp_path / "base", "base")
+    slow = copy_tree(ROOT, tmp_path / "slow", "slow")
+    path = slow.root / "dig" / "ops" / "srem" / "reference.py"
+    path.write_text(path.read_text() + SLOWED)
+    swiglu = replace(SREM, op="swiglu", mode="train")
+    plan = Plan(cases=(SREM, swiglu), launches=5, repeats=0, thresholds=Thresholds(time=0.5))
+    told: list[str] = []
+    found = compare_checkouts(base, slow, plan, folder=tmp_path / "rows", on_start=told.append, side=OpSide)
+    verdicts = {finding.case: finding.verdict for finding in found.findings}
+    assert verdicts[SREM] == "slower"
+    assert verdicts[swiglu] in ("same", "ambiguous")
+    assert exit_status(found.findings) == 1
+    assert {finding.metric for finding in found.findings} == {"time"}
+    written = read_lines(tmp_path / "rows" / "change.jsonl", OpRow.from_json).rows
+    assert written == found.change
+    slowest = [row.median_ms for row in written if row.case == SREM]
+    assert len(slowest) == 5
+    assert min(slowest) > 20
+    assert {row.environment["commit"] for row in written} == {"slow"}
+    assert sum("srem (reference) of DiG-S/8 64px forward" in text for text in told) == 12
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda x, *rest, **named: x * float("nan"), "not finite"),
+        (lambda x, *, other: x, "unexpected keyword argument"),
+    ],
+)
+def test_an_operation_that_gives_nonsense_or_is_called_otherwise_is_a_row(
+    other: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(srem.IMPLEMENTATIONS, "reference", other)
+    row = measure(OpJob(case=SREM, budget=QUICK, environment={}, launch=2))
+    assert (row.status, row.launch, row.samples_ms) == ("error", 2, ())
+    assert message in row.message
+
+
+def test_a_launch_that_dies_is_a_row(tmp_path: Path) -> None:
+    side = copy_tree(ROOT, tmp_path / "side", "side")
+    path = side.root / "dig" / "ops" / "srem" / "reference.py"
+    path.write_text(path.read_text() + "\n\ndef reference_srem(*a, **n):\n    __import__('os')._exit(3)\n")
+    with OpSide(side, time_limit=60) as process:
+        row = process.measure(SREM, budget=QUICK, launch=2)
+    assert (row.status, row.launch) == ("error", 2)
+    assert "the process ended with status 3" in row.message
+
+
+@pytest.mark.parametrize(
+    ("op", "mode"),
+    [
+        *((op, "train") for op in IMPLEMENTATIONS if op not in FORWARD_ONLY),
+        *((op, "forward") for op in FORWARD_ONLY),
+        ("products", "forward"),
+    ],
+)
+def test_every_operation_is_called_as_it_is(op: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels in Triton's interpreter, so that a call that no longer fits is seen without a GPU."""
+    monkeypatch.setattr(calls, "SIZES", {"S": (12, 192, 6)})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case: Any = SimpleNamespace(
+        implementation="triton", size="S", side=2, batch=1, mode=mode, dtype="fp32", device=device
+    )
+    results = tensors_of(MAKERS[op](case)())
+    assert results
+    assert all(torch.isfinite(tensor).all() for tensor in results)
+
+
+def test_rows_are_read_as_they_were_written_and_nothing_else_is() -> None:
+    row = OpRow(case=SREM, status="ok", started_at="2026-01-01T00:00:00+00:00", samples_ms=(1.0, 3.0, 2.0), launch=1)
+    assert OpRow.from_json(row.to_json()) == row
+    assert row.median_ms == 2
+    record = json.loads(row.to_json())
+    for changed, message in (
+        ({"kind": "sampling"}, "not of kind 'op'"),
+        ({"schema": 2}, "of schema 2"),
+        ({"samples_ms": []}, "exactly if status is ok"),
+        ({"samples_ms": [0.0]}, "between 1 ns"),
+        ({"case": {**record["case"], "op": "magic"}}, "op must be one of gla"),
+        ({"more": 1}, "does not know"),
+    ):
+        with pytest.raises(ResultError, match=message):
+            OpRow.from_json(json.dumps({**record, **changed}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--op glu", "unknown op 'glu': did you mean swiglu?"),
+        ("--op ,", "name at least one op"),
+        ("--op gla --implementation fla", "unknown implementation 'fla'"),
+        ("--op gla --implementation triton", "triton runs on a GPU only, reference on both"),
+        ("--op condition", "condition has no 'reference'; it has triton"),
+        ("--op gla --mode both", "unknown mode 'both'"),
+        ("--op gla --model DiT-S/2", "these are DiG's operations; DiT-S/2 is none"),
+        ("--op gla --model DiG-S", "DiG-S"),
+        ("--op gla --resolution 100", "resolution 100 is not a multiple of 16"),
+        ("--op gla --batch 0", "--batch must be at least 1"),
+        ("--op gla --dtype fp16", "dtype must be one of"),
+        ("--op gla --launches 4", "--launches must be at least 5"),
+        ("--op gla --base no-such", "neither a revision nor a folder"),
+        ("--op gla --device cuda", "no NVIDIA GPU was found"),
+    ],
+)
+def test_bad_input(options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.cases.choices.gpu_present", lambda: False)
+    result = CliRunner().invoke(app, ["ops", "compare", *options.split(), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2, result.output
+    assert result.output.count("\n") == 1, result.output
+    assert message in result.output
+
+
+def test_all_operations_are_those_that_run_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[OpCase] = []
+
+    def stop(plan: Plan[OpCase], *rest: object, **named: object) -> None:
+        seen.extend(plan.cases)
+        raise SideError("seen")
+
+    monkeypatch.setattr(ops_compare, "Gate", stop)
+    for present, expected in ((False, {"gla", "srem", "adaln", "swiglu"}), (True, {*IMPLEMENTATIONS} - FORWARD_ONLY)):
+        monkeypatch.setattr("bench.cases.choices.gpu_present", lambda present=present: present)
+        seen.clear()
+        assert CliRunner().invoke(app, ["ops", "compare", "--out", str(tmp_path)]).exit_code == 3
+        assert {case.op for case in seen} == expected
+        assert {case.implementation for case in seen} == {"triton" if present else "reference"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_operations_are_timed_on_a_gpu(op: str) -> None:
+    case = replace(
+        SREM,
+        op=op,
+        implementation="triton",
+        model="DiG-S/2",
+        resolution=512,
+        mode="forward" if op in FORWARD_ONLY else "train",
+        dtype="bf16",
+        device="cuda",
+    )
+    with Worker("bench.ops.measure:measure_op", OpJob(case=case, budget=QUICK, environment={})) as worker:
+        row = OpRow.from_json(worker.answer(300))
+    assert row.status == "ok", row.message
+    # A call takes microseconds, not the milliseconds of all calls together.
+    assert 1e-4 < min(row.samples_ms) < 5
