@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,8 +80,7 @@ def table(entries: Sequence[Comparison], title: str | None = None) -> str:
 def _setting(row: SamplingRow) -> tuple[Any, ...]:
     """What a section of the table and a figure have in common."""
     case = row.case
-    settings = (case.sampler, case.steps, case.cfg, case.cfg_channels, case.dtype, case.execution, case.device)
-    return (*settings, machine(row))
+    return dataclasses.replace(case.setting, resolution=1, batch=1), machine(row)
 
 
 def _setting_words(case: SamplingCase) -> str:

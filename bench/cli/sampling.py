@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.cases.case import Execution
 from bench.cases.choices import choose_device, default_dtype, default_execution
 from bench.cases.suites import ModelChoice
 from bench.cli.options import numbers, one_of, words
 from bench.messages import check_count, check_positive, refuse, visible
-from bench.sampling.rows import MOST_CFG, RowsWriter, SamplingCase, SamplingRow, compare
+from bench.sampling.rows import COMPILED, MOST_CFG, RowsWriter, SamplingCase, SamplingRow, compare
 from bench.sampling.run import measure
 from bench.store.lines import ResultError
 from dig.environment import describe_environment
+from dig.family import closest
 from dig.registry import PATCHES, check_resolution
 
 MOST_REPEATS = 10_000
@@ -36,15 +38,15 @@ def _cases(
     models: str, size: str, patch: int, resolutions: str, batch: int | None, setting: dict[str, Any]
 ) -> list[list[SamplingCase]]:
     """A group for each resolution, a case in it for each model. Raises ValueError on what can't be measured."""
-    choices = [ModelChoice.parse(text, setting["device"]) for text in words(models)]
+    ways = [_way(text, setting) for text in words(models)]
     sides = numbers(resolutions, "--resolutions")
-    if not choices:
+    if not ways:
         raise ValueError("nothing to measure: --models must name something")
     if patch not in PATCHES:
         raise ValueError(f"--patch must be one of {', '.join(map(str, PATCHES))}; got {min(patch, 10**20)}")
     # What stands twice would only take turns with itself.
-    choices = list({(choice.family.name, choice.options): choice for choice in choices}.values())
-    for choice in choices:
+    ways = list({(choice.family.name, choice.options, *how.values()): (choice, how) for choice, how in ways}.values())
+    for choice, _ in ways:
         options = dict(choice.options)
         choice.family.require_device(options, setting["device"])
         if message := choice.family.missing_packages(options):
@@ -60,12 +62,28 @@ def _cases(
                     source=choice.source,
                     resolution=resolution,
                     batch=batch or default_batch(resolution),
-                    **setting,
+                    **setting | how,
                 )
-                for choice in choices
+                for choice, how in ways
             ]
         )
     return groups
+
+
+def _way(text: str, setting: dict[str, Any]) -> tuple[ModelChoice, dict[str, Any]]:
+    """A model, and how it runs: ``Flash-DiT:sdpa-cudnn@compiled-graph``, or as all do where it says nothing.
+
+    Raises:
+        ValueError: No such model or execution, or one that this device has not.
+    """
+    name, _, word = text.partition("@")
+    execution = word or setting["execution"]
+    if execution not in get_args(Execution):
+        raise ValueError(f"unknown execution {execution!r}: {closest(execution, get_args(Execution))}")
+    if setting["device"] == "cpu" and execution in ("graph", "compiled-graph"):
+        raise ValueError(f"execution {execution} is a CUDA graph and needs an NVIDIA GPU; use eager")
+    scope = setting["scope"] if execution in COMPILED else ""
+    return ModelChoice.parse(name, setting["device"]), {"execution": execution, "scope": scope}
 
 
 def sampling(
@@ -73,6 +91,7 @@ def sampling(
         str | None,
         typer.Option(
             help="Families with options, separated by commas; the last is the peer that the others are compared with. "
+            "An execution may follow a family: Flash-DiT:sdpa-cudnn@compiled-graph. "
             f"Default on a GPU: {DEFAULT_MODELS['cuda']}."
         ),
     ] = None,
@@ -92,8 +111,14 @@ def sampling(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     execution: Annotated[
-        str | None, typer.Option(help="graph (all steps as one CUDA graph) or eager. Default: graph on a GPU.")
+        str | None,
+        typer.Option(
+            help="eager, compile (torch.compile), graph (all steps as one CUDA graph) or compiled-graph (both), of "
+            "models that name none themselves. Default: graph on a GPU."
+        ),
     ] = None,
+    compile_scope: Annotated[str, typer.Option(help="What one compilation covers: block or model.")] = "block",
+    weights: Annotated[str, typer.Option(help="fp32 (autocast) or bf16 (the model is cast).")] = "fp32",
     time_limit: Annotated[
         float, typer.Option(help="Seconds that a model may take to get ready, and for a batch.")
     ] = 300.0,
@@ -118,13 +143,14 @@ def sampling(
             "dtype": dtype or default_dtype(where),
             "device": where,
             "execution": execution or default_execution(where),
+            "scope": compile_scope,
+            "weights": weights,
         }
         one_of(sampler, "sampler", SAMPLERS)
         one_of(cfg_channels, "cfg-channels", ("three", "all"))
         one_of(setting["dtype"], "dtype", ("bf16", "fp32"))
-        one_of(setting["execution"], "execution", ("graph", "eager"))
-        if where == "cpu" and setting["execution"] == "graph":
-            raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager")
+        one_of(compile_scope, "compile-scope", ("block", "model"))
+        one_of(weights, "weights", ("fp32", "bf16"))
         check_count(steps, "--steps")
         check_count(repeats, "--repeats", most=MOST_REPEATS)
         check_count(1 if batch is None else batch, "--batch")

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.measure.failures import failure
+from bench.measure.steps import compile_parts
 from bench.measure.versions import versions
 from bench.parity.inputs import fill_zeros
 from bench.sampling.rows import SamplingCase
@@ -41,6 +42,10 @@ class Contestant:
         # Position embeddings are made by NumPy, which knows of no device.
         model.to(device)
         fill_zeros(model)
+        if case.weights == "bf16":
+            model.to(torch.bfloat16)
+        if case.scope:
+            compile_parts(model, scope=case.scope)
         plan = SamplePlan(
             classes=tuple(range(model.num_classes)),
             count=case.batch,
@@ -49,11 +54,9 @@ class Contestant:
             cfg_scale=case.cfg,
             cfg_channels=cast(Any, case.cfg_channels),
             model_batch=case.batch,
-            bf16=case.dtype == "bf16",
+            bf16=case.dtype == "bf16" and case.weights == "fp32",
         )
-        self._sampler = BatchSampler(
-            model.eval(), plan, device, graph=case.execution == "graph", finish=lambda x: x.cpu().numpy()
-        )
+        self._sampler = BatchSampler(model.eval(), plan, device, graph=case.captures, finish=lambda x: x.cpu().numpy())
         self._number = 0
 
     def sample(self) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.cases.case import MOST_COUNT
+from bench.cases.case import MOST_COUNT, Execution, Scope, Weights
 from bench.measure.intervals import MedianInterval
 from bench.store.decoding import decode_dataclass, of_kind, require, with_options
 from bench.store.lines import LinesWriter, ResultError, Results, read_lines
@@ -18,8 +18,10 @@ from bench.store.migrations import rename_backend
 from bench.store.rows import Status, check_environment
 from bench.store.selection import machine
 
-SCHEMA = 2
-"""2 calls the backend by its present name (`bench.store.migrations`) and has ``case.source``; 1 is read too."""
+SCHEMA = 3
+"""3 has ``case.scope`` and ``case.weights``; 2 calls the backend by its present name (`bench.store.migrations`) and has
+``case.source``. Rows of 1 and 2 are read too."""
+COMPILED = ("compile", "compiled-graph")
 MOST_CFG = 1e6
 KIND = "sampling"
 """Tells these rows from those of `bench.store.rows`, which are of single steps."""
@@ -40,7 +42,10 @@ class SamplingCase:
         batch: Samples at once. With guidance the model sees twice as many.
         dtype: ``bf16`` or ``fp32``.
         device: ``cuda`` or ``cpu``.
-        execution: ``graph``, all steps as one CUDA graph; or ``eager``.
+        execution: ``graph``, all steps as one CUDA graph; ``compiled-graph``, the same of a compiled model;
+            ``compile``; or ``eager``.
+        scope: What one compilation covers, as of `bench.cases.case.Case`; empty where nothing is compiled.
+        weights: ``fp32`` (under autocast where dtype is bf16), or ``bf16``: the model was cast.
         source: The family's import path, as of `bench.cases.case.Case`.
     """
 
@@ -54,7 +59,9 @@ class SamplingCase:
     batch: int
     dtype: str = "bf16"
     device: str = "cuda"
-    execution: str = "graph"
+    execution: Execution = "graph"
+    scope: Scope = ""
+    weights: Weights = "fp32"
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -63,6 +70,10 @@ class SamplingCase:
             value = getattr(self, name)
             require(1 <= value <= MOST_COUNT, f"{name} must be a whole number from 1 to {MOST_COUNT}; got {value}")
         require(abs(self.cfg) <= MOST_CFG, f"cfg must be a number up to {MOST_CFG:g}; got {self.cfg:g}")
+        require(
+            bool(self.scope) == (self.execution in COMPILED), "a scope is of executions that compile, and they have one"
+        )
+        require(self.weights == "fp32" or self.dtype == "bf16", "weights bf16 are for sampling in bf16")
 
     @property
     def family(self) -> str:
@@ -72,18 +83,26 @@ class SamplingCase:
     @property
     def label(self) -> str:
         """``DiG-XL/2 (triton, release)``."""
-        words = ", ".join(value for _, value in self.options)
+        compiled = [f"compiled by {self.scope}"] if self.scope else []
+        words = ", ".join([*(value for _, value in self.options), *compiled])
         return f"{self.model} ({words})" if words else self.model
 
     @property
     def setting(self) -> SamplingCase:
-        """Everything but the model: what two models must have in common to be compared."""
-        return dataclasses.replace(self, model="", options=(), source="")
+        """Everything but the model and whether it is compiled: what two must have in common to be compared."""
+        plain: Execution = "graph" if self.captures else "eager"
+        return dataclasses.replace(self, model="", options=(), source="", execution=plain, scope="")
+
+    @property
+    def captures(self) -> bool:
+        """Whether all steps are one CUDA graph."""
+        return self.execution in ("graph", "compiled-graph")
 
     def describe(self) -> str:
         """The setting in words: ``ddim, 50 steps, guidance 1.5 (three channels), 32 at once, bf16, graph``."""
         guidance = f"guidance {self.cfg:g} ({self.cfg_channels} channels)" if self.cfg != 1 else "no guidance"
-        how = f"{self.dtype}, {self.execution}, {self.device}"
+        precision = "bf16 weights" if self.weights == "bf16" else self.dtype
+        how = f"{precision}, {'graph' if self.captures else 'eager'}, {self.device}"
         return f"{self.sampler}, {self.steps} steps, {guidance}, {self.batch} at once, {how}"
 
 

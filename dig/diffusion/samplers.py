@@ -31,7 +31,8 @@ class Denoiser:
         model: In eval mode.
         cfg_scale: Guidance; at 1 there is none, and the model runs once per sample instead of twice.
         cfg_channels: Which noise channels are guided, as in `Backbone.forward_with_cfg`.
-        dtype: Precision of autocast over the model's fp32 weights, ``torch.bfloat16`` say; None for none.
+        dtype: Precision of autocast over the model's fp32 weights, ``torch.bfloat16`` say; None for none. A model that
+            was cast to bf16 gets its inputs in that, without autocast.
 
     Raises:
         ValueError: The scale of guidance is not finite.
@@ -68,6 +69,7 @@ class Denoiser:
             (B, 2C, ...) fp32.
         """
         t = t.repeat(len(labels))
+        x = x.to(next((p.dtype for p in self.model.parameters()), x.dtype))
         with self.autocast(x.device):
             if not self.guided:
                 output: Tensor = self.model(x, t, labels)
@@ -204,7 +206,8 @@ def sample(
         first_index: Index of the first sample, for a run that goes on where another ended.
         batch: Samples at a time; all if not given.
         device: Where to sample; where the model is, if not given.
-        dtype: Precision of autocast over the model's fp32 weights, ``torch.bfloat16`` say; None for none.
+        dtype: Precision of autocast over the model's fp32 weights, ``torch.bfloat16`` say; None for none. A model that
+            was cast to bf16 gets its inputs in that, without autocast.
         schedule: Noise schedule of training; DDPM's linear one if not given.
         observe: As in `SamplingLoop.run`; what it raises ends the sampling.
 

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench.cli import sampling as commands
 from bench.cli.main import app
 from bench.cli.sampling import default_batch
 from bench.measure.intervals import MedianInterval
@@ -100,7 +102,7 @@ def test_published_rows_of_schema_1_are_read_and_written_as_today(tmp_path: Path
         for each in rows:
             writer.write(each)
     assert read_rows(tmp_path / "again.jsonl").rows == rows
-    assert json.loads((tmp_path / "again.jsonl").read_text().splitlines()[0])["schema"] == 2
+    assert json.loads((tmp_path / "again.jsonl").read_text().splitlines()[0])["schema"] == 3
 
 
 def test_ratios_are_of_the_same_turn() -> None:
@@ -211,3 +213,32 @@ def test_bad_input(options: str, message: str, tmp_path: Path) -> None:
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_compiled_models_are_compared_with_others_and_weights_are_not() -> None:
+    graph = replace(CASE, device="cuda", dtype="bf16", execution="graph")
+    compiled = replace(graph, model="DiT-S/8", execution="compiled-graph", scope="block")
+    assert compiled.setting == graph.setting
+    assert compiled.label == "DiT-S/8 (sdpa-flash, compiled by block)"
+    assert replace(graph, weights="bf16").setting != graph.setting
+    assert "bf16 weights, graph" in replace(graph, weights="bf16").describe()
+    for fields in ({"scope": "block"}, {"execution": "compile"}, {"dtype": "fp32", "weights": "bf16"}):
+        with pytest.raises(ValueError, match=r"scope|weights"):
+            replace(graph, **fields)
+
+
+def test_each_model_may_have_an_execution_of_its_own() -> None:
+    setting = {"device": "cuda", "execution": "graph", "scope": "model"}
+    choice, how = commands._way("Flash-DiT:sdpa-cudnn@compiled-graph", setting)
+    assert (choice.family.name, how) == ("Flash-DiT", {"execution": "compiled-graph", "scope": "model"})
+    assert commands._way("DiG", setting)[1] == {"execution": "graph", "scope": ""}
+    with pytest.raises(ValueError, match="unknown execution 'graphs'"):
+        commands._way("DiG@graphs", setting)
+
+
+def test_a_model_that_was_cast_samples_in_bf16() -> None:
+    plain = Contestant(replace(CASE, dtype="bf16"))
+    cast = Contestant(replace(CASE, dtype="bf16", weights="bf16"))
+    assert {p.dtype for p in cast._sampler._loop.denoiser.model.parameters()} == {torch.bfloat16}
+    a, b = (contestant._sampler.batch(0) for contestant in (plain, cast))
+    assert 0 < np.abs(a - b).max() < 0.2 * np.abs(a).max()
