@@ -25,6 +25,7 @@ from bench.judge.compare import (
 )
 from bench.messages import cell
 from bench.store.ledgers import Checks, Memory
+from bench.store.migrations import SCHEMA
 from bench.store.rows import Row, read_results
 from bench.store.selection import differences, newest
 
@@ -216,7 +217,7 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path) -> None:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     newer = tmp_path / "b.jsonl"
-    newer.write_text(rows(STEADY)[0].to_json().replace('"schema":3', '"schema":9') + "\n")
+    newer.write_text(rows(STEADY)[0].to_json().replace(f'"schema":{SCHEMA}', '"schema":9') + "\n")
     path = write(tmp_path / "a.jsonl", rows(STEADY))
     for other, message in ((tmp_path / "absent", "cannot read"), (newer, "update the project to read the file")):
         result = runner.invoke(cli.app, ["compare", path, str(other)])

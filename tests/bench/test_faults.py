@@ -19,6 +19,7 @@ from bench.cases.jobs import Limits
 from bench.inspect.capacity import CapacityError, largest_batch, largest_resolution, largest_that_fits, probe_case
 from bench.run.runner import Referee
 from bench.store.ledgers import Memory
+from bench.store.migrations import SCHEMA
 from bench.store.rows import ResultsWriter, Row, read_results
 from dig.environment import ROOT
 
@@ -171,7 +172,7 @@ def test_two_harnesses_on_one_file(tmp_path: Path) -> None:
 
 
 def test_a_file_of_a_newer_schema_ends_a_resumed_run_before_it_measures(tmp_path: Path) -> None:
-    line = Row(case=CASE, status="error", started_at="").to_json().replace('"schema":3', '"schema":7')
+    line = Row(case=CASE, status="error", started_at="").to_json().replace(f'"schema":{SCHEMA}', '"schema":7')
     (tmp_path / "rows.jsonl").write_text(line + "\n")
     done = harness(tmp_path, "", "--resume")
     assert done.returncode == 2
