@@ -1,4 +1,4 @@
-"""What noxfile.py's bench session does with a run's end, without nox: the module is given the little of it that it uses."""
+"""What the bench session of noxfile.py does at a run's end; in nox's place stands the little of it that it uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-class CommandFailed(Exception):
+class CommandFailed(Exception):  # noqa: N818
     """As nox raises it."""
 
 
