@@ -15,12 +15,12 @@ from dig.family import Look
 from reports import drawing
 from reports.best import ATTENTION, OURS, Contest, Lead, Role, Ways, contests, execution, failure, time
 from reports.drawing import WIDTH_INCHES, Line, Point, Style
-from reports.figures import Drawing, count_rows, doubted
+from reports.figures import Drawing, count_rows, doubted, titled
 from reports.series import (
-    CPU_WARNING,
     MODE_NAMES,
     PRECISION_NAMES,
     Launches,
+    Setting,
     Sweep,
     launches_of,
     span,
@@ -62,8 +62,7 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
 
     if not machines:
         return None
-    chosen = min(machines, key=weight)
-    found = machines[chosen]
+    found = machines[min(machines, key=weight)]
     leads = [(contest, lead) for contest in found if (lead := contest.lead(time)) is not None]
     if not leads:
         return None
@@ -72,15 +71,15 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     for contest, lead in leads:
         series.setdefault(_label(contest), []).append((contest, lead))
     common = Counter(execution(lead.peer.case) for _, lead in leads).most_common(1)[0][0]
-    where = chosen[1] if chosen[0] == "cuda" else f"{CPU_WARNING}: {chosen[1]}"
+    setting = Setting.of(leads[0][1].ours)
     ticks = {math.log2(contest.task.resolution): str(contest.task.resolution) for contest, _ in leads}
     default = "DiG's lead over the fastest attention, both at their best"
     with mpl.rc_context(dict(drawing.RC)):
         styles = _styles(series)
         figure, (axes,) = drawing.assemble(
             1,
-            title=(title or default) if chosen[0] == "cuda" else f"{title or default} (CPU, not a GPU result)",
-            caption=_caption(where, found, leads, common, ways),
+            title=titled(title or default, setting),
+            caption=_caption(setting.where, found, leads, common, ways),
             styles=styles,
         )
         drawing.draw_panel(
@@ -100,11 +99,9 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
         ]
         _write_labels(axes, labels)
     shown = sum(len(rows) for contest in found for rows in contest.rows.values())
-    others = len(sweep.rows) - shown
-    notes = [f"shows {where}, {len(leads)} leads ({count_rows(shown)})"]
-    notes += [f"left out: of other machines, or of what was not compiled in any way ({count_rows(others)})"] * bool(
-        others
-    )
+    notes = [f"shows {setting.where}, {len(leads)} of {len(found)} points ({count_rows(shown)})"]
+    if others := len(sweep.rows) - shown:
+        notes.append(f"left out: of other machines, or of what was not compiled in any way ({count_rows(others)})")
     return Drawing(figure=figure, notes=tuple(notes))
 
 

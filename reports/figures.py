@@ -1,4 +1,4 @@
-"""The two figures: speed and memory against resolution (the paper's Fig. 1), and speed against size (its Fig. 2).
+"""The paper's two figures: speed and memory against resolution (its Fig. 1), and speed against size (its Fig. 2).
 
 A figure is of one setting: one GPU, dtype, batch, mode and execution. Its caption says which; `Drawing.notes` says what
 else the results held.
@@ -91,7 +91,7 @@ def speed_memory(sweep: Sweep, *, size: str = "S", title: str | None = None) -> 
         memory = _lines(sweep, rows, styles, x=_resolution, point=_memory_point)
         figure, axes = drawing.assemble(
             2,
-            title=_title(title or default, setting),
+            title=titled(title or default, setting),
             caption=_caption(sweep, setting, rows),
             styles=_legend(sweep, styles),
         )
@@ -166,7 +166,7 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
         ]
         figure, axes = drawing.assemble(
             len(shown),
-            title=_title(title or f"Speed of a {words} against model size, patch {PATCH}", setting),
+            title=titled(title or f"Speed of a {words} against model size, patch {PATCH}", setting),
             caption=_caption(sweep, setting, rows),
             styles=_legend(sweep, styles),
         )
@@ -242,7 +242,8 @@ def _memory_point(row: Row, x: float) -> Point | None:
     return Point(x=x, y=peak / GIB, low=peak / GIB, high=peak / GIB, assumed=is_assumed(row.case))
 
 
-def _title(title: str, setting: Setting) -> str:
+def titled(title: str, setting: Setting) -> str:
+    """A figure's title; of a CPU it says that it is no GPU result."""
     return title if setting.device == "cuda" else f"{title} (CPU, not a GPU result)"
 
 

@@ -183,7 +183,7 @@ def test_tables_at_its_best_in_full(measured):
     text = tables(Sweep(rows=tuple(measured)))
     body = text.partition("#### At its best")[2].partition("\n\n### S/2")[0]
     ways, none = "compiled by block, graph", "\N{EN DASH}"
-    point = "| S/2 | 256 | 1 | bf16"
+    at = {side: f"| S/2 | {side} | 1 | bf16 |" for side in (256, 1024, 2048)}
     head = "| model | resolution | batch | precision | DiG (triton) | Flash-DiT | lead | DiG (fla) | DiT | DiS |"
     rule = "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     assert body == (
@@ -191,9 +191,9 @@ def test_tables_at_its_best_in_full(measured):
 
 {head} attention ways |
 {rule}
-{point} | 2.00 · graph | 1.80 · FA4, {ways} | **0.900{TIMES}** | 3.00 · {ways} | {none} | {none} | 2 of 2 |
-{point.replace("256", "1024")} | 10.0 · graph | 15.0 · cuDNN, {ways} | 1.50{TIMES} | {none} | OOM | 30.0 · {ways} | 1 of 3 |
-{point.replace("256", "2048")} | 40.0 · graph | timeout, parity | {none} | {none} | {none} | {none} | 0 of 2 |
+{at[256]} 2.00 · graph | 1.80 · FA4, {ways} | **0.900{TIMES}** | 3.00 · {ways} | {none} | {none} | 2 of 2 |
+{at[1024]} 10.0 · graph | 15.0 · cuDNN, {ways} | 1.50{TIMES} | {none} | OOM | 30.0 · {ways} | 1 of 3 |
+{at[2048]} 40.0 · graph | timeout, parity | {none} | {none} | {none} | {none} | 0 of 2 |
 
 Without a time:
 
@@ -206,9 +206,9 @@ training step at 2048, batch 1, bf16)
 
 {head} attention ways |
 {rule}
-{point} | 0.500 · graph | 0.750 · cuDNN, {ways} | 1.50{TIMES} | 1.00 · {ways} | {none} | {none} | 2 of 2 |
-{point.replace("256", "1024")} | 1.00 · graph | 0.500 · cuDNN, {ways} | **0.500{TIMES}** | {none} | OOM | 1.50 · {ways} | 1 of 3 |
-{point.replace("256", "2048")} | 2.00 · graph | timeout, parity | {none} | {none} | {none} | {none} | 0 of 2 |"""
+{at[256]} 0.500 · graph | 0.750 · cuDNN, {ways} | 1.50{TIMES} | 1.00 · {ways} | {none} | {none} | 2 of 2 |
+{at[1024]} 1.00 · graph | 0.500 · cuDNN, {ways} | **0.500{TIMES}** | {none} | OOM | 1.50 · {ways} | 1 of 3 |
+{at[2048]} 2.00 · graph | timeout, parity | {none} | {none} | {none} | {none} | 0 of 2 |"""
     )
 
 
@@ -303,7 +303,7 @@ def test_the_figure_shows_leads_by_resolution(measured):
     assert "DiG is slower at 1 of 3 points." in caption
     assert "S/2 training step at 2048, batch 1, bf16 (attention: timeout or parity)" in caption
     assert "NVIDIA H100 80GB HBM3 · 2026-11-22 · bf16, bf16 weights" in caption
-    assert drawing.notes == (f"shows NVIDIA H100 80GB HBM3, 3 leads ({len(measured)} rows)",)
+    assert drawing.notes == (f"shows NVIDIA H100 80GB HBM3, 3 of 4 points ({len(measured)} rows)",)
 
 
 def test_points_name_the_peer_and_what_is_unusual_of_its_way(measured):
