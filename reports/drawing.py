@@ -314,6 +314,7 @@ def _set_y(
     if failing:
         axes.axhspan(*strip, color=LANE_COLOR, linewidth=0, zorder=0)
     ticks = log_ticks(10**clear_low, 10**clear_high)
+    ticks = sorted({*ticks, *([] if level is None else [level])})
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FixedFormatter([f"{t:g}" for t in ticks]))
     axes.yaxis.set_minor_locator(FixedLocator([]))

@@ -317,8 +317,16 @@ def test_points_name_the_peer_and_what_is_unusual_of_its_way(measured):
 
 def test_one_is_in_sight_where_dig_leads_everywhere():
     drawing = best(Sweep(rows=(dig(), flash("sdpa-cudnn", ms=40.0))))
-    low, high = drawing.figure.axes[0].get_ylim()
+    (axes,) = drawing.figure.axes
+    low, high = axes.get_ylim()
     assert low < 1 < 4 < high
+    assert "1" in [tick.get_text() for tick in axes.get_yticklabels()]
+
+
+def test_one_has_a_tick_where_even_steps_leave_it_out():
+    rows = [dig(256, 10.0), flash("sdpa-cudnn", 256, 6.0), dig(512, 10.0), flash("sdpa-cudnn", 512, 55.0)]
+    (axes,) = best(Sweep(rows=tuple(rows))).figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["1", "2", "4", "6"]
 
 
 def test_bars_of_leads_are_the_launches_range():
