@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import nox
@@ -65,6 +66,33 @@ def in_parallel() -> tuple[str, ...]:
 def without_pin(requirement: str) -> str:
     """A requirement that takes any version where it asked for one; its marker stays."""
     return re.sub(r"^([\w.-]+)==[^;]*", r"\1", requirement)
+
+
+STOPPED = 130
+"""Exit status of a run that Ctrl-C or SIGTERM stopped."""
+PATIENCE = 20.0
+"""Seconds for a command that was stopped to end by itself; nox's third of one would cost it what it is writing."""
+
+
+def status_of(session: nox.Session, *command: str) -> int:
+    """Run a command to its end and return its exit status; one that was stopped has written what it had first."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # Else SIGTERM would end nox alone, and leave the command running.
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        session.run(*command, interrupt_timeout=PATIENCE, terminate_timeout=PATIENCE)
+    except nox.command.CommandFailed as error:
+        found = re.search(r"-?\d+", str(error))
+        code = int(found.group()) if found else 1
+        return code if code >= 0 else 128 - code  # A signal's number, as shells say it.
+    except KeyboardInterrupt:
+        return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    return 0
 
 
 @nox.session
@@ -149,17 +177,25 @@ def memcheck(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure this machine and draw the paper's plots: both figures, or what the options of bench run choose."""
+    """Measure this machine and draw the paper's plots: both figures, or what the options of bench run choose.
+
+    It goes on where it was (--no-resume: all anew). A run that is stopped is drawn too, and ends with its status.
+    """
     if may_install(session):
         install(session, gpu=HAS_GPU)
         if HAS_GPU:
             install_peers(session)
-    if "--out" in session.posargs:
+    if any(word == "--out" or word.startswith("--out=") for word in session.posargs):
         session.error("nox -s bench writes into out/; for another place call python -m bench run and python -m reports")
     results = Path("out/results.jsonl")
-    chosen = session.posargs or ["--suite", "auto", "--resume"]
-    session.run("python", "-m", "bench", "run", "--out", str(results), *chosen)
-    session.run("python", "-m", "reports", str(results), "--out", str(results.parent / "report"))
+    chosen = session.posargs or ["--suite", "auto"]
+    status = status_of(session, "python", "-m", "bench", "run", "--out", str(results), "--resume", *chosen)
+    # Of a run that was stopped, or failed half-way, what is there is drawn; the session ends as the run did.
+    if results.is_file() and results.stat().st_size:
+        drawn = status_of(session, "python", "-m", "reports", str(results), "--out", str(results.parent / "report"))
+        status = status or drawn
+    if status:
+        raise SystemExit(status)
 
 
 @nox.session
@@ -171,15 +207,6 @@ def bench_ops(session: nox.Session) -> None:
     options = session.posargs or ["--benchmark-json", "out/ops.json", "--benchmark-columns", "median,iqr,rounds"]
     Path("out").mkdir(exist_ok=True)
     session.run("python", "-m", "pytest", "bench/ops/suite.py", "--benchmark-only", *options)
-
-
-def end_with_status(session: nox.Session, *command: str) -> None:
-    """Run a command whose exit status says more than success or failure, and end nox with that status."""
-    try:
-        session.run(*command)
-    except nox.command.CommandFailed as error:
-        found = re.search(r"\d+", str(error))
-        raise SystemExit(int(found.group()) if found else 1) from None
 
 
 @nox.session
@@ -199,7 +226,9 @@ def regression(session: nox.Session) -> None:
         install(session, gpu=HAS_GPU)
         if HAS_GPU:
             install_peers(session)
-    end_with_status(session, "python", "-m", "bench", "regression", *session.posargs)
+    # Its exit status says more than success or failure.
+    if status := status_of(session, "python", "-m", "bench", "regression", *session.posargs):
+        raise SystemExit(status)
 
 
 @nox.session

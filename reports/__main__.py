@@ -10,6 +10,7 @@ import typer
 from bench.messages import OneLineCommand, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError
+from reports.best_figure import best
 from reports.figures import Drawing, model_size, speed_memory
 from reports.refusing import refusing
 from reports.series import SIZES, read_sweep, size_rank
@@ -39,7 +40,7 @@ def report(
         typer.Option("--size", metavar="SIZE", help=f"Model size of speed_memory: {', '.join(SIZES)}; else S."),
     ] = None,
 ) -> None:
-    """Draw benchmark results: two figures and one page of tables.
+    """Draw benchmark results: up to three figures and one page of tables.
 
     Needs no GPU and measures nothing: it reads results files, and writes into DIR
 
@@ -47,9 +48,11 @@ def report(
 
     model_size.png, .svg: speed against model size, a panel per resolution;
 
+    best.png, .svg: DiG's lead over the fastest attention, each in its fastest way, where some way compiles;
+
     tables.md: every number, with the hardware and versions it was measured on.
 
-    A figure shows one machine, dtype, batch and execution; the rest is printed.
+    A figure shows one machine, precision, batch and execution (best: the fastest of all); the rest is printed.
 
     Exit status 2: a file cannot be read or written, or there are no rows.
     """
@@ -69,6 +72,12 @@ def report(
             f"no timed row of size {size} and patch 2",
         )
         _write(out, "model_size", model_size(sweep, title=title), "no resolution at which two sizes were timed")
+        _write(
+            out,
+            "best",
+            best(sweep, title=title),
+            "no point where both DiG on this project's kernels and attention were timed, and some way compiled",
+        )
         path = out / "tables.md"
         write_file(path, tables(sweep, title=title))
         say(f"wrote {path}")

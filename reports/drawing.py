@@ -26,6 +26,8 @@ INK = "#222222"
 SOFT_INK = "#555555"
 LANE = 0.075  # height of a lane of failures, as a share of the panel
 LANE_COLOR = "#F4F4F4"
+LABEL_INCHES = 0.31
+"""From one tick's label to the next."""
 PLAIN_WIDTH = 1.5
 """Points of a line that nothing stands for."""
 
@@ -117,10 +119,11 @@ def draw_panel(
     y_label: str,
     x_ticks: Mapping[float, str],
     failures_at: Literal["top", "bottom"],
+    level: float | None = None,
 ) -> None:
     """Draw lines on a logarithmic y axis, and a lane per failing line along the edge that failing leads to.
 
-    At least one line must have points: they set the axis.
+    At least one line must have points: they set the axis. A ``level`` is a thin line across, always in sight.
     """
     axes.set_title(visible(title), loc="left", fontsize=10, fontweight="bold", pad=7)
     axes.set_xlabel(visible(x_label), labelpad=5)
@@ -130,7 +133,9 @@ def draw_panel(
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_yscale("log")
     _set_x(axes, x_ticks)
-    lanes = _set_y(axes, lines, failures_at)
+    lanes = _set_y(axes, lines, failures_at, level)
+    if level is not None:
+        axes.axhline(level, color=INK, linewidth=1.0, zorder=1, gid="level")
     for line in lines:
         _draw_line(axes, line)
     for line, y in lanes:
@@ -275,9 +280,10 @@ def _set_x(axes: Any, ticks: Mapping[float, str]) -> None:
     axes.set_xlim(xs[0] - 0.08 * span, xs[-1] + 0.08 * span)
     labels: list[str] = []
     last = -math.inf
+    inches = axes.get_position().width * WIDTH_INCHES
     for x in xs:
         # Four-digit labels closer than this touch.
-        room = x - last >= 0.085 * span
+        room = x - last >= LABEL_INCHES * span / inches
         labels.append(visible(ticks[x]) if room else "")
         last = x if room else last
     axes.xaxis.set_major_locator(FixedLocator(xs))
@@ -285,9 +291,12 @@ def _set_x(axes: Any, ticks: Mapping[float, str]) -> None:
     axes.xaxis.set_minor_locator(FixedLocator([]))
 
 
-def _set_y(axes: Any, lines: Sequence[Line], failures_at: Literal["top", "bottom"]) -> list[tuple[Line, float]]:
+def _set_y(
+    axes: Any, lines: Sequence[Line], failures_at: Literal["top", "bottom"], level: float | None
+) -> list[tuple[Line, float]]:
     """Set limits and ticks so that the lanes stay clear of the data; returns the failing lines with their lane's y."""
     values = [v for line in lines for p in line.points for v in (p.low, p.high)]
+    values += [] if level is None else [level]
     low, high = math.log10(min(values)), math.log10(max(values))
     pad = 0.07 * max(high - low, 0.3)
     failing = [line for line in lines if line.failures]
@@ -305,6 +314,7 @@ def _set_y(axes: Any, lines: Sequence[Line], failures_at: Literal["top", "bottom
     if failing:
         axes.axhspan(*strip, color=LANE_COLOR, linewidth=0, zorder=0)
     ticks = log_ticks(10**clear_low, 10**clear_high)
+    ticks = sorted({*ticks, *([] if level is None else [level])})
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FixedFormatter([f"{t:g}" for t in ticks]))
     axes.yaxis.set_minor_locator(FixedLocator([]))

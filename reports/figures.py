@@ -1,4 +1,4 @@
-"""The two figures: speed and memory against resolution (the paper's Fig. 1), and speed against size (its Fig. 2).
+"""The paper's two figures: speed and memory against resolution (its Fig. 1), and speed against size (its Fig. 2).
 
 A figure is of one setting: one GPU, dtype, batch, mode and execution. Its caption says which; `Drawing.notes` says what
 else the results held.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
 
 from bench.store.files import write_file
@@ -23,14 +22,15 @@ from reports import drawing
 from reports.drawing import Failure, Line, Point, Style
 from reports.series import (
     ASSUMED_NOTE,
-    EXECUTION_NAMES,
     MODE_NAMES,
+    PRECISION_NAMES,
     STATUS_NAMES,
     Launches,
     Selection,
     Series,
     Setting,
     Sweep,
+    bar_ms,
     doubts,
     is_assumed,
     launches_of,
@@ -91,7 +91,7 @@ def speed_memory(sweep: Sweep, *, size: str = "S", title: str | None = None) -> 
         memory = _lines(sweep, rows, styles, x=_resolution, point=_memory_point)
         figure, axes = drawing.assemble(
             2,
-            title=_title(title or default, setting),
+            title=titled(title or default, setting),
             caption=_caption(sweep, setting, rows),
             styles=_legend(sweep, styles),
         )
@@ -166,7 +166,7 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
         ]
         figure, axes = drawing.assemble(
             len(shown),
-            title=_title(title or f"Speed of a {words} against model size, patch {PATCH}", setting),
+            title=titled(title or f"Speed of a {words} against model size, patch {PATCH}", setting),
             caption=_caption(sweep, setting, rows),
             styles=_legend(sweep, styles),
         )
@@ -228,11 +228,11 @@ def _lines(
 
 
 def _speed_point(row: Row, x: float) -> Point | None:
-    fast, slow = row.spread_ms if isinstance(row, Launches) else np.percentile(row.samples_ms, [10, 90])
+    fast, slow = bar_ms(row)
     images = 1000 * row.case.batch
     fps = row.fps
     assert fps is not None
-    return Point(x=x, y=fps, low=float(images / slow), high=float(images / fast), assumed=is_assumed(row.case))
+    return Point(x=x, y=fps, low=images / slow, high=images / fast, assumed=is_assumed(row.case))
 
 
 def _memory_point(row: Row, x: float) -> Point | None:
@@ -242,7 +242,8 @@ def _memory_point(row: Row, x: float) -> Point | None:
     return Point(x=x, y=peak / GIB, low=peak / GIB, high=peak / GIB, assumed=is_assumed(row.case))
 
 
-def _title(title: str, setting: Setting) -> str:
+def titled(title: str, setting: Setting) -> str:
+    """A figure's title; of a CPU it says that it is no GPU result."""
     return title if setting.device == "cuda" else f"{title} (CPU, not a GPU result)"
 
 
@@ -250,10 +251,10 @@ def _caption(sweep: Sweep, setting: Setting, rows: Sequence[Row]) -> str:
     """What the figure shows: machine, date, dtype, batch, mode, execution; then the steps; then footnotes."""
     timed = [row for row in rows if row.status == "ok"]
     lines = [
-        f"{setting.where} · {span([row.started_at[:10] for row in timed])} · {setting.dtype} · batch {setting.batch}"
-        f" · {_LONG_MODE_NAMES[setting.mode]} · {EXECUTION_NAMES[setting.execution]}",
+        f"{setting.where} · {span([row.started_at[:10] for row in timed])} · {PRECISION_NAMES[setting.precision]}"
+        f" · batch {setting.batch} · {_LONG_MODE_NAMES[setting.mode]} · {setting.way}",
         _points(timed),
-        *_doubted(timed),
+        *doubted(timed),
     ]
     with_points = {Series.of(row) for row in timed}
     reasons: dict[str, set[str]] = {}
@@ -280,7 +281,7 @@ def _points(timed: Sequence[Row]) -> str:
     )
 
 
-def _doubted(timed: Sequence[Row]) -> list[str]:
+def doubted(timed: Sequence[Row]) -> list[str]:
     """How many points carry a mark of doubt; the tables say which."""
     counts = Counter(mark for row in timed for mark in doubts(row))
     if not counts:
@@ -293,11 +294,12 @@ def _notes(selection: Selection, others: Mapping[str, int], shown: int | None = 
     """What a figure shows, and a line for every reason for which it leaves rows out."""
     count = len(selection.rows) if shown is None else shown
     return (
-        f"shows {selection.setting.where}, {selection.setting.describe()} ({_rows(count)})",
-        *(f"left out: {reason} ({_rows(count)})" for reason, count in others.items() if count),
-        *(f"left out: {s.where}, {s.describe()} ({_rows(count)})" for s, count in selection.left_out.items()),
+        f"shows {selection.setting.where}, {selection.setting.describe()} ({count_rows(count)})",
+        *(f"left out: {reason} ({count_rows(count)})" for reason, count in others.items() if count),
+        *(f"left out: {s.where}, {s.describe()} ({count_rows(count)})" for s, count in selection.left_out.items()),
     )
 
 
-def _rows(count: int) -> str:
+def count_rows(count: int) -> str:
+    """``1 row``, ``2 rows``."""
     return "1 row" if count == 1 else f"{count} rows"

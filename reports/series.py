@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-from bench.cases.case import Case, Device, Dtype, Execution, Mode
+import numpy as np
+
+from bench.cases.case import Case, Device, Execution, Mode, Scope
 from bench.store.rows import Mark, ResultError, Row, read_results
 from bench.store.selection import by_case_and_machine, machine, newest
 from reports.looks import Looks
@@ -24,10 +26,16 @@ _MODEL_NAME = re.compile(r"[^/]+-[^-/]+/[1-9][0-9]{0,8}")
 FAMILIES = ("DiG", "Flash-DiT", "DiT", "DiS")
 ATTENTION_FAMILIES = ("Flash-DiT", "DiT")
 # A figure shows the first of these that was measured: a graph leaves out the launches, which say little of a model.
-EXECUTIONS: tuple[Execution, ...] = ("graph", "eager", "compile")
+EXECUTIONS: tuple[Execution, ...] = ("graph", "compiled-graph", "eager", "compile")
 MODES: tuple[Mode, ...] = ("train", "forward")
 
-EXECUTION_NAMES: Mapping[str, str] = {"graph": "CUDA graph", "eager": "eager", "compile": "torch.compile"}
+EXECUTION_NAMES: Mapping[str, str] = {
+    "graph": "CUDA graph",
+    "compiled-graph": "torch.compile, CUDA graph",
+    "eager": "eager",
+    "compile": "torch.compile",
+}
+PRECISION_NAMES: Mapping[str, str] = {"bf16": "bf16", "bf16-weights": "bf16 weights", "fp32": "fp32"}
 MODE_NAMES: Mapping[str, str] = {"train": "training step", "forward": "forward pass"}
 STATUS_NAMES: Mapping[str, str] = {
     "oom": "OOM",
@@ -119,18 +127,22 @@ class Setting:
     Attributes:
         device: ``cuda`` or ``cpu``.
         machine: Name of the GPU, or of the processor where the device is the CPU.
-        dtype: ``bf16`` or ``fp32``.
+        precision: ``bf16`` (autocast), ``bf16-weights`` or ``fp32``.
         batch: Images a step.
         mode: ``train`` or ``forward``.
-        execution: ``graph``, ``eager`` or ``compile``.
+        execution: ``graph``, ``compiled-graph``, ``eager`` or ``compile``.
+        scope: What one compilation covers; empty where nothing is compiled.
+        max_autotune: Whether Inductor tuned each product.
     """
 
     device: Device
     machine: str
-    dtype: Dtype
+    precision: str
     batch: int
     mode: Mode
     execution: Execution
+    scope: Scope = ""
+    max_autotune: bool = False
 
     @classmethod
     def of(cls, row: Row) -> Setting:
@@ -139,10 +151,12 @@ class Setting:
         return cls(
             device=case.device,
             machine=machine(row),
-            dtype=case.dtype,
+            precision=case.precision,
             batch=case.batch,
             mode=case.mode,
             execution=case.execution,
+            scope=case.scope,
+            max_autotune=case.max_autotune,
         )
 
     @property
@@ -152,7 +166,13 @@ class Setting:
 
     def describe(self) -> str:
         """Everything but the machine: ``training step, CUDA graph, bf16, batch 1``."""
-        return f"{MODE_NAMES[self.mode]}, {EXECUTION_NAMES[self.execution]}, {self.dtype}, batch {self.batch}"
+        return f"{MODE_NAMES[self.mode]}, {self.way}, {PRECISION_NAMES[self.precision]}, batch {self.batch}"
+
+    @property
+    def way(self) -> str:
+        """How it was run: ``CUDA graph``, ``torch.compile by block, CUDA graph``."""
+        compiled = f"torch.compile by {self.scope}{', max-autotune' if self.max_autotune else ''}"
+        return EXECUTION_NAMES[self.execution].replace("torch.compile", compiled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +199,18 @@ class Launches(Row):
     def spread_ms(self) -> tuple[float, float]:
         """The fastest and the slowest launch, in milliseconds."""
         return min(self.launch_ms), max(self.launch_ms)
+
+
+def bar_ms(row: Row) -> tuple[float, float]:
+    """The ends of a row's bar, in milliseconds: its launches' range; of one launch, 10th to 90th percentile of steps.
+
+    Args:
+        row: With times.
+    """
+    if isinstance(row, Launches):
+        return row.spread_ms
+    low, high = np.percentile(row.samples_ms, [10, 90])
+    return float(low), float(high)
 
 
 def launches_of(row: Row) -> int:
@@ -304,8 +336,8 @@ class Selection:
 def select(rows: Iterable[Row], *, modes: tuple[Mode, ...]) -> Selection | None:
     """Choose the one setting to draw; None where no row has times.
 
-    The machine with the most rows; the first of ``modes`` it has; the first of `EXECUTIONS` it has; then the dtype and
-    batch with the most rows. Rows with times count before rows without. The same machine's
+    The machine with the most rows; the first of ``modes`` it has; the first of `EXECUTIONS` it has; then the
+    precision, scope and batch with the most rows. Rows with times count before rows without. The same machine's
     other mode doesn't count as left out: that a figure of training steps has no forward passes needs no saying.
 
     Args:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
 from bench.messages import cell
-from bench.store.rows import Mark, Row
+from bench.store.rows import Row
+from reports.best_tables import best_tables
+from reports.cells import GIB, MISSING, markdown, milliseconds, number
 from reports.series import (
     ASSUMED_NOTE,
     ATTENTION_FAMILIES,
@@ -28,8 +29,6 @@ from reports.series import (
     span,
 )
 
-GIB = 2**30
-MISSING = "\N{EN DASH}"
 _PREAMBLE = (
     "Times are medians of the timed steps, in milliseconds. GiB is the peak of the GPU memory that torch allocated, or "
     "of the whole process on a CPU. The speed of the fastest DiG is given in multiples of the fastest attention model. "
@@ -39,14 +38,6 @@ _LAUNCHES_NOTE = (
     "A time with brackets is the median over several process launches of each one's median step; the brackets hold the "
     "fastest and the slowest launch, and, where some failed, how many of how many have a time."
 )
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent: ``0.0123``, ``1.80``, ``32.1``, ``12300``."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    rounded = float(f"{value:.2e}")
-    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def tables(sweep: Sweep, *, title: str | None = None) -> str:
@@ -60,7 +51,8 @@ def tables(sweep: Sweep, *, title: str | None = None) -> str:
         machines.setdefault((row.case.device != "cuda", Setting.of(row).where), []).append(row)
     # GPUs first; among them the one with the most rows.
     for (_, where), rows in sorted(machines.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):
-        parts += [f"## {cell(where)}", environment(rows), *_implementations(sweep, rows), *_sections(sweep, rows)]
+        parts += [f"## {cell(where)}", environment(rows), *_implementations(sweep, rows)]
+        parts += [*best_tables(sweep, rows), *_sections(sweep, rows)]
     if any(is_assumed(row.case) for row in sweep.rows):
         parts.append(ASSUMED_NOTE.replace("*", r"\*", 1))
     return "\n\n".join(parts) + "\n"
@@ -141,20 +133,9 @@ def _sections(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _setting_rank(setting: Setting) -> tuple[int, int, str, int]:
-    return (MODES.index(setting.mode), EXECUTIONS.index(setting.execution), setting.dtype, setting.batch)
-
-
-def _milliseconds(row: Row, shared: frozenset[Mark]) -> str:
-    """A row's time with its marks' letters; of several launches their range, and how many have a time if not all."""
-    letters = "".join(DOUBTS[mark][0] for mark in doubts(row) if mark not in shared)
-    text = number(row.median_ms or 0) + (f"<sup>{letters}</sup>" if letters else "")
-    if not isinstance(row, Launches):
-        return text
-    low, high = map(number, row.spread_ms)
-    count = len(row.launch_ms)
-    some = f"; {count} of {count + row.failed}" if row.failed else ""
-    return f"{text} [{low}, {high}{some}]"
+def _setting_rank(setting: Setting) -> tuple[int, tuple[int, str, bool], str, int]:
+    how = (EXECUTIONS.index(setting.execution), setting.scope, setting.max_autotune)
+    return (MODES.index(setting.mode), how, setting.precision, setting.batch)
 
 
 def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
@@ -162,14 +143,14 @@ def _by_resolution(sweep: Sweep, rows: Sequence[Row]) -> str:
 
     def shown(row: Row) -> str:
         peak = row.memory.peak if row.memory is not None else None
-        return f"{_milliseconds(row, shared)} · {number(peak / GIB) if peak else MISSING}"
+        return f"{milliseconds(row, shared)} · {number(peak / GIB) if peak else MISSING}"
 
     frame = _frame(sweep, rows, shown)
     table = _pivot(sweep, frame, ["resolution"])
     ratios = _ratios(frame)
     if not ratios.empty:
         table["speed of the fastest DiG"] = ratios
-    return f"Cells: ms · GiB.\n\n{_markdown(table.fillna(MISSING))}"
+    return f"Cells: ms · GiB.\n\n{markdown(table.fillna(MISSING))}"
 
 
 def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
@@ -178,7 +159,7 @@ def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
     def shown(row: Row) -> str:
         share = row.ceiling_share
         percent = MISSING if share is None else f"{number(100 * share)}%"
-        return f"{_milliseconds(row, shared)} · {number(row.fps or 0)} · {percent}"
+        return f"{milliseconds(row, shared)} · {number(row.fps or 0)} · {percent}"
 
     ceilings = sorted(row.matmul_ceiling / 1e12 for row in rows if row.matmul_ceiling)
     head = "Cells: ms · FPS · share of the measured matmul ceiling"
@@ -186,7 +167,7 @@ def _by_size(sweep: Sweep, rows: Sequence[Row]) -> str:
         low, high = number(ceilings[0]), number(ceilings[-1])
         head += f" ({low if low == high else f'{low} to {high}'} TFLOP/s)"
     table = _pivot(sweep, _frame(sweep, rows, shown), ["model", "resolution"])
-    return f"{head}.\n\n{_markdown(table.fillna(MISSING))}"
+    return f"{head}.\n\n{markdown(table.fillna(MISSING))}"
 
 
 def _frame(sweep: Sweep, rows: Iterable[Row], shown: Callable[[Row], str]) -> pd.DataFrame:
@@ -229,18 +210,6 @@ def _ratios(frame: pd.DataFrame) -> pd.Series[str]:
         index=both.index,
         dtype=object,
     )
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    """A GitHub table, the index as its first columns."""
-    flat = table.reset_index()
-    keys = len(flat.columns) - len(table.columns)
-    lines = [
-        "| " + " | ".join(cell(str(column)) for column in flat.columns) + " |",
-        "|" + " --- |" * keys + " ---: |" * len(table.columns),
-        *("| " + " | ".join(map(str, values)) + " |" for values in flat.to_numpy().tolist()),
-    ]
-    return "\n".join(lines)
 
 
 def _code(text: str) -> str:

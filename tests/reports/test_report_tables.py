@@ -140,7 +140,7 @@ def test_executions_and_machines_have_their_own_tables(make_row):
         "## NVIDIA H100 80GB HBM3",
         "### S/2: training step, CUDA graph, bf16, batch 1",
         "### S/2: training step, eager, bf16, batch 1",
-        "### S/2: training step, torch.compile, bf16, batch 1",
+        "### S/2: training step, torch.compile by block, bf16, batch 1",
         "## CPU (reference implementations), not a GPU result: AMD EPYC 9654",
         "### S/2: training step, eager, bf16, batch 1",
     ]
