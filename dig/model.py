@@ -181,7 +181,9 @@ class DiG(Backbone):
             # On kernels, tokens stay in one dtype. Elsewhere what is narrower is promoted, and autocast casts.
             if kernels and found.dtype in takes:
                 return found.to(dtype)
-            cast = torch.is_autocast_enabled(found.device.type) or torch.promote_types(found.dtype, dtype) == dtype
+            kind = found.device.type  # which autocast may not know: tensors on "meta" have no values to cast
+            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            cast = autocast or torch.promote_types(found.dtype, dtype) == dtype
             if not kernels and found.is_floating_point() and cast:
                 return found
         what = f"{tuple(found.shape)} in {_word(found.dtype)}" if isinstance(found, Tensor) else type(found).__name__

@@ -398,7 +398,7 @@ def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPat
     """A row of other inputs, or of another number of tokens, is an error and no time."""
     given = {"DiT-S/8": ("aa", 4), "DiG-S/8": ("aa", 4), "DiS-S/8": ("bb", 4), "Flash-DiT-S/8": ("aa", 5)}
 
-    def answer(job: ParityJob | CaseJob, *, time_limit: float) -> object:
+    def answer(job: ParityJob | CaseJob, **limits: object) -> object:
         if isinstance(job, ParityJob):
             return {}
         inputs, tokens = given[job.case.model]
@@ -407,7 +407,7 @@ def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPat
         return row.to_json()
 
     monkeypatch.setattr(runner, "run_job", answer)
-    referee = Referee(time_limit=1, ceilings=False)
+    referee = Referee(limits=Limits(), ceilings=False)
 
     def measured(model: str, **changes: object) -> Row:
         job = CaseJob(case=small(model, **changes), budget=QUICK, environment={}, matmul_ceiling=None, key="k")

@@ -165,7 +165,7 @@ def test_shares_fit_into_the_steps(programs: int, steps: int) -> None:
 
 def test_weights_past_what_an_offset_reaches_do_not_ride() -> None:
     """A kernel counts a weight's elements in 32 bits."""
-    room = {"programs": 2**20, "steps": 100}
+    room = {"share": (32, 128), "programs": 2**20, "steps": 100}
     assert products.shares_of([(2**20 - 1, 2**11)], 0, **room) is not None
     assert products.shares_of([(2**20, 2**11)], 0, **room) is None
     assert products.shares_of([(128, 128), (2**20, 2**11)], 1, **room) is None
