@@ -279,9 +279,10 @@ def test_a_figure_of_one_setting_draws_one_precision_and_one_scope():
 
 def test_the_published_rows_give_the_published_tables_and_figures(tmp_path):
     folder = ROOT / "results" / "h100"
-    result = CliRunner().invoke(app, [str(folder / "rows.jsonl"), "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "tables.md").read_bytes() == (folder / "tables.md").read_bytes()
+    for rows, drawn in (("rows.jsonl", folder), ("best.jsonl", folder / "best")):
+        result = CliRunner().invoke(app, [str(folder / rows), "--out", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "tables.md").read_bytes() == (drawn / "tables.md").read_bytes()
 
 
 # The figure.
