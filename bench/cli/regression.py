@@ -1,4 +1,4 @@
-"""``python -m bench regression``: the gate's command, and its test of itself. No torch here."""
+"""``python -m bench regression``: the regression gate's command, and its self-test. No torch here."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def regression(
 
     Exit status 0: no regression; 1: a regression; 3: nothing measured, or inconclusive; 2: bad input. A case that runs
     on neither side is listed, and counts for nothing. With
-    --against-itself and --self-test the status says whether the gate works: 0 if no run of unchanged code raised an
+    --against-itself and --self-test the status says whether the regression gate works: 0 if no run of unchanged code raised an
     alarm and the slowed copy did.
     """
     check_count(against_itself, "--against-itself", least=0, most=MOST_LAUNCHES)
@@ -114,7 +114,7 @@ _SAID = {NO_REGRESSION: "no alarm", REGRESSION: "an alarm", INCONCLUSIVE: "incon
 
 
 class _Gate(Gate[Case]):
-    """The gate for whole steps, with its test of itself."""
+    """The regression gate for whole steps, with its self-test."""
 
     def test_itself(self, *, runs: int, slowed: bool) -> tuple[int, str]:
         """Unchanged code must raise no alarm, and a slowed copy must; the noise floor comes with the former."""
@@ -130,7 +130,7 @@ class _Gate(Gate[Case]):
         if slowed:
             caught, text = self._slowed(twin)
             texts.append(text)
-        lines = ["## The gate's test of itself", ""]
+        lines = ["## The regression gate's self-test", ""]
         if runs:
             alarms = statuses.count(REGRESSION)
             undecided = statuses.count(INCONCLUSIVE)

@@ -41,7 +41,7 @@ def gpu_suite() -> list[Case]:
 
 
 def quick_suite() -> list[Case]:
-    """Two cases, for the regression gate's test of itself."""
+    """Two cases, for the regression gate's self-test."""
     return [
         *sweep(["DiG:triton"], resolutions=(1024,), modes=("train",)),
         *sweep(["Flash-DiT:sdpa-cudnn"], resolutions=(1024,), modes=("forward",)),

@@ -287,7 +287,7 @@ def classifier_command(
             if tested.unreadable:
                 words += f" ({len(tested.unreadable):,} unreadable)"
         if trained.unreadable:
-            words += f"; {len(trained.unreadable):,} of {dataset.name} unreadable, which others stood in for"
+            words += f"; {len(trained.unreadable):,} of {dataset.name} unreadable and replaced by others"
     typer.echo(shown(f"classifier in {out}{words}"))
 
 

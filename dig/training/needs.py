@@ -97,7 +97,7 @@ class _Draws(TorchDispatchMode):
 
 
 def draws_in_training(spec: ModelSpec) -> bool:
-    """Whether a model draws random numbers in training, labels to drop aside; found on its smallest sibling."""
+    """Whether a model draws random numbers in training, beside labels to drop; found on its smallest sibling."""
     with FakeTensorMode(allow_non_fake_inputs=True):  # No memory, as on ``meta``, but autocast works.
         model = _sibling(spec).train()
         stop_dropping_labels(model)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which stands in for a GPU in tests: fewer and larger programs.
+"""Triton's interpreter, which replaces a GPU in tests: fewer and larger programs.
 
 It takes the same time for each program, whatever its width. Shared memory, warps and registers are nothing to it.
 """
