@@ -101,6 +101,13 @@ class ProbeJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BuildJob:
+    """Build a case's kernels and time nothing; the answer is ``ok``, or the status of what was raised."""
+
+    case: Case
+
+
+@dataclass(frozen=True, kw_only=True)
 class CeilingJob:
     """Measure the FLOP/s of a large GEMM; the answer is a float."""
 
@@ -108,4 +115,4 @@ class CeilingJob:
     dtype: Dtype
 
 
-Job = CaseJob | ParityJob | ProbeJob | CeilingJob
+Job = CaseJob | ParityJob | ProbeJob | BuildJob | CeilingJob

@@ -19,7 +19,7 @@ def coverage(
         str, typer.Option(help=f"Of each side, separated by commas; {LEAST_LAUNCHES} or more.")
     ] = "5,6,12,18",
 ) -> None:
-    """Simulate how often the regression gate's intervals hold the truth, and what it calls equal code, by kind of noise.
+    """Simulate how often the regression gate's intervals hold the truth, and its verdicts on equal code, by noise.
 
     The change is as fast as its base in every trial. Takes some minutes; docs/method.md quotes it.
     """

@@ -26,6 +26,7 @@ from bench.cli.profile import profile
 from bench.cli.regression import regression
 from bench.cli.sampling import sampling
 from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
+from bench.run.ahead import build_ahead
 from bench.run.runner import Sweep, finished_launches, run_sweep
 from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 GIB = 2**30
 MOST_LAUNCHES = 10_000
+MOST_AHEAD = 256
 
 
 def _default_models(device: str) -> list[str]:
@@ -94,6 +96,13 @@ def run(
     weights: Annotated[
         str, typer.Option(help="fp32 (autocast), bf16 (a forward pass of a model that was cast), or both.")
     ] = "fp32",
+    ahead: Annotated[
+        int,
+        typer.Option(
+            "--build-ahead",
+            help="Build kernels of so many compiled cases side by side, before any is measured; 0: each in its turn.",
+        ),
+    ] = 0,
     prepare_limit: Annotated[
         float,
         typer.Option(
@@ -119,6 +128,7 @@ def run(
     check_count(launches, "--launches", most=MOST_LAUNCHES)
     check_positive(time_limit, "--time-limit")
     check_positive(prepare_limit, "--prepare-limit")
+    check_count(ahead, "--build-ahead", least=0, most=MOST_AHEAD)
     where = choose_device(device, present=gpu_present())
     try:
         if suite is not None:
@@ -148,7 +158,7 @@ def run(
         if models is not None:
             _require_packages(selected)
         limits = Limits(prepare=prepare_limit, measure=time_limit)
-        _run(selected, out=out, resume=resume, limits=limits, launches=launches)
+        _run(selected, out=out, resume=resume, limits=limits, launches=launches, ahead=ahead)
     except (ValueError, ResultError) as error:
         refuse(str(error))
 
@@ -160,7 +170,7 @@ def _require_packages(selected: list[Case]) -> None:
             refuse(message)
 
 
-def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launches: int) -> None:
+def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launches: int, ahead: int) -> None:
     console = Console(stderr=True, soft_wrap=True)
     with ResultsWriter(out) as writer:
         if said := writer.said_of_torn_line:
@@ -184,6 +194,13 @@ def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launc
         try:
             with progress_bar(console) as progress:
                 task = progress.add_task("starting", total=len(sweep.remaining))
+                if ahead:
+                    build_ahead(
+                        dict.fromkeys(launch.case for launch in sweep.remaining),
+                        at_once=ahead,
+                        limits=limits,
+                        on_start=lambda case: progress.update(task, description=f"{case.describe()}: building ahead"),
+                    )
                 rows = run_sweep(
                     sweep,
                     writer,

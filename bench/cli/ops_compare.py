@@ -1,4 +1,4 @@
-"""``python -m bench ops compare``: did an operation alone get faster? With the regression gate's verdicts. No torch here."""
+"""``python -m bench ops compare``: did an operation get faster? By the regression gate's verdicts. No torch here."""
 
 from __future__ import annotations
 

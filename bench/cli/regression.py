@@ -71,8 +71,8 @@ def regression(
 
     Exit status 0: no regression; 1: a regression; 3: nothing measured, or inconclusive; 2: bad input. A case that runs
     on neither side is listed, and counts for nothing. With
-    --against-itself and --self-test the status says whether the regression gate works: 0 if no run of unchanged code raised an
-    alarm and the slowed copy did.
+    --against-itself and --self-test the status says whether the regression gate works: 0 if no run of unchanged code
+    raised an alarm and the slowed copy did.
     """
     check_count(against_itself, "--against-itself", least=0, most=MOST_LAUNCHES)
     if case and suite is not None:

@@ -94,6 +94,17 @@ class Worker:
         except (EOFError, OSError):
             raise self._death() from None
 
+    def answered(self) -> bool:
+        """Whether there is something to read, or the process is gone; at once."""
+        return self._connection.poll(0)
+
+    def status(self) -> str:
+        """The answer of a job that answers with a word; ``error`` of a process that is gone."""
+        try:
+            return str(self.answer(0)[1])
+        except WorkerError as error:
+            return str(error.status)
+
     def _death(self) -> WorkerError:
         self._process.join()
         return WorkerError("error", _post_mortem(self._process.exitcode, _tail(self._errors)))

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.cases.jobs import CaseJob, CeilingJob, Job, ParityJob, Phase, ProbeJob
+from bench.cases.jobs import BuildJob, CaseJob, CeilingJob, Job, ParityJob, Phase, ProbeJob
+from bench.measure.build import build
 from bench.measure.case import measure_case
 from bench.measure.ceiling import measure_ceiling
 from bench.measure.failures import failure
@@ -37,6 +38,8 @@ def _answer(job: Job, tell: Callable[[Phase], None]) -> Any:
         load_source(job.case.source)
     if isinstance(job, CaseJob):
         return measure_case(job, tell).to_json()
+    if isinstance(job, BuildJob):
+        return build(job.case)
     if isinstance(job, ParityJob):
         return check_parity(job)
     return probe(job) if isinstance(job, ProbeJob) else measure_ceiling(job)

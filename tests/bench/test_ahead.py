@@ -1,0 +1,98 @@
+"""Kernels built ahead: side by side, in processes of their own, and none of it decides what is measured."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench.cases.case import Case
+from bench.cases.jobs import Limits
+from bench.measure import build as building
+from bench.run import ahead
+from bench.run.ahead import build_ahead, gains
+
+COMPILED = Case(model="DiT-S/8", resolution=64, execution="compile", dtype="fp32", device="cpu", mode="forward")
+
+
+def test_what_is_compiled_gains_but_not_what_tunes_itself() -> None:
+    assert gains(COMPILED)
+    assert not gains(replace(COMPILED, execution="eager", scope=""))
+    assert not gains(replace(COMPILED, model="DiG-S/8", options=(("backend", "fla"),)))
+
+
+class FakeWorker:
+    """Answers after a while; those alive at a time are counted."""
+
+    alive = most = 0
+
+    def __init__(self, entry: str, job: Any) -> None:
+        self.case, self.began = job.case, time.monotonic()
+        FakeWorker.alive += 1
+        FakeWorker.most = max(FakeWorker.most, FakeWorker.alive)
+
+    def answered(self) -> bool:
+        return self.case.resolution != 512 and time.monotonic() - self.began > 0.05
+
+    def status(self) -> str:
+        return "oom" if self.case.resolution == 256 else "ok"
+
+    def end(self) -> None:
+        FakeWorker.alive -= 1
+
+
+@pytest.fixture(autouse=True)
+def counted() -> None:
+    FakeWorker.alive = FakeWorker.most = 0
+
+
+def test_so_many_run_at_once_and_a_slow_or_failing_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "Worker", FakeWorker)
+    cases = [replace(COMPILED, resolution=64 * n) for n in (1, 2, 3, 4, 8)]
+    began: list[Case] = []
+    went = build_ahead(cases, at_once=2, limits=Limits(prepare=0.4), on_start=began.append)
+    assert began == cases
+    assert [went[case] for case in cases] == ["ok", "ok", "ok", "oom", "timeout"]
+    assert (FakeWorker.most, FakeWorker.alive) == (2, 0)
+
+
+def test_an_interrupt_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "Worker", FakeWorker)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ahead.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build_ahead([replace(COMPILED, resolution=512)], at_once=2, limits=Limits(), on_start=lambda case: None)
+    assert FakeWorker.alive == 0
+
+
+def test_a_build_keeps_no_choice_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    autotune = pytest.importorskip("torch._inductor.runtime.autotune_cache")
+    kept = autotune.AutotuneCache.save
+    monkeypatch.setattr(autotune.AutotuneCache, "save", kept)  # put back afterwards
+    building.keep_no_tuning()
+    assert autotune.AutotuneCache.save is not kept
+    assert autotune.AutotuneCache.save(object(), "config", 1, triton_cache_hash="x") is None
+
+
+def test_what_a_build_raises_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "keep_no_tuning", lambda: None)
+    assert building.build(replace(COMPILED, execution="eager", scope="")) == "ok"
+
+    def full(case: Case) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(building, "build_step", full)
+    assert building.build(COMPILED) == "oom"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_real_processes_build_a_case() -> None:
+    case = replace(COMPILED, execution="compile")
+    assert build_ahead([case], at_once=1, limits=Limits(), on_start=lambda case: None) == {case: "ok"}
