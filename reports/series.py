@@ -52,6 +52,9 @@ DOUBTS: Mapping[Mark, tuple[str, str]] = {
     "unverified": ("v", "which kernels ran was not checked"),
     "memory-kept": ("m", "the case before had not given its memory back"),
     "no-reference": ("r", "no reference computes the same: the outputs were compared with nothing else"),
+    "small-parity": ("p", "its operation was compared with a truth on a small input only"),
+    "not-rechecked": ("c", "what was timed was not run again on other inputs"),
+    "l2-warm": ("l", "its data may have stayed in the L2 cache from step to step"),
 }
 """Letter and meaning of each mark that is a reason to doubt a row's times."""
 ASSUMED_NOTE = "* DiS-XL is assumed (1152 wide, 48 deep): the published DiS has no XL."

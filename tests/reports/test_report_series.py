@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from bench.store.rows import ResultError
-from reports.series import Launches, Series, Setting, launches_of, read_sweep, select, series_labels, span
+from bench.store.rows import Mark, ResultError
+from reports.series import (
+    DOUBTS,
+    Launches,
+    Series,
+    Setting,
+    launches_of,
+    read_sweep,
+    select,
+    series_labels,
+    span,
+)
 
 BOTH = ("train", "forward")
 
@@ -145,3 +157,9 @@ def test_a_model_without_a_patch_is_refused(make_row, write_rows):
 def test_span():
     assert span([20, 20]) == "20"
     assert span([100, 9]) == "9 to 100"
+
+
+def test_every_mark_that_is_a_reason_to_doubt_has_a_letter_of_its_own():
+    assert set(get_args(Mark)) - set(DOUBTS) == {"measured-again"}
+    letters = [letter for letter, _ in DOUBTS.values()]
+    assert len(set(letters)) == len(letters)
