@@ -251,7 +251,10 @@ def registers(
         refuse("TRITON_INTERPRET=1 replaces the compiler; unset it")
     from bench.ops.registers import by_capability, kernel_names, report
 
-    known = list(by_capability())
+    try:
+        known = list(by_capability())
+    except ValueError as error:
+        refuse(str(error))
     chosen = some_of(capabilities, "compute capability", known) if capabilities else known
     names = kernel_names(chosen)
     if not report(chosen, some_of(kernels, "kernel", names) if kernels else names, quick=quick):

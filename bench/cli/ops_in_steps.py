@@ -12,6 +12,7 @@ from bench.cases.case import Case
 from bench.cases.choices import one_case
 from bench.cli.options import check_appendable, numbers, words
 from bench.messages import check_count, refuse
+from dig.environment import gpu_present
 
 Model = Annotated[str, typer.Option(help="Model name, options after colons.")]
 Resolution = Annotated[int, typer.Option(help="Image side in pixels.")]
@@ -30,6 +31,8 @@ def _check(rounds: int, replays: int, json: Path | None) -> None:
 
 def _graph(model: str, *, resolution: int, mode: str, batch: int) -> Case:
     """The case of a model's step as a CUDA graph in bf16."""
+    if not gpu_present():
+        refuse("no NVIDIA GPU was found; what this times runs on one")
     return one_case(
         model, resolution=resolution, mode=mode, execution="graph", batch=batch, dtype="bf16", device="cuda"
     )

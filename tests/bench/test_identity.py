@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,3 +146,18 @@ def test_every_part_of_a_measurement_is_in_its_key() -> None:
     changed += [of(environment={**environment, name: "another"}) for name in environment]
     assert len(set(changed)) == len(changed)
     assert of(environment={**environment, "commit": "another", "hostname": "another"}) == of()
+
+
+@pytest.mark.parametrize("folder", ["bench/measure", "bench/parity", "dig/diffusion"])
+def test_every_file_of_a_folder_that_counts_changes_the_hash(folder: str, tmp_path: Path) -> None:
+    for part in MEASURING:
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    before = code_hash(tmp_path)
+    files = list((tmp_path / folder).rglob("*.py"))
+    assert len(files) > 4
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content + b"# changed\n")
+        assert code_hash(tmp_path) != before, path.name
+        path.write_bytes(content)
+    assert code_hash(tmp_path) == before

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from bench.cli.main import app
-from bench.ops.registers import Compiled, hasty_accesses, too_much_shared, wrong_descriptors
-from dig.ops.tiles import KIB, architectures, sm90
+from bench.ops.registers import Compiled, by_capability, hasty_accesses, too_much_shared, wrong_descriptors
+from dig.ops.tiles import KIB, sm90
 
 QUICK, ALL = 16, 59
 """Kernels, and their variants; SwiGLU's GEMMs, of which there are two and five, are Hopper's alone."""
@@ -94,7 +94,7 @@ def test_options_are_checked(words: tuple[str, str], message: str, monkeypatch: 
     assert message in found.output
 
 
-CAPABILITIES = ["8.0", "8.9", "9.0", "10.0", "12.0"]
+CAPABILITIES = list(by_capability())
 
 
 def compiled(*options: str) -> list[str]:
@@ -109,7 +109,7 @@ def compiled(*options: str) -> list[str]:
 
 
 def test_the_compiler_has_tile_choices_for_every_architecture() -> None:
-    assert [".".join(map(str, each.capability or ())) for each in architectures()] == CAPABILITIES
+    assert {"8.0", "8.9", "9.0", "10.0", "12.0"} <= set(CAPABILITIES)
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")

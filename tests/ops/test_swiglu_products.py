@@ -163,7 +163,7 @@ def test_shares_fit_into_the_steps(programs: int, steps: int) -> None:
         assert shares["GATE_STARTS"] == (977,)
 
 
-def test_weights_past_what_an_offset_reaches_do_not_ride() -> None:
+def test_weights_past_what_an_offset_reaches_are_cast_apart() -> None:
     """A kernel counts a weight's elements in 32 bits."""
     room = {"share": (32, 128), "programs": 2**20, "steps": 100}
     assert products.shares_of([(2**20 - 1, 2**11)], 0, **room) is not None

@@ -56,11 +56,17 @@ def test_what_an_architecture_has() -> None:
         ((11, 0), (10, 0)),
         ((12, 1), (12, 0)),
         ((13, 0), (12, 0)),
-        ((7, 5), (8, 0)),
     ],
 )
 def test_a_gpu_without_a_file_takes_the_nearest_older(capability: tuple[int, int], taken: tuple[int, int]) -> None:
     assert for_capability(capability).capability == taken
+
+
+def test_a_gpu_without_bf16_is_told_what_to_take() -> None:
+    with pytest.raises(
+        ValueError, match=r"from compute capability 8\.0 on; this one has 7\.5: use backend 'reference'$"
+    ):
+        for_capability((7, 5))
 
 
 def test_how_much_shared_memory_there_is_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,20 +82,31 @@ def test_how_much_shared_memory_there_is_the_driver_says(monkeypatch: pytest.Mon
 
 
 def test_one_file_adds_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sm75.py").write_text(
+    (tmp_path / "sm86.py").write_text(
         "from dataclasses import replace\n"
         "from dig.ops.tiles import sm80\n"
-        "ARCHITECTURE = replace(sm80.ARCHITECTURE, name='Turing', capability=(7, 5), shared_memory=64 * 1024)\n"
+        "ARCHITECTURE = replace(sm80.ARCHITECTURE, name='Ampere, small', capability=(8, 6), shared_memory=99 * 1024)\n"
     )
     monkeypatch.setattr(tiles, "__path__", [*tiles.__path__, str(tmp_path)])
     architectures.cache_clear()
-    assert str(for_capability((7, 5))) == "Turing (7.5)"
+    assert str(for_capability((8, 6))) == "Ampere, small (8.6)"
     assert for_capability((8, 0)).name == "Ampere"
-    (tmp_path / "sm110.py").write_text("from dig.ops.tiles.sm100 import ARCHITECTURE\n")
-    importlib.invalidate_caches()
-    architectures.cache_clear()
-    with pytest.raises(ValueError, match=r"^sm110\.py must have the capability \(11, 0\); got \(10, 0\)$"):
-        architectures()
+    for name, content, message in (
+        ("sm110", "from dig.ops.tiles.sm100 import ARCHITECTURE", r"sm110\.py must have the capability \(11, 0\); got"),
+        ("sm111", "", r"dig/ops/tiles/sm111\.py must have an ARCHITECTURE, as sm80\.py has"),
+        (
+            "sm75",
+            "from dataclasses import replace\nfrom dig.ops.tiles import sm80\n"
+            "ARCHITECTURE = replace(sm80.ARCHITECTURE, capability=(7, 5))",
+            r"sm75\.py: the kernels compute in bf16",
+        ),
+    ):
+        (tmp_path / f"{name}.py").write_text(f"{content}\n")
+        importlib.invalidate_caches()
+        architectures.cache_clear()
+        with pytest.raises(ValueError, match=f"^{message}"):
+            architectures()
+        (tmp_path / f"{name}.py").unlink()
 
 
 def test_other_heads_take_the_next_wider_tiles() -> None:

@@ -24,12 +24,16 @@ from dig.ops.tiles.interpreter import ARCHITECTURE as INTERPRETER
 __all__ = ["INTERPRETER", "KIB", "Architecture", "architectures", "for_capability", "for_device", "gpu_index"]
 
 
+LEAST = (8, 0)
+"""Compute capability from which on GPUs compute in bf16."""
+
+
 @functools.cache
 def architectures() -> tuple[Architecture, ...]:
     """Those that have a file, oldest first.
 
     Raises:
-        ValueError: A file states another capability than its name does.
+        ValueError: A file states another capability than its name does, too old a one, or none at all.
     """
     return tuple(architecture for _, architecture in sorted(_found().items()))
 
@@ -39,17 +43,30 @@ def _found() -> dict[tuple[int, int], Architecture]:
     for module in pkgutil.iter_modules(__path__):
         if re.fullmatch(r"sm\d+", module.name):
             capability = divmod(int(module.name[2:]), 10)
-            architecture: Architecture = importlib.import_module(f"{__name__}.{module.name}").ARCHITECTURE
+            architecture = getattr(importlib.import_module(f"{__name__}.{module.name}"), "ARCHITECTURE", None)
+            if not isinstance(architecture, Architecture):
+                raise ValueError(f"dig/ops/tiles/{module.name}.py must have an ARCHITECTURE, as sm80.py has")
             if architecture.capability != capability:
                 raise ValueError(
                     f"{module.name}.py must have the capability {capability}; got {architecture.capability}"
                 )
+            if capability < LEAST:
+                raise ValueError(f"{module.name}.py: the kernels compute in bf16, which GPUs have from {LEAST} on")
             found[capability] = architecture
     return found
 
 
 def for_capability(capability: tuple[int, int]) -> Architecture:
-    """The architecture of a compute capability, (major, minor), or the nearest older one with a file."""
+    """The architecture of a compute capability, (major, minor), or the nearest older one with a file.
+
+    Raises:
+        ValueError: A GPU that does not compute in bf16.
+    """
+    if capability < LEAST:
+        raise ValueError(
+            f"this project's kernels compute in bf16, which GPUs have from compute capability 8.0 on; this one has "
+            f"{capability[0]}.{capability[1]}: use backend 'reference'"
+        )
     known = architectures()
     older = [each for each in known if each.capability is not None and each.capability <= capability]
     return older[-1] if older else known[0]
