@@ -63,9 +63,7 @@ def test_a_gpu_without_a_file_takes_the_nearest_older(capability: tuple[int, int
 
 
 def test_a_gpu_without_bf16_is_told_what_to_take() -> None:
-    with pytest.raises(
-        ValueError, match=r"from compute capability 8\.0 on; this one has 7\.5: use backend"
-    ):
+    with pytest.raises(ValueError, match=r"from compute capability 8\.0 on; this one has 7\.5: use backend"):
         for_capability((7, 5))
 
 
