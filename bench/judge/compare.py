@@ -154,21 +154,12 @@ def _compare_case(
         figures = [[(row.launch, x) for row in rows if (x := _figure(row, metric))] for rows in good]
         finding = _judge(case, metric, figures, thresholds, paired=paired)
         if finding is not None:
-            findings.append(_doubted(finding, good) if metric == "time" else finding)
+            findings.append(finding)
     if lost[1] > lost[0]:
         failed = next(row for row in change if row.status != "ok")
         note = f"{lost[1]} of {len(change)} launches of the change failed ({failed.status}: {failed.message:.120})"
         findings.append(Finding(case=case, metric="time", note=note, broken=True))
     return findings
-
-
-def _doubted(finding: Finding, sides: Sequence[Sequence[Measured]]) -> Finding:
-    """The finding, without its verdict where most launches of a side had not settled: their medians are of a moment."""
-    loose = [sum("unsteady" in row.marks for row in rows) for rows in sides]
-    if all(2 * count <= len(rows) for count, rows in zip(loose, sides, strict=True)):
-        return finding
-    note = f"{loose[0]} + {loose[1]} launches did not settle: the machine was busy, or the step is too short for it"
-    return replace(finding, verdict="ambiguous", note=note)
 
 
 def _missing(

@@ -369,16 +369,3 @@ def test_two_cards_of_one_name_and_their_hosts_are_named() -> None:
     here, there = ({"gpu_name": "H100", "gpu_uuid": f"GPU-{x}", "cpu": f"CPU {x}"} for x in "ab")
     sides = [("A", rows(scaled(1.0), environment=here)), ("B", rows(scaled(1.0), environment=there))]
     assert differences(sides) == ["card: GPU-a in A; GPU-b in B", "host processor: CPU a in A; CPU b in B"]
-
-
-def test_launches_that_did_not_settle_decide_nothing() -> None:
-    base, change = rows(scaled(1.0)), rows(scaled(1.3))
-    (time, *_) = compare_rows(base, change, Thresholds())
-    assert time.verdict == "slower"
-    loose = [replace(row, marks=("unsteady",)) for row in change]
-    (time, *_) = compare_rows(base, loose, Thresholds())
-    assert (time.verdict, time.ratio) == ("ambiguous", pytest.approx(1.3, rel=0.01))
-    assert time.note.startswith("0 + 5 launches did not settle")
-    # Two of five are not most.
-    (time, *_) = compare_rows(base, [*loose[:2], *change[2:]], Thresholds())
-    assert time.verdict == "slower"
