@@ -6,9 +6,12 @@ import os
 import signal
 import threading
 
-# Under nohup SIGHUP is ignored, by every process that a test starts too, and tests send it.
+# Under nohup SIGHUP is ignored, and SIGINT where a shell started this in its background; by every process that a test
+# starts too, and tests send them.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests run side by side, and start harnesses of their own: more threads than cores would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
