@@ -166,15 +166,16 @@ def test_a_wrong_argument_gets_a_message_that_helps(arguments: dict, message: st
 @pytest.mark.parametrize(
     ("name", "option", "package"),
     [
-        ("DiG-S/2", {"backend": "fla"}, "flash-linear-attention"),
-        ("Flash-DiT-S/2", {"backend": "flash-attn"}, "flash-attn"),
-        ("Flash-DiT-S/2", {"backend": "flash-attn-4"}, "flash-attn-4"),
-        ("DiS-S/2", {"backend": "mamba-ssm"}, "mamba-ssm"),
+        ("DiG-S/2", {"backend": "fla"}, r"flash-linear-attention; .*\[gpu\]'"),
+        ("Flash-DiT-S/2", {"backend": "flash-attn"}, r"flash-attn; .*\[gpu-built\]'"),
+        ("Flash-DiT-S/2", {"backend": "flash-attn-3"}, "flash-attn-3; install it from flash-attention's sources"),
+        ("Flash-DiT-S/2", {"backend": "flash-attn-4"}, "flash-attn-4; install it with"),
+        ("DiS-S/2", {"backend": "mamba-ssm"}, r"mamba-ssm; .*\[gpu-built\]'"),
     ],
 )
 def test_a_missing_package_is_named(name: str, option: dict, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dig.packages.is_installed", lambda module: False)
-    with pytest.raises(ImportError, match=rf"needs the package {package}; install it with: "):
+    with pytest.raises(ImportError, match=f"needs the package {package}"):
         create_model(name, image_size=64, **option)
 
 

@@ -53,7 +53,8 @@ def run(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="A fixed set of cases instead of axes: paper (both figures, GPU), cpu (both in small) or auto."
+            help="A fixed set of cases instead of axes: paper (both figures, GPU), best (every family at its best, "
+            "compiled and in graphs, GPU), cpu (both figures in small) or auto: paper or cpu."
         ),
     ] = None,
     models: Annotated[
@@ -134,8 +135,8 @@ def run(
         if suite is not None:
             name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
             selected = case_lists.suite(name)
-            if name == "paper" and where == "cpu":
-                refuse("the suite paper needs an NVIDIA GPU; use --suite cpu")
+            if where == "cpu" and any(case.device == "cuda" for case in selected):
+                refuse(f"the suite {name} needs an NVIDIA GPU; use --suite cpu")
         else:
             selected = case_lists.sweep(
                 words(models) if models is not None else _default_models(where),

@@ -21,7 +21,7 @@ Verdict = Literal["faster", "same", "slower", "ambiguous"]
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 LEAST_LAUNCHES = 5
-"""Fewer launches a side give no interval: their verdict is ambiguous, unless a noise floor stands in. No bootstrap
+"""Fewer launches a side give no interval: their verdict is ambiguous, unless a noise floor is given. No bootstrap
 reaches beyond its observations, and the range of n pairs holds the truth in 1 − 2^(1−n) of all cases: 75% of three, 94%
 of five.
 """

@@ -44,6 +44,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dtype", "fp8"], "dtype must be one of"),
         (["--suite", "papers"], "did you mean paper?"),
         (["--suite", "paper"], "needs an NVIDIA GPU"),
+        (["--suite", "best"], "the suite best needs an NVIDIA GPU"),
         (["--models", ""], "nothing to measure"),
         (["--models", "DiG:fla"], "DiG runs on a CPU with reference only"),
     ],

@@ -31,7 +31,7 @@ MAX_UNREADABLE_RUN = 100
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's categories of what moves a cursor, ends a line or is no text."""
 
-# These speak of this machine at this moment, not of the file: standing in for it would make the run unrepeatable.
+# These speak of this machine at this moment, not of the file: replacing it by another would make the run unrepeatable.
 _PASSING_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
 
 
