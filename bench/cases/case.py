@@ -10,6 +10,9 @@ Mode = Literal["train", "forward"]
 
 
 Execution = Literal["eager", "compile", "graph", "compiled-graph"]
+COMPILED: tuple[Execution, ...] = ("compile", "compiled-graph")
+CAPTURED: tuple[Execution, ...] = ("graph", "compiled-graph")
+"""The executions that torch.compile, and that a CUDA graph, has a part in."""
 Scope = Literal["", "block", "model"]
 Weights = Literal["fp32", "bf16"]
 
@@ -96,12 +99,12 @@ class Case:
     @property
     def compiles(self) -> bool:
         """Whether torch.compile has a part in it."""
-        return self.execution in ("compile", "compiled-graph")
+        return self.execution in COMPILED
 
     @property
     def captures(self) -> bool:
         """Whether the step is replayed as a CUDA graph."""
-        return self.execution in ("graph", "compiled-graph")
+        return self.execution in CAPTURED
 
     @property
     def precision(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from bench.cases.case import Case, Device, Dtype, Execution, Mode, Scope, Weights
+from bench.cases.case import CAPTURED, COMPILED, Case, Device, Dtype, Execution, Mode, Scope, Weights
 from dig.family import BACKEND, Family, UnknownModelError, closest
 from dig.registry import check_resolution, find_family, model_name, parse_family, source_of
 
@@ -89,10 +89,9 @@ def sweep(
         for value in given:
             if value not in get_args(kind):
                 raise ValueError(f"unknown {axis} {value!r}: {closest(value, get_args(kind))}")
-    if device == "cpu" and (found := {"graph", "compiled-graph"} & set(executions)):
+    if device == "cpu" and (found := set(CAPTURED) & set(executions)):
         raise ValueError(f"execution {min(found)} is a CUDA graph and needs a GPU; use --executions eager on a CPU")
-    compiled = {"compile", "compiled-graph"}
-    if max_autotune and not compiled & set(executions):
+    if max_autotune and not set(COMPILED) & set(executions):
         raise ValueError("--max-autotune is of executions that compile: compile or compiled-graph")
     if "bf16" in weights and (dtype == "fp32" or "forward" not in modes):
         raise ValueError("weights bf16 are for forward passes in bf16; add forward to --modes, with dtype bf16")
@@ -113,8 +112,8 @@ def sweep(
                 batch=batch,
                 mode=mode,
                 execution=execution,
-                scope=scope if execution in compiled else "",
-                max_autotune=max_autotune and execution in compiled,
+                scope=scope if execution in COMPILED else "",
+                max_autotune=max_autotune and execution in COMPILED,
                 dtype=dtype,
                 weights=stored,
                 device=device,

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases.case import Execution
+from bench.cases.case import CAPTURED, COMPILED, Execution
 from bench.cases.choices import choose_device, default_dtype, default_execution
 from bench.cases.suites import ModelChoice
 from bench.cli.options import numbers, one_of, words
 from bench.messages import check_count, check_positive, refuse, visible
-from bench.sampling.rows import COMPILED, MOST_CFG, RowsWriter, SamplingCase, SamplingRow, compare
+from bench.sampling.rows import MOST_CFG, RowsWriter, SamplingCase, SamplingRow, compare
 from bench.sampling.run import measure
 from bench.store.lines import ResultError
 from dig.environment import describe_environment
@@ -80,7 +80,7 @@ def _way(text: str, setting: dict[str, Any]) -> tuple[ModelChoice, dict[str, Any
     execution = word or setting["execution"]
     if execution not in get_args(Execution):
         raise ValueError(f"unknown execution {execution!r}: {closest(execution, get_args(Execution))}")
-    if setting["device"] == "cpu" and execution in ("graph", "compiled-graph"):
+    if setting["device"] == "cpu" and execution in CAPTURED:
         raise ValueError(f"execution {execution} is a CUDA graph and needs an NVIDIA GPU; use eager")
     scope = setting["scope"] if execution in COMPILED else ""
     return ModelChoice.parse(name, setting["device"]), {"execution": execution, "scope": scope}

@@ -17,19 +17,15 @@ from bench.cases.case import Case
 from bench.measure.steps import Step, capture_stream
 from bench.parity.error import ParityError, relative_error
 from bench.parity.inputs import SEED, make_inputs, refuse_zeros
-from bench.parity.reference import check_output_of
+from bench.parity.reference import GRADIENT_FLOOR, MOST_OFF, check_output_of
+from bench.parity.replay import REPLAY_ERROR
 
-BOUND = 1e-2
-"""Of the same kernels on the same numbers, which may add in another order."""
 COMPILED_BOUND = {"bf16": 5e-2, "fp32": 2e-3}
 """Of Inductor's fused loops, which round less often than eager kernels do."""
-GRADIENT_BOUND = {"bf16": 0.2, "fp32": 1e-2}
 ROUNDING = 1e-4
 """Of a moment, in what it gives away of the gradient."""
 REFERENCE_TOKENS = 1024
 """Up to so many an image, a forward pass is compared with its reference too: beyond, some references take minutes."""
-MOST_OFF = 0.1
-"""The share of parameters whose gradient may be beyond its bound, as in `bench.parity.reference`."""
 
 
 def recheck(case: Case, step: Step, run: Callable[[], Tensor]) -> float | None:
@@ -48,7 +44,7 @@ def recheck(case: Case, step: Step, run: Callable[[], Tensor]) -> float | None:
         ParityError: They differ, or weights are mostly zeros by now.
         torch.OutOfMemoryError: The eager step does not fit beside what was timed.
     """
-    refuse_zeros(step.model)
+    refuse_zeros(step.model.named_parameters())
     values, _ = make_inputs(step.model, case.batch, seed=SEED + 1)
     # Dropping a label that is null already changes nothing: few models draw anything else.
     values[3].fill_(step.model.null_label)
@@ -75,7 +71,7 @@ def _forward(case: Case, step: Step, run: Callable[[], Tensor]) -> float:
         expected = step.run().float().clone()
     output = run().float()
     error = relative_error(output, expected)
-    if not error <= (COMPILED_BOUND[case.dtype] if case.compiles else BOUND):
+    if not error <= (COMPILED_BOUND[case.dtype] if case.compiles else REPLAY_ERROR):
         _refuse("output", error)
     rows, columns = step.model.grid
     if rows * columns <= REFERENCE_TOKENS:
@@ -106,10 +102,10 @@ def _training(case: Case, step: Step, run: Callable[[], Tensor]) -> float | None
     del loss
     torch.manual_seed(SEED)
     error = relative_error(run().float(), expected)
-    if not error <= (COMPILED_BOUND[case.dtype] if case.compiles else BOUND):
+    if not error <= (COMPILED_BOUND[case.dtype] if case.compiles else REPLAY_ERROR):
         _refuse("loss", error)
     decay = group["betas"][0]
-    bound = GRADIENT_BOUND[case.dtype] if case.compiles else 2 * BOUND
+    bound = GRADIENT_FLOOR[case.dtype] if case.compiles else 2 * REPLAY_ERROR
     off = 0
     for parameter, state, gradient, (moment, value) in zip(parameters, states, gradients, before, strict=True):
         if gradient is None:

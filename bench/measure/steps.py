@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from dig.layers import Backbone
 from dig.registry import create_model
 
 WARMUP_STEPS = 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AUTOTUNE = "max-autotune-no-cudagraphs"
 """Inductor's mode: the graph is the benchmark's own."""
 
@@ -71,6 +72,39 @@ def compile_parts(model: nn.Module, *, scope: str, max_autotune: bool = False) -
         part.compile(**options)
 
 
+class Ready(Protocol):
+    """What a model is made ready by: a `Case`, or a case of sampling."""
+
+    @property
+    def model(self) -> str: ...  # noqa: D102
+    @property
+    def options(self) -> tuple[tuple[str, str], ...]: ...  # noqa: D102
+    @property
+    def resolution(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def weights(self) -> str: ...  # noqa: D102
+
+
+def build_model(case: Ready) -> Backbone:
+    """A model of random weights without zeros, on its device, cast where the case says so; not compiled yet.
+
+    Raises:
+        ParityError: Weights are mostly zeros.
+    """
+    torch.manual_seed(SEED)
+    device = torch.device(case.device)
+    options: dict[str, Any] = dict(case.options)
+    with device:
+        model = create_model(case.model, image_size=case.resolution, **options)
+    # Position embeddings are made by NumPy, which knows of no device.
+    model.to(device)
+    fill_zeros(model)
+    refuse_zeros(model.named_parameters())
+    return model.to(DTYPES[case.weights])
+
+
 def build_step(case: Case) -> Step:
     """Model, inputs and the step of a case, on its device.
 
@@ -80,20 +114,13 @@ def build_step(case: Case) -> Step:
     Raises:
         ParityError: Weights are mostly zeros.
     """
-    torch.manual_seed(SEED)
-    device = torch.device(case.device)
-    with device:
-        options: dict[str, Any] = dict(case.options)
-        model = create_model(case.model, image_size=case.resolution, **options)
-    model.to(device)
-    fill_zeros(model)
-    cast = torch.bfloat16 if case.weights == "bf16" else torch.float32
-    model.to(cast)
+    model = build_model(case)
+    device, cast = torch.device(case.device), DTYPES[case.weights]
     values, digest = make_inputs(model, case.batch)
     x, noise, t, y = tensors = (
         values[0].to(device, cast), values[1].to(device), values[2].to(device), values[3].to(device),
     )  # fmt: skip
-    refuse_zeros(model, tensors[:2])
+    refuse_zeros([("x", x), ("the noise", noise)])
     if case.compiles:
         compile_parts(model, scope=case.scope, max_autotune=case.max_autotune)
 

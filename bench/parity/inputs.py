@@ -31,15 +31,13 @@ def fill_zeros(model: nn.Module, std: float = 0.02) -> None:
                 parameter.copy_(torch.where(zeros, std * torch.randn_like(parameter), parameter))
 
 
-def refuse_zeros(model: nn.Module, inputs: Iterable[Tensor] = ()) -> None:
+def refuse_zeros(named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ParityError where weights or latents are mostly zeros, which a GPU multiplies faster than numbers.
 
     Args:
-        model: Every parameter of some length is looked at.
-        inputs: Latents and noise.
+        named: By name, a model's ``named_parameters()`` say; those of some length are looked at.
     """
-    named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    for name, tensor in [*named, *(("the input", tensor) for tensor in inputs)]:
+    for name, tensor in named:
         if tensor.numel() >= LEAST_LOOKED_AT and (share := (tensor == 0).float().mean().item()) > MOST_ZEROS:
             raise ParityError(
                 f"{name} is zero in {share:.0%} of its values, which a GPU multiplies faster than numbers"

@@ -13,14 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from bench.measure.failures import failure
-from bench.measure.steps import compile_parts
+from bench.measure.steps import build_model, compile_parts
 from bench.measure.versions import versions
-from bench.parity.inputs import fill_zeros
 from bench.sampling.rows import SamplingCase
-from dig.registry import create_model, load_source
+from dig.registry import load_source
 from dig.sampling.runner import BatchSampler, SamplePlan
 
-SEED = 0
 GIB = 2**30
 
 
@@ -35,15 +33,7 @@ class Contestant:
         self.case = case
         load_source(case.source)
         device = torch.device(case.device)
-        torch.manual_seed(SEED)
-        options: dict[str, Any] = dict(case.options)
-        with device:
-            model = create_model(case.model, image_size=case.resolution, **options)
-        # Position embeddings are made by NumPy, which knows of no device.
-        model.to(device)
-        fill_zeros(model)
-        if case.weights == "bf16":
-            model.to(torch.bfloat16)
+        model = build_model(case)
         if case.scope:
             compile_parts(model, scope=case.scope)
         plan = SamplePlan(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.cases.case import MOST_COUNT, Execution, Scope, Weights
+from bench.cases.case import CAPTURED, COMPILED, MOST_COUNT, Execution, Scope, Weights
 from bench.measure.intervals import MedianInterval
 from bench.store.decoding import decode_dataclass, of_kind, require, with_options
 from bench.store.lines import LinesWriter, ResultError, Results, read_lines
@@ -21,7 +21,6 @@ from bench.store.selection import machine
 SCHEMA = 3
 """3 has ``case.scope`` and ``case.weights``; 2 calls the backend by its present name (`bench.store.migrations`) and has
 ``case.source``. Rows of 1 and 2 are read too."""
-COMPILED = ("compile", "compiled-graph")
 MOST_CFG = 1e6
 KIND = "sampling"
 """Tells these rows from those of `bench.store.rows`, which are of single steps."""
@@ -96,7 +95,7 @@ class SamplingCase:
     @property
     def captures(self) -> bool:
         """Whether all steps are one CUDA graph."""
-        return self.execution in ("graph", "compiled-graph")
+        return self.execution in CAPTURED
 
     def describe(self) -> str:
         """The setting in words: ``ddim, 50 steps, guidance 1.5 (three channels), 32 at once, bf16, graph``."""

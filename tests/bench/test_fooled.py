@@ -133,13 +133,13 @@ def test_a_loss_of_other_inputs_is_refused() -> None:
 def test_zeros_are_filled_or_refused() -> None:
     model = create_model("DiG-S/8", image_size=64)
     with pytest.raises(ParityError, match=r"is zero in \d+% of its values"):
-        refuse_zeros(model)
+        refuse_zeros(model.named_parameters())
     fill_zeros(model)
-    refuse_zeros(model)
+    refuse_zeros(model.named_parameters())
     latents = torch.randn(4, 4, 8, 8)
     latents[1:3] = 0
-    with pytest.raises(ParityError, match="the input is zero in 50% of its values"):
-        refuse_zeros(model, [latents])
+    with pytest.raises(ParityError, match="x is zero in 50% of its values"):
+        refuse_zeros([("x", latents)])
 
 
 def test_weights_that_became_zeros_while_they_were_timed_are_refused() -> None:
