@@ -213,8 +213,9 @@ def forward_macs(model: Backbone) -> int:
         return _count(model, "meta")
     except UncountedError:
         raise
-    except Exception:
-        # No device that autocast or the like knows; fake tensors of a CPU are one, but take several times as long.
+    except Exception:  # Anybody's model may raise anything here.
+        # The meta device is none that autocast or the like knows; fake tensors of a CPU are one, and take longer. What
+        # they raise is told.
         pass
     try:
         return _count(model, "cpu")

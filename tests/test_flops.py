@@ -239,7 +239,7 @@ def test_a_function_of_no_operation_says_what_it_needs() -> None:
 def test_flash_attention_has_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a package in its place that has its operation."""
     if is_installed("flash_attn"):
-        pytest.skip("the package itself is installed")
+        pytest.skip("flash-attn itself is installed: its operation cannot be defined a second time")
 
     @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

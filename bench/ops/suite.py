@@ -79,7 +79,7 @@ def test_operation(
     try:
         steps, bytes_moved = make(implementation, mode)
     except ImportError as error:
-        # Peers are optional: the other implementations are timed without them. The message is the reason shown.
+        # Peers are optional: the others are timed without them. The reason shown says what to install.
         pytest.skip(str(error))
     graph = capture(steps)
 

@@ -363,7 +363,7 @@ class Trainer:
             self.save()
         except NotFiniteLossError:
             return None
-        except Exception:
+        except Exception:  # Whatever it is, a full disk most often: another place may take it.
             try:
                 folder = Path(tempfile.mkdtemp(prefix="dig-kept-"))
                 self.save(folder)

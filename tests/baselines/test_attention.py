@@ -44,7 +44,7 @@ def test_the_file_that_was_installed_is_flash_attention_4s(tmp_path: Path, monke
 def test_what_is_missing_is_named_with_what_to_do(backend: str) -> None:
     family = find_family("Flash-DiT")
     if family.missing_packages({"backend": backend}) is None:
-        pytest.skip(f"{backend} is installed")
+        pytest.skip(f"{backend} is installed: nothing is missing that could be named")
     with pytest.raises(MissingPackageError, match=r"needs the package flash-attn.*install"):
         require_backend(backend)
 
@@ -53,7 +53,7 @@ def test_a_folder_with_nothing_but_flash_attention_4_in_it_is_not_flash_attentio
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if is_installed("flash_attn"):
-        pytest.skip("FlashAttention 2 is installed")
+        pytest.skip("FlashAttention 2 is installed: flash_attn is not FlashAttention 4's folder alone")
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()

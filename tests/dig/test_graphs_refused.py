@@ -22,7 +22,7 @@ from tests.dig.test_graphs import RATE, Training, batches, copies, fused_adamw, 
 
 def test_a_cpu_is_refused_with_what_to_do() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("there is a GPU, so nothing is refused; test_graphs_gpu.py captures")
     with pytest.raises(
         dig.CaptureError, match="needs an NVIDIA GPU, and torch sees none; on a CPU call the step itself"
     ):

@@ -49,7 +49,7 @@ def test_snippets_on_a_cpu_with_a_graph_that_is_replaced(monkeypatch: pytest.Mon
 
 def test_snippets_on_a_cpu_are_refused_by_one_line() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("there is a GPU, so nothing is refused; the tests marked gpu run the snippets on it")
     with pytest.raises(dig.CaptureError, match="needs an NVIDIA GPU"):
         run(on_a_cpu())
 
