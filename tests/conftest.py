@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 # Under nohup SIGHUP is ignored, and SIGINT where a shell started this in its background; by every process that a test
 # starts too, and tests send them.
@@ -50,3 +53,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module with families, importable in this process; all is forgotten afterwards."""
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    from tests import own_family
+
+    (tmp_path / f"{name}.py").write_text(own_family.MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    from bench.store import identity
+    from dig import registry
+
+    before = dict(registry.families())
+    yield name
+    registry._families.clear()
+    registry._families.update(before)
+    registry._sources.clear()
+    identity._family_hash.cache_clear()
+    sys.modules.pop(name, None)

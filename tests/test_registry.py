@@ -1,35 +1,20 @@
-"""The registry: who may import whom, families of one's own, and what is said of those that are none."""
+"""The registry: names, options, families of one's own, and what is said of those that are none."""
 
 from __future__ import annotations
 
-import ast
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from bench.cases import suites as cases
-from bench.cases.case import Case
-from bench.cases.jobs import BUDGETS, Budget
 from bench.cli.main import app as bench_app
-from bench.measure.steps import build_step
-from bench.parity.error import ParityError
-from bench.parity.reference import check_against_reference
-from bench.run.checkouts import copy_tree
-from bench.run.side import Side
-from bench.store import identity
-from bench.store.rows import read_results
 from dig import discovery, registry
 from dig.cli import app as dig_app
 from dig.declared import DIG
@@ -37,103 +22,7 @@ from dig.environment import ROOT
 from dig.family import Family, FamilyError, Look, Signature, UnknownModelError
 from dig.layers import Backbone
 from dig.registry import ModelSpec, create_model, find_family, load_family, parse_family, parse_model, register
-from dig.training.resuming import recorded_config
-
-MODULE = '''
-"""A backbone in few lines."""
-from torch import nn
-
-from dig.layers import Backbone
-from dig.registry import register
-
-
-@register(sizes=("S", "B"))
-class Plain(Backbone):
-    def __init__(self, size, **shape):
-        super().__init__(**shape)
-        self.conv = nn.Conv2d(shape["in_channels"], 2 * shape["in_channels"], 1)
-
-    def forward(self, x, t, y):
-        return self.conv(x) * (1 + t.view(-1, 1, 1, 1)) + y.view(-1, 1, 1, 1)
-
-
-@register(name="Two-Ways", sizes=("S",), options={"backend": ("plain", "fast"), "shade": ("light", "dark")},
-          gpu_only=frozenset({"fast"}), on_gpu="fast", reference="Two-Ways:plain")
-def two_ways(size, *, backend, shade="light", **shape):
-    return Plain(size, **shape)
-
-
-NOTHING = 3
-'''
-
-
-def run(*words: str, folder: Path, module: str = "bench") -> subprocess.CompletedProcess[str]:
-    """A command, started where the module of one's own lies."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a module with families, importable in this process; all is forgotten afterwards."""
-    name = f"own_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    before = dict(registry.families())
-    yield name
-    registry._families.clear()
-    registry._families.update(before)
-    registry._sources.clear()
-    identity._family_hash.cache_clear()
-    sys.modules.pop(name, None)
-
-
-def imported(path: Path) -> set[str]:
-    """Names of all modules that a file imports, anywhere in it, and of the packages that they are in."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative imports hide where they lead"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {".".join(name.split(".")[:n]) for name in names for n in range(1, name.count(".") + 2)}
-
-
-ROOMS = ("cases", "store", "parity", "measure", "run", "judge", "inspect", "ops", "sampling", "cli")
-"""Of bench, each free to import from those before it; what lies beside them (messages) is everybody's."""
-HEAVY = {"torch", *(f"bench.{room}" for room in ("parity", "measure", "run", "ops", "cli"))} - {"bench.measure"}
-"""What draws from stored rows has no need of; of `bench.measure` it takes intervals, which are numbers alone."""
-
-
-@pytest.mark.parametrize(
-    ("folder", "above"),
-    [
-        ("dig", {"baselines", "bench", "reports"}),
-        ("baselines", {"bench", "reports"}),
-        ("bench", {"reports"}),
-        ("reports", HEAVY),
-    ],
-)
-def test_imports_go_upwards_only(folder: str, above: set[str]) -> None:
-    assert {path.name for path in (ROOT / folder).rglob("*.py") if imported(path) & above} == set()
-
-
-def test_rooms_of_bench_import_from_those_before_them_only() -> None:
-    here = {path.name for path in (ROOT / "bench").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert here == set(ROOMS)
-    against = []
-    for index, room in enumerate(ROOMS):
-        above = {f"bench.{name}" for name in ROOMS[index + 1 :]}
-        for path in (ROOT / "bench" / room).rglob("*.py"):
-            against += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(imported(path) & above)]
-    rooms = {f"bench.{name}" for name in ROOMS}
-    for path in (ROOT / "bench").glob("*.py"):
-        if path.name != "__main__.py":
-            against += [f"{path.name} imports {name}" for name in sorted(imported(path) & rooms)]
-    assert against == []
+from tests.own_family import MODULE, run
 
 
 def test_names_and_options_are_checked_without_torch() -> None:
@@ -382,161 +271,6 @@ def test_former_words_are_read(name: str, former: str) -> None:
 def test_one_option_by_two_names_is_refused() -> None:
     with pytest.raises(UnknownModelError, match="DiG is given backend twice: fla and triton"):
         find_family("DiG").read_options({"recurrence": "fla", "backend": "triton"})
-
-
-@pytest.mark.slow
-def test_a_family_of_ones_own_is_trained_and_sampled(own: str, tmp_path: Path) -> None:
-    from tests.dig.tiny import make_fashion
-
-    make_fashion(tmp_path / "data", train=40, test=10)
-    words = ["train", "--model", f"{own}:Plain-S/8", "--data", "data", "--out", "run", "--steps", "2", "--batch", "4"]
-    done = run(*words, "--device", "cpu", "--grid-every", "0", folder=tmp_path, module="dig")
-    assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    assert (config["model"]["name"], config["model"]["source"]) == ("Plain-S/8", f"{own}:Plain")
-    words = ["sample", "--checkpoint", "run", "--npz", "out.npz", "--steps", "2", "--device", "cpu", "--samples", "2"]
-    done = run(*words, folder=tmp_path, module="dig")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out.npz").exists()
-
-
-def test_a_run_whose_package_cannot_be_imported_is_not_called_damaged(own: str, tmp_path: Path) -> None:
-    """Neither by its folder nor by its checkpoint alone; nor where an installed package declared the family."""
-    from tests.dig.tiny import make_fashion
-
-    make_fashion(tmp_path / "data", train=20, test=10)
-    words = ["train", "--model", f"{own}:Plain-S/8", "--data", "data", "--out", "run", "--steps", "1", "--batch", "4"]
-    done = run(*words, "--device", "cpu", "--grid-every", "0", folder=tmp_path, module="dig")
-    assert done.returncode == 0, done.stderr
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    for checkpoint in ("run", "run/checkpoints/step-00000001.safetensors"):
-        record = tmp_path / (f"{checkpoint}/config.json" if checkpoint == "run" else checkpoint)
-        words = ["sample", "--checkpoint", str(tmp_path / checkpoint), "--npz", "out.npz", "--device", "cpu"]
-        done = run(*words, folder=elsewhere, module="dig")
-        assert done.returncode == 2
-        assert done.stderr == (
-            f"error: the model of {record} cannot be had here: no module '{own}' for {own}:Plain; is its folder on "
-            "PYTHONPATH?\n"
-        )
-    config = tmp_path / "run" / "config.json"
-    config.write_text(config.read_text().replace(f'"{own}:Plain"', '""'))
-    with pytest.raises(
-        FamilyError, match=r"^the model of .* cannot be had here: unknown model .*declares it installed"
-    ):
-        recorded_config(tmp_path / "run")
-
-
-def test_an_output_of_half_the_channels_is_no_measurement(own: str) -> None:
-    class Half(Backbone):
-        def __init__(self, size: str, **shape: Any) -> None:
-            super().__init__(**shape)
-            self.weight = nn.Parameter(torch.ones(()))
-
-        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return self.weight * x
-
-    register(sizes=("S",))(Half)
-    for mode in ("forward", "train"):
-        case = Case(model="Half-S/2", resolution=64, mode=mode, execution="eager", dtype="fp32", device="cpu")
-        with pytest.raises(
-            ValueError, match=r"^the model gives \(1, 4, 8, 8\) for x \(1, 4, 8, 8\); \(1, 8, 8, 8\) is due$"
-        ):
-            build_step(case).run()
-
-
-def test_a_reference_with_other_weights_is_told_in_short(own: str) -> None:
-    register(Family(name="Wide", sizes=("S",), build=find_family("DiG").build, reference="DiT"))
-    case = Case(model="Wide-S/2", resolution=64, mode="forward", execution="eager", dtype="fp32", device="cpu")
-    with pytest.raises(ParityError) as caught:
-        check_against_reference(case)
-    assert "Wide-S/2 has other weights than its reference (DiT-S/2): " in str(caught.value)
-    assert "differ in name or shape, blocks.0." in str(caught.value)
-    assert len(str(caught.value)) < 300
-
-
-@pytest.mark.slow
-def test_workers_measure_a_family_of_ones_own_and_resume_sees_its_file_change(own: str, tmp_path: Path) -> None:
-    words = ["run", "--models", f"{own}:Plain,DiT", "--patch", "8", "--resolution", "64", "--modes", "forward"]
-    words += ["--device", "cpu", "--out", "rows.jsonl", "--resume"]
-    for expected, change in (("2 cases", ""), ("0 cases", "# another\n"), ("1 cases", "")):
-        done = run(*words, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"{expected} to measure" in done.stderr
-        (tmp_path / f"{own}.py").write_text(MODULE + change)
-    plain, dit, again = read_results(tmp_path / "rows.jsonl").rows
-    assert (plain.status, plain.case.model, plain.case.source) == ("ok", "Plain-S/8", f"{own}:Plain")
-    assert plain.marks == ("unverified", "no-reference", "small-parity")
-    assert (plain.flops, plain.message) == (2 * 8 * 8 * 4 * 8, "")
-    assert dit.marks == ()
-    assert again.case == plain.case
-    assert again.key != plain.key
-
-
-@pytest.mark.slow
-def test_a_family_with_two_ways_is_compared_with_its_reference(own: str, tmp_path: Path) -> None:
-    text = MODULE.replace('gpu_only=frozenset({"fast"}), on_gpu="fast", ', "").replace(
-        "    return Plain(size, **shape)",
-        "    return Plain(size, **shape) if backend == 'plain' else Wrong(size, **shape)",
-    )
-    text += "\n\nclass Wrong(Plain):\n    def forward(self, x, t, y):\n        return 1.5 * super().forward(x, t, y)\n"
-    (tmp_path / f"{own}.py").write_text(text)
-    words = ["run", "--models", f"{own}:two_ways:plain,{own}:two_ways:fast", "--patch", "8", "--resolution", "64"]
-    done = run(*words, "--modes", "forward", "--device", "cpu", "--out", "rows.jsonl", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    right, wrong = read_results(tmp_path / "rows.jsonl").rows
-    assert (right.status, right.marks) == ("ok", ("small-parity",))
-    assert wrong.status == "error"
-    assert "Two-Ways-S/8 differs from its reference (Two-Ways-S/8 backend=plain)" in wrong.message
-
-
-@pytest.mark.slow
-def test_a_side_of_the_gate_finds_a_family_of_ones_own(
-    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case(model="Plain-S/8", resolution=64, mode="forward", dtype="fp32", device="cpu", source=f"{own}:Plain")
-    monkeypatch.chdir(tmp_path)
-    budget = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.0, max_samples=3)
-    with Side(copy_tree(ROOT, tmp_path / "side", "side"), time_limit=60) as side:
-        row = side.measure(case, budget=budget, launch=0)
-    assert (row.status, row.message) == ("ok", "")
-
-
-def test_a_familys_files_are_in_its_rows_addresses_alone(own: str, tmp_path: Path) -> None:
-    def keys() -> dict[str, str]:
-        identity._family_hash.cache_clear()
-        environment, budget = {"torch": "2"}, BUDGETS["cpu"]
-        given = [Case(model=model, resolution=64) for model in ("DiG-S/2", "Flash-DiT-S/2")]
-        given.append(Case(model="Plain-S/2", resolution=64, source=f"{own}:Plain"))
-        return {c.model: identity.measurement_key(c, code="c", environment=environment, budget=budget) for c in given}
-
-    before = keys()
-    assert len(set(before.values())) == 3
-    (tmp_path / f"{own}.py").write_text(MODULE + "# another\n")
-    after = keys()
-    assert [model for model in before if before[model] != after[model]] == ["Plain-S/2"]
-    files = {name for name, _ in identity.family_files(find_family("Flash-DiT"))}
-    assert {"baselines/declared.py", "baselines/dit.py"} <= files
-    helper = tmp_path / "kernels.cu"
-    helper.write_text("first")
-    named = replace(find_family("Plain"), files=(str(helper),))
-    assert {name for name, _ in identity.family_files(named)} == {f"{own}.py", "kernels.cu"}
-    with pytest.raises(FamilyError, match=r"names the source file nowhere.cu, which is not there"):
-        identity.family_files(replace(named, files=("nowhere.cu",)))
-
-
-def test_a_package_counts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
-    package = tmp_path / "whole_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "layers.py").write_text("WIDTH = 1\n")
-    (package / "families.py").write_text(MODULE.replace("Plain", "Packed").replace("Two-Ways", "Packed-Ways"))
-    family = load_family("whole_package.families:Packed")
-    assert {name for name, _ in identity.family_files(family)} == {
-        "whole_package/__init__.py",
-        "whole_package/layers.py",
-        "whole_package/families.py",
-    }
 
 
 def test_a_name_that_is_declared_is_not_taken_over() -> None:
