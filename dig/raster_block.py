@@ -27,7 +27,7 @@ from dig.config import EPS
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
 from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
-from dig.ops.linear import as_rows, weight_gradient
+from dig.ops.linear import as_rows, weight_gradient, without_autocast
 from dig.ops.side_stream import mark, on_side_stream, side_work, wait
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up
@@ -55,7 +55,7 @@ Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that de
 
 def _adaln_backward(dmodulation: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of c, weight and bias of `adaln`."""
-    with torch.autocast(c.device.type, enabled=False):
+    with without_autocast(c.device):
         dmodulation = dmodulation.to(weight.dtype)
         dweight = torch.mm(dmodulation.T, c.to(weight.dtype))
         return torch.mm(dmodulation, weight).to(c.dtype), dweight, dmodulation.sum(0)
@@ -207,7 +207,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
     # because the gate is in the weight.
     dconv_weight = dconv_bias = None
-    if w.conv_weight is None:
+    if w.conv_weight is None or w.conv_bias is None:
         d = dout
         if not one_image:
             d_branch = dout * gate2.unsqueeze(1).to(x.dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dig.ops.linear import without_autocast
 from dig.ops.swiglu.products import fuses_cast, project_up_preparing
 from dig.ops.weights import matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
@@ -206,7 +207,7 @@ def adaln(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     One product of a vector and a matrix: reading the matrix is all the work, and a copy of it in another dtype would
     take as long again.
     """
-    with torch.autocast(c.device.type, enabled=False):
+    with without_autocast(c.device):
         return F.linear(c.to(weight.dtype), weight, bias)
 
 

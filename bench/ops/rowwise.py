@@ -134,7 +134,8 @@ def sweep(shape: Shape, choices: Choices) -> None:
                 x_new, _, stats = fused.residual_norm_modulate_forward(
                     x, branch, gate, shift, scale, weight, shape.norm, 1e-6, dtype
                 )
-                fused.norm_modulate_backward(x_new, None, None, shift, scale, weight, stats, *gradients, shape.norm)
+                dx_new, dh = gradients
+                fused.norm_modulate_backward(x_new, None, None, shift, scale, weight, stats, dx_new, dh, shape.norm)
 
         return step
 

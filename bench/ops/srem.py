@@ -120,14 +120,14 @@ def sweep(shape: Shape, choices: Choices) -> None:
 
     from dig.ops.srem import fused
 
-    leaves, gradient = make_inputs(shape)
-    settings = (*shape.grid, ORDER.transposed, ORDER.reversed)
+    (x, branch, gate, weight, bias), gradient = make_inputs(shape)
+    (rows, columns), order = shape.grid, ORDER
 
     def step() -> None:
         # As the model runs it for one image, whose gate's gradient comes from elsewhere.
         with torch.no_grad():
-            fused.srem_forward(*leaves, *settings)
-            fused.srem_backward(*leaves, gradient, *settings, True)
+            fused.srem_forward(x, branch, gate, weight, bias, rows, columns, *order)
+            fused.srem_backward(x, branch, gate, weight, bias, gradient, rows, columns, *order, True)
 
     times: dict[str, list[tuple[float, SremTiles]]] = {name: [] for name in KERNELS}
     for channels, groups, width, rows, warps, registers in itertools.product(

@@ -2,18 +2,53 @@
 
 A context has to remember one thing from one launch to the next: which streams have been made to wait for another one
 since. Who launches asks for it by name, once an operation, and hands it on: `launching`.
+
+**Launching costs the host.** Triton looks at every argument of every launch to find the kernel that was compiled for
+such ones, which takes several times as long as the launch itself, and outside of a CUDA graph that is what a step of
+one image waits for. So what it found is kept here, by all that it depends on, and launched directly the next time:
+`LaunchContext.__call__`.
 """
 
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable
+from operator import attrgetter
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dig.ops.tiles import for_device, gpu_index
+
+Grid = tuple[int, ...]
+Argument = Any
+"""A tensor, a tuple of tensors, or a tensor descriptor."""
+
+ALIGNMENT = 16
+"""Bytes. Triton compiles another kernel for an address that isn't a multiple of it."""
+MOST_FORMS = 4096
+"""Of all kernels on a device; then all are forgotten, and found again. One step of a model takes about 40."""
+
+_dtype = attrgetter("dtype")
+_address = Tensor.data_ptr
+
+
+class _Form(NamedTuple):
+    """A kernel as it was compiled for some arguments."""
+
+    run: Callable[..., None]
+    function: object
+    metadata: object
+    constants: tuple[Any, ...]
+    """In the order of the kernel's parameters."""
+    kernel: object
+    """Held, so that no other kernel gets its id."""
 
 
 class LaunchContext:
@@ -26,6 +61,50 @@ class LaunchContext:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._waited: set[int] = set()
+        self._gpu = gpu_index(device) if device.type == "cuda" else -1
+        self._forms: dict[Any, _Form] = {}
+
+    def __call__(
+        self, kernel: Any, grid: Grid, tensors: tuple[Argument, ...], numbers: tuple[float, ...], **constants: Any
+    ) -> None:
+        """Launch a kernel on the current stream: what ``kernel[grid](*tensors, *numbers, **constants)`` does.
+
+        Args:
+            kernel: A Triton kernel whose parameters come in this order.
+            grid: Up to three numbers of programs.
+            tensors: What it reads and writes: tensors, tuples of them, or descriptors.
+            numbers: Its other arguments; each is always of one type.
+            constants: Its constants, and the options that it is compiled with.
+        """
+        if self._gpu < 0 or _watched(kernel):
+            kernel[grid](*tensors, *numbers, **constants)
+            return
+        addresses, types, bits = _looked_at(tensors)
+        key = id(kernel), types, numbers, tuple(constants), tuple(constants.values())
+        form = None if bits % ALIGNMENT else self._forms.get(key)
+        if form is None:
+            compiled = kernel[grid](*tensors, *numbers, **constants)
+            if not bits % ALIGNMENT and isinstance(compiled, CompiledKernel):
+                self._keep(key, kernel, compiled, len(tensors) + len(numbers), constants)
+            return
+        stream = triton.runtime.driver.active.get_current_stream(self._gpu)
+        x, y, z = (*grid, 1, 1)[:3]
+        # Neither metadata nor hooks: `_watched` has seen that nobody asks for them.
+        form.run(
+            x, y, z, stream, form.function, form.metadata, None, None, None, *addresses, *numbers, *form.constants
+        )  # fmt: skip
+
+    def _keep(self, key: Any, kernel: Any, compiled: CompiledKernel, given: int, constants: dict[str, Any]) -> None:
+        if len(self._forms) >= MOST_FORMS:
+            self._forms.clear()
+        order = tuple(constants[name] for name in kernel.arg_names[given:])
+        self._forms[key] = _Form(compiled.run, compiled.function, compiled.packed_metadata, order, kernel)
+
+    def early(
+        self, kernel: Any, grid: Grid, tensors: tuple[Argument, ...], numbers: tuple[float, ...], **constants: Any
+    ) -> None:
+        """Launch a kernel that calls `dig.ops.early_launch.start_early`; as `__call__`, but early where it may be."""
+        self(kernel, grid, tensors, numbers, **constants, **self.next_kernel())
 
     def next_kernel(self) -> dict[str, Any]:
         """Launch options of a kernel that calls `dig.ops.early_launch.start_early`, which counts as launched by this.
@@ -35,17 +114,65 @@ class LaunchContext:
         that waits launches nothing.)
         """
         if not launches_early(self.device):
-            return {"EARLY": False}
+            return _IN_ORDER_ONLY
         if self._waited:
             stream = torch.cuda.current_stream(self.device).cuda_stream
             if stream in self._waited:
                 self._waited.remove(stream)
-                return {"EARLY": True}
-        return {"EARLY": True, "launch_pdl": True}
+                return _IN_ORDER
+        return _EARLY
 
     def stream_waits(self, stream: torch.cuda.Stream) -> None:
         """A stream has been made to wait for another one: what is launched next on it depends on both."""
         self._waited.add(stream.cuda_stream)
+
+
+_IN_ORDER_ONLY: dict[str, Any] = {"EARLY": False}
+_IN_ORDER: dict[str, Any] = {"EARLY": True}
+_EARLY: dict[str, Any] = {"EARLY": True, "launch_pdl": True}
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether somebody is to be told of every launch, as Triton does; an interpreted kernel is never launched."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    # A chain of hooks, or somebody's function in its place.
+    return bool(
+        getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or getattr(kernel, "pre_run_hooks", ())
+    )
+
+
+def _looked_at(arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[Any, ...], int]:
+    """What a kernel is launched with for these, what Triton compiles it for, and all bits that are set in addresses."""
+    bits = 0
+    try:
+        addresses: list[Any] = list(map(_address, arguments))
+    except TypeError:
+        return _looked_into(arguments)
+    for address in addresses:
+        bits |= address
+    return addresses, tuple(map(_dtype, arguments)), bits
+
+
+def _looked_into(arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[Any, ...], int]:
+    """`_looked_at`, of arguments that aren't all tensors."""
+    addresses: list[Any] = []
+    types: list[Any] = []
+    bits = 0
+    for each in arguments:
+        if isinstance(each, TensorDescriptor):  # which asks for aligned addresses itself
+            addresses.append(each)
+            types.append((each.base.dtype, *each.block_shape))
+        elif isinstance(each, tuple):
+            inner, kinds, inside = _looked_at(each)
+            addresses.append(tuple(inner))
+            types.append(kinds)
+            bits |= inside
+        else:
+            address = _address(each)
+            addresses.append(address)
+            types.append(_dtype(each))
+            bits |= address
+    return addresses, tuple(types), bits
 
 
 def launches_early(device: torch.device) -> bool:
@@ -85,20 +212,27 @@ class launching:  # noqa: N801 - a context manager that is called like a functio
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._current: AbstractContextManager[object] = (
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        )
+        self._before: int | None = None
 
     def __enter__(self) -> LaunchContext:
-        self._current.__enter__()
+        if self._device.type == "cuda":
+            index, current = self._device.index, torch.cuda.current_device()
+            if index is not None and index != current:
+                torch.cuda.set_device(index)
+                self._before = current
         return launch_context(self._device)
 
-    def __exit__(self, *error: Any) -> None:
-        self._current.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            torch.cuda.set_device(self._before)
 
 
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Of x's shape and device, contiguous whatever the strides of x; of x's dtype unless another is given."""
+    if x.is_contiguous():
+        return torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+_AS_IT_IS = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Let products within be computed in the dtype of their operands; where autocast is off, that costs nothing."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _AS_IT_IS
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class _Scope:
 
 
 _scopes = _Scopes()
+_IN_ORDER: AbstractContextManager[None] = nullcontext()
 _side_streams: dict[int, torch.cuda.Stream] = {}
 
 
@@ -73,7 +74,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def side_work(device: torch.device) -> AbstractContextManager[None]:
     """Let there be a side stream within, where a CUDA graph is being captured; all of it is joined at the end."""
     if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return nullcontext()
+        return _IN_ORDER
     return _open_scope(device)
 
 
@@ -98,7 +99,7 @@ def on_side_stream(*reads: Tensor | None) -> AbstractContextManager[None]:
             `side_work`.
     """
     if not uses_side_stream():
-        return nullcontext()
+        return _IN_ORDER
     return _fork(_scopes.open[-1], reads)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from triton.compiler import CompiledKernel
 
 from dig.ops import launch
 from dig.ops.launch import LaunchContext, launch_context, launching
@@ -57,3 +58,126 @@ def test_a_thread_has_one_context_and_no_other_threads() -> None:
     thread.start()
     thread.join()
     assert found[0] is not here
+
+
+class _Kernel:
+    """A Triton kernel as `LaunchContext` sees one: compiled once for each call through Triton."""
+
+    arg_names = ("x", "y", "n", "SIDE", "FLAG")
+
+    def __init__(self) -> None:
+        self.pre_run_hooks: list[object] = []
+        self.through_triton: list[tuple[object, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: object, **constants: object) -> CompiledKernel:
+            self.through_triton.append((grid, *arguments, constants))
+            compiled: Any = object.__new__(CompiledKernel)
+            compiled._run = lambda *arguments: self.launched.append(arguments)
+            compiled.module = compiled.function = f"function {len(self.through_triton)}"
+            compiled.packed_metadata = (4, 1, 0)
+            return cast(CompiledKernel, compiled)
+
+        return run
+
+
+@pytest.fixture
+def direct(context: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> LaunchContext:
+    """On a GPU whose current stream is number 7."""
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda gpu: 7))
+    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    return context
+
+
+def tensors(*dtypes: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty(64, dtype=dtype) for dtype in dtypes)
+
+
+def test_the_second_launch_is_direct_and_has_the_arguments_in_order(direct: LaunchContext) -> None:
+    kernel, first, second = _Kernel(), tensors(torch.float32, torch.int32), tensors(torch.float32, torch.int32)
+    direct(kernel, (3, 2), first, (5,), SIDE=16, FLAG=True, num_warps=4)
+    direct(kernel, (9,), second, (5,), SIDE=16, FLAG=True, num_warps=4)
+    assert kernel.through_triton == [((3, 2), *first, 5, {"SIDE": 16, "FLAG": True, "num_warps": 4})]
+    x, y = (each.data_ptr() for each in second)
+    metadata = (4, 1, 0)
+    assert kernel.launched == [(9, 1, 1, 7, "function 1", metadata, None, None, None, x, y, 5, 16, True)]
+
+
+def test_tuples_of_tensors_are_launched_as_tuples(direct: LaunchContext) -> None:
+    kernel = _Kernel()
+    pair, (single,) = tensors(torch.float32, torch.float32), tensors(torch.bfloat16)
+    for _ in range(2):
+        direct(kernel, (1,), (pair, single), (2,), SIDE=16, FLAG=False)
+    assert kernel.launched[0][9:] == (tuple(each.data_ptr() for each in pair), single.data_ptr(), 2, 16, False)
+
+
+def test_whatever_triton_compiles_anew_for_goes_through_triton(direct: LaunchContext) -> None:
+    """A form for one dtype, number, constant or alignment is no form for another."""
+    kernel, pair = _Kernel(), tensors(torch.float32, torch.int32)
+    plain: dict[str, Any] = {"SIDE": 16, "FLAG": True}
+    odd = (pair[0][1:], pair[1])
+    calls: list[tuple[Any, Any, dict[str, Any]]] = [
+        (pair, (5,), plain),
+        (tensors(torch.bfloat16, torch.int32), (5,), plain),
+        (pair, (1,), plain),
+        (pair, (5,), {**plain, "SIDE": 32}),
+        (pair, (5,), {**plain, "num_warps": 8}),
+        (pair, (5,), {"FLAG": 16, "SIDE": True}),
+        (odd, (5,), plain),
+        (odd, (5,), plain),
+        ((pair, pair[0]), (5,), plain),
+        (((pair[0][1:], pair[1]), pair[0]), (5,), plain),
+    ]
+    for arguments, numbers, constants in calls:
+        direct(kernel, (1,), arguments, numbers, **constants)
+    assert len(kernel.through_triton) == len(calls)
+    assert not kernel.launched
+    direct(kernel, (1,), pair, (5,), **plain)
+    assert kernel.launched[0][4] == "function 1"
+
+
+def test_other_kernels_have_other_forms(direct: LaunchContext) -> None:
+    one, other, pair = _Kernel(), _Kernel(), tensors(torch.float32, torch.int32)
+    for kernel in (one, other, one):
+        direct(kernel, (1,), pair, (5,), SIDE=16, FLAG=True)
+    assert len(one.launched) == 1
+    assert not other.launched
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook", "pre_run_hooks"])
+def test_hooks_are_told_of_every_launch(direct: LaunchContext, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+    """Those of Triton's profiler, and of whoever sets one himself."""
+    kernel, pair = _Kernel(), tensors(torch.float32, torch.int32)
+    direct(kernel, (1,), pair, (5,), SIDE=16, FLAG=True)
+    if hook == "pre_run_hooks":
+        kernel.pre_run_hooks.append(print)
+    else:
+        monkeypatch.setattr(launch.knobs.runtime, hook, lambda metadata: None)
+    direct(kernel, (1,), pair, (5,), SIDE=16, FLAG=True)
+    assert len(kernel.through_triton) == 2
+    assert not kernel.launched
+
+
+def test_forms_are_forgotten_before_there_are_too_many(direct: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MOST_FORMS", 2)
+    kernel, pair = _Kernel(), tensors(torch.float32, torch.int32)
+    for number in (1, 2, 3, 3, 1):
+        direct(kernel, (1,), pair, (number,), SIDE=16, FLAG=True)
+    assert len(kernel.launched) == 1
+    assert len(kernel.through_triton) == 4
+
+
+def test_the_device_is_current_within_and_the_former_one_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    with launching(torch.device("cuda:1")):
+        assert current == [1]
+    assert current == [0]
+    with pytest.raises(KeyError), launching(torch.device("cuda:1")):
+        raise KeyError
+    assert current == [0]
+    with launching(torch.device("cuda")) as context:
+        assert current == [0]
+        assert context.device == torch.device("cuda:0")

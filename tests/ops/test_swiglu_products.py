@@ -231,4 +231,4 @@ def test_operations_are_registered_rightly(operation) -> None:
         project_up_preparing: (x, random(64, 8), [random(3, 4, dtype=torch.float32)], [random(3, dtype=torch.float32)]),
         project_down_backward: (x, random(8, 32), random(1, 5, 64)),
     }[operation]
-    torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operation.registered, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -95,6 +95,6 @@ def test_the_number_of_programs_does_not_matter(programs: int, monkeypatch: pyte
 def test_operations_are_registered_rightly() -> None:
     checks = ("test_schema", "test_faketensor")
     layers = [random(5, 3), random(5, 3)], random(3), [random(5), random(5)]
-    torch.library.opcheck(matrix_vectors, layers, test_utils=checks)
-    torch.library.opcheck(prepare_weights, ([random(5, 3)], [random(5)], torch.bfloat16), test_utils=checks)
-    torch.library.opcheck(gated_weight_gradient, (random(5, 3), random(5, 3), random(5)), test_utils=checks)
+    torch.library.opcheck(matrix_vectors.registered, layers, test_utils=checks)
+    torch.library.opcheck(prepare_weights.registered, ([random(5, 3)], [random(5)], torch.bfloat16), test_utils=checks)
+    torch.library.opcheck(gated_weight_gradient.registered, (random(5, 3), random(5, 3), random(5)), test_utils=checks)

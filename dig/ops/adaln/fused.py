@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
 from dig.ops.derivatives import once
 from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.library import operation
 from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import NormTiles
+from dig.ops.whole import ceil_div
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 2048
@@ -37,6 +40,7 @@ def tiles_for(x: Tensor) -> NormTiles:
     return for_device(x.device).adaln_tiles(x.shape[-1], x.dtype)
 
 
+@functools.cache
 def parts_of(D: int, widest: int) -> tuple[tuple[int, int], ...]:
     """Cut D columns into parts (first column, width), each width a power of two and at most ``widest``."""
     parts = []
@@ -99,16 +103,17 @@ def _forward(
     x_new = x if branch is None else empty(x)
     b_branch, b_gate, _, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
     with launching(x.device) as launch:
-        norm_modulate_kernel[(triton.cdiv(T, tiles.rows), B)](
-            x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats,
-            *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps,
+        launch.early(
+            norm_modulate_kernel, (ceil_div(T, tiles.rows), B),
+            (x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats),
+            (*x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps),
             D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
-            num_warps=tiles.warps, **launch.next_kernel(),
+            num_warps=tiles.warps,
         )  # fmt: skip
     return x_new, h, stats
 
 
-@torch.library.custom_op("dig::norm_modulate", mutates_args=())
+@operation("dig::norm_modulate")
 def norm_modulate_forward(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, norm: str, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +122,7 @@ def norm_modulate_forward(
     return h, stats
 
 
-@torch.library.custom_op("dig::residual_norm_modulate", mutates_args=())
+@operation("dig::residual_norm_modulate")
 def residual_norm_modulate_forward(
     x: Tensor,
     branch: Tensor,
@@ -133,7 +138,7 @@ def residual_norm_modulate_forward(
     return _forward(x, branch, gate, shift, scale, weight, norm, eps, dtype)
 
 
-@torch.library.custom_op("dig::norm_modulate_backward", mutates_args=())
+@operation("dig::norm_modulate_backward")
 def norm_modulate_backward(
     x: Tensor,
     branch: Tensor | None,
@@ -166,7 +171,7 @@ def norm_modulate_backward(
     """
     B, T, D = x.shape
     tiles = tiles_for(x)
-    programs = max(1, min(triton.cdiv(T, tiles.backward_rows), tiles.programs // B))
+    programs = max(1, min(ceil_div(T, tiles.backward_rows), tiles.programs // B))
     partials = torch.empty(B, programs, 2 if branch is None else 3, D, dtype=torch.float32, device=x.device)
     outputs = _empty_gradients(x, branch, gate, shift, scale, weight, stats, dx_new, dh, norm)
     dx, dbranch, dgate, dshift, dscale, dweight, h = outputs
@@ -174,17 +179,18 @@ def norm_modulate_backward(
     b_dx_new = dh if dx_new is None else last_contiguous(dx_new)
     b_branch, b_gate, b_shift, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
     with launching(x.device) as launch:
-        norm_modulate_backward_kernel[(programs, B)](
-            x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx, dbranch, h, partials,
-            *x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), b_shift.stride(0), scale.stride(0),
-            *b_dx_new.stride()[:2], *dh.stride()[:2], T,
+        launch.early(
+            norm_modulate_backward_kernel, (programs, B),
+            (x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx, dbranch, h, partials),
+            (*x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), b_shift.stride(0), scale.stride(0),
+             *b_dx_new.stride()[:2], *dh.stride()[:2], T),
             D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=dx_new is not None,
-            BRANCH=branch is not None, REBUILD=shift is not None,
-            num_warps=tiles.backward_warps, **launch.next_kernel(),
+            BRANCH=branch is not None, REBUILD=shift is not None, num_warps=tiles.backward_warps,
         )  # fmt: skip
         with on_side_stream(partials, scale, b_weight, dshift, dscale, dgate, dweight):
-            norm_modulate_finish_kernel[(triton.cdiv(D, tiles.sum_columns), B + (norm == "rms"))](
-                partials, scale, b_weight, dshift, dscale, dgate, dweight, scale.stride(0), programs, B,
+            launch(
+                norm_modulate_finish_kernel, (ceil_div(D, tiles.sum_columns), B + (norm == "rms")),
+                (partials, scale, b_weight, dshift, dscale, dgate, dweight), (scale.stride(0), programs, B),
                 D=D, COLS=tiles.sum_columns, ROWS=tiles.sum_rows, NORM=norm, BRANCH=branch is not None,
                 num_warps=tiles.sum_warps,
             )  # fmt: skip

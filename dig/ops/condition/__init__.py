@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from dig.ops.condition.kernels import embed_timestep_kernel, finish_condition_kernel
 from dig.ops.launch import launching
+from dig.ops.library import operation
 from dig.ops.tiles import for_device
+from dig.ops.whole import ceil_div, power_of_two
 
 MOST_IMAGES = 8
 """Every image reads the weights again, from the L2 cache; with more, a matrix product is the better way."""
@@ -24,7 +25,7 @@ MAX_PERIOD = 10_000.0
 """Of the sinusoids."""
 
 
-@torch.library.custom_op("dig::condition", mutates_args=())
+@operation("dig::condition")
 def condition(
     t: Tensor, y: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -50,16 +51,17 @@ def condition(
     hidden = torch.empty(B, D, dtype=torch.float32, device=t.device)
     c, activated = (torch.empty(B, D, dtype=table.dtype, device=t.device) for _ in range(2))
     tiles = for_device(t.device).condition
-    grid = triton.cdiv(D, tiles.rows), B
-    with launching(t.device):
-        embed_timestep_kernel[grid](
-            t.contiguous(), first, first_bias, hidden,
+    grid = ceil_div(D, tiles.rows), B
+    with launching(t.device) as launch:
+        launch(
+            embed_timestep_kernel, grid, (t.contiguous(), first, first_bias, hidden), (),
             D=D, HALF=E // 2, RATE=-math.log(MAX_PERIOD) / (E // 2), ROWS=tiles.rows,
-            BLOCK=triton.next_power_of_2(E // 2), num_warps=tiles.warps,
+            BLOCK=power_of_two(E // 2), num_warps=tiles.warps,
         )  # fmt: skip
-        finish_condition_kernel[grid](
-            hidden, second, second_bias, table, y.contiguous(), c, activated, len(table),
-            D=D, ROWS=tiles.rows, BLOCK=min(tiles.columns, triton.next_power_of_2(D)), num_warps=tiles.warps,
+        launch(
+            finish_condition_kernel, grid,
+            (hidden, second, second_bias, table, y.contiguous(), c, activated), (len(table),),
+            D=D, ROWS=tiles.rows, BLOCK=min(tiles.columns, power_of_two(D)), num_warps=tiles.warps,
         )  # fmt: skip
     return c, activated
 

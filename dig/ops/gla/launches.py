@@ -9,6 +9,7 @@ sequence.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from dig.ops.launch import LaunchContext, empty, last_contiguous, launching
 from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import GlaTiles
+from dig.ops.whole import ceil_div, power_of_two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +70,34 @@ def plan_of(
 ) -> Plan:
     """The launch plan for queries (B, T, H, K) and values (B, T, H, V); order as `scan_tokens` takes it."""
     B, T, H, K = q.shape
-    V = v.shape[-1]
-    tiles = tiles_for(q, v)
+    # Symbols, in which torch.compile counts with dynamic shapes, are no keys to remember anything by.
+    plan = _plan if type(B) is int and type(T) is int else _plan.__wrapped__
+    return plan(tiles_for(q, v), B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    tiles: GlaTiles,
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    scale: float,
+    normalizer: float,
+    grid: tuple[int, int],
+    order: int,
+) -> Plan:
     constants = {
         "K": K,
         "V": V,
-        "KP": max(16, triton.next_power_of_2(K)),
-        "VP": max(16, triton.next_power_of_2(V)),
+        "KP": max(16, power_of_two(K)),
+        "VP": max(16, power_of_two(V)),
         "C": tiles.chunk,
-        "PRECISION": _precision(v.dtype),
+        "PRECISION": _precision(dtype),
     }
-    N = triton.cdiv(T, tiles.chunk)
+    N = ceil_div(T, tiles.chunk)
     return Plan(
         tiles=tiles,
         B=B,
@@ -101,7 +120,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 def strides_of(*tensors: Tensor) -> tuple[int, ...]:
     """Strides of batch, token and head of each, one after the other."""
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+    strides: tuple[int, ...] = ()
+    for tensor in tensors:
+        strides += tensor.stride()[:3]
+    return strides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +160,7 @@ class DecayGate:
     def constants(self) -> dict[str, Any]:
         """R is 0 without a weight."""
         rank = 0 if self.weight is None else self.weight.shape[1]
-        return {"R": rank, "RP": max(16, triton.next_power_of_2(rank)), "LOGITS": self.logits}
+        return {"R": rank, "RP": max(16, power_of_two(rank)), "LOGITS": self.logits}
 
 
 def local_states(
@@ -162,11 +184,12 @@ def local_states(
     sums = empty_sums(plan, v)
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
     do_or_v = v if do is None else do
-    local_state_kernel[plan.grid](
-        q, k, v, *gate.tensors, do_or_v, sums, states, own, *strides_of(q, k, v), *gate.strides, *strides_of(do_or_v),
-        plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
+    launch.early(
+        local_state_kernel, plan.grid, (q, k, v, *gate.tensors, do_or_v, sums, states, own),
+        (*strides_of(q, k, v), *gate.strides, *strides_of(do_or_v),
+         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer),
         **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
-        num_warps=plan.tiles.local_warps, **launch.next_kernel(),
+        num_warps=plan.tiles.local_warps,
     )  # fmt: skip
     return states, sums, own
 
@@ -185,13 +208,13 @@ def empty_sums(plan: Plan, v: Tensor) -> Tensor:
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
     K, V = states.shape[-2:]
-    lanes, groups = min(plan.tiles.scan_lanes, triton.next_power_of_2(V)), plan.tiles.scan_groups
+    lanes, groups = min(plan.tiles.scan_lanes, power_of_two(V)), plan.tiles.scan_groups
     # A power of two, so that images of all sizes share a few binaries.
-    steps = min(plan.tiles.scan_steps, triton.next_power_of_2(triton.cdiv(plan.N, groups)))
-    scan_kernel[(triton.cdiv(V, lanes) * K, plan.B * plan.H, states.shape[0])](
-        states, sums, plan.N, direction,
+    steps = min(plan.tiles.scan_steps, power_of_two(ceil_div(plan.N, groups)))
+    launch.early(
+        scan_kernel, (ceil_div(V, lanes) * K, plan.B * plan.H, states.shape[0]), (states, sums), (plan.N, direction),
         K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps, **launch.next_kernel(),
+        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps,
     )  # fmt: skip
 
 
@@ -216,12 +239,13 @@ def gradients_of(
     """
     rows = 0 if gate.bias is None else plan.B * plan.N
     dbias = torch.empty(rows, plan.H * q.shape[-1], dtype=torch.float32, device=q.device)
-    gradient_kernel[plan.grid](
-        q, k, v, *gate.tensors, do, sums, states, state_gradients, own, *outputs, dbias,
-        *strides_of(q, k, v), *gate.strides, *strides_of(do), *(output.stride(1) for output in outputs),
-        plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer,
+    launch.early(
+        gradient_kernel, plan.grid,
+        (q, k, v, *gate.tensors, do, sums, states, state_gradients, own, *outputs, dbias),
+        (*strides_of(q, k, v), *gate.strides, *strides_of(do), *(output.stride(1) for output in outputs),
+         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer),
         **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
-        maxnreg=plan.tiles.gradient_registers, **launch.next_kernel(),
+        maxnreg=plan.tiles.gradient_registers,
     )  # fmt: skip
     return dbias
 
@@ -233,13 +257,14 @@ def empty_states(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty(1, B, H, N, K, v.shape[-1], dtype=v.dtype, device=v.device)
 
 
-def column_sums(tiles: GlaTiles, partials: Tensor, dtype: torch.dtype) -> Tensor:
+def column_sums(launch: LaunchContext, tiles: GlaTiles, partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
     rows, D = partials.shape
     sums = torch.empty(D, dtype=dtype, device=partials.device)
-    column_sums_kernel[(triton.cdiv(D, tiles.sum_columns),)](
-        partials, sums, rows, D=D, ROWS=tiles.sum_rows, COLS=tiles.sum_columns, num_warps=tiles.sum_warps
-    )
+    launch(
+        column_sums_kernel, (ceil_div(D, tiles.sum_columns),), (partials, sums), (rows,),
+        D=D, ROWS=tiles.sum_rows, COLS=tiles.sum_columns, num_warps=tiles.sum_warps,
+    )  # fmt: skip
     return sums
 
 
@@ -251,11 +276,11 @@ def run_block(
     with launching(q.device) as launch:
         states, sums, _ = local_states(launch, plan, q, k, v, gate)
         scan_states(launch, plan, states, sums, direction=0)
-        output_kernel[plan.grid](
-            q, k, v, g, norm_weight, sums, states, out, *strides_of(q, k, v, g),
-            plan.T, plan.N, *plan.walk, plan.scale, eps,
+        launch.early(
+            output_kernel, plan.grid, (q, k, v, g, norm_weight, sums, states, out),
+            (*strides_of(q, k, v, g), plan.T, plan.N, *plan.walk, plan.scale, eps),
             **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
-            maxnreg=plan.tiles.output_registers, **launch.next_kernel(),
+            maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
     return out, states
 
@@ -305,14 +330,15 @@ def run_block_backward(
         sums = decay_sums(launch, plan, q, k, v, gate) if sums is None else sums
         own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
         state_gradients = empty(states)
-        output_backward_kernel[plan.grid](
-            q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y,
-            *strides_of(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps,
+        launch.early(
+            output_backward_kernel, plan.grid,
+            (q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y),
+            (*strides_of(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps),
             **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
-            maxnreg=plan.tiles.output_backward_registers, **launch.next_kernel(),
+            maxnreg=plan.tiles.output_backward_registers,
         )  # fmt: skip
         scan_states(launch, plan, state_gradients, sums, direction=1)
         dbias = gradients_of(launch, plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
         with on_side_stream(dweight, dbias):
-            dnorm = column_sums(plan.tiles, dweight, norm_weight.dtype)
-            return dnorm, dbias if gate.bias is None else column_sums(plan.tiles, dbias, gate.bias.dtype)
+            dnorm = column_sums(launch, plan.tiles, dweight, norm_weight.dtype)
+            return dnorm, dbias if gate.bias is None else column_sums(launch, plan.tiles, dbias, gate.bias.dtype)

@@ -28,7 +28,8 @@ from dig.ops.gla.launches import (
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import check_qkv
 from dig.ops.launch import empty, launching
-from dig.ops.linear import as_rows, weight_gradient
+from dig.ops.library import operation
+from dig.ops.linear import as_rows, weight_gradient, without_autocast
 from dig.ops.side_stream import on_side_stream
 from dig.scan import ScanOrder
 
@@ -47,7 +48,7 @@ def _prepare(
     return plan, (q, k, v), DecayGate(values=low, logits=True, weight=decay_weight, bias=decay_bias), gate
 
 
-@torch.library.custom_op("dig::gla_mixer", mutates_args=())
+@operation("dig::gla_mixer")
 def mixer_forward(
     projected: Tensor,
     decay_weight: Tensor,
@@ -65,7 +66,7 @@ def mixer_forward(
     return y.flatten(2), states
 
 
-@torch.library.custom_op("dig::gla_mixer_sums", mutates_args=())
+@operation("dig::gla_mixer_sums")
 def mixer_sums(
     projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
 ) -> Tensor:
@@ -83,7 +84,7 @@ def _(
     return empty_sums(plan, v)
 
 
-@torch.library.custom_op("dig::gla_mixer_backward", mutates_args=())
+@operation("dig::gla_mixer_backward")
 def mixer_backward(
     projected: Tensor,
     decay_weight: Tensor,
@@ -110,11 +111,11 @@ def mixer_backward(
     dlogits = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     y = _rebuilt(projected, norm_weight, heads, rebuild)
     dnorm, dbias = run_block_backward(
-        plan, q, k, v, decay, gate, norm_weight, states, dy.unflatten(-1, (heads, -1)), eps,
+        plan, q, k, v, decay, gate, norm_weight, states, dy.view(*dy.shape[:-1], heads, dy.shape[-1] // heads), eps,
         (dq, dk, dv, dlogits), dgate, y if rebuild else None, sums,
     )  # fmt: skip
     tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
-    with torch.autocast(projected.device.type, enabled=False):
+    with without_autocast(projected.device):
         torch.mm(tokens, decay_weight.to(tokens.dtype), out=as_rows(gradient)[:, -rank:])
         with on_side_stream(tokens, projected):
             dweight = weight_gradient(tokens, as_rows(projected)[:, -rank:])
@@ -173,8 +174,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
-    projected, weight, *kept = ctx.saved_tensors  # Asked for once: checkpointing computes them anew, and once.
-    dprojected, dweight, *others, _ = mixer_backward(projected, weight, *kept, None, dy, *ctx.numbers, False)
+    # Asked for once: checkpointing computes them anew, and once.
+    projected, weight, bias, norm, states = ctx.saved_tensors
+    heads, rows, columns, order, eps = ctx.numbers
+    dprojected, dweight, *others, _ = mixer_backward(
+        projected, weight, bias, norm, states, None, dy, heads, rows, columns, order, eps, False
+    )
     return dprojected, dweight.to(weight.dtype), *others, None, None, None, None, None
 
 

@@ -17,5 +17,6 @@ def projection_splits(width: int, rank: int = GATE_RANK) -> list[int]:
 def split_projection(projected: Tensor, heads: int, rank: int = GATE_RANK) -> tuple[Tensor, ...]:
     """Views of q, k (B, T, H, D/2H), v, output gate (B, T, H, D/H) and the low-rank factor (B, T, R)."""
     width = (projected.shape[-1] - rank) // 3
-    *parts, low = projected.split(projection_splits(width, rank), dim=-1)
-    return *(part.unflatten(-1, (heads, -1)) for part in parts), low
+    *parts, low = projected.split_with_sizes(projection_splits(width, rank), dim=-1)
+    rows = projected.shape[:-1]
+    return *(part.view(*rows, heads, part.shape[-1] // heads) for part in parts), low

@@ -31,6 +31,7 @@ from dig.ops.gla.launches import (
     strides_of,
 )
 from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.library import operation
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = {"K": 64, "V": 128}
@@ -67,22 +68,22 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check("v", v, shape=(*q.shape[:3], v.shape[-1]), dtypes=(q.dtype,), like=q)
 
 
-@torch.library.custom_op("dig::gla", mutates_args=())
+@operation("dig::gla")
 def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = plan_of(q, v, 1.0, 1.0)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with launching(q.device) as launch:
         states, sums, _ = local_states(launch, plan, q, k, v, DecayGate(values=log_decay, logits=False))
         scan_states(launch, plan, states, sums, direction=0)
-        output_kernel[plan.grid](
-            q, k, v, v, v, sums, states, out, *strides_of(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0,
+        launch.early(
+            output_kernel, plan.grid, (q, k, v, v, v, sums, states, out),
+            (*strides_of(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0),
             **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
-            **launch.next_kernel(),
         )  # fmt: skip
     return out
 
 
-@torch.library.custom_op("dig::gla_backward", mutates_args=())
+@operation("dig::gla_backward")
 def _gla_backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,8 +114,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gla_autograd(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = _gla_backward(*ctx.saved_tensors, do)
-    return gradients
+    q, k, v, log_decay = ctx.saved_tensors
+    return _gla_backward(q, k, v, log_decay, do)
 
 
 _gla.register_autograd(once(_gla_autograd), setup_context=_save_inputs)
@@ -143,7 +144,7 @@ def tiled_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return output
 
 
-@torch.library.custom_op("dig::gla_block", mutates_args=())
+@operation("dig::gla_block")
 def _block(
     q: Tensor,
     k: Tensor,
@@ -159,7 +160,7 @@ def _block(
     return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate, g, norm_weight, eps)
 
 
-@torch.library.custom_op("dig::gla_block_backward", mutates_args=())
+@operation("dig::gla_block_backward")
 def _block_backward(
     q: Tensor,
     k: Tensor,
@@ -219,7 +220,8 @@ def _save_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _block_autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
-    return *_block_backward(*ctx.saved_tensors, dy, *ctx.numbers), None, None, None
+    q, k, v, logits, g, norm_weight, states = ctx.saved_tensors
+    return *_block_backward(q, k, v, logits, g, norm_weight, states, dy, *ctx.numbers), None, None, None
 
 
 _block.register_autograd(once(_block_autograd), setup_context=_save_block)

@@ -11,6 +11,7 @@ these up. No atomics: two runs agree in every bit.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from dig.ops.derivatives import once
 from dig.ops.launch import empty, launching
+from dig.ops.library import operation
 from dig.ops.side_stream import on_side_stream
 from dig.ops.srem import check_shapes
 from dig.ops.srem.kernels import TOKEN_SUMS, srem_backward_kernel, srem_forward_kernel, srem_sum_kernel
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import SremPass, SremTiles
+from dig.ops.whole import ceil_div
 from dig.scan import ScanOrder
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -54,7 +57,7 @@ class _Plan:
     @property
     def launch(self) -> tuple[int, int, int]:
         # Channels vary fastest, then columns: programs that run together share rows of tokens in the L2 cache.
-        return triton.cdiv(self.D, self.tiles.channels), self.patches, self.B
+        return ceil_div(self.D, self.tiles.channels), self.patches, self.B
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -68,20 +71,35 @@ def _plan(
     grid: tuple[int, int],
     order: ScanOrder,
 ) -> _Plan:
-    B, _, D = x.shape
-    tiles = tiles_for(which, x)
-    across = triton.cdiv(grid[1], tiles.groups * tiles.width)
-    beside = B * across * triton.cdiv(D, tiles.channels)
-    fitting = max(1, tiles.programs // beside)
-    patch_rows = min(tiles.rows, max(tiles.least_rows, triton.cdiv(grid[0], fitting)))
-    down = triton.cdiv(grid[0], patch_rows)
-    patch_rows = triton.cdiv(grid[0], down)
     bf16 = all(tensor.dtype == torch.bfloat16 for tensor in (x, branch) if tensor is not None)
+    B, _, D = x.shape
+    between = None if branch is None else branch.stride(1)
+    return _plan_of(tiles_for(which, x), B, D, x.stride(1), between, bf16, grid, order)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_of(
+    tiles: SremTiles,
+    B: int,
+    D: int,
+    x_tokens: int,
+    branch_tokens: int | None,
+    bf16: bool,
+    grid: tuple[int, int],
+    order: ScanOrder,
+) -> _Plan:
+    """`_plan`, from the distances between tokens; branch's is None where there is none."""
+    across = ceil_div(grid[1], tiles.groups * tiles.width)
+    beside = B * across * ceil_div(D, tiles.channels)
+    fitting = max(1, tiles.programs // beside)
+    patch_rows = min(tiles.rows, max(tiles.least_rows, ceil_div(grid[0], fitting)))
+    down = ceil_div(grid[0], patch_rows)
+    patch_rows = ceil_div(grid[0], down)
     constants = {
         "D": D,
-        "X_T": x.stride(1),
-        "BRANCH_T": D if branch is None else branch.stride(1),
-        "GATED": branch is not None,
+        "X_T": x_tokens,
+        "BRANCH_T": D if branch_tokens is None else branch_tokens,
+        "GATED": branch_tokens is not None,
         "PACKED": bf16 and isinstance(srem_forward_kernel, triton.runtime.JITFunction),
         "W": tiles.width,
         "G": tiles.groups,
@@ -117,7 +135,7 @@ def _first_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-@torch.library.custom_op("dig::srem", mutates_args=())
+@operation("dig::srem")
 def srem_forward(
     x: Tensor,
     branch: Tensor | None,
@@ -133,15 +151,16 @@ def srem_forward(
     plan = _plan("forward", x, branch, (rows, columns), ScanOrder(transposed, reversed))
     y = empty(x)
     with launching(x.device) as launch:
-        srem_forward_kernel[plan.launch](
-            x, x if branch is None else branch, x if gate is None else gate, weight, bias, y,
-            x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, **plan.options, **launch.next_kernel(),
+        launch.early(
+            srem_forward_kernel, plan.launch,
+            (x, x if branch is None else branch, x if gate is None else gate, weight, bias, y),
+            (x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps),
+            **plan.constants, **plan.options,
         )  # fmt: skip
     return y
 
 
-@torch.library.custom_op("dig::srem_backward", mutates_args=())
+@operation("dig::srem_backward")
 def srem_backward(
     x: Tensor,
     branch: Tensor | None,
@@ -168,14 +187,16 @@ def srem_backward(
     slots = int(TOKEN_SUMS.value) + gated
     sums = torch.empty(plan.B, plan.patches, slots, plan.D, dtype=torch.float32, device=x.device)
     with launching(x.device) as launch:
-        srem_backward_kernel[plan.launch](
-            x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums,
-            x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps,
-            **plan.constants, SUM_ONLY=sum_only, **plan.options, **launch.next_kernel(),
+        launch.early(
+            srem_backward_kernel, plan.launch,
+            (x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums),
+            (x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps),
+            **plan.constants, SUM_ONLY=sum_only, **plan.options,
         )  # fmt: skip
         with on_side_stream(sums, dweight, dbias, dgate):
-            srem_sum_kernel[(triton.cdiv(plan.D, tiles.sum_channels), slots - gated + gated * plan.B)](
-                sums, dweight, dbias, dgate, plan.patches, plan.B * plan.patches, *plan.taps,
+            launch(
+                srem_sum_kernel, (ceil_div(plan.D, tiles.sum_channels), slots - gated + gated * plan.B),
+                (sums, dweight, dbias, dgate), (plan.patches, plan.B * plan.patches, *plan.taps),
                 D=plan.D, GATED=gated, STEPS=tiles.sum_steps, BD=tiles.sum_channels, num_warps=tiles.sum_warps,
             )  # fmt: skip
     return dx, dbranch, dgate, dweight, dbias
@@ -219,8 +240,11 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, branch, *others = ctx.saved_tensors  # Asked for once: checkpointing computes them anew, and once.
-    dx, dbranch, dgate, dweight, dbias = srem_backward(x, branch, *others, dy, *ctx.numbers, False)
+    x, branch, gate, weight, bias = ctx.saved_tensors  # Asked for once: checkpointing computes them anew, and once.
+    rows, columns, transposed, reversed = ctx.numbers
+    dx, dbranch, dgate, dweight, dbias = srem_backward(
+        x, branch, gate, weight, bias, dy, rows, columns, transposed, reversed, False
+    )
     if branch is None:
         return dx, None, None, dweight, dbias, None, None, None, None
     return dx, dbranch, dgate, dweight, dbias, None, None, None, None

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from dig.ops.derivatives import once
 from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.library import operation
 from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import SwigluTiles
+from dig.ops.whole import ceil_div, power_of_two
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,7 +34,7 @@ def tiles_for(gate_up: Tensor) -> SwigluTiles:
 def _shape(tiles: SwigluTiles, F: int) -> tuple[int, int]:
     """Rows and columns of a program: columns that divide F if there are enough such, for then none need a mask."""
     divisor = F & -F
-    columns = min(tiles.columns, divisor if divisor >= 64 else triton.next_power_of_2(F))
+    columns = min(tiles.columns, divisor if divisor >= 64 else power_of_two(F))
     return max(1, tiles.elements // columns), columns
 
 
@@ -41,7 +43,7 @@ def _empty_hidden(gate_up: Tensor) -> Tensor:
     return torch.empty(*leading, double // 2, dtype=gate_up.dtype, device=gate_up.device)
 
 
-@torch.library.custom_op("dig::swiglu", mutates_args=())
+@operation("dig::swiglu")
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """Hidden (..., F) from gate_up (..., 2F)."""
     F = gate_up.shape[-1] // 2
@@ -49,14 +51,15 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     hidden = _empty_hidden(gate_up)
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
-    with launching(gate_up.device):
-        swiglu_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
-            rows, hidden, rows.stride(0), len(rows), F=F, ROWS=R, COLS=C, num_warps=tiles.warps
-        )
+    with launching(gate_up.device) as launch:
+        launch(
+            swiglu_kernel, (ceil_div(len(rows), R), ceil_div(F, C)), (rows, hidden), (rows.stride(0), len(rows)),
+            F=F, ROWS=R, COLS=C, num_warps=tiles.warps,
+        )  # fmt: skip
     return hidden
 
 
-@torch.library.custom_op("dig::swiglu_backward", mutates_args=())
+@operation("dig::swiglu_backward")
 def swiglu_backward(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
     """The gradient of gate_up, and with ``rebuild`` hidden again; without, the second has no elements.
 
@@ -69,9 +72,10 @@ def swiglu_backward(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Te
     dgate_up, hidden = _empty_gradients(gate_up, dhidden, rebuild)
     tiles = tiles_for(gate_up)
     R, C = _shape(tiles, F)
-    with launching(gate_up.device):
-        swiglu_backward_kernel[(triton.cdiv(len(rows), R), triton.cdiv(F, C))](
-            rows, gradient, dgate_up, hidden, rows.stride(0), gradient.stride(0), len(rows),
+    with launching(gate_up.device) as launch:
+        launch(
+            swiglu_backward_kernel, (ceil_div(len(rows), R), ceil_div(F, C)),
+            (rows, gradient, dgate_up, hidden), (rows.stride(0), gradient.stride(0), len(rows)),
             F=F, ROWS=R, COLS=C, HIDDEN=rebuild, num_warps=tiles.warps,
         )  # fmt: skip
     return dgate_up, hidden
@@ -92,8 +96,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, dhidden: Tensor) -> Tensor:
-    gradient: Tensor = swiglu_backward(*ctx.saved_tensors, dhidden, False)[0]
-    return gradient
+    (gate_up,) = ctx.saved_tensors
+    return swiglu_backward(gate_up, dhidden, False)[0]
 
 
 swiglu_forward.register_autograd(once(_autograd), setup_context=_save)

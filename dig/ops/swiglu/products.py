@@ -21,17 +21,18 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dig.ops.launch import empty, launching
-from dig.ops.linear import as_rows
+from dig.ops.library import operation
+from dig.ops.linear import as_rows, without_autocast
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
 from dig.ops.swiglu.product_kernels import down_swiglu_backward_kernel, up_swiglu_kernel
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import ProductPass, ProductTiles
 from dig.ops.weights import prepare_weights
+from dig.ops.whole import ceil_div
 
 NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_STARTS": (0,), "R": 1, "C": 1, "EVERY": 0}
 """What `up_swiglu_kernel` is told where it casts no weights."""
@@ -52,10 +53,10 @@ def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _grid(tiles: ProductTiles, M: int, F: int) -> tuple[int]:
-    return (triton.cdiv(M, tiles.rows) * (F // tiles.columns),)
+    return (ceil_div(M, tiles.rows) * (F // tiles.columns),)
 
 
-@torch.library.custom_op("dig::project_up", mutates_args=())
+@operation("dig::project_up")
 def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """``SwiGLU(x weight^T)``, in one kernel or, where that does not fit, by a GEMM and a pass.
 
@@ -70,7 +71,7 @@ def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     F = len(weight) // 2
     t = tiles_for("up" if keep else "up alone", x, F)
     if t is None:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             gate_up = torch.mm(as_rows(x), weight.T).view(*x.shape[:-1], 2 * F)
         return swiglu_forward(gate_up), gate_up if keep else x.new_empty(0)
     hidden, gate_up = _empty_up(x, weight, keep)
@@ -93,11 +94,12 @@ def _launch_up(
     D, F = x.shape[-1], len(weight) // 2
     M, tile = x.numel() // D, (t.rows, t.columns)
     with launching(x.device) as launch:
-        up_swiglu_kernel[_grid(t, M, F)](
-            _descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
-            _descriptor(hidden, *tile), *copied, M,
-            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **constants, **shares,
-            **t.options, **launch.next_kernel(),
+        launch.early(
+            up_swiglu_kernel, _grid(t, M, F),
+            (_descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
+             _descriptor(hidden, *tile), *copied),
+            (M,),
+            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **constants, **shares, **t.options,
         )  # fmt: skip
 
 
@@ -125,9 +127,9 @@ def shares_of(
     whole = all(a * b == N * M and b % columns == 0 for (a, b), (N, M) in zip(cut, shapes, strict=True))
     if not whole or max(N * M for N, M in shapes) >= 2**31:
         return None
-    counts = [triton.cdiv(N, rows) * (M // columns) for N, M in cut]
+    counts = [ceil_div(N, rows) * (M // columns) for N, M in cut]
     starts = (0, *accumulate(counts))
-    every = steps // triton.cdiv(starts[-1], programs)
+    every = steps // ceil_div(starts[-1], programs)
     if not every:
         return None
     return {
@@ -157,11 +159,11 @@ def _fused_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tup
     D = x.shape[-1]
     (programs,) = _grid(t, x.numel() // D, F)
     shapes = [(len(w), w.numel() // len(w)) for w in masters]
-    shares = shares_of(shapes, gated, share=choices.share, programs=programs, steps=triton.cdiv(D, t.depth))
+    shares = shares_of(shapes, gated, share=choices.share, programs=programs, steps=ceil_div(D, t.depth))
     return None if shares is None else (t, shares)
 
 
-@torch.library.custom_op("dig::project_up_preparing", mutates_args=())
+@operation("dig::project_up_preparing")
 def project_up_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
     """`project_up` without keeping, and `dig.ops.weights.prepare_weights` in x's dtype.
 
@@ -191,7 +193,7 @@ def _empty_preparing(x: Tensor, weight: Tensor, masters: Sequence[Tensor], gates
     return [_empty_up(x, weight, False)[0], *(empty(master, x.dtype) for master in masters)]
 
 
-@torch.library.custom_op("dig::project_down_backward", mutates_args=())
+@operation("dig::project_down_backward")
 def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """The backward pass of ``SwiGLU(gate_up) weight^T``, in one kernel or by a GEMM and a pass.
 
@@ -206,18 +208,19 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
     D, F = weight.shape
     t = tiles_for("down", dout, F)
     if t is None:
-        with torch.autocast(dout.device.type, enabled=False):
+        with without_autocast(dout.device):
             dhidden = torch.mm(as_rows(dout), weight).view(*dout.shape[:-1], F)
         gradients: tuple[Tensor, Tensor] = swiglu_backward(gate_up, dhidden, True)
         return gradients
     dgate_up, hidden = _empty_down(dout, weight, gate_up)
     M, tile = dout.numel() // D, (t.rows, t.columns)
     with launching(dout.device) as launch:
-        down_swiglu_backward_kernel[_grid(t, M, F)](
-            _descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),
-            _descriptor(dgate_up, *tile), _descriptor(hidden, *tile), M,
+        launch.early(
+            down_swiglu_backward_kernel, _grid(t, M, F),
+            (_descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),
+             _descriptor(dgate_up, *tile), _descriptor(hidden, *tile)),
+            (M,),
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **t.options,
-            **launch.next_kernel(),
         )  # fmt: skip
     return dgate_up, hidden
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from dig.ops.tiles.choices import (
 )
 
 KIB = 1024
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Architecture:
     products: ProductChoices
     weights: WeightTiles
     condition: VectorTiles
+    _chosen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.descriptors and (self.products.narrow or self.products.wide):
@@ -65,6 +68,9 @@ class Architecture:
         Raises:
             ValueError: Not even the smallest chunk fits into shared memory.
         """
+        return self._once(("gla", K, V, dtype), lambda: self._choose_gla(K, V, dtype))
+
+    def _choose_gla(self, K: int, V: int, dtype: torch.dtype) -> GlaTiles:
         entries = {(k, v): tiles for (k, v, of), tiles in self.gla.items() if of == dtype}
         tiles = next((tiles for (k, v), tiles in entries.items() if k >= K and v >= V), list(entries.values())[-1])
         while not self._fits(tiles.shared_memory(K, V, dtype)):
@@ -79,13 +85,26 @@ class Architecture:
 
     def adaln_tiles(self, D: int, dtype: torch.dtype) -> NormTiles:
         """Of the next wider entry, or the widest."""
+        return self._once(("adaln", D, dtype), lambda: self._choose_adaln(D, dtype))
+
+    def _choose_adaln(self, D: int, dtype: torch.dtype) -> NormTiles:
         widths = [width for width, of in self.adaln if of == dtype]
         return self.adaln[min((width for width in widths if width >= D), default=max(widths)), dtype]
 
     def product_tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
         """Of a GEMM over tokens of this width; None where a GEMM and a pass of their own do better, or must do."""
+        return self._once((which, D), lambda: self._choose_products(which, D))
+
+    def _choose_products(self, which: ProductPass, D: int) -> ProductTiles | None:
         tiles = self.products.tiles(which, D)
         return tiles if tiles is not None and self._fits(tiles.shared_memory(which)) else None
+
+    def _once(self, asked: tuple[object, ...], choose: Callable[[], T]) -> T:
+        """What is chosen, kept by what was asked for: every launch asks."""
+        if asked not in self._chosen:
+            self._chosen[asked] = choose()
+        chosen: T = self._chosen[asked]
+        return chosen
 
     def _fits(self, shared_memory: int) -> bool:
         return self.shared_memory is None or shared_memory <= self.shared_memory

@@ -17,15 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from dig.ops.launch import empty, launching
+from dig.ops.library import operation
 from dig.ops.tiles import for_device
 from dig.ops.weights.kernels import gated_weight_gradient_kernel, matrix_vector_kernel, prepare_kernel
+from dig.ops.whole import ceil_div, power_of_two
 
 
-@torch.library.custom_op("dig::prepare_weights", mutates_args=())
+@operation("dig::prepare_weights")
 def prepare_weights(
     weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype, programs: int | None = None
 ) -> list[Tensor]:
@@ -40,13 +41,14 @@ def prepare_weights(
     ungated = len(weights) - len(gates)
     columns = tuple(1 if i < ungated else weight.shape[-1] for i, weight in enumerate(weights))
     tiles = for_device(weights[0].device).weights.copy_for(programs)
-    blocks = sum(triton.cdiv(size, tiles.elements) for size in sizes)
+    blocks = sum(ceil_div(size, tiles.elements) for size in sizes)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
-    with launching(weights[0].device):
-        prepare_kernel[(blocks if programs is None else min(programs, blocks),)](
-            tuple(weights), factors, tuple(copies), SIZES=sizes, COLUMNS=columns, UNGATED=ungated,
-            BLOCK=tiles.elements, num_warps=tiles.warps,
+    with launching(weights[0].device) as launch:
+        launch(
+            prepare_kernel, (blocks if programs is None else min(programs, blocks),),
+            (tuple(weights), factors, tuple(copies)), (),
+            SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=tiles.elements, num_warps=tiles.warps,
         )  # fmt: skip
     return copies
 
@@ -58,7 +60,7 @@ def _(
     return [empty(weight, dtype) for weight in weights]
 
 
-@torch.library.custom_op("dig::matrix_vectors", mutates_args=())
+@operation("dig::matrix_vectors")
 def matrix_vectors(
     weights: Sequence[Tensor], vector: Tensor, biases: Sequence[Tensor], programs: int | None = None
 ) -> Tensor:
@@ -75,11 +77,12 @@ def matrix_vectors(
     N, M = shape
     out = torch.empty(len(weights), N, dtype=dtype, device=vector.device)
     tiles = for_device(vector.device).weights.vector_for(programs)
-    blocks = triton.cdiv(N, tiles.rows)
-    with launching(vector.device):
-        matrix_vector_kernel[(blocks if programs is None else min(programs, blocks), len(weights))](
-            tuple(weights), vector.contiguous(), tuple(biases), out, N,
-            M=M, ROWS=tiles.rows, BLOCK=min(tiles.columns, triton.next_power_of_2(M)), num_warps=tiles.warps,
+    blocks = ceil_div(N, tiles.rows)
+    with launching(vector.device) as launch:
+        launch(
+            matrix_vector_kernel, (blocks if programs is None else min(programs, blocks), len(weights)),
+            (tuple(weights), vector.contiguous(), tuple(biases), out), (N,),
+            M=M, ROWS=tiles.rows, BLOCK=min(tiles.columns, power_of_two(M)), num_warps=tiles.warps,
         )  # fmt: skip
     return out
 
@@ -95,7 +98,7 @@ def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | 
     return product[0]
 
 
-@torch.library.custom_op("dig::gated_weight_gradient", mutates_args=())
+@operation("dig::gated_weight_gradient")
 def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight (N, M) and gate (N,) from ``product = d^T x``, d being the gradient of ``gate ⊙ (W x)``.
 
@@ -105,10 +108,10 @@ def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tupl
     dweight, dgate = empty(weight), empty(gate)
     N, M = weight.shape
     tiles = for_device(weight.device).weights
-    with launching(weight.device):
-        gated_weight_gradient_kernel[(N,)](
-            product, weight, gate, dweight, dgate,
-            M=M, BLOCK=min(tiles.gradient_columns, triton.next_power_of_2(M)), num_warps=tiles.gradient_warps,
+    with launching(weight.device) as launch:
+        launch(
+            gated_weight_gradient_kernel, (N,), (product, weight, gate, dweight, dgate), (),
+            M=M, BLOCK=min(tiles.gradient_columns, power_of_two(M)), num_warps=tiles.gradient_warps,
         )  # fmt: skip
     return dweight, dgate
 
