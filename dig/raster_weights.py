@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dig.ops.linear import without_autocast
+from dig.ops.modulation import modulation, modulation_backward, takes
 from dig.ops.swiglu.products import fuses_cast, project_up_preparing
 from dig.ops.weights import matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
@@ -207,8 +208,20 @@ def adaln(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     One product of a vector and a matrix: reading the matrix is all the work, and a copy of it in another dtype would
     take as long again.
     """
+    if takes(weight):
+        return modulation(c, weight, bias)
     with without_autocast(c.device):
         return F.linear(c.to(weight.dtype), weight, bias)
+
+
+def adaln_backward(dmodulation: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of c, weight and bias of `adaln`."""
+    if takes(weight):
+        return modulation_backward(dmodulation, c, weight)
+    with without_autocast(c.device):
+        dmodulation = dmodulation.to(weight.dtype)
+        dweight = torch.mm(dmodulation.T, c.to(weight.dtype))
+        return torch.mm(dmodulation, weight).to(c.dtype), dweight, dmodulation.sum(0)
 
 
 def cast_products(

@@ -57,6 +57,7 @@ def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
     yield from srem_variants(architecture)
     yield from swiglu_variants(architecture)
     yield from weight_variants(architecture)
+    yield from modulation_variants(architecture)
 
 
 def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
@@ -257,4 +258,26 @@ def weight_variants(architecture: Architecture) -> Iterator[Variant]:
             options={"num_warps": warps},
             numbers={"N": "i32"},
             lists=lists,
+        )
+
+
+def modulation_variants(architecture: Architecture) -> Iterator[Variant]:
+    """adaLN's linear layer for a full tile of images."""
+    from dig.ops.modulation import kernels
+
+    D, tiles = WIDTHS[1], architecture.weights.modulation
+    gradient = {"ROWS": tiles.gradient_rows, "COLS": tiles.gradient_columns}
+    for function, constants in (
+        (kernels.modulation_kernel, {"ROWS": tiles.rows, "COLS": tiles.columns, "IMAGES": tiles.images}),
+        (kernels.weight_gradient_kernel, gradient | {"IMAGES": tiles.inner_images, "STEPS": 1}),
+        (kernels.condition_gradient_kernel, gradient | {"ROWS": tiles.share_rows, "IMAGES": tiles.images, "STEPS": 14}),
+    ):
+        yield Variant(
+            function=function,
+            sizes=f"D {D}",
+            dtype="fp32",
+            shared=tiles.shared_memory(),
+            constants={"M": D} | constants,
+            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+            numbers={"B": "i32", "N": "i32"},
         )

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Each of these defines the operations that are named below.
 from dig.ops import condition as _condition  # noqa: F401
+from dig.ops import modulation as _modulation_ops  # noqa: F401
 from dig.ops import weights as _weights  # noqa: F401
 from dig.ops.adaln import fused as _adaln  # noqa: F401
 from dig.ops.gla import mixer as _mixer  # noqa: F401
@@ -62,6 +63,14 @@ def _matrix_vectors(weights: Sequence[Shape], *rest: Any, **named: Any) -> int:
     return sum(2 * math.prod(weight) for weight in weights)
 
 
+def _modulation(c: Shape, weight: Shape, *rest: Any, **named: Any) -> int:
+    return 2 * c[0] * math.prod(weight)
+
+
+def _modulation_backward(dout: Shape, c: Shape, weight: Shape, *rest: Any, **named: Any) -> int:
+    return BACKWARD * _modulation(c, weight)
+
+
 def _condition_flops(
     t: Shape, y: Shape, first: Shape, first_bias: Shape, second: Shape, *rest: Any, **named: Any
 ) -> int:
@@ -97,6 +106,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "project_down_backward": _product_backward,
     "matrix_vectors": _matrix_vectors,
     "condition": _condition_flops,
+    "modulation": _modulation,
+    "modulation_backward": _modulation_backward,
     "srem": _depthwise,
     "srem_backward": _twice(_depthwise),
     "norm_modulate": _nothing,

@@ -268,6 +268,42 @@ class CopyTiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModulationTiles:
+    """adaLN's linear layer for a batch: `dig.ops.modulation`.
+
+    Attributes:
+        rows: Of the weight, of a program of the forward kernel.
+        columns: Of the weight, that it multiplies at a time.
+        images: Of a program, at most; a power of two, at least 16.
+        inner_images: That the weight's gradient adds up at a time, at most; likewise.
+        gradient_rows: Of a program of the weight's gradient.
+        gradient_columns: Of a program of either gradient.
+        shares: Among so many programs the rows of the weight are split for the condition's gradient.
+        share_rows: Rows that one of them multiplies at a time.
+        warps: Of a program.
+        stages: Loads in flight.
+    """
+
+    rows: int = 64
+    columns: int = 32
+    images: int = 64
+    inner_images: int = 32
+    gradient_rows: int = 64
+    gradient_columns: int = 64
+    shares: int = 16
+    share_rows: int = 32
+    warps: int = 4
+    stages: int = 3
+
+    def shared_memory(self) -> int:
+        """Bytes that a program takes at most: both factors of a step in fp32, for each load in flight, and barriers."""
+        forward = (self.rows + self.images) * self.columns
+        weight = self.inner_images * (self.gradient_rows + self.gradient_columns)
+        condition = self.share_rows * (self.images + self.gradient_columns)
+        return 4 * self.stages * max(forward, weight, condition) + 1024
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightTiles:
     """Casts of weights, matrix-vector products, and gradients of gated weights.
 
@@ -279,6 +315,7 @@ class WeightTiles:
         few: Most programs that count as few.
         gradient_columns: Columns that a program of the gradients' kernel takes at a time, at most.
         gradient_warps: Its warps.
+        modulation: Of adaLN's linear layer for a batch.
     """
 
     copy: CopyTiles
@@ -288,6 +325,7 @@ class WeightTiles:
     few: int
     gradient_columns: int
     gradient_warps: int
+    modulation: ModulationTiles = field(default_factory=ModulationTiles)
 
     def copy_for(self, programs: int | None) -> CopyTiles:
         """For at most so many programs; None: as many as there are blocks."""

@@ -1,0 +1,112 @@
+"""adaLN's linear layer for a batch of conditions: each fp32 weight is read once, and all products are exact to fp32.
+
+The layer is as large as all of a block's others together and has one row an image: reading it is all the work. In fp32
+cuBLAS takes ten times as long as the reading (its products run on the CUDA cores), and as its kernels fill the card,
+what they run beside waits too. A cast to bf16, as autocast does it, reads and writes half as much again, and rounds the
+modulation. Here three tf32 products stand for one of fp32.
+
+Registered with torch.library, so ``torch.compile(fullgraph=True)`` and CUDA graphs take it. Sums have one order: two
+runs agree in every bit.
+
+Shapes: B images, M width of a condition, N outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dig.ops.derivatives import once
+from dig.ops.launch import empty, launching
+from dig.ops.library import operation
+from dig.ops.modulation.kernels import condition_gradient_kernel, modulation_kernel, weight_gradient_kernel
+from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import ModulationTiles
+from dig.ops.whole import ceil_div, power_of_two
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether these kernels are for such a weight: in fp32. In bf16 cuBLAS' products run on the matrix units."""
+    return weight.dtype == torch.float32
+
+
+def _images(tiles: ModulationTiles, B: int) -> int:
+    """Images of a program; at least as many as a product on the matrix units has rows."""
+    return max(16, min(tiles.images, power_of_two(B)))
+
+
+@operation("dig::modulation")
+def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``c weight^T + bias``, differentiable once.
+
+    Args:
+        c: (B, M), fp32 or bf16.
+        weight: (N, M), fp32.
+        bias: (N,), fp32.
+
+    Returns:
+        (B, N) in fp32.
+    """
+    c, weight, bias = c.contiguous(), weight.contiguous(), bias.contiguous()
+    (B, M), N = c.shape, len(weight)
+    tiles = for_device(c.device).weights.modulation
+    images = _images(tiles, B)
+    out = torch.empty(B, N, dtype=weight.dtype, device=c.device)
+    with launching(c.device) as launch:
+        launch(
+            modulation_kernel, (ceil_div(N, tiles.rows), ceil_div(B, images)), (c, weight, bias, out), (B, N),
+            M=M, ROWS=tiles.rows, COLS=tiles.columns, IMAGES=images, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return out
+
+
+@operation("dig::modulation_backward")
+def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of c (B, M) in its dtype, weight (N, M) and bias (N,), from dout (B, N)."""
+    dout, c, weight = dout.contiguous(), c.contiguous(), weight.contiguous()
+    (B, M), N = c.shape, len(weight)
+    tiles = for_device(c.device).weights.modulation
+    images = _images(tiles, B)
+    dweight, dbias = empty(weight), torch.empty(N, dtype=weight.dtype, device=c.device)
+    inner = min(images, tiles.inner_images)
+    steps = ceil_div(N, tiles.shares * tiles.share_rows)
+    shares = ceil_div(N, steps * tiles.share_rows)
+    partials = torch.empty(shares, B, M, dtype=torch.float32, device=c.device)
+    with launching(c.device) as launch:
+        launch(
+            weight_gradient_kernel, (ceil_div(N, tiles.gradient_rows), ceil_div(M, tiles.gradient_columns)),
+            (dout, c, dweight, dbias), (B, N),
+            M=M, ROWS=tiles.gradient_rows, COLS=tiles.gradient_columns, IMAGES=inner, STEPS=ceil_div(B, inner),
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        launch(
+            condition_gradient_kernel, (ceil_div(M, tiles.gradient_columns), shares, ceil_div(B, images)),
+            (dout, weight, partials), (B, N),
+            M=M, ROWS=tiles.share_rows, COLS=tiles.gradient_columns, IMAGES=images, STEPS=steps,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return partials.sum(0).to(c.dtype), dweight, dbias
+
+
+@modulation.register_fake
+def _(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty(len(c), len(weight), dtype=weight.dtype, device=c.device)
+
+
+@modulation_backward.register_fake
+def _(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(c), empty(weight), torch.empty(len(weight), dtype=weight.dtype, device=c.device)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c, weight = ctx.saved_tensors
+    return modulation_backward(dout, c, weight)
+
+
+modulation.register_autograd(once(_autograd), setup_context=_save)
