@@ -17,6 +17,8 @@ from dig.packages import DISTRIBUTIONS
 ROOT = Path(__file__).resolve().parent.parent
 HARNESS_VARIABLE = "DIG_HARNESS"
 """Tells a benchmark's processes the process id of their harness."""
+COMPILES_VARIABLE = "DIG_COMPILES"
+"""Told to the server that workers fork from: whether to import PyTorch's compiler, which takes seconds."""
 COMMIT_VARIABLE = "DIG_COMMIT"
 """Names the commit (``<hash>`` or ``<hash>-dirty``) where the code runs without its .git folder."""
 
@@ -34,7 +36,9 @@ _TELLING = (
 )  # fmt: skip
 """How the names of variables begin that threads, allocators, kernels and compilers listen to. Rather one too many, for
 that measures a case once more; one too few passes another number for the same."""
-_TELLING_NOTHING = frozenset({COMMIT_VARIABLE, HARNESS_VARIABLE, "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST"})
+_TELLING_NOTHING = frozenset(
+    {COMMIT_VARIABLE, HARNESS_VARIABLE, COMPILES_VARIABLE, "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST"}
+)
 _ENDINGS_OF_NOTHING = (
     "_DIR",
     "_DIRECTORY",

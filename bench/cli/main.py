@@ -27,6 +27,7 @@ from bench.cli.regression import regression
 from bench.cli.sampling import sampling
 from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
 from bench.run.ahead import build_ahead
+from bench.run.process import expect_compiling
 from bench.run.runner import Sweep, finished_launches, run_sweep
 from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
@@ -188,6 +189,8 @@ def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launc
         skipped = len(selected) * launches - len(sweep.remaining)
         before = f", {skipped} done before" if skipped else ""
         console.print(visible(f"{len(sweep.remaining)} cases to measure into {out}{before}"), markup=False)
+        if any(launch.case.compiles for launch in sweep.remaining):
+            expect_compiling()
         measured = 0
         # SIGINT too: a shell that starts the harness in the background has it ignored.
         for interrupt in (signal.SIGINT, signal.SIGTERM):

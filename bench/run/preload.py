@@ -9,10 +9,11 @@ import os
 
 from bench.measure.settings import set_variables
 from bench.run.lifeline import die_with_parent
-from dig.environment import HARNESS_VARIABLE
+from dig.environment import COMPILES_VARIABLE, HARNESS_VARIABLE
 from dig.packages import is_installed
 
 harness = os.environ.pop(HARNESS_VARIABLE, "")
+compiles = bool(os.environ.pop(COMPILES_VARIABLE, ""))
 if harness:
     # Until it serves, the server does not look whether its harness is still there.
     die_with_parent()
@@ -35,7 +36,10 @@ try:
     # capability.
     peers = ("einops", "transformers.generation.utils", "transformers.modeling_utils")
     wanted = is_installed("fla") or is_installed("mamba_ssm")
-    for name in ("torch._dynamo", "triton", "bench.run.worker", "dig.raster", *(peers if wanted else ())):
+    compiler = ("torch._dynamo.backends.inductor", "torch._inductor.compile_fx") if compiles else ()
+    attention = ("flash_attn.cute",) if compiles and is_installed("flash_attn.cute") else ()
+    ours = ("bench.run.worker", "dig.raster", "baselines.dit", "baselines.dis")
+    for name in ("torch._dynamo", "triton", *ours, *compiler, *attention, *(peers if wanted else ())):
         with contextlib.suppress(Exception):  # Missing or broken: a worker that needs it says so in its row.
             importlib.import_module(name)
 finally:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.run.lifeline import die_with_parent, end_group, end_with_parent, give_way, scratch_folder
-from dig.environment import HARNESS_VARIABLE
+from dig.environment import COMPILES_VARIABLE, HARNESS_VARIABLE
 
 
 class WorkerError(RuntimeError):
@@ -27,6 +27,11 @@ class WorkerError(RuntimeError):
     def __init__(self, status: Any, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def expect_compiling() -> None:
+    """Let the server import what a first ``torch.compile`` does, seconds of each compiled case; before any worker."""
+    os.environ[COMPILES_VARIABLE] = "1"
 
 
 def _context() -> ForkServerContext | SpawnContext:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dig.environment import ROOT
+from dig.environment import COMPILES_VARIABLE, ROOT
 
 CHECK = """
 import sys
@@ -32,8 +32,18 @@ assert is_installed("fla") or is_installed("mamba_ssm") or "transformers" not in
 
 
 @pytest.mark.slow
-def test_importing_it_starts_no_cuda() -> None:
-    done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("compiles", ["", "1"])
+def test_importing_it_starts_no_cuda(compiles: str) -> None:
+    """PyTorch's compiler comes with it only where cases are compiled."""
+    code = CHECK + f'assert ("torch._inductor.compile_fx" in sys.modules) == bool("{compiles}")\n'
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, COMPILES_VARIABLE: compiles},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
