@@ -27,6 +27,7 @@ from dig.config import EPS
 from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
 from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
+from dig.ops.library import unseen
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.side_stream import mark, on_side_stream, side_work, wait
 from dig.ops.srem.fused import srem_backward, srem_forward
@@ -45,6 +46,32 @@ from dig.raster_weights import (
     prepare_block,
 )
 
+
+class _Operations(NamedTuple):
+    """What a block's passes call between their GEMMs."""
+
+    norm: Any = norm_modulate_forward
+    residual_norm: Any = residual_norm_modulate_forward
+    norm_backward: Any = norm_modulate_backward
+    mixer: Any = mixer_forward
+    mixer_sums: Any = mixer_sums
+    mixer_backward: Any = mixer_backward
+    up: Any = project_up
+    down_backward: Any = project_down_backward
+    srem: Any = srem_forward
+    srem_backward: Any = srem_backward
+    gated_gradient: Any = gated_weight_gradient
+
+
+_REGISTERED = _Operations()
+_DIRECT = _Operations._make(operation.function for operation in _REGISTERED)
+
+
+def _operations(x: Tensor) -> _Operations:
+    """Those to call for tokens x: where nobody asks PyTorch about them, the functions, asked for once and not each."""
+    return _DIRECT if unseen(x) else _REGISTERED
+
+
 HALVED_TOKENS = 4096
 """Up to so many rows, a wide model projects q, k, v and gates in two halves of the rows.
 
@@ -56,7 +83,7 @@ Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that de
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """(B, T, M) times (N, M) transposed: (B, T, N)."""
-    return torch.mm(as_rows(x), weight.T).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight)
 
 
 def _linear_in_halves(x: Tensor, weight: Tensor) -> Tensor:
@@ -70,12 +97,12 @@ def _linear_in_halves(x: Tensor, weight: Tensor) -> Tensor:
 
 def _linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
     """(B, T, N) times (N, M): the gradient of `_linear`'s x."""
-    return torch.mm(as_rows(dy), weight).view(*dy.shape[:-1], weight.shape[1])
+    return torch.matmul(dy, weight)
 
 
-def _gated_gradients(d: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_gradients(ops: _Operations, d: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gate (1, N) of ``gate ⊙ (weight x)`` of one image, from its gradient d."""
-    dweight, dgate = gated_weight_gradient(weight_gradient(as_rows(d), as_rows(x)), weight, gate[0])
+    dweight, dgate = ops.gated_gradient(weight_gradient(as_rows(d), as_rows(x)), weight, gate[0])
     return dweight, dgate.unsqueeze(0)
 
 
@@ -98,20 +125,21 @@ class RasterBlock(torch.autograd.Function):
         p = Products._make(weight if copy is None else copy for copy, weight in copies)
         norm, grid, order = settings.norm, settings.grid, settings.order
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        h, stats1 = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
+        ops = _operations(x)
+        h, stats1 = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
         projected = _linear(h, p.in_proj)
-        y, states = mixer_forward(
+        y, states = ops.mixer(
             projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS
         )
         branch1 = _linear(y, p.o_proj)
-        x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-        hidden, gate_up = project_up(h, p.gate_proj, True)
+        x1, h, stats2 = ops.residual_norm(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
+        hidden, gate_up = ops.up(h, p.gate_proj, True)
         branch2 = _linear(hidden, p.down_proj)
         del hidden
         if w.conv_weight is None or w.conv_bias is None:
             out = torch.addcmul(x1, gate2.unsqueeze(1).to(x.dtype), branch2)
         else:
-            out = srem_forward(x1, branch2, gate2, w.conv_weight, w.conv_bias, *grid, *order)
+            out = ops.srem(x1, branch2, gate2, w.conv_weight, w.conv_bias, *grid, *order)
         # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for
         # the gates anyway: their copies would take half as much as the weights.
         kept = Kept(
@@ -120,7 +148,7 @@ class RasterBlock(torch.autograd.Function):
             states=states,
             x1=x1,
             gate_up=gate_up,
-            branch1=None if len(x) == 1 else branch1,
+            branch1=None if x.shape[0] == 1 else branch1,
             branch2=branch2,
             stats1=stats1,
             stats2=stats2,
@@ -188,13 +216,14 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     settings: Settings = ctx.settings
     norm, grid, order = settings.norm, settings.grid, settings.order
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-    one_image = len(x) == 1
+    one_image = x.shape[0] == 1
+    ops = _operations(dout)
     with on_side_stream():
         p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
     weights_ready = mark()
     with on_side_stream(projected):
         # Of the recurrence's backward pass the first kernel waits for no gradient.
-        sums = mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
+        sums = ops.mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
     sums_ready = mark()
 
     # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
@@ -206,23 +235,23 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
             d_branch = dout * gate2.unsqueeze(1).to(x.dtype)
             dgate2 = (dout.float() * branch2.float()).sum(1).to(gate2.dtype)
     else:
-        d, d_branch, dgate2, dconv_weight, dconv_bias = srem_backward(
+        d, d_branch, dgate2, dconv_weight, dconv_bias = ops.srem_backward(
             x1, branch2, gate2, w.conv_weight, w.conv_bias, dout, *grid, *order, one_image
         )
     d_branch = d if one_image else d_branch
     del branch2
     wait(weights_ready)
-    dgate_up, hidden = project_down_backward(d_branch, p.down_proj, gate_up)
+    dgate_up, hidden = ops.down_backward(d_branch, p.down_proj, gate_up)
     del gate_up
     ddown = do_proj = dgate_proj = din_proj = None
     with on_side_stream(d_branch, hidden):
         if one_image:
-            ddown, dgate2 = _gated_gradients(d, hidden, w.down_proj, gate2)
+            ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2)
         elif needed.down_proj:
             ddown = weight_gradient(as_rows(d_branch), as_rows(hidden))
     del hidden, d_branch
     dh = _linear_backward(dgate_up, p.gate_proj)
-    d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = norm_modulate_backward(
+    d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
         x1, branch1, None if one_image else gate1, shift2, scale2, w.norm2, stats2, d, dh, norm
     )
     if needed.gate_proj:
@@ -231,18 +260,18 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
     wait(sums_ready)
-    dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = mixer_backward(
+    dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = ops.mixer_backward(
         projected, p.decay_weight, w.decay_bias, w.head_norm, states, sums, _linear_backward(d_branch, p.o_proj),
         settings.heads, *grid, order_code(order), EPS, True,
     )  # fmt: skip
     del projected, states, sums
     with on_side_stream(d_branch, y):
         if one_image:
-            do_proj, dgate1 = _gated_gradients(d, y, w.o_proj, gate1)
+            do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1)
         elif needed.o_proj:
             do_proj = weight_gradient(as_rows(d_branch), as_rows(y))
     del y, d_branch
-    dx, _, _, dshift1, dscale1, dnorm1, h = norm_modulate_backward(
+    dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
         x, None, None, shift1, scale1, w.norm1, stats1, d, _linear_backward(dprojected, p.in_proj), norm
     )
     dc = dadaln_weight = dadaln_bias = None
@@ -308,20 +337,21 @@ def infer_block(
     """
     w, p, grid, order = weights, prepared.products, settings.grid, settings.order
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
-    h, _ = norm_modulate_forward(x, shift1, scale1, w.norm1, settings.norm, EPS, x.dtype)
+    ops = _operations(x)
+    h, _ = ops.norm(x, shift1, scale1, w.norm1, settings.norm, EPS, x.dtype)
     halved = fused_cast is not None and h.shape[1] <= HALVED_TOKENS
     projected = _linear_in_halves(h, p.in_proj) if halved else _linear(h, p.in_proj)
-    y, _ = mixer_forward(
+    y, _ = ops.mixer(
         projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS
     )
     x = x if in_place else x.clone()
     x[0].addmm_(y[0], p.o_proj.T)
-    h, _ = norm_modulate_forward(x, shift2, scale2, w.norm2, settings.norm, EPS, x.dtype)
-    hidden = project_up(h, p.gate_proj, False)[0] if fused_cast is None else fused_cast.project_up(h, p.gate_proj)
+    h, _ = ops.norm(x, shift2, scale2, w.norm2, settings.norm, EPS, x.dtype)
+    hidden = ops.up(h, p.gate_proj, False)[0] if fused_cast is None else fused_cast.project_up(h, p.gate_proj)
     x[0].addmm_(hidden[0], p.down_proj.T)
     if w.conv_weight is None or w.conv_bias is None:
         return x
-    return srem_forward(x, None, None, w.conv_weight, w.conv_bias, *grid, *order)
+    return ops.srem(x, None, None, w.conv_weight, w.conv_bias, *grid, *order)
 
 
 def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, ahead: Ahead | None = None) -> Tensor:

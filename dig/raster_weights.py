@@ -79,7 +79,7 @@ class BlockWeights(NamedTuple):
     @property
     def products(self) -> Products:
         """The weights of the products among them."""
-        return Products._make(getattr(self, name) for name in Products._fields)
+        return Products(self.in_proj, self.decay_weight, self.gate_proj, self.o_proj, self.down_proj)
 
 
 @dataclass(frozen=True, kw_only=True)

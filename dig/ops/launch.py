@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from operator import attrgetter
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +53,8 @@ class _Form(NamedTuple):
 class LaunchContext:
     """How one thread launches this project's kernels on one device.
 
+    A context manager: within, the device is the current one, as Triton's launches ask for.
+
     Args:
         device: The device.
     """
@@ -63,6 +64,21 @@ class LaunchContext:
         self._waited: set[int] = set()
         self._gpu = gpu_index(device) if device.type == "cuda" else -1
         self._forms: dict[Any, _Form] = {}
+        self._before: list[int] = []
+
+    def __enter__(self) -> LaunchContext:
+        if self._gpu >= 0:
+            current = torch.cuda.current_device()
+            self._before.append(current)
+            if current != self._gpu:
+                torch.cuda.set_device(self._gpu)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._gpu >= 0:
+            before = self._before.pop()
+            if before != self._gpu:
+                torch.cuda.set_device(before)
 
     def __call__(
         self, kernel: Any, grid: Grid, tensors: tuple[Argument, ...], numbers: tuple[float, ...], **constants: Any
@@ -87,12 +103,11 @@ class LaunchContext:
             if not bits % ALIGNMENT and isinstance(compiled, CompiledKernel):
                 self._keep(key, kernel, compiled, len(tensors) + len(numbers), constants)
             return
+        run, function, metadata, constant, _ = form
         stream = triton.runtime.driver.active.get_current_stream(self._gpu)
-        x, y, z = (*grid, 1, 1)[:3]
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         # Neither metadata nor hooks: `_watched` has seen that nobody asks for them.
-        form.run(
-            x, y, z, stream, form.function, form.metadata, None, None, None, *addresses, *numbers, *form.constants
-        )  # fmt: skip
+        run(x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers, *constant)
 
     def _keep(self, key: Any, kernel: Any, compiled: CompiledKernel, given: int, constants: dict[str, Any]) -> None:
         if len(self._forms) >= MOST_FORMS:
@@ -134,11 +149,11 @@ _EARLY: dict[str, Any] = {"EARLY": True, "launch_pdl": True}
 
 def _watched(kernel: Any) -> bool:
     """Whether somebody is to be told of every launch, as Triton does; an interpreted kernel is never launched."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    # A chain of hooks, or somebody's function in its place.
-    return bool(
-        getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or getattr(kernel, "pre_run_hooks", ())
-    )
+    runtime = knobs.runtime
+    try:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks)
+    except AttributeError:  # Somebody's function in the place of a chain of hooks, or no kernel of Triton's compiler.
+        return True
 
 
 def _looked_at(arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[Any, ...], int]:
@@ -203,30 +218,13 @@ def launch_context(device: torch.device) -> LaunchContext:
     return context
 
 
-class launching:  # noqa: N801 - a context manager that is called like a function
-    """Make a CUDA device the current one, as Triton's launches ask for; gives this thread's `LaunchContext` there.
+def launching(device: torch.device) -> LaunchContext:
+    """Make a CUDA device the current one within, as Triton's launches ask for; gives `launch_context`.
 
     Args:
         device: Where the kernels within are launched. On a CPU they are interpreted.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before: int | None = None
-
-    def __enter__(self) -> LaunchContext:
-        if self._device.type == "cuda":
-            index, current = self._device.index, torch.cuda.current_device()
-            if index is not None and index != current:
-                torch.cuda.set_device(index)
-                self._before = current
-        return launch_context(self._device)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            torch.cuda.set_device(self._before)
+    return launch_context(device)
 
 
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

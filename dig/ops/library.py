@@ -30,14 +30,14 @@ class Operation(Generic[P, R]):
     """
 
     def __init__(self, function: Callable[P, R], name: str) -> None:
-        self._function = function
+        self.function = function
         self.registered = torch.library.custom_op(name, function, mutates_args=())
         update_wrapper(self, function)
 
     def __call__(self, *arguments: P.args, **named: P.kwargs) -> R:
         """What the function gives, differentiable where gradients are recorded."""
-        if arguments and _unseen(arguments[0]):
-            return self._function(*arguments, **named)
+        if arguments and unseen(arguments[0]):
+            return self.function(*arguments, **named)
         result: R = self.registered(*arguments, **named)
         return result
 
@@ -60,8 +60,11 @@ def operation(name: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
     return register
 
 
-def _unseen(first: object) -> bool:
-    """Whether nothing but the kernels has to know of an operation that is called here with this first argument."""
+def unseen(first: object) -> bool:
+    """Whether nothing but the kernels has to know of an operation that is called here with this first argument.
+
+    Then `Operation.function` may be called in its place; whoever calls several asks once.
+    """
     # torch.compile takes the registered operation, and mustn't trace what else is asked here.
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False

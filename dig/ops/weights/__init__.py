@@ -14,6 +14,7 @@ Shapes: N rows and M columns of a weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,14 @@ from dig.ops.weights.kernels import gated_weight_gradient_kernel, matrix_vector_
 from dig.ops.whole import ceil_div, power_of_two
 
 
+@functools.lru_cache(maxsize=1024)
+def _cut(shapes: tuple[torch.Size, ...], ungated: int, elements: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Elements of each weight, elements that one of its gate serves, and blocks of all weights together."""
+    sizes = tuple(shape.numel() for shape in shapes)
+    columns = tuple(1 if i < ungated else shape[-1] for i, shape in enumerate(shapes))
+    return sizes, columns, sum(ceil_div(size, elements) for size in sizes)
+
+
 @operation("dig::prepare_weights")
 def prepare_weights(
     weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype, programs: int | None = None
@@ -36,12 +45,10 @@ def prepare_weights(
     at most so many, and leaves the card's other SMs alone.
     """
     weights, gates = [weight.contiguous() for weight in weights], [gate.contiguous() for gate in gates]
-    copies = [empty(weight, dtype) for weight in weights]
-    sizes = tuple(weight.numel() for weight in weights)
+    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     ungated = len(weights) - len(gates)
-    columns = tuple(1 if i < ungated else weight.shape[-1] for i, weight in enumerate(weights))
     tiles = for_device(weights[0].device).weights.copy_for(programs)
-    blocks = sum(ceil_div(size, tiles.elements) for size in sizes)
+    sizes, columns, blocks = _cut(tuple(weight.shape for weight in weights), ungated, tiles.elements)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
     with launching(weights[0].device) as launch:
