@@ -6,6 +6,7 @@ import typer
 
 from dig.command_line import OneLineGroup
 from dig.commands.evaluate import classifier_command, evaluate_command
+from dig.commands.export import export_command
 from dig.commands.sample import sample_command
 from dig.commands.train import train_command
 from dig.training.data.encode_command import encode_command
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("sample")(sample_command)
+app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("classifier")(classifier_command)
 app.command("encode")(encode_command)

@@ -146,10 +146,12 @@ class Decoder:
     Attributes:
         decode: Scaled latents (B, C, h, w) to images (B, 3, H, W).
         sha256: Of the VAE's weights.
+        model: The VAE itself, diffusers' AutoencoderKL.
     """
 
     decode: Callable[[Tensor], Tensor]
     sha256: str
+    model: Any
 
 
 def open_decoder(
@@ -201,4 +203,4 @@ def open_decoder(
             raise NotFiniteError(f"what the VAE {vae} makes of the latents is not finite, and is not drawn")
         return images
 
-    return Decoder(decode=decode, sha256=sha256)
+    return Decoder(decode=decode, sha256=sha256, model=model)

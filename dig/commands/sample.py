@@ -38,7 +38,8 @@ def sample_command(
     checkpoint: Annotated[
         Path,
         typer.Option(
-            help="A run's folder (its newest whole checkpoint), a checkpoint, or a published .pt/.safetensors."
+            help="A run's folder (its newest whole checkpoint), a checkpoint, an exported or published "
+            ".pt/.safetensors, diffusers' DiT as a folder, or a hub name."
         ),
     ],
     npz: Annotated[Path | None, typer.Option(help="File of all samples: uint8 (N, H, W, 3) as arr_0.")] = None,
@@ -135,22 +136,18 @@ def sample_command(
         from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
         from dig.sampling.images import make_grid
         from dig.sampling.runner import BatchSampler, SamplePlan, default_model_batch
-        from dig.sampling.weights import Published, load_weights
+        from dig.sampling.weights import Published, load_weights, read_choice
         from dig.training.needs import Footprint, check_sampling
 
         published = None
         if model is not None:
-            published = Published(
-                model=model,
-                image_size=256 if image_size is None else image_size,
-                num_classes=1000 if num_classes is None else num_classes,
-            )
+            published = Published(model=model, image_size=image_size, num_classes=num_classes)
         found = load_weights(
             checkpoint,
             device=where,
             published=published,
             backend=backend,
-            choice=cast(Any, weights),
+            choice=read_choice(weights),
         )
         labels = parse_classes(classes, found.class_names, found.spec.num_classes, found.spec.num_classes)
         size = Footprint.of(found.spec)
@@ -234,6 +231,8 @@ def _write_grid(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 def _open_vae(found: Weights, *, vae: str | None, latents: bool, other: bool, device: str) -> Decoder | None:
     """The VAE for a model's latents; None of a model of pixels, and of latents that stay as they are."""
+    if vae is None and not latents:
+        vae = found.vae
     if latents:
         if found.latent_scale is None:
             raise ValueError("this model works on pixels: it has no --latents")

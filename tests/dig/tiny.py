@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import baselines.declared
+from baselines.dit import DiT, DiTConfig
 from dig import declared, registry
 from dig.cli import app
 from dig.family import Family
@@ -26,6 +28,13 @@ def build(size: str, **arguments: Any) -> DiG:
 
 
 TINY = replace(declared.DIG, build=build)
+
+
+def build_dit(size: str, **arguments: Any) -> DiT:
+    return DiT(DiTConfig(depth=2, width=64, heads=2, **arguments))
+
+
+TINY_DIT = replace(baselines.declared.DIT, build=build_dit)
 
 
 @contextmanager
