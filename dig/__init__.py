@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dig.graphs import Captured, CaptureError, capture
+    from dig.sampling.api import Samples, load, sample
     from dig.sampling.diffusers_names import match_frequencies
 
 __version__ = "0.1.0"
-__all__ = ["CaptureError", "Captured", "__version__", "capture", "match_frequencies"]
+__all__ = ["CaptureError", "Captured", "Samples", "__version__", "capture", "load", "match_frequencies", "sample"]
 
 _FROM = {
     "CaptureError": "dig.graphs",
     "Captured": "dig.graphs",
     "capture": "dig.graphs",
+    "Samples": "dig.sampling.api",
+    "load": "dig.sampling.api",
+    "sample": "dig.sampling.api",
     "match_frequencies": "dig.sampling.diffusers_names",
 }
 

@@ -1,11 +1,10 @@
-"""What the commands share: choosing the device, refusing bad input, progress, opening data and VAEs."""
+"""What the commands share: choosing the device, refusing bad input, progress, opening data."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +17,7 @@ from dig.messages import describe, one_line
 from dig.packages import MissingPackageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from dig.sampling.decoder import Decoder
     from dig.training.data import DataSet
 
 DataOption = Annotated[
@@ -139,68 +137,10 @@ def open_data(path: Path, *, image_size: int | None, channels: int | None, mirro
     return open_dataset(path, image_size=image_size, channels=channels, mirror=mirror)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
-    """A VAE that makes images of latents.
-
-    Attributes:
-        decode: Scaled latents (B, C, h, w) to images (B, 3, H, W).
-        sha256: Of the VAE's weights.
-        model: The VAE itself, diffusers' AutoencoderKL.
-    """
-
-    decode: Callable[[Tensor], Tensor]
-    sha256: str
-    model: Any
-
-
-def open_decoder(
-    vae: str | None,
-    scale: float | None,
-    device: str,
-    *,
-    channels: int | None = None,
-    made_by: str | None = None,
-    other: bool = False,
-) -> Decoder | None:
-    """The VAE of that name; None without one.
-
-    Args:
-        vae: A folder or a name on the hub.
-        scale: What latents were multiplied with; None in pixel space.
-        device: Where it runs.
-        channels: C of the latents.
-        made_by: SHA-256 of the weights of the VAE that the latents were made with, where that is known.
-        other: Whether it may be another one.
-
-    Raises:
-        ValueError: There is no such VAE, it doesn't fit the latents, or a model of pixels needs none.
-    """
+def open_decoder(vae: str | None, scale: float | None, device: str, **said: Any) -> Decoder | None:
+    """The VAE of that name; None without one: `dig.sampling.decoder.open_decoder`, imported once it is needed."""
     if vae is None:
         return None
-    if scale is None:
-        raise ValueError("this model works on pixels: it needs no --vae")
-    import torch
+    from dig.sampling import decoder
 
-    from dig.diffusion import NotFiniteError
-    from dig.training.data.vae import load_vae, weights_sha256
-
-    model: Any = load_vae(vae, torch.device(device))
-    if channels is not None and model.config.latent_channels != channels:
-        raise ValueError(f"the VAE {vae} decodes {model.config.latent_channels} channels; the latents have {channels}")
-    sha256 = weights_sha256(model)
-    if made_by is not None and made_by != sha256 and not other:
-        raise ValueError(
-            f"the VAE {vae} is not the one that the latents were made with (weights {sha256[:12]}, not "
-            f"{made_by[:12]}): name that one; a decoder that was tuned for the same latents takes sample --other-vae"
-        )
-
-    def decode(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            # One image at a time: a decoder's activations are hundreds of times its input.
-            images = torch.cat([model.decode(part / scale).sample for part in x.split(1)])
-        if not bool(torch.isfinite(images).all()):
-            raise NotFiniteError(f"what the VAE {vae} makes of the latents is not finite, and is not drawn")
-        return images
-
-    return Decoder(decode=decode, sha256=sha256, model=model)
+    return decoder.open_decoder(vae, scale, device, **said)

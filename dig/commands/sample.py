@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dig.commands.common import (
-    Decoder,
     DeviceOption,
     choose_precision,
     one_device,
@@ -22,13 +21,13 @@ from dig.commands.common import (
     refusing,
 )
 from dig.messages import describe
-from dig.sampling.classes import parse_classes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from dig.sampling.decoder import Decoder
     from dig.sampling.weights import Weights
 
 GRID_IMAGES = 100
@@ -135,7 +134,8 @@ def sample_command(
 
         from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
         from dig.sampling.images import make_grid
-        from dig.sampling.runner import BatchSampler, SamplePlan, default_model_batch
+        from dig.sampling.planning import doubts, plan_samples
+        from dig.sampling.runner import BatchSampler
         from dig.sampling.weights import Published, load_weights, read_choice
         from dig.training.needs import Footprint, check_sampling
 
@@ -149,33 +149,30 @@ def sample_command(
             backend=backend,
             choice=read_choice(weights),
         )
-        labels = parse_classes(classes, found.class_names, found.spec.num_classes, found.spec.num_classes)
         size = Footprint.of(found.spec)
-        name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
-        at_once = model_batch if model_batch is not None else default_model_batch(size.tokens, where)
-        plan = SamplePlan(
-            classes=labels,
-            count=samples if samples is not None else min(100, 8 * len(labels)),
+        plan = plan_samples(
+            classes=classes,
+            class_names=found.class_names,
+            num_classes=found.spec.num_classes,
+            loss=found.loss,
+            tokens=size.tokens,
+            device=where,
+            samples=samples,
+            sampler=sampler,
+            cfg=cfg,
+            cfg_channels=cfg_channels,
+            model_batch=model_batch,
             first=first,
-            sampler=cast(Any, sampler or ("euler" if found.loss == "flow-matching" else "ddim")),
             steps=steps,
             eta=eta,
-            cfg_scale=cfg,
-            cfg_channels=cast(Any, cfg_channels),
             seed=seed,
-            model_batch=at_once,
             bf16=bf16,
         )
-        if (plan.sampler == "euler") != (found.loss == "flow-matching"):
-            raise ValueError(f"{plan.sampler} can't sample a model that was trained with the loss {found.loss}")
-        guided = plan.cfg_scale != 1
-        for warning in (
-            found.check_guidance(guided=guided, null=found.spec.num_classes in labels),
-            found.check_average(),
-        ):
-            if warning is not None:
-                console.print(f"warning: {warning}")
-        check_sampling(size, device=where, at_once=at_once * (2 if guided else 1))
+        labels, guided = plan.classes, plan.cfg_scale != 1
+        name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
+        for warning in doubts(found, plan):
+            console.print(f"warning: {warning}")
+        check_sampling(size, device=where, at_once=plan.model_batch * (2 if guided else 1))
         decoder = _open_vae(found, vae=vae, latents=latents, other=other_vae, device=where)
         for path, suffix in ((npz, ".npz"), (grid, ".png")):
             if path is not None:

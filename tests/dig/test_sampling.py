@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 from dig.checkpoints import to_release
 from dig.cli import app
-from dig.commands.sample import parse_classes
 from dig.declared import DIG
 from dig.diffusion import sample
 from dig.graphs import CaptureError
 from dig.layers import Backbone
 from dig.registry import create_model, list_variants
 from dig.sampling import runner as runs
+from dig.sampling.classes import parse_classes
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.weights import load_weights
 from dig.training.saving import checkpoint_files
