@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from dig.commands.common import (
     ChannelsOption,
@@ -22,22 +23,52 @@ from dig.commands.common import (
     progress_bar,
     refusing,
 )
+from dig.commands.drawing import Asked, draw_folder, prepare
 
 if TYPE_CHECKING:
     from dig.training.data import DataSet
 
 logger = logging.getLogger(__name__)
 
+MAKING = "Samples that are made first"
 NEEDED = 4
 """Images of either kind: precision and recall look at the third neighbour of each."""
 
 
 def evaluate_command(
     samples: Annotated[
-        list[Path],
-        typer.Option(help="npz file of samples, as python -m dig sample writes it; may be given repeatedly."),
+        list[str],
+        typer.Option(
+            help="npz file or folder of PNG files, as python -m dig sample writes them; may be given repeatedly. With "
+            "--checkpoint, how many to make."
+        ),
     ],
     data: DataOption,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Make the samples first, as python -m dig sample --images does.", rich_help_panel=MAKING),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for them; the same command goes on where it was. Default: evaluation/step-... of the run.",
+            rich_help_panel=MAKING,
+        ),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="As of sample. Default: all.", rich_help_panel=MAKING)] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="As of sample. Default: ddim, or euler.", rich_help_panel=MAKING)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: 50.", rich_help_panel=MAKING)] = None,
+    cfg: Annotated[float, typer.Option(help="Guidance; 1 is none.", rich_help_panel=MAKING)] = 1.0,
+    cfg_channels: Annotated[
+        str, typer.Option(help="Which noise channels are guided: three or all.", rich_help_panel=MAKING)
+    ] = "three",
+    seed: Annotated[int, typer.Option(help="Of the noise.", rich_help_panel=MAKING)] = 0,
+    weights: Annotated[
+        str | None, typer.Option(help="Of a run: averaged or raw. Default: averaged.", rich_help_panel=MAKING)
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Decodes latents.", rich_help_panel=MAKING)] = None,
     classifier: Annotated[
         Path | None, typer.Option(help="File of a classifier (python -m dig classifier): a Fréchet distance, not FID.")
     ] = None,
@@ -60,10 +91,12 @@ def evaluate_command(
     The number has no meaning beside one of other features, another count of images or another data set. Two disjoint
     halves of the data set are compared too, where there are images enough: what a perfect model would get.
     """
-    open_console()
+    console = open_console()
     with refusing():
         if (classifier is None) == (inception is None):
-            raise ValueError("choose the features: either --classifier or --inception")
+            raise ValueError(
+                "choose the features: either --classifier, a file that python -m dig classifier makes, or --inception"
+            )
         for name, value in (("count", count), ("reference", reference)):
             if value is not None and value < NEEDED:
                 raise ValueError(
@@ -87,25 +120,51 @@ def evaluate_command(
 
         where = torch.device(one_device(device))
         dataset = open_data(data, image_size=image_size, channels=channels)
-        # All files first: a wrong one shouldn't end the run between two others.
-        sets = [read_samples(path) for path in samples]
-        for (images, _), path in zip(sets, samples, strict=True):
-            if tuple(images.shape[1:3]) != dataset.sample_shape[1:] or dataset.sample_shape[0] not in (1, 3):
-                raise ValueError(_other_size(images.shape[1:3], dataset, data, channels, classifier))
-            if len(images) < NEEDED:
-                raise ValueError(f"precision and recall need more than {NEEDED - 1} images; {path} holds {len(images)}")
-            if count is not None and len(images) < count:
-                raise ValueError(f"{path} holds {len(images):,} samples, fewer than --count {count:,}")
         extractor: Extractor
         if inception is not None:
             extractor = InceptionFeatures(inception, where)
         else:
             assert classifier is not None
             extractor = ClassifierFeatures(classifier, where)
-            extractor.check(dataset.sample_shape, (images for images, _ in sets))
+        if checkpoint is None:
+            paths = [Path(word) for word in samples]
+            given = {"images": images, "classes": classes, "sampler": sampler, "steps": steps, "vae": vae,
+                     "weights": weights, "cfg": cfg if cfg != 1 else None, "seed": seed or None}  # fmt: skip
+            if unused := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"--{unused[0]} is of samples that are made: give --checkpoint too")
+        else:
+            asked = Asked(
+                checkpoint=checkpoint,
+                samples=_how_many(samples),
+                classes=classes,
+                sampler=sampler,
+                steps=steps,
+                cfg=cfg,
+                cfg_channels=cfg_channels,
+                seed=seed,
+                weights=weights,
+                vae=vae,
+                device=device,
+            )
+            if isinstance(extractor, ClassifierFeatures):
+                extractor.check(dataset.sample_shape, ())
+            # A folder may hold more than are asked for.
+            count = asked.samples if count is None else count
+            paths = [_make(asked, images, dataset, data, channels, classifier, console)]
+        # All files first: a wrong one shouldn't end the run between two others.
+        sets = [read_samples(path) for path in paths]
+        for (pixels, _), path in zip(sets, paths, strict=True):
+            if tuple(pixels.shape[1:3]) != dataset.sample_shape[1:] or dataset.sample_shape[0] not in (1, 3):
+                raise ValueError(_other_size(pixels.shape[1:3], dataset, data, channels, classifier))
+            if len(pixels) < NEEDED:
+                raise ValueError(f"precision and recall need more than {NEEDED - 1} images; {path} holds {len(pixels)}")
+            if count is not None and len(pixels) < count:
+                raise ValueError(f"{path} holds {len(pixels):,} samples, fewer than --count {count:,}")
+        if isinstance(extractor, ClassifierFeatures):
+            extractor.check(dataset.sample_shape, (pixels for pixels, _ in sets))
             if extractor.spec.class_names != dataset.class_names:
                 logger.warning("%s was trained on other classes than those of %s", classifier, dataset.name)
-        sizes = {len(images) if count is None else count for images, _ in sets}
+        sizes = {len(pixels) if count is None else count for pixels, _ in sets}
         if len(sizes) > 1 and reference is None:
             raise ValueError(
                 "these files hold different numbers of samples; give --reference or --count, so that they are compared "
@@ -126,13 +185,13 @@ def evaluate_command(
         truth = Gaussian.of(real)
         floor = frechet_distance(truth, Gaussian.of(other)) if len(other) == compared else None
         failed = None
-        for (images, about), path in zip(sets, samples, strict=True):
-            generated = extract(extractor, array_batches(images[:count]), where)
+        for (pixels, about), path in zip(sets, paths, strict=True):
+            generated = extract(extractor, array_batches(pixels[:count]), where)
             distance = frechet_distance(truth, Gaussian.of(generated))
             precision, recall = precision_recall(real, generated)
             # At once: what comes after may fail.
             line = (
-                (f"{path}: " if len(samples) > 1 else "")
+                (f"{path}: " if len(paths) > 1 else "")
                 + f"{extractor.metric}: {_digits(distance)}"
                 + (f" (two halves of the data: {_digits(floor)})" if floor is not None else "")
                 + f", precision {precision:.3f}, recall {recall:.3f}; {len(generated):,} samples, {compared:,} images "
@@ -159,6 +218,41 @@ def evaluate_command(
                     failed = f"cannot append to {append}: {error.strerror}; the results are those printed here"
         if failed:
             raise ValueError(failed)
+
+
+def _how_many(samples: list[str]) -> int:
+    """What --samples says beside --checkpoint."""
+    if len(samples) != 1 or not (samples[0].isascii() and samples[0].isdecimal() and len(samples[0]) < 10):
+        raise ValueError(f"with --checkpoint, --samples is how many to make; got {', '.join(samples)[:80]}")
+    if int(samples[0]) < NEEDED:
+        raise ValueError(f"samples must be at least {NEEDED}, for the third neighbour of each; got {samples[0]}")
+    return int(samples[0])
+
+
+def _make(
+    asked: Asked,
+    images: Path | None,
+    dataset: DataSet,
+    data: Path,
+    channels: int | None,
+    classifier: Path | None,
+    console: Console,
+) -> Path:
+    """Make samples in a folder, which is returned: of a run in a folder of its own, a checkpoint each."""
+    from dig.sampling.folder import open_folder
+
+    drawing = prepare(asked, console)
+    step = drawing.found.step
+    if images is None:
+        if step is None or not asked.checkpoint.is_dir():
+            raise ValueError(f"{asked.checkpoint} is no run: say with --images which folder its samples go into")
+        images = asked.checkpoint / "evaluation" / f"step-{step:08d}"
+    size = drawing.found.image_size
+    if drawing.decoder is None and size != dataset.sample_shape[1:]:
+        raise ValueError(_other_size(size, dataset, data, channels, classifier))
+    open_folder(images)
+    draw_folder(drawing, drawing.runner(console), images, console)
+    return images
 
 
 def _check_rows(path: Path) -> None:

@@ -208,11 +208,11 @@ def sample(
     finally:
         model.train(training)
     labels = plan.labels(range(plan.first, plan.first + plan.count))
-    words = {label: names[label] if names else str(label) for label in set(labels) if label < model.num_classes}
+    known = {label: names[label] if names else str(label) for label in set(labels) if label < model.num_classes}
     return Samples(
         tensor=tensor,
         labels=torch.tensor(labels),
-        classes=tuple(words.get(label, "no class") for label in labels),
+        classes=tuple(known.get(label, "no class") for label in labels),
         pixels=_pixels(tensor, decoder, where, latent=trained.latent if trained is not None else False),
     )
 

@@ -124,6 +124,7 @@ class BatchSampler:
         self.plan = plan
         self._finish = finish
         self.device = device
+        self.num_classes = model.num_classes
         self._shape = (model.in_channels, *model.input_size)
         self._solver = build_solver(plan.sampler, steps=plan.steps, eta=plan.eta)
         denoiser = Denoiser(

@@ -78,6 +78,12 @@ class Trained:
         factor = VAE_FACTOR if self.latent else 1
         return height * factor, width * factor
 
+    def class_name(self, label: int) -> str:
+        """A label's name; its number where names are not known, ``no class`` of the null label."""
+        if label >= self.num_classes:
+            return "no class"
+        return self.class_names[label] if self.class_names else str(label)
+
     def check_guidance(self, *, guided: bool, null: bool) -> str | None:
         """Whether samples that take the null label can mean anything: a warning, or None.
 
