@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench.cases import suites as case_lists
 from bench.cases.case import Case
-from bench.cases.choices import choose_device, default_dtype, default_execution
+from bench.cases.choices import choose_device, default_dtype, default_execution, default_resolution
 from bench.cases.jobs import Limits
 from bench.cli.capacity import capacity
 from bench.cli.compare import compare, export
@@ -69,8 +69,13 @@ def run(
     sizes: Annotated[str, typer.Option(help="Model sizes, separated by commas.")] = "S",
     patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
     resolutions: Annotated[
-        str, typer.Option("--resolutions", "--resolution", help="Image sides in pixels, separated by commas.")
-    ] = "1024",
+        str | None,
+        typer.Option(
+            "--resolutions",
+            "--resolution",
+            help="Image sides in pixels, separated by commas. Default: 1024 on a GPU, 128 on a CPU.",
+        ),
+    ] = None,
     modes: Annotated[str, typer.Option(help="train (forward, backward, AdamW), forward, or both.")] = "train,forward",
     executions: Annotated[
         str | None,
@@ -142,7 +147,9 @@ def run(
                 words(models) if models is not None else _default_models(where),
                 sizes=words(sizes),
                 patch=patch,
-                resolutions=numbers(resolutions, "--resolutions"),
+                resolutions=[default_resolution(where)]
+                if resolutions is None
+                else numbers(resolutions, "--resolutions"),
                 modes=cast(Any, words(modes)),
                 executions=cast(Any, words(executions or default_execution(where))),
                 scope=cast(Any, compile_scope),
