@@ -7,8 +7,10 @@ import typer
 from dig.command_line import OneLineGroup
 from dig.commands.evaluate import classifier_command, evaluate_command
 from dig.commands.export import export_command
+from dig.commands.helps import FIRST, HELPS
 from dig.commands.sample import sample_command
 from dig.commands.train import train_command
+from dig.helping import add_help
 from dig.training.data.encode_command import encode_command
 
 app = typer.Typer(
@@ -23,3 +25,4 @@ app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("classifier")(classifier_command)
 app.command("encode")(encode_command)
+add_help(app, HELPS, FIRST)

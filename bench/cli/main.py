@@ -18,6 +18,7 @@ from bench.cli.capacity import capacity
 from bench.cli.compare import compare, export
 from bench.cli.coverage import coverage
 from bench.cli.first_step import first_step
+from bench.cli.helps import FIRST, FIRST_OPS, HELPS
 from bench.cli.kernels import kernels
 from bench.cli.list import list_models
 from bench.cli.ops import ops
@@ -32,6 +33,7 @@ from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.commands.common import progress_bar
 from dig.environment import ROOT, describe_environment, gpu_present
+from dig.helping import add_help
 from dig.registry import parse_name
 
 app = typer.Typer(
@@ -253,3 +255,5 @@ for command in (
 ):
     app.command("list" if command is list_models else None)(command)
 app.add_typer(ops, name="ops")
+add_help(app, HELPS, FIRST)
+add_help(ops, {}, FIRST_OPS)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAKING = "Samples that are made first"
 NEEDED = 4
 """Images of either kind: precision and recall look at the third neighbour of each."""
 
@@ -46,29 +45,22 @@ def evaluate_command(
     data: DataOption,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Make the samples first, as python -m dig sample --images does.", rich_help_panel=MAKING),
+        typer.Option(help="Make the samples first, as python -m dig sample --images does."),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
             help="Folder for them; the same command goes on where it was. Default: evaluation/step-... of the run.",
-            rich_help_panel=MAKING,
         ),
     ] = None,
-    classes: Annotated[str | None, typer.Option(help="As of sample. Default: all.", rich_help_panel=MAKING)] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="As of sample. Default: ddim, or euler.", rich_help_panel=MAKING)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: 50.", rich_help_panel=MAKING)] = None,
-    cfg: Annotated[float, typer.Option(help="Guidance; 1 is none.", rich_help_panel=MAKING)] = 1.0,
-    cfg_channels: Annotated[
-        str, typer.Option(help="Which noise channels are guided: three or all.", rich_help_panel=MAKING)
-    ] = "three",
-    seed: Annotated[int, typer.Option(help="Of the noise.", rich_help_panel=MAKING)] = 0,
-    weights: Annotated[
-        str | None, typer.Option(help="Of a run: averaged or raw. Default: averaged.", rich_help_panel=MAKING)
-    ] = None,
-    vae: Annotated[str | None, typer.Option(help="Decodes latents.", rich_help_panel=MAKING)] = None,
+    classes: Annotated[str | None, typer.Option(help="As of sample. Default: all.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="As of sample. Default: ddim, or euler.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: 50.")] = None,
+    cfg: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.0,
+    cfg_channels: Annotated[str, typer.Option(help="Which noise channels are guided: three or all.")] = "three",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="Of a run: averaged or raw. Default: averaged.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Decodes latents.")] = None,
     classifier: Annotated[
         Path | None, typer.Option(help="File of a classifier (python -m dig classifier): a Fréchet distance, not FID.")
     ] = None,

@@ -9,8 +9,6 @@ import typer
 
 from dig.commands.common import open_console, open_decoder, refusing
 
-MODEL = "Model of a published file"
-
 
 def export_command(
     checkpoint: Annotated[
@@ -39,14 +37,10 @@ def export_command(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="Of a published file: DiG-XL/2:variant=release, DiT-XL/2, ...", rich_help_panel=MODEL),
+        typer.Option(help="Of a published file: DiG-XL/2:variant=release, DiT-XL/2, ..."),
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Of a published file, in pixels. Default: 256.", rich_help_panel=MODEL)
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(help="Of a published file. Default: 1000.", rich_help_panel=MODEL)
-    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Of a published file, in pixels. Default: 256.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Of a published file. Default: 1000.")] = None,
 ) -> None:
     """Write weights for others to load: diffusers' folder, one safetensors file, or the authors' names.
 
