@@ -19,10 +19,10 @@ HELPS = {
         groups={
             "Run": "out resume config steps seed dry_run quiet",
             "Data": "data image_size channels mirror workers vae",
-            "Model": "model init freeze lora lora_rank lora_alpha lora_targets checkpoint_blocks",
+            "Model": "model init freeze lora lora_target checkpoint_blocks",
             "Optimisation": "batch accumulate lr schedule warmup clip weight_decay",
             "Loss and averages": "loss label_dropout ema ema_warmup",
-            "Logging and saving": "log_every save_every keep grid_every grid_steps grid_cfg log logger loggers project",
+            "Logging and saving": "log_every save_every keep grid_every grid_steps grid_cfg log",
             MACHINE: "device dtype execution deterministic",
         },
         examples=(
