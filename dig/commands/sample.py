@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -14,14 +15,17 @@ import typer
 from dig.commands.common import (
     Decoder,
     DeviceOption,
+    DryRunOption,
+    QuietOption,
     choose_precision,
     one_device,
-    open_console,
     open_decoder,
-    progress_bar,
     refusing,
 )
-from dig.messages import describe
+from dig.commands.dry_run import rehearse_sampling
+from dig.memory import peak_memory
+from dig.messages import describe, one_line
+from dig.progress import following, open_console
 from dig.sampling.classes import parse_classes
 
 if TYPE_CHECKING:
@@ -103,15 +107,17 @@ def sample_command(
         str | None,
         typer.Option(help="graph (the whole loop as a CUDA graph) or eager. Default: graph on a GPU."),
     ] = None,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Sample images from a trained model, with its averaged weights unless told otherwise.
 
     Interrupted, it goes on with the same command: finished batches are kept beside the file until all are there. The
     same seed gives the same images, bit for bit, whatever --samples, --first and --batch are.
     """
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
-        if npz is None and grid is None:
+        if npz is None and grid is None and not dry_run:
             raise ValueError("nothing to write: give --npz, --grid or both")
         where = one_device(device)
         bf16 = choose_precision(dtype, where) == "bf16"
@@ -177,9 +183,15 @@ def sample_command(
             found.check_average(),
         ):
             if warning is not None:
-                console.print(f"warning: {warning}")
+                typer.echo(f"warning: {one_line(warning)}", err=True)
         check_sampling(size, device=where, at_once=at_once * (2 if guided else 1))
         decoder = _open_vae(found, vae=vae, latents=latents, other=other_vae, device=where)
+        if dry_run:
+            network = found.build(where)
+            runner = BatchSampler(network, plan, torch.device(where))
+            parameters = sum(parameter.numel() for parameter in network.parameters())
+            rehearse_sampling(runner, model=found.spec.describe(), parameters=parameters, device=where)
+            return
         for path, suffix in ((npz, ".npz"), (grid, ".png")):
             if path is not None:
                 check_output(path, suffix)
@@ -199,21 +211,28 @@ def sample_command(
         console.print(f"{found.spec.describe()}{at}, on {where}")
         finish = _finish(decoder, latents=latents)
         runner = BatchSampler(network, plan, torch.device(where), graph=captures, finish=finish)
+        memory = partial(peak_memory, where)
         with ExitStack() as stack:
             if grid is not None:
                 stack.enter_context(only_writer(grid))
             if npz is not None:
                 started = time.perf_counter()
-                with progress_bar(console) as bar:
-                    task = bar.add_task(f"sampling into {npz}", total=plan.count)
+                with following(console, f"sampling into {npz}", total=plan.count, unit="sample", memory=memory) as told:
+                    runner.report = told.advance
                     for progress in sample_to_npz(runner, npz, batch=batch, about=about, name=name):
-                        bar.update(task, completed=progress.done)
+                        told.update(progress.done)
+                    runner.report = None
                 made, seconds = progress.done - progress.skipped, time.perf_counter() - started
                 before = f" ({progress.skipped} made before)" if progress.skipped else ""
                 typer.echo(f"{plan.count} samples{before} in {npz}: {made / seconds:.3g} a second")
             if grid is not None:
                 shown = range(first, first + min(plan.count, GRID_IMAGES))
-                pixels = first_samples(npz, len(shown)) if npz is not None else runner.samples(shown)
+                if npz is not None:
+                    pixels = first_samples(npz, len(shown))
+                else:
+                    with following(console, "sampling", total=len(shown), unit="sample", memory=memory) as told:
+                        runner.report = told.advance
+                        pixels = runner.samples(shown)
                 # A class keeps to its column.
                 columns = len(labels) * (10 // len(labels)) if 1 < len(labels) <= 10 else None
                 _write_grid(grid, make_grid(pixels, columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +15,19 @@ from dig.commands.common import (
     ChannelsOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     ImageSizeOption,
+    QuietOption,
     WorkersOption,
     choose_precision,
     one_device,
-    open_console,
     open_data,
     open_decoder,
-    progress_bar,
     refusing,
 )
+from dig.commands.dry_run import rehearse_training
+from dig.memory import peak_memory
+from dig.progress import following, open_console
 from dig.registry import ModelSpec, parse_model
 
 
@@ -133,6 +137,8 @@ def train_command(
     grid_cfg: Annotated[float, typer.Option(help="Guidance of a grid.")] = 1.5,
     vae: Annotated[str | None, typer.Option(help="VAE that decodes the grids of a model of latents.")] = None,
     workers: WorkersOption = None,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a model on a folder of images, idx files or latent shards.
 
@@ -140,7 +146,7 @@ def train_command(
     had not been stopped. --steps may then be raised (with a constant learning rate), and whatever has to do with logs,
     grids and checkpoints may be changed. SIGUSR1 makes it save a checkpoint and go on.
     """
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
         where = one_device(device)
         precision = choose_precision(dtype, where)
@@ -151,7 +157,7 @@ def train_command(
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.training.config import DataSpec, TrainConfig, choose_execution
         from dig.training.needs import draws_in_training
-        from dig.training.resuming import recorded_config
+        from dig.training.resuming import recorded_config, steps_behind
         from dig.training.trainer import Status, Trainer
 
         begun = recorded_config(out)
@@ -202,6 +208,9 @@ def train_command(
             channels=data_spec.shape[0],
             made_by=data_spec.vae_sha256,
         )
+        if dry_run:
+            rehearse_training(config, dataset, done=steps_behind(out), workers=workers)
+            return
         console.print(f"{config.model.describe()}\n{dataset.describe()}")
         console.print(f"execution {chosen}: {reason}")
         if grid_every and data_spec.latent_scale is not None and decoder is None:
@@ -214,17 +223,21 @@ def train_command(
             finished = trainer.step >= steps
             if trainer.step and not finished:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}")
-            with progress_bar(console, "loss {task.fields[loss]:.4f}", "{task.fields[rate]:.0f} img/s") as bar:
-                task = bar.add_task(
-                    f"training into {out}", total=steps, completed=trainer.step, loss=float("nan"), rate=float("nan")
-                )
+            with following(
+                console,
+                f"training into {out}",
+                total=steps,
+                done=trainer.step,
+                images=batch,
+                memory=lambda: peak_memory(where),
+            ) as progress:
 
                 def report(status: Status) -> None:
-                    bar.update(task, completed=status.step, loss=status.loss, rate=status.images_per_second)
+                    progress.update(status.step, figures="" if math.isnan(status.loss) else f"loss {status.loss:.4f}")
 
                 done = trainer.run(stop=lambda: received.stop, save=received.take_save, report=report)
     if done < steps:
-        console.print(f"stopped: {done} of {steps} steps are in {out}; go on with the same command")
+        typer.echo(f"stopped: {done} of {steps} steps are in {out}; go on with the same command", err=True)
         raise typer.Exit(130)
     if finished:
         more = "a larger --steps" if schedule == "constant" else "another folder: this schedule is done"

@@ -15,7 +15,7 @@ from dig.fields import INTEGERS
 from dig.memory import check_disk
 from dig.messages import describe
 from dig.training.config import TrainConfig
-from dig.training.saving import FOLDER, Checkpoint, CheckpointError, checkpoint_files, step_of
+from dig.training.saving import FOLDER, Checkpoint, CheckpointError, checkpoint_files, newest_checkpoint, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,12 @@ def recorded_config(folder: Path) -> TrainConfig | None:
     """
     content = _read_config(folder)
     return None if content is None else content[0]
+
+
+def steps_behind(folder: Path) -> int:
+    """Steps of a run's newest whole checkpoint; 0 where there is none."""
+    path = newest_checkpoint(folder / FOLDER)
+    return 0 if path is None else step_of(path)
 
 
 def _read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]] | None:

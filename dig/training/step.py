@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dig.diffusion import Loss
+from dig.diffusion import Loss, build_loss
 from dig.graphs import Captured, CaptureError, capture
 from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
@@ -263,3 +263,11 @@ class TrainingStep:
                 "in the backward pass; use execution eager, or leave out the checkpointing of blocks"
             )
         return captured
+
+
+def build_step(config: TrainConfig) -> TrainingStep:
+    """The training step of a run, with its first weights, on its device."""
+    torch.manual_seed(config.seed)
+    device = torch.device(config.device)
+    # Made on the CPU: its generator gives the same weights on every device.
+    return TrainingStep(config, config.model.build().to(device), build_loss(config.loss, device=device))

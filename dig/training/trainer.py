@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dig.ceiling import gpu_ceiling
-from dig.diffusion import build_loss
 from dig.environment import describe_environment
 from dig.flops import UncountedError, model_macs
 from dig.layers import Backbone
@@ -43,7 +42,7 @@ from dig.training.saving import (
     save_checkpoint,
     set_aside,
 )
-from dig.training.step import TrainingStep, use_deterministic_algorithms
+from dig.training.step import build_step, use_deterministic_algorithms
 from dig.training.watch import NotFiniteLossError, StepWatch, TrainingError
 
 __all__ = ["CONFIG_NAME", "NotFiniteLossError", "Status", "Trainer", "TrainingError"]
@@ -60,12 +59,12 @@ AVERAGE_WARNING = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How far a run has come, as of its last line of the log.
+    """How far a run has come.
 
     Attributes:
         step: Steps that lie behind.
-        loss: Mean loss of the steps of the last line; NaN before the first.
-        images_per_second: Likewise.
+        loss: Mean loss since the last line of the log, as far as the device has come; NaN before the first step.
+        images_per_second: Of the steps of the last line of the log; NaN before the first.
     """
 
     step: int
@@ -142,13 +141,8 @@ class Trainer:
             (folder / name).mkdir(exist_ok=True)
         if config.deterministic:
             use_deterministic_algorithms()
-        torch.manual_seed(config.seed)
-        device = torch.device(config.device)
-        # Made on the CPU: its generator gives the same weights on every device.
-        model = config.model.build().to(device)
-        self._null_label = model.null_label
+        self._step = build_step(config)
         self._macs = _macs(config)
-        self._step = TrainingStep(config, model, build_loss(config.loss, device=device))
         self._watch = StepWatch((*self._step.loss.terms, "grad_norm"), config.device)
         self._whole = True  # whether all of the state is of the same step
         self.step = 0
@@ -270,7 +264,7 @@ class Trainer:
                 self.config,
                 self._dataset,
                 self._step.loss,
-                null_label=self._null_label,
+                null_label=self.model.null_label,
                 first_step=self.step,
                 workers=self._workers,
             )
@@ -317,7 +311,7 @@ class Trainer:
             self.step += 1
             self._pending += 1
             self._whole = True
-            self._watch.passed(self.step, self._step.sums)
+            self._watch.passed(self.step, self._step.sums, self._pending)
             asked = save()
             logs, saves = self.step % config.log_every == 0, asked or self.step % config.save_every == 0
             grids = self._grid_is_due()
@@ -339,7 +333,7 @@ class Trainer:
                     self.log.event("saved", step=self.step)
             if logs or saves or grids:
                 clock = time.perf_counter()
-            self.status = Status(step=self.step, loss=self.status.loss, images_per_second=self.status.images_per_second)
+            self.status = Status(step=self.step, loss=self._watch.loss, images_per_second=self.status.images_per_second)
             if report is not None:
                 report(self.status)
         if clock is not None:
