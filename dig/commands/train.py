@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,15 +20,19 @@ from dig.commands.common import (
     QuietOption,
     WorkersOption,
     choose_precision,
-    one_device,
     open_data,
     open_decoder,
     refusing,
 )
 from dig.commands.dry_run import rehearse_training
+from dig.commands.places import Place, find_place
+from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option_types, write_options
 from dig.memory import peak_memory
 from dig.progress import following, open_console
-from dig.registry import ModelSpec, parse_model
+from dig.registry import ModelSpec
+
+if TYPE_CHECKING:
+    from dig.training.config import TrainConfig
 
 
 class _Received:
@@ -73,7 +77,18 @@ def _interrupts() -> Iterator[_Received]:
             signal.signal(number, handler)
 
 
+def _config(context: typer.Context, value: Path | None) -> Path | None:
+    load_config(context, value, train_command)
+    return value
+
+
+def _resume(context: typer.Context, value: Path | None) -> Path | None:
+    load_run(context, value, train_command)
+    return value
+
+
 def train_command(
+    context: typer.Context,
     data: DataOption,
     out: Annotated[
         Path, typer.Option(help="Folder of the run. With checkpoints in it, the run goes on from the newest whole one.")
@@ -137,23 +152,54 @@ def train_command(
     grid_cfg: Annotated[float, typer.Option(help="Guidance of a grid.")] = 1.5,
     vae: Annotated[str | None, typer.Option(help="VAE that decodes the grids of a model of latents.")] = None,
     workers: WorkersOption = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_resume,
+            is_eager=True,
+            help="Go on with the run in this folder: no other option is needed. Steps, logs, grids, checkpoints and "
+            "workers may be given anew; device, backend and execution too, with other last bits.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_config,
+            is_eager=True,
+            help="TOML file of options (lr = 3e-4); those on the command line win. Every run writes its own: "
+            "config.toml.",
+        ),
+    ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train a model on a folder of images, idx files or latent shards.
 
-    Stopped by Ctrl-C, SIGTERM, SIGHUP, SIGKILL or a power cut, it goes on with the same command, bit for bit as if it
-    had not been stopped. --steps may then be raised (with a constant learning rate), and whatever has to do with logs,
-    grids and checkpoints may be changed. SIGUSR1 makes it save a checkpoint and go on.
+    Stopped by Ctrl-C, SIGTERM, SIGHUP, SIGKILL or a power cut, it goes on with --resume and its folder, or with the
+    same command, bit for bit as if it had not been stopped. --steps may then be raised (with a constant learning rate),
+    and whatever has to do with logs, grids and checkpoints may be changed. SIGUSR1 makes it save a checkpoint and go
+    on.
     """
     console = open_console(quiet=quiet)
     with refusing():
-        where = one_device(device)
-        precision = choose_precision(dtype, where)
+        if resume is not None and config is not None:
+            raise ValueError("--resume takes the run's own options; --config begins another run")
+        if resume is not None and out.resolve() != resume.resolve():
+            raise ValueError(
+                f"--resume goes on in {resume}; leave out --out, or begin another run with its options: "
+                f"--config {resume / OPTIONS_NAME} --out {out}"
+            )
         dataset = open_data(data, image_size=image_size, channels=channels, mirror=mirror)
         if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
             raise ValueError(f"{out} lies in the data's own folder, {data}, and would be data; choose another --out")
-        name, options, source = parse_model(model, where)
+        going_on = None
+        if resume is not None:
+            from dig.training.resuming import recorded_config
+
+            going_on = recorded_config(resume)
+        place = find_place(context, model=model, device=device, execution=execution, going_on=going_on)
+        where = place.device
+        precision = choose_precision(dtype, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.training.config import DataSpec, TrainConfig, choose_execution
         from dig.training.needs import draws_in_training
@@ -162,17 +208,18 @@ def train_command(
 
         begun = recorded_config(out)
         spec = ModelSpec(
-            name=name,
-            options=options,
+            name=place.name,
+            options=place.options,
             input_size=dataset.sample_shape[1:],
             in_channels=dataset.sample_shape[0],
             num_classes=dataset.num_classes,
-            source=source,
+            source=place.source,
         )
-        redraws = checkpoint_blocks and where == "cuda" and execution == "auto" and draws_in_training(spec)
-        chosen, reason = choose_execution(execution, device=where, begun=begun, redraws=redraws)
+        asked = place.asked["execution"]
+        redraws = checkpoint_blocks and where == "cuda" and asked == "auto" and draws_in_training(spec)
+        chosen, reason = choose_execution(asked, device=where, begun=begun, redraws=redraws)
         data_spec = DataSpec.of(dataset)
-        config = TrainConfig(
+        run = TrainConfig(
             model=spec,
             data=data_spec,
             device=cast(Any, where),
@@ -209,9 +256,9 @@ def train_command(
             made_by=data_spec.vae_sha256,
         )
         if dry_run:
-            rehearse_training(config, dataset, done=steps_behind(out), workers=workers)
+            rehearse_training(run, dataset, done=steps_behind(out), workers=workers)
             return
-        console.print(f"{config.model.describe()}\n{dataset.describe()}")
+        console.print(f"{run.model.describe()}\n{dataset.describe()}")
         console.print(f"execution {chosen}: {reason}")
         if grid_every and data_spec.latent_scale is not None and decoder is None:
             console.print("no grids of samples: the data are latents, and no --vae was given to decode them")
@@ -219,7 +266,8 @@ def train_command(
             console.print("grids of samples without guidance: with --label-dropout 0 there is nothing to guide against")
         decode = decoder.decode if decoder is not None else None
         with _interrupts() as received:
-            trainer = Trainer(config, dataset, out, decode=decode, workers=workers)
+            trainer = Trainer(run, dataset, out, decode=decode, workers=workers, elsewhere=resume is not None)
+            _write_options(context, out, run, place)
             finished = trainer.step >= steps
             if trainer.step and not finished:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}")
@@ -237,10 +285,28 @@ def train_command(
 
                 done = trainer.run(stop=lambda: received.stop, save=received.take_save, report=report)
     if done < steps:
-        typer.echo(f"stopped: {done} of {steps} steps are in {out}; go on with the same command", err=True)
+        how = f"go on with the same command, or --resume {out}"
+        typer.echo(f"stopped: {done} of {steps} steps are in {out}; {how}", err=True)
         raise typer.Exit(130)
     if finished:
         more = "a larger --steps" if schedule == "constant" else "another folder: this schedule is done"
         typer.echo(f"{out} is finished already, at step {done}; to train on, give {more}")
         return
     typer.echo(f"{done} steps in {out}, {trainer.seconds:.0f} s of training; the last checkpoint holds them")
+
+
+def _write_options(context: typer.Context, out: Path, run: TrainConfig, place: Place) -> None:
+    """Write the options of a run into its folder, with what those became that were left open."""
+    from dig.training.data.files import write_atomically
+
+    # In one order, whatever was given.
+    values = {name: context.params.get(name) for name in option_types(train_command)}
+    values |= {**place.asked, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
+    if run.data.latent_scale is None:
+        values |= {"image_size": run.data.shape[1], "channels": run.data.shape[0]}
+    comments = {
+        "model": ", ".join(f"{name}={value}" for name, value in run.model.options.items()),
+        "device": run.device,
+        "execution": f"{run.execution}: {run.execution_reason}",
+    }
+    write_atomically(out / OPTIONS_NAME, write_options(values, comments))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from dig.diffusion import LossName, build_solver
+from dig.family import BACKEND
 from dig.fields import INTEGERS, fits
 from dig.registry import ModelSpec
 from dig.training.data import DataSet, LatentShards
@@ -210,9 +211,13 @@ class TrainConfig:
         _check_types(cls, content, without=tuple(parts))
         return cls(**{**content, **parts})
 
-    def differences(self, other: TrainConfig) -> list[str]:
-        """``name: ours, theirs`` of everything that keeps a run from going on as the other one began."""
-        free = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("free")}
+    def differences(self, other: TrainConfig, *, elsewhere: bool = False) -> list[str]:
+        """``name: ours, theirs`` of everything that keeps a run from going on as the other one began.
+
+        ``elsewhere`` it may go on on another device, backend or execution: with the same state, but other last bits.
+        """
+        free = set(_WHERE) if elsewhere else set()
+        free |= {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("free")}
         if self.schedule == "constant":
             free.add("steps")
         ours, theirs = _flat(self.to_json()), _flat(other.to_json())
@@ -222,6 +227,15 @@ class TrainConfig:
         return [
             f"{_CHECKSUMS.get(name, name)}: {str(ours.get(name))[:60]}, {str(theirs.get(name))[:60]}"
             for name in names
+            if ours.get(name) != theirs.get(name)
+        ]
+
+    def moves(self, other: TrainConfig) -> list[str]:
+        """``device (theirs, now ours)`` of what `differences` lets pass ``elsewhere``."""
+        ours, theirs = _flat(self.to_json()), _flat(other.to_json())
+        return [
+            f"{word} ({theirs.get(name)}, now {ours.get(name)})"
+            for name, word in _WHERE.items()
             if ours.get(name) != theirs.get(name)
         ]
 
@@ -251,6 +265,8 @@ def choose_execution(asked: str, *, device: str, begun: TrainConfig | None, redr
     return "eager", "the default on a CPU, which has no CUDA graphs"
 
 
+_WHERE = {"device": "device", f"model.options.{BACKEND}": "backend", "execution": "execution"}
+"""What decides on a run's last bits and not on what it is."""
 _CHECKSUMS = {"data.sha256": "content of the data", "data.vae_sha256": "VAE of the latents"}
 
 

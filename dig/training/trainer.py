@@ -92,6 +92,8 @@ class Trainer:
         decode: Latents (B, C, h, w), scaled, to images (B, 3, H, W), for grids of samples. None in pixel space; with
             latents, there are then no grids.
         workers: Processes that read the data.
+        elsewhere: Whether a run that began on another device, backend or execution may go on here, with other last
+            bits.
 
     Attributes:
         step: Steps that lie behind.
@@ -114,7 +116,9 @@ class Trainer:
         *,
         decode: Callable[[Tensor], Tensor] | None = None,
         workers: int | None = None,
+        elsewhere: bool = False,
     ) -> None:
+        self._elsewhere = elsewhere
         self.config = config
         self.folder = folder
         self._dataset = dataset
@@ -135,7 +139,7 @@ class Trainer:
         """Build the model, load the newest checkpoint, open the logs."""
         config, folder = self.config, self.folder
         environment = describe_environment()
-        check_folder(config, folder, environment)
+        check_folder(config, folder, environment, elsewhere=self._elsewhere)
         # What can't be made should be known now, and not when there is something to write.
         for name in (FOLDER, GRIDS_NAME):
             (folder / name).mkdir(exist_ok=True)
@@ -185,8 +189,12 @@ class Trainer:
             return
         checkpoint = read_checkpoint(path)
         check_same_run(self.config, path, checkpoint.about)
-        check_state(checkpoint, self._state())
         tensors, about = checkpoint.tensors, checkpoint.about
+        if about["config"]["device"] != self.config.device:
+            # Of another device, on which a model's own draws went on elsewhere.
+            tensors.pop("random.cuda", None)
+            tensors |= {name: state for name, state in self._state().items() if name == "random.cuda"}
+        check_state(checkpoint, self._state())
         torch.set_rng_state(tensors.pop("random.cpu"))
         if "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors.pop("random.cuda"))
