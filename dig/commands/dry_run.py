@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,6 +13,8 @@ from dig.messages import one_line
 from dig.progress import duration, number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dig.sampling.runner import BatchSampler
     from dig.training.config import TrainConfig
     from dig.training.data import DataSet
@@ -25,7 +28,9 @@ def tell(**facts: str) -> None:
         typer.echo(f"{name.replace('_', ' ')}: {one_line(value)}")
 
 
-def rehearse_training(config: TrainConfig, dataset: DataSet, *, done: int, workers: int | None) -> None:
+def rehearse_training(
+    config: TrainConfig, dataset: DataSet, *, done: int, workers: int | None, first: Mapping[str, Tensor] | None
+) -> None:
     """Print what a run would be, and measure a few steps of it.
 
     Args:
@@ -33,6 +38,7 @@ def rehearse_training(config: TrainConfig, dataset: DataSet, *, done: int, worke
         dataset: Its data, open.
         done: Steps that lie behind.
         workers: Processes that read the data.
+        first: State dict of its first weights, where they are those of a file.
     """
     from dig.training.needs import count_parameters, training_needs
     from dig.training.rehearsal import rehearse
@@ -58,9 +64,9 @@ def rehearse_training(config: TrainConfig, dataset: DataSet, *, done: int, worke
         typer.echo(NOTHING)
         return
     # What is above stays where the measurement fails or is interrupted.
-    taken = rehearse(config, dataset, workers=workers)
+    taken = rehearse(config, dataset, workers=workers, first=first)
     where = "the GPU's" if config.device == "cuda" else "the whole process"
-    tell(memory_measured=f"{in_bytes(taken.memory)} ({where})")
+    tell(trained=f"{taken.trained:,} numbers", memory_measured=f"{in_bytes(taken.memory)} ({where})")
     if taken.seconds is None:
         tell(time=f"the one step took {duration(taken.first)}")
     else:

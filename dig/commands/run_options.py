@@ -136,9 +136,13 @@ def load_run(context: typer.Context, folder: Path | None, command: Callable[...,
 
 def options_of(config: Any) -> dict[str, Any]:
     """The options that a `TrainConfig` says; where it runs is left to the device that goes on with it."""
-    renamed = {"learning_rate": "lr"}
-    left_out = ("model", "data", "device", "execution", "execution_reason")
-    options = {renamed.get(name, name): value for name, value in vars(config).items() if name not in left_out}
+    renamed = {"learning_rate": "lr", "lora_targets": "lora_target"}
+    left_out = ("model", "data", "device", "execution", "execution_reason", "init", "lora_whole")
+    options = {
+        renamed.get(name, name): list(value) if isinstance(value, tuple) else value
+        for name, value in vars(config).items()
+        if name not in left_out
+    }
     data = config.data
     if data.latent_scale is None:
         options |= {"image_size": data.shape[1], "channels": data.shape[0]}

@@ -107,6 +107,10 @@ def sample_command(
         str | None,
         typer.Option(help="graph (the whole loop as a CUDA graph) or eager. Default: graph on a GPU."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Low-rank adapter for the checkpoint's weights: a run of train --lora, or peft's folder."),
+    ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -158,6 +162,11 @@ def sample_command(
             backend=backend,
             choice=cast(Any, weights),
         )
+        adapter_sha256 = None
+        if adapter is not None:
+            from dig.sampling.adapters import with_adapter
+
+            found, adapter_sha256 = with_adapter(found, adapter)
         labels = parse_classes(classes, found.class_names, found.spec.num_classes, found.spec.num_classes)
         size = Footprint.of(found.spec)
         name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
@@ -201,6 +210,7 @@ def sample_command(
             "options": dict(found.spec.options),
             "checkpoint": found.path.name,
             "sha256": found.sha256,
+            **({"adapter_sha256": adapter_sha256} if adapter_sha256 is not None else {}),
             "weights": found.choice,
             "step": found.step,
             "seconds": found.seconds,

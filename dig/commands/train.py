@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from dig.commands.beginning import Beginning
 from dig.commands.common import (
     ChannelsOption,
     DataOption,
@@ -25,7 +26,7 @@ from dig.commands.common import (
     refusing,
 )
 from dig.commands.dry_run import rehearse_training
-from dig.commands.places import Place, find_place
+from dig.commands.places import find_place
 from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option_types, write_options
 from dig.memory import peak_memory
 from dig.progress import following, open_console
@@ -170,6 +171,27 @@ def train_command(
             "config.toml.",
         ),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to begin with: a run (its averaged weights), its checkpoint, or a published file. Other "
+            "classes and another image size are fitted. --model is then the file's by default."
+        ),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameters that are not trained, as a pattern of names: 'blocks.0.*'; repeatable."),
+    ] = None,
+    lora: Annotated[
+        int, typer.Option(help="Rank of low-rank adapters to train instead of the weights of --init; 0 for none.")
+    ] = 0,
+    lora_target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linear layers that get an adapter, as a pattern of names: '*.attn.*'; repeatable. Default: all of "
+            "every block."
+        ),
+    ] = None,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -197,16 +219,21 @@ def train_command(
             from dig.training.resuming import recorded_config
 
             going_on = recorded_config(resume)
+        if lora_target and not lora:
+            raise ValueError("--lora-target chooses layers for --lora, which gives their adapters' rank")
+        beginning = Beginning(init, out)
+        model = beginning.model(context, model, device)
         place = find_place(context, model=model, device=device, execution=execution, going_on=going_on)
         where = place.device
         precision = choose_precision(dtype, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.training.config import DataSpec, TrainConfig, choose_execution
+        from dig.training.lora import TARGETS
         from dig.training.needs import draws_in_training
-        from dig.training.resuming import recorded_config, steps_behind
+        from dig.training.resuming import steps_behind
         from dig.training.trainer import Status, Trainer
 
-        begun = recorded_config(out)
+        begun = beginning.begun
         spec = ModelSpec(
             name=place.name,
             options=place.options,
@@ -219,6 +246,7 @@ def train_command(
         redraws = checkpoint_blocks and where == "cuda" and asked == "auto" and draws_in_training(spec)
         chosen, reason = choose_execution(asked, device=where, begun=begun, redraws=redraws)
         data_spec = DataSpec.of(dataset)
+        first = beginning.weights(spec, data_spec, device=where, loss=loss, seed=seed)
         run = TrainConfig(
             model=spec,
             data=data_spec,
@@ -241,6 +269,11 @@ def train_command(
             execution_reason=reason,
             checkpoint_blocks=checkpoint_blocks,
             deterministic=deterministic,
+            init=beginning.sha256(first, resuming=resume is not None),
+            freeze=tuple(freeze or ()),
+            lora=lora,
+            lora_targets=tuple(lora_target or TARGETS) if lora else (),
+            lora_whole=beginning.lora_whole(first, spec) if lora else (),
             log_every=log_every,
             save_every=save_every,
             keep=keep,
@@ -255,8 +288,11 @@ def train_command(
             channels=data_spec.shape[0],
             made_by=data_spec.vae_sha256,
         )
+        state = None if first is None else first.state
+        for note in first.notes if first is not None else ():
+            console.print(note)
         if dry_run:
-            rehearse_training(run, dataset, done=steps_behind(out), workers=workers)
+            rehearse_training(run, dataset, done=steps_behind(out), workers=workers, first=state)
             return
         console.print(f"{run.model.describe()}\n{dataset.describe()}")
         console.print(f"execution {chosen}: {reason}")
@@ -266,8 +302,10 @@ def train_command(
             console.print("grids of samples without guidance: with --label-dropout 0 there is nothing to guide against")
         decode = decoder.decode if decoder is not None else None
         with _interrupts() as received:
-            trainer = Trainer(run, dataset, out, decode=decode, workers=workers, elsewhere=resume is not None)
-            _write_options(context, out, run, place)
+            elsewhere = resume is not None
+            trainer = Trainer(run, dataset, out, decode=decode, workers=workers, first=state, elsewhere=elsewhere)
+            del first, state
+            _write_options(context, out, run, {**place.asked, "init": beginning.path})
             finished = trainer.step >= steps
             if trainer.step and not finished:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}")
@@ -295,13 +333,13 @@ def train_command(
     typer.echo(f"{done} steps in {out}, {trainer.seconds:.0f} s of training; the last checkpoint holds them")
 
 
-def _write_options(context: typer.Context, out: Path, run: TrainConfig, place: Place) -> None:
+def _write_options(context: typer.Context, out: Path, run: TrainConfig, found: Mapping[str, Any]) -> None:
     """Write the options of a run into its folder, with what those became that were left open."""
     from dig.training.data.files import write_atomically
 
     # In one order, whatever was given.
     values = {name: context.params.get(name) for name in option_types(train_command)}
-    values |= {**place.asked, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
+    values |= {**found, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
     if run.data.latent_scale is None:
         values |= {"image_size": run.data.shape[1], "channels": run.data.shape[0]}
     comments = {

@@ -18,12 +18,14 @@ from dig.diffusion import LossName
 from dig.family import BACKEND, FamilyError, UnknownModelError
 from dig.fields import INTEGERS
 from dig.layers import Backbone
+from dig.messages import describe
 from dig.registry import ModelSpec, list_variants, parse_model
 from dig.sampling.published import file_kind, read_published
 from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of
 from dig.training.data.latents import LATENT_SCALE
+from dig.training.lora import merged_state
 from dig.training.resuming import check_same_run, no_family, recorded_config
 from dig.training.saving import (
     FOLDER,
@@ -207,11 +209,17 @@ def _own(path: Path, device: str, backend: str | None, choice: WeightsChoice) ->
         raise no_family(path, error) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no run that this version knows: {error}") from None
+    state, spec = checkpoint.tensors, _on_device(config.model, device, backend)
+    if config.lora:
+        try:
+            state = merged_state(spec.build(), config, state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not hold adapters as it says: {describe(error)[:200]}") from None
     return Weights(
         path=checkpoint.path,
         sha256=sha256_of(checkpoint.path),
-        spec=_on_device(config.model, device, backend),
-        state=checkpoint.tensors,
+        spec=spec,
+        state=state,
         class_names=config.data.class_names,
         latent_scale=config.data.latent_scale,
         loss=config.loss,

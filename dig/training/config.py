@@ -103,6 +103,11 @@ class TrainConfig:
         checkpoint_blocks: Whether each block's activations are computed again in the backward pass.
         deterministic: Whether PyTorch is told to use deterministic algorithms, so that a resumed run on a GPU repeats
             bit for bit.
+        init: SHA-256 of the file that the first weights are of; empty for weights that are drawn.
+        freeze: Patterns of names of parameters that are not trained.
+        lora: Rank of the adapters that are trained in place of the weights; 0 for none.
+        lora_targets: Patterns of names of the linear layers that get one.
+        lora_whole: Names of modules that are trained beside them, as a label table with new rows.
         log_every: Steps to a line of the log.
         save_every: Steps to a checkpoint.
         keep: Checkpoints that are kept.
@@ -131,6 +136,11 @@ class TrainConfig:
     execution: Execution = "eager"
     checkpoint_blocks: bool = False
     deterministic: bool = True
+    init: str = ""
+    freeze: tuple[str, ...] = ()
+    lora: int = 0
+    lora_targets: tuple[str, ...] = ()
+    lora_whole: tuple[str, ...] = ()
     log_every: int = _free(50)
     save_every: int = _free(1000)
     keep: int = _free(3)
@@ -140,7 +150,9 @@ class TrainConfig:
     execution_reason: str = _free("")
 
     def __post_init__(self) -> None:
-        """Raise ValueError on a field that no run can have."""
+        """Take lists as JSON gives them. Raise ValueError on a field that no run can have."""
+        for name in ("freeze", "lora_targets", "lora_whole"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, kind in (
             ("device", Device),
             ("loss", LossName),
@@ -166,6 +178,12 @@ class TrainConfig:
         for name in ("label_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        if not 0 <= self.lora < 2**16:
+            raise ValueError(f"lora must be a rank, 1 or more, or 0 for no adapters; got {self.lora}")
+        if self.lora and self.freeze:
+            raise ValueError("lora freezes all but its adapters; leave out freeze")
+        if self.lora and not self.init:
+            raise ValueError("lora adapts weights that were trained: name them by --init")
         if self.batch % self.accumulate:
             raise ValueError(f"a batch of {self.batch} does not divide into {self.accumulate} equal parts")
         if not 0 <= self.seed < INTEGERS:
@@ -206,9 +224,9 @@ class TrainConfig:
         content = {"ema_warmup": False, **content}
         model, data = content["model"], content["data"]
         for kind, values in ((ModelSpec, model), (DataSpec, data)):
-            _check_types(kind, values)
+            check_types(kind, values)
         parts = {"model": ModelSpec(**model), "data": DataSpec(**data)}
-        _check_types(cls, content, without=tuple(parts))
+        check_types(cls, content, without=tuple(parts))
         return cls(**{**content, **parts})
 
     def differences(self, other: TrainConfig, *, elsewhere: bool = False) -> list[str]:
@@ -270,7 +288,7 @@ _WHERE = {"device": "device", f"model.options.{BACKEND}": "backend", "execution"
 _CHECKSUMS = {"data.sha256": "content of the data", "data.vae_sha256": "VAE of the latents"}
 
 
-def _check_types(kind: type, content: Any, without: tuple[str, ...] = ()) -> None:
+def check_types(kind: type, content: Any, without: tuple[str, ...] = ()) -> None:
     """Raise TypeError unless JSON's values are of the types of the fields of a dataclass; missing ones pass."""
     if not isinstance(content, dict):
         raise TypeError(f"a {kind.__name__} must be an object; got {type(content).__name__}")

@@ -121,12 +121,14 @@ def training_needs(config: TrainConfig) -> dict[str, int]:
     Activations are counted as one input of each block, which is what `checkpoint_blocks` keeps.
     """
     model = Footprint.of(config.model)
+    # Of frozen weights there is neither; how many those are isn't known before the model is built.
+    trained = 0 if config.lora or config.freeze else model.parameters
     at_once = config.batch // config.accumulate
     number = 2 if config.dtype == "bf16" else FP32
     return {
         "weights": FP32 * (model.parameters + model.constants),
-        "gradients": FP32 * model.parameters,
-        "optimizer": 2 * FP32 * model.parameters,
+        "gradients": FP32 * trained,
+        "optimizer": 2 * FP32 * trained,
         "average": FP32 * (model.parameters + model.constants),
         "activations": number * at_once * model.depth * model.tokens * model.width,
         "a batch and its noise": 2 * FP32 * config.batch * model.values,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dig.memory import peak_memory
 from dig.training.config import TrainConfig
@@ -26,21 +28,26 @@ class Rehearsal:
     Attributes:
         first: Seconds of the first step, which compiles kernels and captures the graph.
         seconds: Of a step after it, on average; None where the run has only one.
+        trained: Numbers that are trained.
         memory: Bytes at most: of a GPU allocated, of a host resident in the whole process.
     """
 
     first: float
     seconds: float | None
     memory: int
+    trained: int
 
 
-def rehearse(config: TrainConfig, dataset: DataSet, *, workers: int | None = None) -> Rehearsal:
+def rehearse(
+    config: TrainConfig, dataset: DataSet, *, workers: int | None = None, first: Mapping[str, Tensor] | None = None
+) -> Rehearsal:
     """Do the first steps of a run, from its first weights, and write nothing.
 
     Args:
         config: The run.
         dataset: What it is trained on.
         workers: Processes that read the data.
+        first: State dict of its first weights, where they are those of a file.
 
     Raises:
         TooLargeError: It needs more memory than there is.
@@ -53,7 +60,7 @@ def rehearse(config: TrainConfig, dataset: DataSet, *, workers: int | None = Non
     cuda = config.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    step = build_step(config)
+    step = build_step(config, first)
     stream = InputStream(config, dataset, step.loss, null_label=step.model.null_label, first_step=0, workers=workers)
 
     def timed() -> float:
@@ -64,11 +71,12 @@ def rehearse(config: TrainConfig, dataset: DataSet, *, workers: int | None = Non
         return time.perf_counter() - started
 
     try:
-        first = timed()
+        slow = timed()
         following: list[float] = []
         while len(following) < min(STEPS, config.steps - 1) and sum(following) < SECONDS:
             following.append(timed())
     finally:
         stream.close()
     seconds = sum(following) / len(following) if following else None
-    return Rehearsal(first=first, seconds=seconds, memory=peak_memory(config.device))
+    trained = sum(parameter.numel() for parameter in step.parameters)
+    return Rehearsal(first=slow, trained=trained, seconds=seconds, memory=peak_memory(config.device))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,9 @@ from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
 from dig.training.average import moving_average
 from dig.training.config import TrainConfig
+from dig.training.freezing import freeze
 from dig.training.inputs import StepInputs
+from dig.training.lora import attach
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ class TrainingStep:
 
     Attributes:
         ema: The model with averaged weights, in eval mode.
+        adapted: peft's model around it, where it has adapters.
         sums: (terms + 1,) fp64 sums over steps of the loss's terms and of the gradient's norm.
     """
 
@@ -125,6 +128,7 @@ class TrainingStep:
         self.config = config
         self.model = model
         self.loss = loss
+        self.adapted: Any = None
         self.device = next(model.parameters()).device
         stop_dropping_labels(model)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -265,9 +269,28 @@ class TrainingStep:
         return captured
 
 
-def build_step(config: TrainConfig) -> TrainingStep:
-    """The training step of a run, with its first weights, on its device."""
+def build_step(config: TrainConfig, first: Mapping[str, Tensor] | None = None) -> TrainingStep:
+    """The training step of a run, on its device.
+
+    Args:
+        config: The run.
+        first: State dict of its first weights; None where they are drawn, or a checkpoint follows.
+
+    Raises:
+        ValueError: A pattern of names fits nothing of the model.
+        MissingPackageError: Adapters need peft, which is not installed.
+    """
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
     # Made on the CPU: its generator gives the same weights on every device.
-    return TrainingStep(config, config.model.build().to(device), build_loss(config.loss, device=device))
+    model = config.model.build()
+    if first is not None:
+        model.load_state_dict(first)
+    adapted = None
+    if config.freeze:
+        freeze(model, config.freeze)
+    if config.lora:
+        adapted = attach(model, rank=config.lora, targets=config.lora_targets, whole=config.lora_whole)
+    step = TrainingStep(config, model.to(device), build_loss(config.loss, device=device))
+    step.adapted = adapted
+    return step
