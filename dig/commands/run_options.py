@@ -143,6 +143,7 @@ def options_of(config: Any) -> dict[str, Any]:
         for name, value in vars(config).items()
         if name not in left_out
     }
+    options["log"] = ",".join(config.log)
     data = config.data
     if data.latent_scale is None:
         options |= {"image_size": data.shape[1], "channels": data.shape[0]}

@@ -171,6 +171,13 @@ def train_command(
             "config.toml.",
         ),
     ] = None,
+    log: Annotated[
+        str,
+        typer.Option(
+            help="Where the log goes, separated by commas: tensorboard, jsonl, wandb (offline unless "
+            "WANDB_MODE says otherwise)."
+        ),
+    ] = "tensorboard,jsonl",
     init: Annotated[
         Path | None,
         typer.Option(
@@ -280,6 +287,7 @@ def train_command(
             grid_every=grid_every,
             grid_steps=grid_steps,
             grid_cfg=grid_cfg,
+            log=tuple(word.strip() for word in log.split(",") if word.strip()),
         )
         decoder = open_decoder(
             vae,

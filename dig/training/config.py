@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from dig.diffusion import LossName, build_solver
-from dig.family import BACKEND
+from dig.family import BACKEND, closest
 from dig.fields import INTEGERS, fits
 from dig.registry import ModelSpec
 from dig.training.data import DataSet, LatentShards
@@ -22,6 +22,7 @@ Execution = Literal["eager", "compile", "graph"]
 LearningRateSchedule = Literal["constant", "cosine"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
+Logger = Literal["tensorboard", "jsonl", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ class TrainConfig:
         grid_every: Steps to a grid of samples; 0 for none.
         grid_steps: Sampling steps of a grid.
         grid_cfg: Guidance of a grid.
+        log: Where the log goes: some of `Logger`.
     """
 
     model: ModelSpec
@@ -147,11 +149,12 @@ class TrainConfig:
     grid_every: int = _free(0)
     grid_steps: int = _free(50)
     grid_cfg: float = _free(1.5)
+    log: tuple[str, ...] = _free(("tensorboard", "jsonl"))
     execution_reason: str = _free("")
 
     def __post_init__(self) -> None:
         """Take lists as JSON gives them. Raise ValueError on a field that no run can have."""
-        for name in ("freeze", "lora_targets", "lora_whole"):
+        for name in ("freeze", "lora_targets", "lora_whole", "log"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, kind in (
             ("device", Device),
@@ -178,6 +181,11 @@ class TrainConfig:
         for name in ("label_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        for word in self.log:
+            if word not in get_args(Logger):
+                raise ValueError(f"unknown logger {word!r:.80}: {closest(word, get_args(Logger))}")
+        if not self.log or len(set(self.log)) < len(self.log):
+            raise ValueError(f"log must name one or more of {', '.join(get_args(Logger))}, each once")
         if not 0 <= self.lora < 2**16:
             raise ValueError(f"lora must be a rank, 1 or more, or 0 for no adapters; got {self.lora}")
         if self.lora and self.freeze:

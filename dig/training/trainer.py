@@ -28,6 +28,7 @@ from dig.training.data.files import write_atomically
 from dig.training.data.loader import check_workers
 from dig.training.grids import draw_grid
 from dig.training.inputs import InputStream
+from dig.training.loggers import check_loggers
 from dig.training.logs import RunLog
 from dig.training.lora import write_adapter
 from dig.training.meter import Meter
@@ -117,6 +118,7 @@ class Trainer:
         self._decode = decode
         self._workers = workers
         check_workers(workers)
+        check_loggers(config.log)
         check_training(config)
         folder.mkdir(parents=True, exist_ok=True)
         message = f"another process is training into {folder}; wait for it, or choose another folder"
@@ -161,7 +163,7 @@ class Trainer:
             )
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
-        self.log = RunLog(folder, self.step)
+        self.log = RunLog(folder, self.step, config.log, config.to_json())
         self.log.event("resumed" if self.step else "started", step=self.step, environment=environment)
         self.status = Status(step=self.step)
 
