@@ -24,7 +24,7 @@ HELPS = {
         groups={
             WHAT: "suite models sizes patch resolutions modes batch",
             HOW: "executions compile_scope max_autotune dtype weights device launches",
-            LIMITS: "out resume ahead prepare_limit time_limit",
+            LIMITS: "out resume ahead prepare_limit time_limit dry_run quiet",
         },
         examples=(
             "python -m bench run --suite auto --resume",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dig.messages import describe, one_line
 from dig.packages import MissingPackageError
@@ -32,6 +28,12 @@ ChannelsOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cuda, or cpu.")]
 WorkersOption = Annotated[
     int | None, typer.Option(help="Processes that read images. Default: a process a core; none for data in memory.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="No progress and no notes: only warnings, errors and the last line.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done, and estimates of memory and time; write nothing.")
 ]
 
 
@@ -101,31 +103,6 @@ def choose_precision(dtype: str | None, device: str) -> str:
     if chosen not in ("bf16", "fp32"):
         raise ValueError(f"dtype must be bf16 or fp32; got {chosen!r}")
     return chosen
-
-
-def open_console() -> Console:
-    """The console for people, on stderr; warnings of the library go there too.
-
-    It shows every text as it is: in rich's markup, a folder called ``[red]`` would be a colour.
-    """
-    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
-    return console
-
-
-def progress_bar(console: Console, *columns: str) -> Progress:
-    """A bar with what is done, how long it took and what is left; ``columns`` are more texts, as rich writes them."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *(TextColumn(text, markup=False) for text in columns),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def open_data(path: Path, *, image_size: int | None, channels: int | None, mirror: bool | None = None) -> DataSet:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from dig.commands.common import choose_precision, one_device, open_decoder, progress_bar
+from dig.commands.common import choose_precision, one_device, open_decoder
+from dig.memory import peak_memory
+from dig.messages import one_line
+from dig.progress import following
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +52,7 @@ class Asked:
     dtype: str | None = None
     device: str = "auto"
     execution: str | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ class Drawing:
     device: str
     captures: bool
     latents: bool
+    adapter_sha256: str | None = None
 
     def about(self) -> dict[str, Any]:
         """What the samples are of, for whatever file they go into."""
@@ -68,6 +74,7 @@ class Drawing:
             "options": dict(self.found.spec.options),
             "checkpoint": self.found.path.name,
             "sha256": self.found.sha256,
+            **({"adapter_sha256": self.adapter_sha256} if self.adapter_sha256 is not None else {}),
             "weights": self.found.choice,
             "step": self.found.step,
             "seconds": self.found.seconds,
@@ -75,15 +82,22 @@ class Drawing:
             "device": self.device,
         }
 
-    def runner(self, console: Console) -> BatchSampler:
-        """Build the model, say what it is, and make it ready."""
+    def parameters(self) -> int:
+        """Numbers in the model's weights that are trained."""
+        from dig.training.needs import count_parameters
+
+        return count_parameters(self.found.spec)
+
+    def runner(self, console: Console | None) -> BatchSampler:
+        """Build the model, say what it is where there is a console, and make it ready."""
         import torch
 
         from dig.sampling.runner import BatchSampler
 
         network = self.found.build(self.device)
         at = f", step {self.found.step}" if self.found.step is not None else ""
-        console.print(f"{self.found.spec.describe()}{at}, on {self.device}")
+        if console is not None:
+            console.print(f"{self.found.spec.describe()}{at}, on {self.device}")
         finish = _finish(self.decoder, latents=self.latents)
         return BatchSampler(network, self.plan, torch.device(self.device), graph=self.captures, finish=finish)
 
@@ -119,6 +133,11 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         backend=asked.backend,
         choice=read_choice(asked.weights),
     )
+    adapter_sha256 = None
+    if asked.adapter is not None:
+        from dig.sampling.adapters import with_adapter
+
+        found, adapter_sha256 = with_adapter(found, asked.adapter)
     size = Footprint.of(found.spec)
     plan = plan_samples(
         classes=asked.classes,
@@ -139,10 +158,18 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         bf16=bf16,
     )
     for warning in doubts(found, plan):
-        console.print(f"warning: {warning}")
+        typer.echo(f"warning: {one_line(warning)}", err=True)
     check_sampling(size, device=where, at_once=plan.model_batch * (2 if plan.cfg_scale != 1 else 1))
     decoder = _open_vae(found, asked, where)
-    return Drawing(found=found, plan=plan, decoder=decoder, device=where, captures=captures, latents=asked.latents)
+    return Drawing(
+        found=found,
+        plan=plan,
+        decoder=decoder,
+        device=where,
+        captures=captures,
+        latents=asked.latents,
+        adapter_sha256=adapter_sha256,
+    )
 
 
 def draw_folder(drawing: Drawing, runner: BatchSampler, folder: Path, console: Console) -> None:
@@ -150,10 +177,12 @@ def draw_folder(drawing: Drawing, runner: BatchSampler, folder: Path, console: C
     from dig.sampling.folder import sample_to_folder
 
     plan, started = drawing.plan, time.perf_counter()
-    with progress_bar(console) as bar:
-        task = bar.add_task(f"sampling into {folder}", total=plan.count)
+    memory = partial(peak_memory, drawing.device)
+    with following(console, f"sampling into {folder}", total=plan.count, unit="sample", memory=memory) as told:
+        runner.report = told.advance
         for progress in sample_to_folder(runner, folder, about=drawing.about(), class_names=drawing.found.class_names):
-            bar.update(task, completed=progress.done)
+            told.update(progress.done)
+        runner.report = None
     made, seconds = progress.done - progress.skipped, time.perf_counter() - started
     before = f" ({progress.skipped} made before)" if progress.skipped else ""
     typer.echo(f"{plan.count} samples{before} in {folder}: {made / seconds:.3g} a second")

@@ -15,15 +15,17 @@ from dig.commands.common import (
     ChannelsOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     ImageSizeOption,
+    QuietOption,
     WorkersOption,
     one_device,
-    open_console,
     open_data,
-    progress_bar,
     refusing,
 )
 from dig.commands.drawing import Asked, draw_folder, prepare
+from dig.commands.dry_run import NOTHING, tell
+from dig.progress import following, open_console
 
 if TYPE_CHECKING:
     from dig.training.data import DataSet
@@ -77,13 +79,15 @@ def evaluate_command(
     channels: ChannelsOption = None,
     append: Annotated[Path | None, typer.Option(help="JSON-lines file to append the result to.")] = None,
     device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure samples against the data set: Fréchet distance, precision and recall.
 
     The number has no meaning beside one of other features, another count of images or another data set. Two disjoint
     halves of the data set are compared too, where there are images enough: what a perfect model would get.
     """
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
         if (classifier is None) == (inception is None):
             raise ValueError(
@@ -165,9 +169,21 @@ def evaluate_command(
         if reference is not None and reference > len(dataset):
             raise ValueError(f"{dataset.name} holds {len(dataset):,} images, fewer than --reference {reference:,}")
         compared = min(len(dataset), reference if reference is not None else sizes.pop())
+        if dry_run:
+            tell(
+                samples="; ".join(
+                    f"{len(images[:count]):,} of {path}" for (images, _), path in zip(sets, samples, strict=True)
+                ),
+                data=f"{dataset.describe()}; {compared:,} images are compared",
+                features=f"{extractor.metric}, {extractor.description}",
+                device=str(where),
+            )
+            typer.echo(NOTHING)
+            return
         # One draw, then cut in two: halves that share no image.
         batches = DatasetBatches(dataset, min(len(dataset), 2 * compared))
-        real = extract(extractor, batches, where)
+        with following(console, f"reading {dataset.name}", total=batches.count, unit="image") as progress:
+            real = extract(extractor, progress.counting(batches, len), where)
         lost = _tell_unreadable(batches.unreadable)
         if len(real) < max(NEEDED, reference or 0):
             raise ValueError(f"of {dataset.name} only {len(real):,} images can be read{lost}")
@@ -178,7 +194,8 @@ def evaluate_command(
         floor = frechet_distance(truth, Gaussian.of(other)) if len(other) == compared else None
         failed = None
         for (pixels, about), path in zip(sets, paths, strict=True):
-            generated = extract(extractor, array_batches(pixels[:count]), where)
+            with following(console, f"reading {path}", total=len(pixels[:count]), unit="image") as progress:
+                generated = extract(extractor, progress.counting(array_batches(pixels[:count]), len), where)
             distance = frechet_distance(truth, Gaussian.of(generated))
             precision, recall = precision_recall(real, generated)
             # At once: what comes after may fail.
@@ -313,9 +330,10 @@ def classifier_command(
     channels: ChannelsOption = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Train the small classifier whose features evaluate can measure samples with."""
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
         import dataclasses
 
@@ -356,12 +374,11 @@ def classifier_command(
         spec = ClassifierSpec(shape=dataset.sample_shape, class_names=dataset.class_names)
         size = len(classifier_bytes(Classifier(spec), spec))
         check_disk(out.parent, size, "the classifier's weights", "make room, or choose another place")
-        with progress_bar(console) as bar:
-            task = bar.add_task(f"training {out}", total=None)
+        with following(console, f"training {out}", total=None, images=batch) as progress:
             for trained in train_classifier(
                 dataset, epochs=epochs, batch=batch, seed=seed, device=where, workers=workers
             ):
-                bar.update(task, total=trained.steps, completed=trained.step)
+                progress.update(trained.step, total=trained.steps)
         model = trained.model
         # Before it is tested: a test that fails costs the figure, not the classifier.
         write_or_keep(out, classifier_bytes(model, model.spec))

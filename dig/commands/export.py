@@ -7,7 +7,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from dig.commands.common import open_console, open_decoder, refusing
+from dig.commands.common import open_decoder, refusing
+from dig.progress import open_console
 
 
 def export_command(

@@ -32,7 +32,7 @@ HELPS = {
     ),
     "sample": Help(
         groups={
-            "Weights": "checkpoint weights backend vae other_vae",
+            "Weights": "checkpoint weights adapter backend vae other_vae",
             OUTPUT: "images npz grid labels scale latents batch",
             SAMPLES: "samples classes seed first",
             "Sampler": "sampler steps eta cfg cfg_channels",

@@ -5,14 +5,18 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dig.commands.common import DeviceOption, open_console, progress_bar, refusing
+from dig.commands.common import DeviceOption, DryRunOption, QuietOption, refusing
 from dig.commands.drawing import Asked, Drawing, draw_folder, prepare
+from dig.commands.dry_run import rehearse_sampling
+from dig.memory import peak_memory
 from dig.messages import describe
+from dig.progress import following, open_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,15 +101,21 @@ def sample_command(
         str | None,
         typer.Option(help="graph (the whole loop as a CUDA graph) or eager. Default: graph on a GPU."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Low-rank adapter for the checkpoint's weights: a run of train --lora, or peft's folder."),
+    ] = None,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Sample images from a trained model, with its averaged weights unless told otherwise.
 
     Interrupted, it goes on with the same command: finished images are kept, and batches beside the npz file until all
     are there. The same seed gives the same images, bit for bit, whatever --samples, --first and --batch are.
     """
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
-        if npz is None and grid is None and images is None:
+        if npz is None and grid is None and images is None and not dry_run:
             raise ValueError("nothing to write: give --images, --npz or --grid")
         if npz is not None and images is not None:
             raise ValueError("choose --images or --npz: each holds all samples")
@@ -141,28 +151,36 @@ def sample_command(
             dtype=dtype,
             device=device,
             execution=execution,
+            adapter=adapter,
         )
         drawing = prepare(asked, console)
         from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
         from dig.sampling.folder import first_images, open_folder
 
         plan = drawing.plan
+        if dry_run:
+            runner = drawing.runner(None)
+            parameters = drawing.parameters()
+            rehearse_sampling(runner, model=drawing.found.spec.describe(), parameters=parameters, device=drawing.device)
+            return
         for path, suffix in ((npz, ".npz"), (grid, ".png")):
             if path is not None:
                 check_output(path, suffix)
         if images is not None:
             open_folder(images)
         runner = drawing.runner(console)
+        memory = partial(peak_memory, drawing.device)
         with ExitStack() as stack:
             if grid is not None:
                 stack.enter_context(only_writer(grid))
             if npz is not None:
                 name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
                 started = time.perf_counter()
-                with progress_bar(console) as bar:
-                    task = bar.add_task(f"sampling into {npz}", total=plan.count)
+                with following(console, f"sampling into {npz}", total=plan.count, unit="sample", memory=memory) as told:
+                    runner.report = told.advance
                     for progress in sample_to_npz(runner, npz, batch=batch, about=drawing.about(), name=name):
-                        bar.update(task, completed=progress.done)
+                        told.update(progress.done)
+                    runner.report = None
                 made, seconds = progress.done - progress.skipped, time.perf_counter() - started
                 before = f" ({progress.skipped} made before)" if progress.skipped else ""
                 typer.echo(f"{plan.count} samples{before} in {npz}: {made / seconds:.3g} a second")
@@ -175,7 +193,9 @@ def sample_command(
                 elif images is not None:
                     pixels = first_images(images, plan, shown, drawing.found)
                 else:
-                    pixels = runner.samples(shown)
+                    with following(console, "sampling", total=len(shown), unit="sample", memory=memory) as told:
+                        runner.report = told.advance
+                        pixels = runner.samples(shown)
                 _write_grid(grid, _lay_out(pixels, drawing, shown, labels=labels, scale=scale))
                 typer.echo(f"{len(shown)} samples in {grid}")
 

@@ -13,6 +13,7 @@ from dig.family import BACKEND, FamilyError, UnknownModelError
 from dig.fields import INTEGERS
 from dig.hub import fetch, is_hub_name
 from dig.layers import Backbone
+from dig.messages import describe
 from dig.registry import VAE_FACTOR, ModelSpec, parse_model, parse_name
 from dig.sampling.anatomy import check_fit
 from dig.sampling.folders import HUB_FILES, HUB_NEEDED, read_folder, read_header, weights_in
@@ -22,6 +23,7 @@ from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of
 from dig.training.data.latents import LATENT_SCALE
+from dig.training.lora import merged_state
 from dig.training.resuming import check_same_run, no_family, recorded_config
 from dig.training.saving import (
     FOLDER,
@@ -178,11 +180,17 @@ def _own(path: Path, device: str, backend: str | None, choice: WeightsChoice) ->
         raise no_family(path, error) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no run that this version knows: {error}") from None
+    state, spec = checkpoint.tensors, _on_device(config.model, device, backend)
+    if config.lora:
+        try:
+            state = merged_state(spec.build(), config, state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not hold adapters as it says: {describe(error)[:200]}") from None
     return Weights(
         path=checkpoint.path,
         sha256=sha256_of(checkpoint.path),
-        spec=_on_device(config.model, device, backend),
-        state=checkpoint.tensors,
+        spec=spec,
+        state=state,
         class_names=config.data.class_names,
         latent_scale=config.data.latent_scale,
         loss=config.loss,
