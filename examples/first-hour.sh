@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A first hour: look at the models, measure two, train one on pictures in class folders, stop it and go on, sample, measure
-# the samples, take the weights to diffusers and to Python, and compare two measurements.
+# A first hour: look at the models, measure two, train one on pictures in class folders, stop it and go on, sample,
+# measure the samples, take the weights to diffusers and to Python, and compare two measurements.
 #
 #   bash examples/first-hour.sh OUT          OUT gets everything; made if it is not there
 #
 # Without a GPU it takes some minutes with the small values that are the defaults; on one, set MODEL=DiG-S/2,
-# PEER=DiT-S/2, SIZE=64, STEPS=20000 and PICTURES=/my/class/folders. INSTALL=0 leaves out the installation, LAUNCHES are the
-# process launches of a measurement. Run again, it makes what is missing.
+# PEER=DiT-S/2, SIZE=64, STEPS=20000 and PICTURES=/my/class/folders. INSTALL=0 leaves out the installation, LAUNCHES are
+# the process launches of a measurement. Run again, it makes what is missing.
 set -euo pipefail
 out=$1
 python=${PYTHON:-python}
@@ -54,9 +54,10 @@ fi
 
 train=("$python" -m dig train --data "$pictures" --image-size "$size" --batch "$batch" --lr 1e-3 --ema 0.99)
 run=$out/run
+first=(--model "$model" --out "$run" --steps "$steps" --save-every $((steps / 4)) --log-every $((steps / 4)))
 if [ ! -f "$(printf '%s/checkpoints/step-%08d.json' "$run" "$steps")" ]; then
     say "Train, and stop in the middle as Ctrl-C does"
-    "${train[@]}" --model "$model" --out "$run" --steps "$steps" --save-every $((steps / 4)) --log-every $((steps / 4)) &
+    "${train[@]}" "${first[@]}" &
     process=$!
     until ls "$run"/checkpoints/step-*.json > /dev/null 2>&1 || ! kill -0 "$process" 2> /dev/null; do
         sleep 0.2
@@ -65,7 +66,7 @@ if [ ! -f "$(printf '%s/checkpoints/step-%08d.json' "$run" "$steps")" ]; then
     kill -TERM "$process" 2> /dev/null || true
     wait "$process" || echo "stopped, as asked"
     say "Go on with the same command"
-    "${train[@]}" --model "$model" --out "$run" --steps "$steps" --save-every $((steps / 4)) --log-every $((steps / 4))
+    "${train[@]}" "${first[@]}"
 fi
 
 say "Sample: a grid with labels, and a folder of PNG files"
