@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from dig.command_line import OneLineGroup
+from dig.command_line import OneLineGroup, root
 from dig.commands.evaluate import classifier_command, evaluate_command
+from dig.commands.export import export_command
+from dig.commands.helps import FIRST, HELPS
 from dig.commands.sample import sample_command
 from dig.commands.train import train_command
+from dig.helping import add_help
 from dig.training.data.encode_command import encode_command
 
-app = typer.Typer(
-    cls=OneLineGroup,
-    add_completion=False,
-    no_args_is_help=True,
-    help="Train DiG and its peers on images, sample from them, and measure the samples.",
-)
+HELP = "Train DiG and its peers on images, sample from them, and measure the samples."
+app = typer.Typer(cls=OneLineGroup, add_completion=False, no_args_is_help=True)
+app.callback(help=HELP)(root)
 app.command("train")(train_command)
 app.command("sample")(sample_command)
+app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("classifier")(classifier_command)
 app.command("encode")(encode_command)
+add_help(app, HELPS, FIRST)

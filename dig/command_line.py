@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from dig.environment import version_line
 from dig.messages import one_line
 
 MOST_LETTERS = 400
 """Of a message of typer's: it quotes what was typed."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version_line())
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[  # read by its callback
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions, and end.")
+    ] = False,
+) -> None:
+    """What a command line takes before its command."""
 
 
 def _one_line(main: Any, standalone: bool, *arguments: Any, **named: Any) -> Any:

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +80,16 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def version_line() -> str:
+    """Versions of the project, with its commit where there is one, of PyTorch and of Python, for people."""
+    version = _version("dig-diffusion")
+    if version is None:  # run from a checkout that isn't installed
+        version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    commit = _commit()
+    at = f" ({commit['commit'][:12]}{', changed' if commit['dirty'] else ''})" if commit["commit"] else ""
+    return f"dig-diffusion {version}{at}, torch {_version('torch')}, Python {platform.python_version()}"
 
 
 def _cpu_name() -> str:

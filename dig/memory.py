@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,15 @@ def available_memory(device: str) -> int:
     return min(found)
 
 
+def peak_memory(device: str) -> int:
+    """Bytes that this process has had at most: of a GPU allocated by PyTorch, of a host resident."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
+
+
 def check_memory(needs: Mapping[str, int], *, device: str, advice: str) -> None:
     """Raise `TooLargeError` where the needs together are more than there is.
 
@@ -56,6 +66,11 @@ def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise TooLargeError(f"{what} need {_gib(needed)} in {folder}, where {_gib(free)} are free: {advice}")
+
+
+def in_bytes(size: int) -> str:
+    """A size for people, in MiB or GiB."""
+    return f"{size / 2**20:,.3g} MiB" if size < GIB else _gib(size)
 
 
 def _gib(size: int) -> str:

@@ -23,10 +23,12 @@ DISTRIBUTIONS = {
     "diffusers": "diffusers",
     "tensorboard": "tensorboard",
     "torch_fidelity": "torch-fidelity",
+    "peft": "peft",
+    "wandb": "wandb",
 }
 """Import name → name on PyPI of every package that the project can do without."""
 EXTRAS = {
-    "diffusers": "train", "tensorboard": "train", "torch_fidelity": "fid",
+    "diffusers": "train", "tensorboard": "train", "torch_fidelity": "fid", "peft": "lora", "wandb": "wandb",
     "flash_attn": "gpu-built", "mamba_ssm": "gpu-built", "causal_conv1d": "gpu-built",
 }  # fmt: skip
 """Import name → the extra that brings it, where that is not ``gpu``."""

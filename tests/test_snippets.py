@@ -62,6 +62,9 @@ def _parts(words: list[str]) -> list[list[str]]:
 def parse(command: Any, words: list[str], parent: Any = None) -> None:
     """Parse as a command line does, without running anything; raises usage errors of click, typer's own or not."""
     if not hasattr(command, "commands"):
+        for option in command.params:
+            if option.name in ("resume", "config"):
+                option.callback = take_without_reading
         with command.make_context(command.name, list(words), parent=parent):
             return
     if words == ["--help"]:
@@ -70,6 +73,13 @@ def parse(command: Any, words: list[str], parent: Any = None) -> None:
         _, chosen, rest = command.resolve_command(context, [*context._protected_args, *context.args])
     assert chosen is not None
     parse(chosen, rest, context)
+
+
+def take_without_reading(context: Any, _option: Any, value: Any) -> Any:
+    """What an option does that reads others from a file: the file of an example is not there."""
+    if value is not None:
+        context.default_map = {"data": "data", "out": "run"}
+    return value
 
 
 def module_command(name: str) -> Any:

@@ -32,10 +32,15 @@ def default_dtype(device: str) -> str:
     return "bf16" if device == "cuda" else "fp32"
 
 
+def default_resolution(device: str, on_gpu: int = 1024) -> int:
+    """Pixels where nobody names any: on a CPU so many that every family's training step takes seconds at most."""
+    return on_gpu if device == "cuda" else 128
+
+
 def one_case(
     model: str,
     *,
-    resolution: int,
+    resolution: int | None,
     mode: str,
     execution: str | None,
     batch: int,
@@ -46,9 +51,10 @@ def one_case(
     weights: str = "fp32",
 ) -> Case:
     """The case that ``--model DiG-XL/2:triton`` and the options beside it name; anything wrong ends the command."""
+    where = choose_device(device)
+    resolution = default_resolution(where) if resolution is None else resolution
     check_count(resolution, "--resolution")
     check_count(batch, "--batch")
-    where = choose_device(device)
     try:
         family, rest, options = parse_family(model, sized=True)
         _, size, patch = parse_name(f"{family.name}{rest}")

@@ -17,7 +17,9 @@ from bench.messages import check_count, refuse
 
 def kernels(
     model: Annotated[str, typer.Option(help="Model name, options after colons: DiG-S/2:triton.")],
-    resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 1024,
+    resolution: Annotated[
+        int | None, typer.Option(help="Image side in pixels. Default: 1024 on a GPU, 128 on a CPU.")
+    ] = None,
     mode: Annotated[str, typer.Option(help="train or forward.")] = "train",
     execution: Annotated[str | None, typer.Option(help="eager, graph or compile; default as for run.")] = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 1,

@@ -12,12 +12,14 @@ from rich.console import Console
 
 from bench.cases import suites as case_lists
 from bench.cases.case import Case
-from bench.cases.choices import choose_device, default_dtype, default_execution
+from bench.cases.choices import choose_device, default_dtype, default_execution, default_resolution
 from bench.cases.jobs import Limits
 from bench.cli.capacity import capacity
 from bench.cli.compare import compare, export
 from bench.cli.coverage import coverage
+from bench.cli.dry_run import tell_sweep
 from bench.cli.first_step import first_step
+from bench.cli.helps import FIRST, FIRST_OPS, HELPS
 from bench.cli.kernels import kernels
 from bench.cli.list import list_models
 from bench.cli.ops import ops
@@ -31,16 +33,18 @@ from bench.run.process import expect_compiling
 from bench.run.runner import Sweep, finished_launches, run_sweep
 from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
-from dig.commands.common import progress_bar
+from dig.command_line import root
 from dig.environment import ROOT, describe_environment, gpu_present
+from dig.helping import add_help
+from dig.progress import progress_bar
 from dig.registry import parse_name
 
 app = typer.Typer(
     cls=OneLineGroup,
     add_completion=False,
     no_args_is_help=True,
-    help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS against resolution and model size.",
 )
+app.callback(help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS against resolution and model size.")(root)
 GIB = 2**30
 MOST_LAUNCHES = 10_000
 MOST_AHEAD = 256
@@ -70,8 +74,13 @@ def run(
     sizes: Annotated[str, typer.Option(help="Model sizes, separated by commas.")] = "S",
     patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
     resolutions: Annotated[
-        str, typer.Option("--resolutions", "--resolution", help="Image sides in pixels, separated by commas.")
-    ] = "1024",
+        str | None,
+        typer.Option(
+            "--resolutions",
+            "--resolution",
+            help="Image sides in pixels, separated by commas. Default: 1024 on a GPU, 128 on a CPU.",
+        ),
+    ] = None,
     modes: Annotated[str, typer.Option(help="train (forward, backward, AdamW), forward, or both.")] = "train,forward",
     executions: Annotated[
         str | None,
@@ -116,6 +125,13 @@ def run(
     launches: Annotated[
         int, typer.Option(help="Process launches a case, in rounds of random order; bench compare needs five.")
     ] = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be measured, with parameters and earlier times, and end."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress, no line a case: only warnings, errors and the last line.")
+    ] = False,
 ) -> None:
     """Measure cases and append a row for each to the results file.
 
@@ -143,7 +159,9 @@ def run(
                 words(models) if models is not None else _default_models(where),
                 sizes=words(sizes),
                 patch=patch,
-                resolutions=numbers(resolutions, "--resolutions"),
+                resolutions=[default_resolution(where)]
+                if resolutions is None
+                else numbers(resolutions, "--resolutions"),
                 modes=cast(Any, words(modes)),
                 executions=cast(Any, words(executions or default_execution(where))),
                 scope=cast(Any, compile_scope),
@@ -160,7 +178,10 @@ def run(
         if models is not None:
             _require_packages(selected)
         limits = Limits(prepare=prepare_limit, measure=time_limit)
-        _run(selected, out=out, resume=resume, limits=limits, launches=launches, ahead=ahead)
+        if dry_run:
+            tell_sweep(selected, out=out, resume=resume, launches=launches, limits=limits)
+            return
+        _run(selected, out=out, resume=resume, limits=limits, launches=launches, ahead=ahead, quiet=quiet)
     except (ValueError, ResultError) as error:
         refuse(str(error))
 
@@ -172,11 +193,14 @@ def _require_packages(selected: list[Case]) -> None:
             refuse(message)
 
 
-def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launches: int, ahead: int) -> None:
-    console = Console(stderr=True, soft_wrap=True)
+def _run(
+    selected: list[Case], *, out: Path, resume: bool, limits: Limits, launches: int, ahead: int, quiet: bool
+) -> None:
+    loud = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, quiet=True) if quiet else loud
     with ResultsWriter(out) as writer:
         if said := writer.said_of_torn_line:
-            console.print(visible(said), style="yellow", markup=False)
+            loud.print(visible(said), style="yellow", markup=False)
         environment = describe_environment()
         sweep = Sweep(
             cases=tuple(selected),
@@ -214,12 +238,13 @@ def _run(selected: list[Case], *, out: Path, resume: bool, limits: Limits, launc
                     measured += 1
                     if "measured-again" not in row.marks:
                         progress.advance(task)
-                    progress.console.print(visible(_line(row)), markup=False, highlight=False, soft_wrap=True)
+                    teller = progress.console if row.status == "ok" else loud
+                    teller.print(visible(_line(row)), markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             said = f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume"
-            console.print(visible(said), markup=False)
+            loud.print(visible(said), markup=False)
             sys.exit(130)
-    console.print(visible(f"done: {measured} rows in {out}"), markup=False)
+    loud.print(visible(f"done: {measured} rows in {out}"), markup=False)
 
 
 def _line(row: Row) -> str:
@@ -249,3 +274,5 @@ for command in (
 ):
     app.command("list" if command is list_models else None)(command)
 app.add_typer(ops, name="ops")
+add_help(app, HELPS, FIRST)
+add_help(ops, {}, FIRST_OPS)

@@ -20,7 +20,9 @@ from dig.environment import describe_environment
 
 def profile(
     model: Annotated[str, typer.Option(help="Model name, options after colons: DiG-S/2, DiG-S/2:triton.")],
-    resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 1024,
+    resolution: Annotated[
+        int | None, typer.Option(help="Image side in pixels. Default: 1024 on a GPU, 128 on a CPU.")
+    ] = None,
     mode: Annotated[str, typer.Option(help="train or forward.")] = "train",
     batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,

@@ -39,8 +39,9 @@ def regression(
         list[str] | None,
         typer.Option(
             metavar="CASE",
-            help=f"Instead of a suite: {GRAMMAR}, as DiG-S/2:triton@1792:train; {GRAMMAR_WORDS}. Again for another "
-            "case.",
+            # With spaces, so that a terminal of 80 columns can break it.
+            help=f"Instead of a suite: {GRAMMAR.replace('[', ' [')} without the spaces, as DiG-S/2:triton@1792:train; "
+            f"{GRAMMAR_WORDS}. Again for another case.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where each --case runs: auto, cuda or cpu.")] = "auto",

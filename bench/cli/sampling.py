@@ -95,15 +95,20 @@ def sampling(
             f"Default on a GPU: {DEFAULT_MODELS['cuda']}."
         ),
     ] = None,
-    size: Annotated[str, typer.Option(help="Model size: S, B, L or XL.")] = "XL",
+    size: Annotated[
+        str | None, typer.Option(help="Model size: S, B, L or XL. Default: XL on a GPU, S on a CPU.")
+    ] = None,
     patch: Annotated[int, typer.Option(help="Patch side: 2, 4 or 8.")] = 2,
-    resolutions: Annotated[str, typer.Option(help="Image sides in pixels, separated by commas.")] = "256,1024",
+    resolutions: Annotated[
+        str | None,
+        typer.Option(help="Image sides in pixels, separated by commas. Default: 256,1024 on a GPU, 64 on a CPU."),
+    ] = None,
     sampler: Annotated[str, typer.Option(help=f"{', '.join(SAMPLERS)}.")] = "ddim",
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 50,
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.5,
     cfg_channels: Annotated[str, typer.Option(help="Which noise channels are guided: three or all.")] = "three",
     batch: Annotated[
-        int | None, typer.Option(help="Samples at once. Default: 32 at 256 pixels down to 4 at 1024.")
+        int | None, typer.Option(help="Samples at once. Default: 32 at 256 pixels down to 4 at 1024; 4 on a CPU.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed batches of each model.")] = 5,
     dtype: Annotated[
@@ -157,7 +162,9 @@ def sampling(
         check_positive(time_limit, "--time-limit")
         if not abs(cfg) <= MOST_CFG:
             raise ValueError(f"--cfg must be a number up to {MOST_CFG:g}; got {cfg:g}")
-        groups = _cases(models or DEFAULT_MODELS[where], size, patch, resolutions, batch, setting)
+        if where == "cpu":
+            size, resolutions, batch = size or "S", resolutions or "64", 4 if batch is None else batch
+        groups = _cases(models or DEFAULT_MODELS[where], size or "XL", patch, resolutions or "256,1024", batch, setting)
     except ValueError as error:
         refuse(str(error))
     console = Console(stderr=True)

@@ -114,7 +114,11 @@ def build_step(case: Case) -> Step:
     Raises:
         ParityError: Weights are mostly zeros.
     """
-    model = build_model(case)
+    return step_of(build_model(case), case)
+
+
+def step_of(model: Backbone, case: Case) -> Step:
+    """`build_step` of a model that is there, on the case's device; it is changed: compiled, trained."""
     device, cast = torch.device(case.device), DTYPES[case.weights]
     values, digest = make_inputs(model, case.batch)
     x, noise, t, y = tensors = (

@@ -1,25 +1,19 @@
-"""What the commands share: choosing the device, refusing bad input, progress, opening data and VAEs."""
+"""What the commands share: choosing the device, refusing bad input, progress, opening data."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dig.messages import describe, one_line
 from dig.packages import MissingPackageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from dig.sampling.decoder import Decoder
     from dig.training.data import DataSet
 
 DataOption = Annotated[
@@ -34,6 +28,12 @@ ChannelsOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cuda, or cpu.")]
 WorkersOption = Annotated[
     int | None, typer.Option(help="Processes that read images. Default: a process a core; none for data in memory.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="No progress and no notes: only warnings, errors and the last line.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done, and estimates of memory and time; write nothing.")
 ]
 
 
@@ -105,31 +105,6 @@ def choose_precision(dtype: str | None, device: str) -> str:
     return chosen
 
 
-def open_console() -> Console:
-    """The console for people, on stderr; warnings of the library go there too.
-
-    It shows every text as it is: in rich's markup, a folder called ``[red]`` would be a colour.
-    """
-    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
-    return console
-
-
-def progress_bar(console: Console, *columns: str) -> Progress:
-    """A bar with what is done, how long it took and what is left; ``columns`` are more texts, as rich writes them."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *(TextColumn(text, markup=False) for text in columns),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
 def open_data(path: Path, *, image_size: int | None, channels: int | None, mirror: bool | None = None) -> DataSet:
     """Open a data set with the options that were given."""
     if image_size is not None and not 1 <= image_size <= MAX_SIDE:
@@ -139,66 +114,10 @@ def open_data(path: Path, *, image_size: int | None, channels: int | None, mirro
     return open_dataset(path, image_size=image_size, channels=channels, mirror=mirror)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
-    """A VAE that makes images of latents.
-
-    Attributes:
-        decode: Scaled latents (B, C, h, w) to images (B, 3, H, W).
-        sha256: Of the VAE's weights.
-    """
-
-    decode: Callable[[Tensor], Tensor]
-    sha256: str
-
-
-def open_decoder(
-    vae: str | None,
-    scale: float | None,
-    device: str,
-    *,
-    channels: int | None = None,
-    made_by: str | None = None,
-    other: bool = False,
-) -> Decoder | None:
-    """The VAE of that name; None without one.
-
-    Args:
-        vae: A folder or a name on the hub.
-        scale: What latents were multiplied with; None in pixel space.
-        device: Where it runs.
-        channels: C of the latents.
-        made_by: SHA-256 of the weights of the VAE that the latents were made with, where that is known.
-        other: Whether it may be another one.
-
-    Raises:
-        ValueError: There is no such VAE, it doesn't fit the latents, or a model of pixels needs none.
-    """
+def open_decoder(vae: str | None, scale: float | None, device: str, **said: Any) -> Decoder | None:
+    """The VAE of that name; None without one: `dig.sampling.decoder.open_decoder`, imported once it is needed."""
     if vae is None:
         return None
-    if scale is None:
-        raise ValueError("this model works on pixels: it needs no --vae")
-    import torch
+    from dig.sampling import decoder
 
-    from dig.diffusion import NotFiniteError
-    from dig.training.data.vae import load_vae, weights_sha256
-
-    model: Any = load_vae(vae, torch.device(device))
-    if channels is not None and model.config.latent_channels != channels:
-        raise ValueError(f"the VAE {vae} decodes {model.config.latent_channels} channels; the latents have {channels}")
-    sha256 = weights_sha256(model)
-    if made_by is not None and made_by != sha256 and not other:
-        raise ValueError(
-            f"the VAE {vae} is not the one that the latents were made with (weights {sha256[:12]}, not "
-            f"{made_by[:12]}): name that one; a decoder that was tuned for the same latents takes sample --other-vae"
-        )
-
-    def decode(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            # One image at a time: a decoder's activations are hundreds of times its input.
-            images = torch.cat([model.decode(part / scale).sample for part in x.split(1)])
-        if not bool(torch.isfinite(images).all()):
-            raise NotFiniteError(f"what the VAE {vae} makes of the latents is not finite, and is not drawn")
-        return images
-
-    return Decoder(decode=decode, sha256=sha256)
+    return decoder.open_decoder(vae, scale, device, **said)

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from dig.commands.common import (
     ChannelsOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     ImageSizeOption,
+    QuietOption,
     WorkersOption,
     one_device,
-    open_console,
     open_data,
-    progress_bar,
     refusing,
 )
+from dig.commands.drawing import Asked, draw_folder, prepare
+from dig.commands.dry_run import NOTHING, tell
+from dig.progress import following, open_console
 
 if TYPE_CHECKING:
     from dig.training.data import DataSet
@@ -34,10 +38,31 @@ NEEDED = 4
 
 def evaluate_command(
     samples: Annotated[
-        list[Path],
-        typer.Option(help="npz file of samples, as python -m dig sample writes it; may be given repeatedly."),
+        list[str],
+        typer.Option(
+            help="npz file or folder of PNG files, as python -m dig sample writes them; may be given repeatedly. With "
+            "--checkpoint, how many to make."
+        ),
     ],
     data: DataOption,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Make the samples first, as python -m dig sample --images does."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for them; the same command goes on where it was. Default: evaluation/step-... of the run.",
+        ),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="As of sample. Default: all.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="As of sample. Default: ddim, or euler.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: 50.")] = None,
+    cfg: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.0,
+    cfg_channels: Annotated[str, typer.Option(help="Which noise channels are guided: three or all.")] = "three",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="Of a run: averaged or raw. Default: averaged.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Decodes latents.")] = None,
     classifier: Annotated[
         Path | None, typer.Option(help="File of a classifier (python -m dig classifier): a Fréchet distance, not FID.")
     ] = None,
@@ -54,16 +79,20 @@ def evaluate_command(
     channels: ChannelsOption = None,
     append: Annotated[Path | None, typer.Option(help="JSON-lines file to append the result to.")] = None,
     device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure samples against the data set: Fréchet distance, precision and recall.
 
     The number has no meaning beside one of other features, another count of images or another data set. Two disjoint
     halves of the data set are compared too, where there are images enough: what a perfect model would get.
     """
-    open_console()
+    console = open_console(quiet=quiet)
     with refusing():
         if (classifier is None) == (inception is None):
-            raise ValueError("choose the features: either --classifier or --inception")
+            raise ValueError(
+                "choose the features: either --classifier, a file that python -m dig classifier makes, or --inception"
+            )
         for name, value in (("count", count), ("reference", reference)):
             if value is not None and value < NEEDED:
                 raise ValueError(
@@ -87,25 +116,51 @@ def evaluate_command(
 
         where = torch.device(one_device(device))
         dataset = open_data(data, image_size=image_size, channels=channels)
-        # All files first: a wrong one shouldn't end the run between two others.
-        sets = [read_samples(path) for path in samples]
-        for (images, _), path in zip(sets, samples, strict=True):
-            if tuple(images.shape[1:3]) != dataset.sample_shape[1:] or dataset.sample_shape[0] not in (1, 3):
-                raise ValueError(_other_size(images.shape[1:3], dataset, data, channels, classifier))
-            if len(images) < NEEDED:
-                raise ValueError(f"precision and recall need more than {NEEDED - 1} images; {path} holds {len(images)}")
-            if count is not None and len(images) < count:
-                raise ValueError(f"{path} holds {len(images):,} samples, fewer than --count {count:,}")
         extractor: Extractor
         if inception is not None:
             extractor = InceptionFeatures(inception, where)
         else:
             assert classifier is not None
             extractor = ClassifierFeatures(classifier, where)
-            extractor.check(dataset.sample_shape, (images for images, _ in sets))
+        if checkpoint is None:
+            paths = [Path(word) for word in samples]
+            given = {"images": images, "classes": classes, "sampler": sampler, "steps": steps, "vae": vae,
+                     "weights": weights, "cfg": cfg if cfg != 1 else None, "seed": seed or None}  # fmt: skip
+            if unused := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"--{unused[0]} is of samples that are made: give --checkpoint too")
+        else:
+            asked = Asked(
+                checkpoint=checkpoint,
+                samples=_how_many(samples),
+                classes=classes,
+                sampler=sampler,
+                steps=steps,
+                cfg=cfg,
+                cfg_channels=cfg_channels,
+                seed=seed,
+                weights=weights,
+                vae=vae,
+                device=device,
+            )
+            if isinstance(extractor, ClassifierFeatures):
+                extractor.check(dataset.sample_shape, ())
+            # A folder may hold more than are asked for.
+            count = asked.samples if count is None else count
+            paths = [_make(asked, images, dataset, data, channels, classifier, console)]
+        # All files first: a wrong one shouldn't end the run between two others.
+        sets = [read_samples(path) for path in paths]
+        for (pixels, _), path in zip(sets, paths, strict=True):
+            if tuple(pixels.shape[1:3]) != dataset.sample_shape[1:] or dataset.sample_shape[0] not in (1, 3):
+                raise ValueError(_other_size(pixels.shape[1:3], dataset, data, channels, classifier))
+            if len(pixels) < NEEDED:
+                raise ValueError(f"precision and recall need more than {NEEDED - 1} images; {path} holds {len(pixels)}")
+            if count is not None and len(pixels) < count:
+                raise ValueError(f"{path} holds {len(pixels):,} samples, fewer than --count {count:,}")
+        if isinstance(extractor, ClassifierFeatures):
+            extractor.check(dataset.sample_shape, (pixels for pixels, _ in sets))
             if extractor.spec.class_names != dataset.class_names:
                 logger.warning("%s was trained on other classes than those of %s", classifier, dataset.name)
-        sizes = {len(images) if count is None else count for images, _ in sets}
+        sizes = {len(pixels) if count is None else count for pixels, _ in sets}
         if len(sizes) > 1 and reference is None:
             raise ValueError(
                 "these files hold different numbers of samples; give --reference or --count, so that they are compared "
@@ -114,9 +169,21 @@ def evaluate_command(
         if reference is not None and reference > len(dataset):
             raise ValueError(f"{dataset.name} holds {len(dataset):,} images, fewer than --reference {reference:,}")
         compared = min(len(dataset), reference if reference is not None else sizes.pop())
+        if dry_run:
+            tell(
+                samples="; ".join(
+                    f"{len(images[:count]):,} of {path}" for (images, _), path in zip(sets, samples, strict=True)
+                ),
+                data=f"{dataset.describe()}; {compared:,} images are compared",
+                features=f"{extractor.metric}, {extractor.description}",
+                device=str(where),
+            )
+            typer.echo(NOTHING)
+            return
         # One draw, then cut in two: halves that share no image.
         batches = DatasetBatches(dataset, min(len(dataset), 2 * compared))
-        real = extract(extractor, batches, where)
+        with following(console, f"reading {dataset.name}", total=batches.count, unit="image") as progress:
+            real = extract(extractor, progress.counting(batches, len), where)
         lost = _tell_unreadable(batches.unreadable)
         if len(real) < max(NEEDED, reference or 0):
             raise ValueError(f"of {dataset.name} only {len(real):,} images can be read{lost}")
@@ -126,13 +193,14 @@ def evaluate_command(
         truth = Gaussian.of(real)
         floor = frechet_distance(truth, Gaussian.of(other)) if len(other) == compared else None
         failed = None
-        for (images, about), path in zip(sets, samples, strict=True):
-            generated = extract(extractor, array_batches(images[:count]), where)
+        for (pixels, about), path in zip(sets, paths, strict=True):
+            with following(console, f"reading {path}", total=len(pixels[:count]), unit="image") as progress:
+                generated = extract(extractor, progress.counting(array_batches(pixels[:count]), len), where)
             distance = frechet_distance(truth, Gaussian.of(generated))
             precision, recall = precision_recall(real, generated)
             # At once: what comes after may fail.
             line = (
-                (f"{path}: " if len(samples) > 1 else "")
+                (f"{path}: " if len(paths) > 1 else "")
                 + f"{extractor.metric}: {_digits(distance)}"
                 + (f" (two halves of the data: {_digits(floor)})" if floor is not None else "")
                 + f", precision {precision:.3f}, recall {recall:.3f}; {len(generated):,} samples, {compared:,} images "
@@ -159,6 +227,41 @@ def evaluate_command(
                     failed = f"cannot append to {append}: {error.strerror}; the results are those printed here"
         if failed:
             raise ValueError(failed)
+
+
+def _how_many(samples: list[str]) -> int:
+    """What --samples says beside --checkpoint."""
+    if len(samples) != 1 or not (samples[0].isascii() and samples[0].isdecimal() and len(samples[0]) < 10):
+        raise ValueError(f"with --checkpoint, --samples is how many to make; got {', '.join(samples)[:80]}")
+    if int(samples[0]) < NEEDED:
+        raise ValueError(f"samples must be at least {NEEDED}, for the third neighbour of each; got {samples[0]}")
+    return int(samples[0])
+
+
+def _make(
+    asked: Asked,
+    images: Path | None,
+    dataset: DataSet,
+    data: Path,
+    channels: int | None,
+    classifier: Path | None,
+    console: Console,
+) -> Path:
+    """Make samples in a folder, which is returned: of a run in a folder of its own, a checkpoint each."""
+    from dig.sampling.folder import open_folder
+
+    drawing = prepare(asked, console)
+    step = drawing.found.step
+    if images is None:
+        if step is None or not asked.checkpoint.is_dir():
+            raise ValueError(f"{asked.checkpoint} is no run: say with --images which folder its samples go into")
+        images = asked.checkpoint / "evaluation" / f"step-{step:08d}"
+    size = drawing.found.image_size
+    if drawing.decoder is None and size != dataset.sample_shape[1:]:
+        raise ValueError(_other_size(size, dataset, data, channels, classifier))
+    open_folder(images)
+    draw_folder(drawing, drawing.runner(console), images, console)
+    return images
 
 
 def _check_rows(path: Path) -> None:
@@ -227,9 +330,10 @@ def classifier_command(
     channels: ChannelsOption = None,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Train the small classifier whose features evaluate can measure samples with."""
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
         import dataclasses
 
@@ -270,12 +374,11 @@ def classifier_command(
         spec = ClassifierSpec(shape=dataset.sample_shape, class_names=dataset.class_names)
         size = len(classifier_bytes(Classifier(spec), spec))
         check_disk(out.parent, size, "the classifier's weights", "make room, or choose another place")
-        with progress_bar(console) as bar:
-            task = bar.add_task(f"training {out}", total=None)
+        with following(console, f"training {out}", total=None, images=batch) as progress:
             for trained in train_classifier(
                 dataset, epochs=epochs, batch=batch, seed=seed, device=where, workers=workers
             ):
-                bar.update(task, total=trained.steps, completed=trained.step)
+                progress.update(trained.step, total=trained.steps)
         model = trained.model
         # Before it is tested: a test that fails costs the figure, not the classifier.
         write_or_keep(out, classifier_bytes(model, model.spec))

@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dig.commands.common import (
-    Decoder,
-    DeviceOption,
-    choose_precision,
-    one_device,
-    open_console,
-    open_decoder,
-    progress_bar,
-    refusing,
-)
+from dig.commands.common import DeviceOption, DryRunOption, QuietOption, refusing
+from dig.commands.drawing import Asked, Drawing, draw_folder, prepare
+from dig.commands.dry_run import rehearse_sampling
+from dig.memory import peak_memory
 from dig.messages import describe
-from dig.sampling.classes import parse_classes
+from dig.progress import following, open_console
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
-
-    from dig.sampling.weights import Weights
 
 GRID_IMAGES = 100
+MOST_SCALE = 64
 
 
 def sample_command(
     checkpoint: Annotated[
         Path,
         typer.Option(
-            help="A run's folder (its newest whole checkpoint), a checkpoint, or a published .pt/.safetensors."
+            help="A run's folder (its newest whole checkpoint), a checkpoint, an exported or published "
+            ".pt/.safetensors, diffusers' DiT as a folder, or a hub name."
         ),
     ],
+    images: Annotated[Path | None, typer.Option(help="Folder of PNG files, a sample each: 00000012-3-cat.png.")] = None,
     npz: Annotated[Path | None, typer.Option(help="File of all samples: uint8 (N, H, W, 3) as arr_0.")] = None,
     grid: Annotated[Path | None, typer.Option(help=f"PNG with the first {GRID_IMAGES} samples.")] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Write each sample's class beneath it, in the grid.")
+    ] = False,
+    scale: Annotated[int, typer.Option(help="Enlarge the grid's samples so many times.")] = 1,
     samples: Annotated[int | None, typer.Option(help="How many. Default: 8 a class, 100 at most.")] = None,
     classes: Annotated[
         str | None,
@@ -103,121 +101,116 @@ def sample_command(
         str | None,
         typer.Option(help="graph (the whole loop as a CUDA graph) or eager. Default: graph on a GPU."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Low-rank adapter for the checkpoint's weights: a run of train --lora, or peft's folder."),
+    ] = None,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Sample images from a trained model, with its averaged weights unless told otherwise.
 
-    Interrupted, it goes on with the same command: finished batches are kept beside the file until all are there. The
-    same seed gives the same images, bit for bit, whatever --samples, --first and --batch are.
+    Interrupted, it goes on with the same command: finished images are kept, and batches beside the npz file until all
+    are there. The same seed gives the same images, bit for bit, whatever --samples, --first and --batch are.
     """
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
-        if npz is None and grid is None:
-            raise ValueError("nothing to write: give --npz, --grid or both")
-        where = one_device(device)
-        bf16 = choose_precision(dtype, where) == "bf16"
-        captures = (execution or ("graph" if where == "cuda" else "eager")) == "graph"
-        if execution not in (None, "graph", "eager"):
-            raise ValueError(f"execution must be graph or eager; got {execution!r}")
-        if captures and where != "cuda":
-            raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager")
-        if model is None and (image_size, num_classes) != (None, None):
-            raise ValueError("--image-size and --num-classes describe a published file, together with --model")
-        if other_vae and vae is None:
-            raise ValueError("--other-vae is about the one that --vae names")
-        if latents and grid is not None:
+        if npz is None and grid is None and images is None and not dry_run:
+            raise ValueError("nothing to write: give --images, --npz or --grid")
+        if npz is not None and images is not None:
+            raise ValueError("choose --images or --npz: each holds all samples")
+        if latents and (grid is not None or images is not None):
             raise ValueError(
-                "a grid is of images, not of latents: give --vae instead of --latents, or leave out --grid"
+                "a grid and PNG files are of images, not of latents: give --vae instead of --latents, or --npz alone"
             )
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1; got {batch}")
-        import torch
-
-        from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
-        from dig.sampling.images import make_grid
-        from dig.sampling.runner import BatchSampler, SamplePlan, default_model_batch
-        from dig.sampling.weights import Published, load_weights
-        from dig.training.needs import Footprint, check_sampling
-
-        published = None
-        if model is not None:
-            published = Published(
-                model=model,
-                image_size=256 if image_size is None else image_size,
-                num_classes=1000 if num_classes is None else num_classes,
-            )
-        found = load_weights(
-            checkpoint,
-            device=where,
-            published=published,
-            backend=backend,
-            choice=cast(Any, weights),
-        )
-        labels = parse_classes(classes, found.class_names, found.spec.num_classes, found.spec.num_classes)
-        size = Footprint.of(found.spec)
-        name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
-        at_once = model_batch if model_batch is not None else default_model_batch(size.tokens, where)
-        plan = SamplePlan(
-            classes=labels,
-            count=samples if samples is not None else min(100, 8 * len(labels)),
-            first=first,
-            sampler=cast(Any, sampler or ("euler" if found.loss == "flow-matching" else "ddim")),
+        if grid is None and (labels or scale != 1):
+            raise ValueError("--labels and --scale are of a grid: give --grid")
+        if batch < 1 or not 1 <= scale <= MOST_SCALE:
+            what, value = ("batch", batch) if batch < 1 else (f"scale, which is {MOST_SCALE} at most,", scale)
+            raise ValueError(f"{what} must be at least 1; got {value}")
+        asked = Asked(
+            checkpoint=checkpoint,
+            samples=samples,
+            classes=classes,
+            sampler=sampler,
             steps=steps,
             eta=eta,
-            cfg_scale=cfg,
-            cfg_channels=cast(Any, cfg_channels),
+            cfg=cfg,
+            cfg_channels=cfg_channels,
             seed=seed,
-            model_batch=at_once,
-            bf16=bf16,
+            first=first,
+            model_batch=model_batch,
+            vae=vae,
+            other_vae=other_vae,
+            weights=weights,
+            latents=latents,
+            model=model,
+            image_size=image_size,
+            num_classes=num_classes,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            execution=execution,
+            adapter=adapter,
         )
-        if (plan.sampler == "euler") != (found.loss == "flow-matching"):
-            raise ValueError(f"{plan.sampler} can't sample a model that was trained with the loss {found.loss}")
-        guided = plan.cfg_scale != 1
-        for warning in (
-            found.check_guidance(guided=guided, null=found.spec.num_classes in labels),
-            found.check_average(),
-        ):
-            if warning is not None:
-                console.print(f"warning: {warning}")
-        check_sampling(size, device=where, at_once=at_once * (2 if guided else 1))
-        decoder = _open_vae(found, vae=vae, latents=latents, other=other_vae, device=where)
+        drawing = prepare(asked, console)
+        from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
+        from dig.sampling.folder import first_images, open_folder
+
+        plan = drawing.plan
+        if dry_run:
+            runner = drawing.runner(None)
+            parameters = drawing.parameters()
+            rehearse_sampling(runner, model=drawing.found.spec.describe(), parameters=parameters, device=drawing.device)
+            return
         for path, suffix in ((npz, ".npz"), (grid, ".png")):
             if path is not None:
                 check_output(path, suffix)
-        network = found.build(where)
-        about = {
-            "model": found.spec.name,
-            "options": dict(found.spec.options),
-            "checkpoint": found.path.name,
-            "sha256": found.sha256,
-            "weights": found.choice,
-            "step": found.step,
-            "seconds": found.seconds,
-            "vae_sha256": decoder.sha256 if decoder is not None else None,
-            "device": where,
-        }
-        at = f", step {found.step}" if found.step is not None else ""
-        console.print(f"{found.spec.describe()}{at}, on {where}")
-        finish = _finish(decoder, latents=latents)
-        runner = BatchSampler(network, plan, torch.device(where), graph=captures, finish=finish)
+        if images is not None:
+            open_folder(images)
+        runner = drawing.runner(console)
+        memory = partial(peak_memory, drawing.device)
         with ExitStack() as stack:
             if grid is not None:
                 stack.enter_context(only_writer(grid))
             if npz is not None:
+                name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
                 started = time.perf_counter()
-                with progress_bar(console) as bar:
-                    task = bar.add_task(f"sampling into {npz}", total=plan.count)
-                    for progress in sample_to_npz(runner, npz, batch=batch, about=about, name=name):
-                        bar.update(task, completed=progress.done)
+                with following(console, f"sampling into {npz}", total=plan.count, unit="sample", memory=memory) as told:
+                    runner.report = told.advance
+                    for progress in sample_to_npz(runner, npz, batch=batch, about=drawing.about(), name=name):
+                        told.update(progress.done)
+                    runner.report = None
                 made, seconds = progress.done - progress.skipped, time.perf_counter() - started
                 before = f" ({progress.skipped} made before)" if progress.skipped else ""
                 typer.echo(f"{plan.count} samples{before} in {npz}: {made / seconds:.3g} a second")
+            if images is not None:
+                draw_folder(drawing, runner, images, console)
             if grid is not None:
                 shown = range(first, first + min(plan.count, GRID_IMAGES))
-                pixels = first_samples(npz, len(shown)) if npz is not None else runner.samples(shown)
-                # A class keeps to its column.
-                columns = len(labels) * (10 // len(labels)) if 1 < len(labels) <= 10 else None
-                _write_grid(grid, make_grid(pixels, columns))
+                if npz is not None:
+                    pixels = first_samples(npz, len(shown))
+                elif images is not None:
+                    pixels = first_images(images, plan, shown, drawing.found)
+                else:
+                    with following(console, "sampling", total=len(shown), unit="sample", memory=memory) as told:
+                        runner.report = told.advance
+                        pixels = runner.samples(shown)
+                _write_grid(grid, _lay_out(pixels, drawing, shown, labels=labels, scale=scale))
                 typer.echo(f"{len(shown)} samples in {grid}")
+
+
+def _lay_out(
+    pixels: NDArray[np.uint8], drawing: Drawing, shown: range, *, labels: bool, scale: int
+) -> NDArray[np.uint8]:
+    """A grid of samples, enlarged and labelled where that was asked for; of up to ten classes each has its column."""
+    from dig.sampling.images import enlarge, make_grid, with_labels
+
+    pixels = enlarge(pixels, scale)
+    if labels:
+        pixels = with_labels(pixels, [drawing.found.class_name(label) for label in drawing.plan.labels(shown)])
+    classes = len(drawing.plan.classes)
+    return make_grid(pixels, classes * (10 // classes) if 1 < classes <= 10 else None)
 
 
 def _write_grid(path: Path, pixels: NDArray[np.uint8]) -> None:
@@ -230,38 +223,3 @@ def _write_grid(path: Path, pixels: NDArray[np.uint8]) -> None:
         kept = Path(tempfile.mkdtemp(prefix="dig-kept-")) / path.name
         write_png(kept, pixels)
         raise ValueError(f"{describe(error)}; the grid is kept as {kept}") from None
-
-
-def _open_vae(found: Weights, *, vae: str | None, latents: bool, other: bool, device: str) -> Decoder | None:
-    """The VAE for a model's latents; None of a model of pixels, and of latents that stay as they are."""
-    if latents:
-        if found.latent_scale is None:
-            raise ValueError("this model works on pixels: it has no --latents")
-        if vae is not None:
-            raise ValueError("choose --vae (images) or --latents, not both")
-        return None
-    decoder = open_decoder(
-        vae,
-        found.latent_scale,
-        device,
-        channels=found.spec.in_channels,
-        made_by=found.vae_sha256,
-        other=other,
-    )
-    if decoder is None and found.latent_scale is not None:
-        raise ValueError(
-            "this model makes latents: give --vae (diffusers' AutoencoderKL, a folder or a name) to get images, "
-            "or --latents to keep them in the npz as they are"
-        )
-    return decoder
-
-
-def _finish(decoder: Decoder | None, *, latents: bool) -> Callable[[Tensor], NDArray[Any]]:
-    """What becomes of a batch of the model's."""
-    from dig.sampling.images import to_pixels
-
-    if latents:
-        return lambda x: x.cpu().numpy()
-    if decoder is None:
-        return to_pixels
-    return lambda x: to_pixels(decoder.decode(x))

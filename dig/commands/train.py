@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from dig.commands.beginning import Beginning
 from dig.commands.common import (
     ChannelsOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     ImageSizeOption,
+    QuietOption,
     WorkersOption,
     choose_precision,
-    one_device,
-    open_console,
     open_data,
     open_decoder,
-    progress_bar,
     refusing,
 )
-from dig.registry import ModelSpec, parse_model
+from dig.commands.dry_run import rehearse_training
+from dig.commands.places import find_place
+from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option_types, write_options
+from dig.memory import peak_memory
+from dig.progress import following, open_console
+from dig.registry import ModelSpec
+
+if TYPE_CHECKING:
+    from dig.training.config import TrainConfig
 
 
 class _Received:
@@ -69,7 +78,18 @@ def _interrupts() -> Iterator[_Received]:
             signal.signal(number, handler)
 
 
+def _config(context: typer.Context, value: Path | None) -> Path | None:
+    load_config(context, value, train_command)
+    return value
+
+
+def _resume(context: typer.Context, value: Path | None) -> Path | None:
+    load_run(context, value, train_command)
+    return value
+
+
 def train_command(
+    context: typer.Context,
     data: DataOption,
     out: Annotated[
         Path, typer.Option(help="Folder of the run. With checkpoints in it, the run goes on from the newest whole one.")
@@ -133,40 +153,108 @@ def train_command(
     grid_cfg: Annotated[float, typer.Option(help="Guidance of a grid.")] = 1.5,
     vae: Annotated[str | None, typer.Option(help="VAE that decodes the grids of a model of latents.")] = None,
     workers: WorkersOption = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_resume,
+            is_eager=True,
+            help="Go on with the run in this folder: no other option is needed. Steps, logs, grids, checkpoints and "
+            "workers may be given anew; device, backend and execution too, with other last bits.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_config,
+            is_eager=True,
+            help="TOML file of options (lr = 3e-4); those on the command line win. Every run writes its own: "
+            "config.toml.",
+        ),
+    ] = None,
+    log: Annotated[
+        str,
+        typer.Option(
+            help="Where the log goes, separated by commas: tensorboard, jsonl, wandb (offline unless "
+            "WANDB_MODE says otherwise)."
+        ),
+    ] = "tensorboard,jsonl",
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to begin with: a run (its averaged weights), its checkpoint, or a published file. Other "
+            "classes and another image size are fitted. --model is then the file's by default."
+        ),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameters that are not trained, as a pattern of names: 'blocks.0.*'; repeatable."),
+    ] = None,
+    lora: Annotated[
+        int, typer.Option(help="Rank of low-rank adapters to train instead of the weights of --init; 0 for none.")
+    ] = 0,
+    lora_target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linear layers that get an adapter, as a pattern of names: '*.attn.*'; repeatable. Default: all of "
+            "every block."
+        ),
+    ] = None,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a model on a folder of images, idx files or latent shards.
 
-    Stopped by Ctrl-C, SIGTERM, SIGHUP, SIGKILL or a power cut, it goes on with the same command, bit for bit as if it
-    had not been stopped. --steps may then be raised (with a constant learning rate), and whatever has to do with logs,
-    grids and checkpoints may be changed. SIGUSR1 makes it save a checkpoint and go on.
+    Stopped by Ctrl-C, SIGTERM, SIGHUP, SIGKILL or a power cut, it goes on with --resume and its folder, or with the
+    same command, bit for bit as if it had not been stopped. --steps may then be raised (with a constant learning rate),
+    and whatever has to do with logs, grids and checkpoints may be changed. SIGUSR1 makes it save a checkpoint and go
+    on.
     """
-    console = open_console()
+    console = open_console(quiet=quiet)
     with refusing():
-        where = one_device(device)
-        precision = choose_precision(dtype, where)
+        if resume is not None and config is not None:
+            raise ValueError("--resume takes the run's own options; --config begins another run")
+        if resume is not None and out.resolve() != resume.resolve():
+            raise ValueError(
+                f"--resume goes on in {resume}; leave out --out, or begin another run with its options: "
+                f"--config {resume / OPTIONS_NAME} --out {out}"
+            )
         dataset = open_data(data, image_size=image_size, channels=channels, mirror=mirror)
         if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
             raise ValueError(f"{out} lies in the data's own folder, {data}, and would be data; choose another --out")
-        name, options, source = parse_model(model, where)
+        going_on = None
+        if resume is not None:
+            from dig.training.resuming import recorded_config
+
+            going_on = recorded_config(resume)
+        if lora_target and not lora:
+            raise ValueError("--lora-target chooses layers for --lora, which gives their adapters' rank")
+        beginning = Beginning(init, out)
+        model = beginning.model(context, model, device)
+        place = find_place(context, model=model, device=device, execution=execution, going_on=going_on)
+        where = place.device
+        precision = choose_precision(dtype, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
         from dig.training.config import DataSpec, TrainConfig, choose_execution
+        from dig.training.lora import TARGETS
         from dig.training.needs import draws_in_training
-        from dig.training.resuming import recorded_config
+        from dig.training.resuming import steps_behind
         from dig.training.trainer import Status, Trainer
 
-        begun = recorded_config(out)
+        begun = beginning.begun
         spec = ModelSpec(
-            name=name,
-            options=options,
+            name=place.name,
+            options=place.options,
             input_size=dataset.sample_shape[1:],
             in_channels=dataset.sample_shape[0],
             num_classes=dataset.num_classes,
-            source=source,
+            source=place.source,
         )
-        redraws = checkpoint_blocks and where == "cuda" and execution == "auto" and draws_in_training(spec)
-        chosen, reason = choose_execution(execution, device=where, begun=begun, redraws=redraws)
+        asked = place.asked["execution"]
+        redraws = checkpoint_blocks and where == "cuda" and asked == "auto" and draws_in_training(spec)
+        chosen, reason = choose_execution(asked, device=where, begun=begun, redraws=redraws)
         data_spec = DataSpec.of(dataset)
-        config = TrainConfig(
+        first = beginning.weights(spec, data_spec, device=where, loss=loss, seed=seed)
+        run = TrainConfig(
             model=spec,
             data=data_spec,
             device=cast(Any, where),
@@ -188,12 +276,18 @@ def train_command(
             execution_reason=reason,
             checkpoint_blocks=checkpoint_blocks,
             deterministic=deterministic,
+            init=beginning.sha256(first, resuming=resume is not None),
+            freeze=tuple(freeze or ()),
+            lora=lora,
+            lora_targets=tuple(lora_target or TARGETS) if lora else (),
+            lora_whole=beginning.lora_whole(first, spec) if lora else (),
             log_every=log_every,
             save_every=save_every,
             keep=keep,
             grid_every=grid_every,
             grid_steps=grid_steps,
             grid_cfg=grid_cfg,
+            log=tuple(word.strip() for word in log.split(",") if word.strip()),
         )
         decoder = open_decoder(
             vae,
@@ -202,7 +296,13 @@ def train_command(
             channels=data_spec.shape[0],
             made_by=data_spec.vae_sha256,
         )
-        console.print(f"{config.model.describe()}\n{dataset.describe()}")
+        state = None if first is None else first.state
+        for note in first.notes if first is not None else ():
+            console.print(note)
+        if dry_run:
+            rehearse_training(run, dataset, done=steps_behind(out), workers=workers, first=state)
+            return
+        console.print(f"{run.model.describe()}\n{dataset.describe()}")
         console.print(f"execution {chosen}: {reason}")
         if grid_every and data_spec.latent_scale is not None and decoder is None:
             console.print("no grids of samples: the data are latents, and no --vae was given to decode them")
@@ -210,24 +310,49 @@ def train_command(
             console.print("grids of samples without guidance: with --label-dropout 0 there is nothing to guide against")
         decode = decoder.decode if decoder is not None else None
         with _interrupts() as received:
-            trainer = Trainer(config, dataset, out, decode=decode, workers=workers)
+            elsewhere = resume is not None
+            trainer = Trainer(run, dataset, out, decode=decode, workers=workers, first=state, elsewhere=elsewhere)
+            del first, state
+            _write_options(context, out, run, {**place.asked, "init": beginning.path})
             finished = trainer.step >= steps
             if trainer.step and not finished:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}")
-            with progress_bar(console, "loss {task.fields[loss]:.4f}", "{task.fields[rate]:.0f} img/s") as bar:
-                task = bar.add_task(
-                    f"training into {out}", total=steps, completed=trainer.step, loss=float("nan"), rate=float("nan")
-                )
+            with following(
+                console,
+                f"training into {out}",
+                total=steps,
+                done=trainer.step,
+                images=batch,
+                memory=lambda: peak_memory(where),
+            ) as progress:
 
                 def report(status: Status) -> None:
-                    bar.update(task, completed=status.step, loss=status.loss, rate=status.images_per_second)
+                    progress.update(status.step, figures="" if math.isnan(status.loss) else f"loss {status.loss:.4f}")
 
                 done = trainer.run(stop=lambda: received.stop, save=received.take_save, report=report)
     if done < steps:
-        console.print(f"stopped: {done} of {steps} steps are in {out}; go on with the same command")
+        how = f"go on with the same command, or --resume {out}"
+        typer.echo(f"stopped: {done} of {steps} steps are in {out}; {how}", err=True)
         raise typer.Exit(130)
     if finished:
         more = "a larger --steps" if schedule == "constant" else "another folder: this schedule is done"
         typer.echo(f"{out} is finished already, at step {done}; to train on, give {more}")
         return
     typer.echo(f"{done} steps in {out}, {trainer.seconds:.0f} s of training; the last checkpoint holds them")
+
+
+def _write_options(context: typer.Context, out: Path, run: TrainConfig, found: Mapping[str, Any]) -> None:
+    """Write the options of a run into its folder, with what those became that were left open."""
+    from dig.training.data.files import write_atomically
+
+    # In one order, whatever was given.
+    values = {name: context.params.get(name) for name in option_types(train_command)}
+    values |= {**found, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
+    if run.data.latent_scale is None:
+        values |= {"image_size": run.data.shape[1], "channels": run.data.shape[0]}
+    comments = {
+        "model": ", ".join(f"{name}={value}" for name, value in run.model.options.items()),
+        "device": run.device,
+        "execution": f"{run.execution}: {run.execution_reason}",
+    }
+    write_atomically(out / OPTIONS_NAME, write_options(values, comments))

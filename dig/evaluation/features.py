@@ -165,19 +165,20 @@ class DatasetBatches:
         seed: Of the choice.
 
     Attributes:
+        count: As given.
         unreadable: File name → reason, of those met on the way.
     """
 
     def __init__(self, dataset: DataSet, count: int, seed: int = 0) -> None:
         self._dataset = dataset
-        self._count = count
+        self.count = count
         self._seed = seed
         self.unreadable: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
         # Spread over the data set, whose classes may lie one after the other.
         order = np.random.Generator(np.random.Philox(self._seed)).permutation(len(self._dataset)).astype(np.int64)
-        chosen, rest = np.sort(order[: self._count]), order[self._count :]
+        chosen, rest = np.sort(order[: self.count]), order[self.count :]
         at_once = images_at_once(self._dataset.sample_shape)
         while len(chosen):
             missing = 0

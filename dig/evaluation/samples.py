@@ -1,4 +1,4 @@
-"""Files of samples, as ``sample`` and others write them, read without belief in what they say of themselves."""
+"""Samples, as ``sample`` and others write them: an npz file or a folder of PNG files, read without belief."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dig.memory import check_memory
+from dig.sampling.files import ABOUT
+from dig.sampling.folder import read_png
 from dig.training.data.base import DataError
 from dig.training.data.files import told_by_start
 
@@ -20,11 +22,13 @@ MAX_ABOUT = 2**24
 
 
 def read_samples(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """The images (N, H, W, 3) of an npz file, and what it says of them ({} if nothing).
+    """The images (N, H, W, 3) of an npz file or a folder of PNG files, and what it says of them ({} if nothing).
 
     Raises:
-        ValueError: The file holds no images, is damaged, or more than fits into memory.
+        ValueError: It holds no images, is damaged, or more than fits into memory.
     """
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         why = "it is no file" if path.exists() else "it does not exist"
         raise DataError(f"cannot read {path}: {why}")
@@ -47,6 +51,35 @@ def read_samples(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"cannot read {path}: {reason}{told_by_start(path)}; is it cut off or damaged?") from None
+
+
+def _read_folder(folder: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    """All PNG files of a folder and the folders in it, in the order of their names."""
+    paths = sorted(path for path in folder.rglob("*.png") if not path.name.startswith("."))
+    if not paths:
+        raise DataError(f"{folder} holds no PNG files; python -m dig sample --images writes them")
+    images: NDArray[np.uint8] | None = None
+    for number, path in enumerate(paths):
+        try:
+            image = read_png(path)
+        # A file's bytes make Pillow's decoders raise nearly anything.
+        except Exception as error:
+            raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:200]}{told_by_start(path)}") from None
+        if images is None:
+            total = len(paths) * image.nbytes
+            check_memory({f"the images of {folder}": total}, device="cpu", advice="evaluate fewer with --count")
+            images = np.empty((len(paths), *image.shape), dtype=np.uint8)
+        if image.shape != images.shape[1:]:
+            sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.shape, images.shape[1:])]
+            raise DataError(f"{path} is {sizes[0]}, and {paths[0].name} {sizes[1]}; all must be of one size")
+        images[number] = image
+    assert images is not None
+    about = folder / ABOUT
+    try:
+        said = _as_object(about.read_bytes()[:MAX_ABOUT], about) if about.is_file() else {}
+    except OSError as error:
+        raise DataError(f"cannot read {about}: {error.strerror}") from None
+    return images, said
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -104,8 +137,13 @@ def _read_about(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         array = np.lib.format.read_array(stream, allow_pickle=False)
     if array.dtype.kind != "U" or array.ndim:
         raise DataError(f"what {path} says of itself (about) must be text; got {array.shape} {array.dtype}")
+    return _as_object(str(array), path)
+
+
+def _as_object(text: str | bytes, path: Path) -> dict[str, Any]:
+    """What a file says of its samples. Raises DataError where that is no object of JSON."""
     try:
-        about = json.loads(str(array), parse_constant=_refuse_constant)
+        about = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"what {path} says of itself (about) is no JSON: {error}") from None
     if not isinstance(about, dict):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,8 +47,26 @@ def file_kind(path: Path) -> Kind:
     raise CheckpointError(f"{path} is neither safetensors nor a file of torch.save: {looks}")
 
 
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published file, under this project's names; the averaged weights where it has both.
+@dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    """What a published file holds.
+
+    Attributes:
+        state: Its tensors by name; the averaged weights where it has both.
+        arguments: What its training was called with, where it says so: Meta's files hold an ``argparse.Namespace``.
+        renamed: Whether its names were the DiG authors'.
+    """
+
+    state: dict[str, Tensor]
+    arguments: Mapping[str, Any]
+    renamed: bool = False
+
+
+def read_state(path: Path) -> PublishedFile:
+    """A published file as it is.
+
+    Of what is not tensors, numbers and text only ``argparse.Namespace`` is let through: a bag of values that runs
+    nothing, and which Meta's training code saves beside its weights.
 
     Raises:
         CheckpointError: It is damaged, is no state dict, or would have to run code to be read.
@@ -57,7 +77,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             # Opened here: by a path, torch too goes by the suffix.
-            with path.open("rb") as file:
+            with path.open("rb") as file, torch.serialization.safe_globals([Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())
@@ -74,6 +94,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot read {path}: {reason or type(error).__name__}") from None
+    arguments = content.get("args") if isinstance(content, Mapping) else None
     for part in ("ema", "state_dict", "model", "module"):
         if isinstance(content, Mapping) and isinstance(content.get(part), Mapping):
             content = content[part]
@@ -83,16 +104,26 @@ def read_published(path: Path) -> dict[str, Tensor]:
         if wrong := _unusable(value):
             raise CheckpointError(f"{path} holds {name} as {wrong}; save its weights as dense fp32, fp16 or bf16")
     state = {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
-    if any(".attn.q_proj." in name for name in state):
-        try:
-            state = from_release(state)
-        except KeyError as error:
-            raise CheckpointError(f"{path}: {error.args[0]}") from None
-        except (RuntimeError, IndexError) as error:
-            raise CheckpointError(f"{path} holds projections that don't fit each other: {error}") from None
     if wrong := not_finite(state):
         raise CheckpointError(f"{path} holds {wrong}, which is not finite; nothing can be sampled from it")
-    return state
+    return PublishedFile(state=state, arguments=vars(arguments) if isinstance(arguments, Namespace) else {})
+
+
+def read_published(path: Path) -> PublishedFile:
+    """`read_state`, under this project's names.
+
+    Raises:
+        CheckpointError: As there.
+    """
+    found = read_state(path)
+    if not any(".attn.q_proj." in name for name in found.state):
+        return found
+    try:
+        return replace(found, state=from_release(found.state), renamed=True)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {error.args[0]}") from None
+    except (RuntimeError, IndexError) as error:
+        raise CheckpointError(f"{path} holds projections that don't fit each other: {error}") from None
 
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

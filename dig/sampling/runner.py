@@ -110,6 +110,9 @@ class BatchSampler:
         graph: Whether the whole loop over the steps is one CUDA graph.
         finish: What becomes of a batch (M, C, h, w) of the model's: `to_pixels`, say, after a VAE. It too always
             sees whole batches.
+
+    Attributes:
+        report: Told how many wanted samples a batch has brought, where somebody follows.
     """
 
     def __init__(
@@ -122,8 +125,10 @@ class BatchSampler:
         finish: Callable[[Tensor], NDArray[Any]] = to_pixels,
     ) -> None:
         self.plan = plan
+        self.report: Callable[[int], object] | None = None
         self._finish = finish
         self.device = device
+        self.num_classes = model.num_classes
         self._shape = (model.in_channels, *model.input_size)
         self._solver = build_solver(plan.sampler, steps=plan.steps, eta=plan.eta)
         denoiser = Denoiser(
@@ -164,6 +169,8 @@ class BatchSampler:
         # Whatever is not asked for only fills the batch.
         finished = self._finish(x if len(indices[wanted]) == M else x.nan_to_num(0, 0, 0))
         self._last = (number, finished)
+        if self.report is not None:
+            self.report(len(indices[wanted]))
         return finished
 
     def _wanted(self, indices: range) -> slice:
@@ -180,6 +187,19 @@ class BatchSampler:
             except CaptureError as error:
                 raise CaptureError(f"{error}; or sample with execution eager") from error
         return self._captured(x_T, y, noise)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the sampler: passes of the model to a batch."""
+        return len(self._loop.timesteps)
+
+    def one_step(self) -> None:
+        """One pass of the model over a batch, eagerly, waited for: to see what it takes."""
+        M = self.plan.model_batch
+        x_T = initial_noise(self.plan.seed, range(M), self._shape).to(self.device)
+        self._first_step(x_T, torch.tensor(self.plan.labels(range(M)), device=self.device), None)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     @torch.no_grad()
     def _first_step(self, x_T: Tensor, y: Tensor, _: Tensor | None) -> Tensor:

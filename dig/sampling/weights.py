@@ -1,29 +1,29 @@
-"""Weights to sample from: a run's newest checkpoint, one checkpoint file, or a published one.
-
-Shapes: D width, C input channels, P patch side, T tokens.
-"""
+"""Weights to sample from: a run's newest checkpoint, one checkpoint file, an exported one, or a published one."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from dig.diffusion import LossName
 from dig.family import BACKEND, FamilyError, UnknownModelError
 from dig.fields import INTEGERS
+from dig.hub import fetch, is_hub_name
 from dig.layers import Backbone
-from dig.registry import ModelSpec, list_variants, parse_model
-from dig.sampling.published import file_kind, read_published
+from dig.messages import describe
+from dig.registry import VAE_FACTOR, ModelSpec, parse_model, parse_name
+from dig.sampling.anatomy import check_fit
+from dig.sampling.folders import HUB_FILES, HUB_NEEDED, read_folder, read_header, weights_in
+from dig.sampling.published import PublishedFile, file_kind, read_published
+from dig.sampling.trained import Trained, WeightsChoice
 from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of
 from dig.training.data.latents import LATENT_SCALE
+from dig.training.lora import merged_state
 from dig.training.resuming import check_same_run, no_family, recorded_config
 from dig.training.saving import (
     FOLDER,
@@ -35,19 +35,11 @@ from dig.training.saving import (
     read_checkpoint,
 )
 
-VAE_FACTOR = 8
-"""Pixels to a cell of the latents that the published models were trained on, along each side."""
 LATENT_CHANNELS = 4
 MAX_SIDE = 2**16
 """Pixels along a side of a published model's images, and no more classes than its square: beyond are typing errors."""
 
-WeightsChoice = Literal["averaged", "raw"]
-"""Of a run's checkpoint: the moving average of its weights, or the weights of its last step."""
 _PREFIXES: dict[str, str] = {"averaged": "ema.", "raw": "model."}
-FEW_DROPPED = 100
-"""Images shown without their label, fewer than which leave the null label's embedding about as it began."""
-MOSTLY_FIRST = 0.1
-"""An average of more than this share of the first weights is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,78 +48,28 @@ class Published:
 
     Attributes:
         model: Name with options, as `dig.registry.parse_model` reads it.
-        image_size: Side of the images in pixels.
-        num_classes: Labels.
+        image_size: Side of the images in pixels; None for what the file says of itself, else 256.
+        num_classes: Labels; None likewise, else 1000.
     """
 
     model: str
-    image_size: int = 256
-    num_classes: int = 1000
+    image_size: int | None = None
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class Weights(Trained):
     """A model's weights and what it takes to sample with them.
 
     Attributes:
-        path: The file.
-        sha256: Of the file.
-        spec: The model, its backend chosen for the device.
         state: Its state dict, on the CPU.
-        choice: Which of a run's weights they are; None of a published file's.
-        class_names: Name of each label, where it is known.
-        latent_scale: What latents were multiplied with; None for a model of pixels.
-        loss: What the model was trained with, which decides on the samplers.
-        step: Steps it was trained for, where that is known.
-        seconds: Time it was trained for, likewise.
-        vae_sha256: Of the weights of the VAE that its latents were made with, likewise.
-        unlabelled: About how many images it was shown without their label, likewise.
-        share_of_first: How much of averaged weights is still the first ones, 0 to 1.
     """
 
-    path: Path
-    sha256: str
-    spec: ModelSpec
     state: dict[str, Tensor]
-    class_names: tuple[str, ...] = ()
-    latent_scale: float | None
-    loss: LossName = "hybrid"
-    step: int | None = None
-    seconds: float | None = None
-    choice: WeightsChoice | None = None
-    vae_sha256: str | None = None
-    unlabelled: float | None = None
-    share_of_first: float = 0.0
 
-    def check_guidance(self, *, guided: bool, null: bool) -> str | None:
-        """Whether samples that take the null label can mean anything: a warning, or None.
-
-        Args:
-            guided: Whether there is guidance.
-            null: Whether samples of no class are asked for.
-
-        Raises:
-            ValueError: It was never trained: what it adds is noise that looks like a result.
-        """
-        if not (guided or null) or self.unlabelled is None or self.unlabelled >= FEW_DROPPED:
-            return None
-        what = "guidance" if guided else "samples of no class"
-        if self.unlabelled == 0:
-            remedy = "use --cfg 1" if guided else "name classes"
-            raise ValueError(
-                f"{what} would mean nothing: {self.path} was trained with --label-dropout 0, never without a label; "
-                f"{remedy}, or train with label dropout"
-            )
-        return f"{what} may mean little: {self.path} has seen about {self.unlabelled:.0f} images without their label"
-
-    def check_average(self) -> str | None:
-        """A warning where averaged weights are still mostly the first ones, which draw noise; or None."""
-        if self.choice != "averaged" or self.share_of_first <= MOSTLY_FIRST:
-            return None
-        return (
-            f"the averaged weights of {self.path} are still {100 * self.share_of_first:.0f}% the first ones, which "
-            "draw noise: --weights raw samples from the last ones"
-        )
+    def trained(self) -> Trained:
+        """What is known of the weights, without them."""
+        return Trained(**{entry.name: getattr(self, entry.name) for entry in fields(Trained)})
 
     def build(self, device: torch.device | str) -> Backbone:
         """The model with these weights, in eval mode.
@@ -141,6 +83,18 @@ class Weights:
         return model.to(device).eval()
 
 
+def read_choice(word: str | None) -> WeightsChoice | None:
+    """Which weights of a run a word means; ``average`` and ``ema`` are read too.
+
+    Raises:
+        ValueError: None of them.
+    """
+    known = {**{choice: choice for choice in get_args(WeightsChoice)}, "average": "averaged", "ema": "averaged"}
+    if word is not None and word not in known:
+        raise ValueError(f"weights must be {' or '.join(get_args(WeightsChoice))}; got {word!r}")
+    return None if word is None else cast(WeightsChoice, known[word])
+
+
 def load_weights(
     path: Path,
     *,
@@ -152,7 +106,8 @@ def load_weights(
     """Find and read weights.
 
     Args:
-        path: A run's folder (its newest whole checkpoint is taken), or a file of a run or a published one.
+        path: A run's folder (its newest whole checkpoint is taken); a file of a run, of ``python -m dig export`` or a
+            published one; a folder that diffusers or ``python -m dig export`` wrote; or a name on the hub.
         device: ``cuda`` or ``cpu``; decides which backend runs, unless that is chosen.
         published: For a published file only.
         backend: One of the family's.
@@ -160,13 +115,18 @@ def load_weights(
 
     Raises:
         CheckpointError: There are no weights, or they can't be used.
+        HubError: A name on the hub can't be fetched.
     """
-    if choice is not None and choice not in get_args(WeightsChoice):
-        raise ValueError(f"weights must be {' or '.join(get_args(WeightsChoice))}; got {choice!r}")
+    choice = read_choice(choice)
+    if is_hub_name(str(path)):
+        path = fetch(str(path), patterns=HUB_FILES, needed=HUB_NEEDED, what="the checkpoint")
     if path.is_dir():
         run = path
         newest = newest_checkpoint(path / FOLDER) or newest_checkpoint(path)
         if newest is None:
+            if weights_in(path) is not None:
+                _refuse_extras(path, published, choice)
+                return _described(*read_folder(path), device, backend)
             raise CheckpointError(f"{path} holds no checkpoint; python -m dig train --out {path} writes them")
         path = newest
         _check_run(run, path)
@@ -174,16 +134,29 @@ def load_weights(
         raise CheckpointError(f"{path} does not exist")
     elif path in checkpoint_files(path.parent) and (wrong := damage(path)):
         raise CheckpointError(f"{wrong}; name another checkpoint, or the run's folder for the newest whole one")
-    kind = file_kind(path)
-    if kind == "safetensors" and read_about(path) is not None:
-        if published is not None:
-            raise CheckpointError(f"{path} says itself which model it is; leave out the model's name, size and classes")
-        return _own(path, device, backend, choice or "averaged")
+    if file_kind(path) == "safetensors":
+        if read_about(path) is not None:
+            _refuse_extras(path, published, None)
+            return _own(path, device, backend, choice or "averaged")
+        if (said := read_header(path)) is not None:
+            _refuse_extras(path, published, choice)
+            return _described(path, read_published(path).state, said, device, backend)
+    _refuse_extras(path, None, choice)
+    return _published(path, published, device, backend)
+
+
+def _refuse_extras(path: Path, published: Published | None, choice: WeightsChoice | None) -> None:
+    """Raise `CheckpointError` where more is said of weights than they need."""
+    if published is not None:
+        raise CheckpointError(f"{path} says itself which model it is; leave out the model's name, size and classes")
     if choice is not None:
         raise CheckpointError(f"{path} is no checkpoint of a run: it has one set of weights; leave out --weights")
-    if published is None:
-        raise CheckpointError(f"{path} does not say which model it is; name it, as in --model DiG-XL/2")
-    return _published(path, published, device, backend)
+
+
+def _described(path: Path, state: dict[str, Tensor], said: dict[str, Any], device: str, backend: str | None) -> Weights:
+    """Weights that say themselves what they are."""
+    said = {**said, "spec": _on_device(said["spec"], device, backend)}
+    return Weights(path=path, sha256=sha256_of(path), state=state, **said)
 
 
 def _check_run(folder: Path, checkpoint: Path) -> None:
@@ -207,11 +180,17 @@ def _own(path: Path, device: str, backend: str | None, choice: WeightsChoice) ->
         raise no_family(path, error) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no run that this version knows: {error}") from None
+    state, spec = checkpoint.tensors, _on_device(config.model, device, backend)
+    if config.lora:
+        try:
+            state = merged_state(spec.build(), config, state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not hold adapters as it says: {describe(error)[:200]}") from None
     return Weights(
         path=checkpoint.path,
         sha256=sha256_of(checkpoint.path),
-        spec=_on_device(config.model, device, backend),
-        state=checkpoint.tensors,
+        spec=spec,
+        state=state,
         class_names=config.data.class_names,
         latent_scale=config.data.latent_scale,
         loss=config.loss,
@@ -233,122 +212,47 @@ def _on_device(spec: ModelSpec, device: str, backend: str | None) -> ModelSpec:
     return replace(spec, name=name, options=options)
 
 
-def _published(path: Path, published: Published, device: str, backend: str | None) -> Weights:
-    name, options, source = parse_model(published.model, device)
-    if not VAE_FACTOR <= published.image_size <= MAX_SIDE or not 1 <= published.num_classes <= MAX_SIDE**2:
+def _published(path: Path, published: Published | None, device: str, backend: str | None) -> Weights:
+    file = read_published(path)
+    asked = _asked(path, published, file)
+    name, options, source = parse_model(asked.model, device)
+    size = 256 if asked.image_size is None else asked.image_size
+    classes = 1000 if asked.num_classes is None else asked.num_classes
+    if not VAE_FACTOR <= size <= MAX_SIDE or not 1 <= classes <= MAX_SIDE**2:
         raise CheckpointError(
             f"--image-size must be {VAE_FACTOR} to {MAX_SIDE:,}, --num-classes 1 to {MAX_SIDE**2:,}; got "
-            f"{published.image_size} and {published.num_classes}"
+            f"{size} and {classes}"
         )
-    if published.image_size % VAE_FACTOR:
-        raise CheckpointError(f"image size {published.image_size} is not a multiple of {VAE_FACTOR}")
-    side = published.image_size // VAE_FACTOR
+    if size % VAE_FACTOR:
+        raise CheckpointError(f"image size {size} is not a multiple of {VAE_FACTOR}")
+    side = size // VAE_FACTOR
     spec = ModelSpec(
         name=name,
         options=options,
         input_size=(side, side),
         in_channels=LATENT_CHANNELS,
-        num_classes=published.num_classes,
+        num_classes=classes,
         source=source,
     )
     if backend is not None:
         spec = _on_device(spec, device, backend)
-    return Weights(
-        path=path,
-        sha256=sha256_of(path),
-        spec=spec,
-        state=read_published(path),
-        latent_scale=LATENT_SCALE,
-    )
+    return Weights(path=path, sha256=sha256_of(path), spec=spec, state=file.state, latent_scale=LATENT_SCALE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Anatomy:
-    """What the shapes of a state dict say of its model; None where they don't."""
-
-    width: int | None
-    depth: int
-    patch_size: int | None
-    input_channels: int | None
-    classes: int | None
-    tokens: int | None
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Anatomy:
-        """Read the shapes."""
-
-        def shape(*names: str) -> tuple[int, ...]:
-            found = (tuple(state[name].shape) for name in names if name in state)
-            return next(found, ())
-
-        patches = shape("x_embedder.proj.weight", "patch_embed.proj.weight")
-        whole = len(patches) == 4
-        labels = shape("y_embedder.embedding_table.weight", "label_emb.embedding_table.weight")
-        positions = shape("pos_embed")
-        blocks = {match.group(0) for name in state if (match := re.match(r"\w*blocks\.\d+\.|\w*block\.", name))}
-        return cls(
-            width=patches[0] if whole else None,
-            depth=len(blocks),
-            patch_size=patches[2] if whole else None,
-            input_channels=patches[1] if whole else None,
-            classes=labels[0] - 1 if labels else None,
-            tokens=positions[1] if len(positions) == 3 else None,
-        )
-
-    def differences(self, other: Anatomy) -> list[str]:
-        """``width 384 (model: 768)`` of everything that differs."""
-        words = {
-            "width": "width",
-            "depth": "depth in blocks",
-            "patch_size": "patch size",
-            "input_channels": "input channels",
-            "classes": "classes",
-            "tokens": "tokens (image size)",
-        }
-        pairs = [(text, getattr(self, name), getattr(other, name)) for name, text in words.items()]
-        return [f"{text} {ours} (model: {theirs})" for text, ours, theirs in pairs if ours != theirs]
-
-
-def check_fit(state: Mapping[str, Tensor], model: Backbone, spec: ModelSpec, path: Path) -> None:
-    """Raise `CheckpointError` unless the state dict is this model's, saying in words what it is instead."""
-    expected = model.state_dict()
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    if shapes == {name: tensor.shape for name, tensor in expected.items()}:
-        return
-    found, wanted = Anatomy.of(state), Anatomy.of(expected)
-    says = found.differences(wanted)
-    if not says:
-        missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-        other = [name for name in expected.keys() & shapes.keys() if expected[name].shape != shapes[name]]
-        says += [f"no {missing[0]} ({len(missing)} parameters are missing)"] if missing else []
-        says += [f"{extra[0]}, which the model has not ({len(extra)} such)"] if extra else []
-        says += [f"{other[0]} as {tuple(shapes[other[0]])}, not {tuple(expected[other[0]].shape)}"] if other else []
-    hint = ""
-    patch, channels, classes = found.patch_size, found.input_channels, found.classes
-    if found.width and patch and channels and classes and classes > 0:
-        names = _models_of(shapes, patch, channels, classes)
-        hint = f"; the weights are those of {' or '.join(names)}" if names else "; no known model has such weights"
-        if names and found.classes != wanted.classes:
-            hint += f" with {found.classes} classes"
-    raise CheckpointError(f"{path} does not hold {spec.describe()}: it has {', '.join(says)}{hint}")
-
-
-def _models_of(shapes: Mapping[str, torch.Size], patch: int, channels: int, classes: int) -> list[str]:
-    """Names of the models that have these parameters; the positions, which image size decides on, are left out."""
-    names: list[str] = []
-    ours = {name: shape for name, shape in shapes.items() if name != "pos_embed"}
-    for name, options in list_variants():
-        if not name.endswith(f"/{patch}"):
-            continue
-        with torch.device("meta"):
-            model = ModelSpec(
-                name=name,
-                options=options,
-                input_size=(patch, patch),
-                in_channels=channels,
-                num_classes=classes,
-            ).build()
-        theirs = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "pos_embed"}
-        if ours == theirs:
-            names.append(":".join([name, *(f"{option}={value}" for option, value in options.items())]))
-    return names
+def _asked(path: Path, published: Published | None, file: PublishedFile) -> Published:
+    """The model of a published file: what is asked for, and where nothing is, what its training was called with."""
+    said = file.arguments
+    whole = {name: said.get(name) for name in ("image_size", "num_classes") if type(said.get(name)) is int}
+    if published is not None:
+        given = {name: getattr(published, name) for name in whole if getattr(published, name) is not None}
+        return replace(published, **{**whole, **given})
+    name = said.get("model")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} does not say which model it is; name it, as in --model DiG-XL/2")
+    # The authors' names are those of their own variant.
+    words = ":variant=release" if file.renamed else ""
+    try:
+        parse_name(name)
+    except UnknownModelError as error:
+        raise CheckpointError(f"{path} was trained as {name[:60]!r} ({error}); name its model with --model") from None
+    return Published(model=name + words, **whole)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from dig.diffusion import LossName, build_solver
+from dig.family import BACKEND, closest
 from dig.fields import INTEGERS, fits
 from dig.registry import ModelSpec
 from dig.training.data import DataSet, LatentShards
@@ -21,6 +22,7 @@ Execution = Literal["eager", "compile", "graph"]
 LearningRateSchedule = Literal["constant", "cosine"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
+Logger = Literal["tensorboard", "jsonl", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +104,18 @@ class TrainConfig:
         checkpoint_blocks: Whether each block's activations are computed again in the backward pass.
         deterministic: Whether PyTorch is told to use deterministic algorithms, so that a resumed run on a GPU repeats
             bit for bit.
+        init: SHA-256 of the file that the first weights are of; empty for weights that are drawn.
+        freeze: Patterns of names of parameters that are not trained.
+        lora: Rank of the adapters that are trained in place of the weights; 0 for none.
+        lora_targets: Patterns of names of the linear layers that get one.
+        lora_whole: Names of modules that are trained beside them, as a label table with new rows.
         log_every: Steps to a line of the log.
         save_every: Steps to a checkpoint.
         keep: Checkpoints that are kept.
         grid_every: Steps to a grid of samples; 0 for none.
         grid_steps: Sampling steps of a grid.
         grid_cfg: Guidance of a grid.
+        log: Where the log goes: some of `Logger`.
     """
 
     model: ModelSpec
@@ -130,16 +138,24 @@ class TrainConfig:
     execution: Execution = "eager"
     checkpoint_blocks: bool = False
     deterministic: bool = True
+    init: str = ""
+    freeze: tuple[str, ...] = ()
+    lora: int = 0
+    lora_targets: tuple[str, ...] = ()
+    lora_whole: tuple[str, ...] = ()
     log_every: int = _free(50)
     save_every: int = _free(1000)
     keep: int = _free(3)
     grid_every: int = _free(0)
     grid_steps: int = _free(50)
     grid_cfg: float = _free(1.5)
+    log: tuple[str, ...] = _free(("tensorboard", "jsonl"))
     execution_reason: str = _free("")
 
     def __post_init__(self) -> None:
-        """Raise ValueError on a field that no run can have."""
+        """Take lists as JSON gives them. Raise ValueError on a field that no run can have."""
+        for name in ("freeze", "lora_targets", "lora_whole", "log"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, kind in (
             ("device", Device),
             ("loss", LossName),
@@ -165,6 +181,17 @@ class TrainConfig:
         for name in ("label_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        for word in self.log:
+            if word not in get_args(Logger):
+                raise ValueError(f"unknown logger {word!r:.80}: {closest(word, get_args(Logger))}")
+        if not self.log or len(set(self.log)) < len(self.log):
+            raise ValueError(f"log must name one or more of {', '.join(get_args(Logger))}, each once")
+        if not 0 <= self.lora < 2**16:
+            raise ValueError(f"lora must be a rank, 1 or more, or 0 for no adapters; got {self.lora}")
+        if self.lora and self.freeze:
+            raise ValueError("lora freezes all but its adapters; leave out freeze")
+        if self.lora and not self.init:
+            raise ValueError("lora adapts weights that were trained: name them by --init")
         if self.batch % self.accumulate:
             raise ValueError(f"a batch of {self.batch} does not divide into {self.accumulate} equal parts")
         if not 0 <= self.seed < INTEGERS:
@@ -205,14 +232,18 @@ class TrainConfig:
         content = {"ema_warmup": False, **content}
         model, data = content["model"], content["data"]
         for kind, values in ((ModelSpec, model), (DataSpec, data)):
-            _check_types(kind, values)
+            check_types(kind, values)
         parts = {"model": ModelSpec(**model), "data": DataSpec(**data)}
-        _check_types(cls, content, without=tuple(parts))
+        check_types(cls, content, without=tuple(parts))
         return cls(**{**content, **parts})
 
-    def differences(self, other: TrainConfig) -> list[str]:
-        """``name: ours, theirs`` of everything that keeps a run from going on as the other one began."""
-        free = {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("free")}
+    def differences(self, other: TrainConfig, *, elsewhere: bool = False) -> list[str]:
+        """``name: ours, theirs`` of everything that keeps a run from going on as the other one began.
+
+        ``elsewhere`` it may go on on another device, backend or execution: with the same state, but other last bits.
+        """
+        free = set(_WHERE) if elsewhere else set()
+        free |= {entry.name for entry in dataclasses.fields(self) if entry.metadata.get("free")}
         if self.schedule == "constant":
             free.add("steps")
         ours, theirs = _flat(self.to_json()), _flat(other.to_json())
@@ -222,6 +253,15 @@ class TrainConfig:
         return [
             f"{_CHECKSUMS.get(name, name)}: {str(ours.get(name))[:60]}, {str(theirs.get(name))[:60]}"
             for name in names
+            if ours.get(name) != theirs.get(name)
+        ]
+
+    def moves(self, other: TrainConfig) -> list[str]:
+        """``device (theirs, now ours)`` of what `differences` lets pass ``elsewhere``."""
+        ours, theirs = _flat(self.to_json()), _flat(other.to_json())
+        return [
+            f"{word} ({theirs.get(name)}, now {ours.get(name)})"
+            for name, word in _WHERE.items()
             if ours.get(name) != theirs.get(name)
         ]
 
@@ -251,10 +291,12 @@ def choose_execution(asked: str, *, device: str, begun: TrainConfig | None, redr
     return "eager", "the default on a CPU, which has no CUDA graphs"
 
 
+_WHERE = {"device": "device", f"model.options.{BACKEND}": "backend", "execution": "execution"}
+"""What decides on a run's last bits and not on what it is."""
 _CHECKSUMS = {"data.sha256": "content of the data", "data.vae_sha256": "VAE of the latents"}
 
 
-def _check_types(kind: type, content: Any, without: tuple[str, ...] = ()) -> None:
+def check_types(kind: type, content: Any, without: tuple[str, ...] = ()) -> None:
     """Raise TypeError unless JSON's values are of the types of the fields of a dataclass; missing ones pass."""
     if not isinstance(content, dict):
         raise TypeError(f"a {kind.__name__} must be an object; got {type(content).__name__}")

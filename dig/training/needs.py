@@ -81,6 +81,14 @@ def _sibling(spec: ModelSpec) -> Backbone:
     return dataclasses.replace(spec, input_size=(patch, patch), options=options).build()
 
 
+def count_parameters(spec: ModelSpec) -> int:
+    """How many numbers are trained in a model that isn't built: of any backend, which changes no weight."""
+    options = {name: value for name, value in spec.options.items() if name != BACKEND}
+    with torch.device("meta"):
+        model = dataclasses.replace(spec, options=options).build()
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 class _Draws(TorchDispatchMode):
     """Notices operations that draw random numbers."""
 
@@ -107,26 +115,33 @@ def draws_in_training(spec: ModelSpec) -> bool:
     return draws.found
 
 
-def check_training(config: TrainConfig) -> None:
-    """Raise `dig.memory.TooLargeError` where a run needs more memory than there is.
+def training_needs(config: TrainConfig) -> dict[str, int]:
+    """What for → bytes that a run needs on its device at least.
 
     Activations are counted as one input of each block, which is what `checkpoint_blocks` keeps.
     """
     model = Footprint.of(config.model)
+    # Of frozen weights there is neither; how many those are isn't known before the model is built.
+    trained = 0 if config.lora or config.freeze else model.parameters
     at_once = config.batch // config.accumulate
     number = 2 if config.dtype == "bf16" else FP32
-    needs = {
+    return {
         "weights": FP32 * (model.parameters + model.constants),
-        "gradients": FP32 * model.parameters,
-        "optimizer": 2 * FP32 * model.parameters,
+        "gradients": FP32 * trained,
+        "optimizer": 2 * FP32 * trained,
         "average": FP32 * (model.parameters + model.constants),
         "activations": number * at_once * model.depth * model.tokens * model.width,
         "a batch and its noise": 2 * FP32 * config.batch * model.values,
     }
+
+
+def check_training(config: TrainConfig) -> None:
+    """Raise `dig.memory.TooLargeError` where a run needs more memory than there is."""
     advice = "try a smaller model, image size or --batch, or a larger --accumulate"
-    check_memory(needs, device=config.device, advice=advice)
+    check_memory(training_needs(config), device=config.device, advice=advice)
     if config.device != "cpu":
-        ahead = {"batches and their noise": (AHEAD + 1) * 2 * FP32 * config.batch * model.values}
+        values = math.prod(config.model.sample_shape)
+        ahead = {"batches and their noise": (AHEAD + 1) * 2 * FP32 * config.batch * values}
         check_memory(ahead, device="cpu", advice="try a smaller image size or --batch")
 
 

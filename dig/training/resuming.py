@@ -15,7 +15,7 @@ from dig.fields import INTEGERS
 from dig.memory import check_disk
 from dig.messages import describe
 from dig.training.config import TrainConfig
-from dig.training.saving import FOLDER, Checkpoint, CheckpointError, checkpoint_files, step_of
+from dig.training.saving import FOLDER, Checkpoint, CheckpointError, checkpoint_files, newest_checkpoint, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,12 @@ def recorded_config(folder: Path) -> TrainConfig | None:
     """
     content = _read_config(folder)
     return None if content is None else content[0]
+
+
+def steps_behind(folder: Path) -> int:
+    """Steps of a run's newest whole checkpoint; 0 where there is none."""
+    path = newest_checkpoint(folder / FOLDER)
+    return 0 if path is None else step_of(path)
 
 
 def _read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]] | None:
@@ -59,8 +65,15 @@ def no_family(path: Path, error: FamilyError | UnknownModelError) -> FamilyError
     return FamilyError(f"the model of {path} cannot be had here: {describe(error)}{remedy}")
 
 
-def check_folder(config: TrainConfig, folder: Path, environment: Mapping[str, Any]) -> None:
-    """Raise ValueError if a folder is another run's; warn if it was begun with other versions."""
+def check_folder(config: TrainConfig, folder: Path, environment: Mapping[str, Any], *, elsewhere: bool = False) -> None:
+    """Raise ValueError if a folder is another run's; warn if it was begun with other versions, or elsewhere.
+
+    Args:
+        config: The run.
+        folder: Its own, perhaps.
+        environment: Where it runs now.
+        elsewhere: Whether it may go on on another device, backend or execution.
+    """
     any_checkpoint = any(folder.glob(f"{FOLDER}/step-*"))
     content = _read_config(folder)
     if content is None:
@@ -68,12 +81,22 @@ def check_folder(config: TrainConfig, folder: Path, environment: Mapping[str, An
             raise ValueError(f"{folder} holds checkpoints but no {CONFIG_NAME}; choose another folder")
         return
     theirs, before = content
-    if differences := config.differences(theirs):
+    if differences := config.differences(theirs, elsewhere=elsewhere):
         if not any_checkpoint:
             return  # A run that came to no checkpoint leaves nothing to go on with, and doesn't block the next one.
+        words = f"({'; '.join(differences[:5])}: asked for, there)"
+        if elsewhere:
+            raise ValueError(
+                f"{folder} can't go on with other options that its weights depend on {words}: leave them out, or begin "
+                f"another run, with --config {folder}/config.toml --out ANOTHER"
+            )
+        move = "" if config.differences(theirs, elsewhere=True) else f"; --resume {folder} goes on with it here too"
         raise ValueError(
-            f"{folder} holds another run ({'; '.join(differences[:5])}: asked for, there); repeat its options "
-            "to go on with it, or choose another folder"
+            f"{folder} holds another run {words}; repeat its options to go on with it, or choose another folder{move}"
+        )
+    if any_checkpoint and (moves := config.moves(theirs)):
+        logger.warning(
+            "%s goes on with another %s: from here on not bit for bit as it would have there", folder, ", ".join(moves)
         )
     changed = [name for name in ("torch", "triton", "gpu_name") if before.get(name) != environment.get(name)]
     if changed:
@@ -85,7 +108,7 @@ def check_folder(config: TrainConfig, folder: Path, environment: Mapping[str, An
 
 
 def check_same_run(config: TrainConfig, checkpoint: Path, about: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` unless a checkpoint says of itself that it is of this run.
+    """Raise `CheckpointError` unless a checkpoint says of itself that it is of this run, wherever it ran.
 
     Args:
         config: The run.
@@ -103,7 +126,7 @@ def check_same_run(config: TrainConfig, checkpoint: Path, about: Mapping[str, An
         raise no_family(checkpoint, error) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} describes no run that this version knows: {describe(error)}") from None
-    differences = config.differences(theirs)
+    differences = config.differences(theirs, elsewhere=True)
     if about["step"] != step_of(checkpoint):
         differences.append(f"step: {step_of(checkpoint)} by its name, {about['step']}")
     if differences:

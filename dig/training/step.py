@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dig.diffusion import Loss
+from dig.diffusion import Loss, build_loss
 from dig.graphs import Captured, CaptureError, capture
 from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
 from dig.training.average import moving_average
 from dig.training.config import TrainConfig
+from dig.training.freezing import freeze
 from dig.training.inputs import StepInputs
+from dig.training.lora import attach
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ class TrainingStep:
 
     Attributes:
         ema: The model with averaged weights, in eval mode.
+        adapted: peft's model around it, where it has adapters.
         sums: (terms + 1,) fp64 sums over steps of the loss's terms and of the gradient's norm.
     """
 
@@ -125,6 +128,7 @@ class TrainingStep:
         self.config = config
         self.model = model
         self.loss = loss
+        self.adapted: Any = None
         self.device = next(model.parameters()).device
         stop_dropping_labels(model)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -263,3 +267,30 @@ class TrainingStep:
                 "in the backward pass; use execution eager, or leave out the checkpointing of blocks"
             )
         return captured
+
+
+def build_step(config: TrainConfig, first: Mapping[str, Tensor] | None = None) -> TrainingStep:
+    """The training step of a run, on its device.
+
+    Args:
+        config: The run.
+        first: State dict of its first weights; None where they are drawn, or a checkpoint follows.
+
+    Raises:
+        ValueError: A pattern of names fits nothing of the model.
+        MissingPackageError: Adapters need peft, which is not installed.
+    """
+    torch.manual_seed(config.seed)
+    device = torch.device(config.device)
+    # Made on the CPU: its generator gives the same weights on every device.
+    model = config.model.build()
+    if first is not None:
+        model.load_state_dict(first)
+    adapted = None
+    if config.freeze:
+        freeze(model, config.freeze)
+    if config.lora:
+        adapted = attach(model, rank=config.lora, targets=config.lora_targets, whole=config.lora_whole)
+    step = TrainingStep(config, model.to(device), build_loss(config.loss, device=device))
+    step.adapted = adapted
+    return step

@@ -6,8 +6,7 @@ import json
 import logging
 import math
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dig.ceiling import gpu_ceiling
-from dig.diffusion import build_loss
 from dig.environment import describe_environment
-from dig.flops import UncountedError, model_macs
 from dig.layers import Backbone
 from dig.locks import lock_file
 from dig.messages import describe
 from dig.sampling.images import write_png
+from dig.training import lora
 from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data import DataSet
@@ -31,19 +28,23 @@ from dig.training.data.files import write_atomically
 from dig.training.data.loader import check_workers
 from dig.training.grids import draw_grid
 from dig.training.inputs import InputStream
+from dig.training.loggers import check_loggers
 from dig.training.logs import RunLog
+from dig.training.lora import write_adapter
+from dig.training.meter import Meter
 from dig.training.needs import check_training
 from dig.training.resuming import CONFIG_NAME, check_folder, check_room, check_same_run, check_state
 from dig.training.saving import (
     FOLDER,
     CheckpointError,
+    checkpoint_files,
     newest_checkpoint,
     read_checkpoint,
     remove_unfinished,
     save_checkpoint,
     set_aside,
 )
-from dig.training.step import TrainingStep, use_deterministic_algorithms
+from dig.training.step import build_step, use_deterministic_algorithms
 from dig.training.watch import NotFiniteLossError, StepWatch, TrainingError
 
 __all__ = ["CONFIG_NAME", "NotFiniteLossError", "Status", "Trainer", "TrainingError"]
@@ -51,35 +52,23 @@ __all__ = ["CONFIG_NAME", "NotFiniteLossError", "Status", "Trainer", "TrainingEr
 logger = logging.getLogger(__name__)
 
 GRIDS_NAME = "samples"
-TRAINING_FLOPS_PER_MAC = 6
-"""Two FLOPs a multiply-add, and a backward pass of twice the forward's."""
-GIB = 2**30
 AVERAGE_WARNING = 0.1
 """An average of more than this share of the first weights is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How far a run has come, as of its last line of the log.
+    """How far a run has come.
 
     Attributes:
         step: Steps that lie behind.
-        loss: Mean loss of the steps of the last line; NaN before the first.
-        images_per_second: Likewise.
+        loss: Mean loss since the last line of the log, as far as the device has come; NaN before the first step.
+        images_per_second: Of the steps of the last line of the log; NaN before the first.
     """
 
     step: int
     loss: float = math.nan
     images_per_second: float = math.nan
-
-
-def _macs(config: TrainConfig) -> int | None:
-    """Multiply-adds of the model for one image; None, with a warning, where they can't be counted."""
-    try:
-        return model_macs(config.model)
-    except UncountedError as error:
-        logger.warning("the log has no share of the ceiling: %s", error)
-        return None
 
 
 class Trainer:
@@ -93,6 +82,10 @@ class Trainer:
         decode: Latents (B, C, h, w), scaled, to images (B, 3, H, W), for grids of samples. None in pixel space; with
             latents, there are then no grids.
         workers: Processes that read the data.
+        first: State dict of the first weights, where they are those of a file (``config.init``); not read where a
+            checkpoint follows.
+        elsewhere: Whether a run that began on another device, backend or execution may go on here, with other last
+            bits.
 
     Attributes:
         step: Steps that lie behind.
@@ -115,54 +108,49 @@ class Trainer:
         *,
         decode: Callable[[Tensor], Tensor] | None = None,
         workers: int | None = None,
+        first: Mapping[str, Tensor] | None = None,
+        elsewhere: bool = False,
     ) -> None:
+        self._elsewhere = elsewhere
         self.config = config
         self.folder = folder
         self._dataset = dataset
         self._decode = decode
         self._workers = workers
         check_workers(workers)
+        check_loggers(config.log)
         check_training(config)
         folder.mkdir(parents=True, exist_ok=True)
         message = f"another process is training into {folder}; wait for it, or choose another folder"
         self._lock = lock_file(folder / ".lock", message)
         try:
-            self._prepare()
+            self._prepare(first)
         except BaseException:
             self._lock.close()
             raise
 
-    def _prepare(self) -> None:
+    def _prepare(self, first: Mapping[str, Tensor] | None) -> None:
         """Build the model, load the newest checkpoint, open the logs."""
         config, folder = self.config, self.folder
         environment = describe_environment()
-        check_folder(config, folder, environment)
+        check_folder(config, folder, environment, elsewhere=self._elsewhere)
         # What can't be made should be known now, and not when there is something to write.
         for name in (FOLDER, GRIDS_NAME):
             (folder / name).mkdir(exist_ok=True)
         if config.deterministic:
             use_deterministic_algorithms()
-        torch.manual_seed(config.seed)
-        device = torch.device(config.device)
-        # Made on the CPU: its generator gives the same weights on every device.
-        model = config.model.build().to(device)
-        self._null_label = model.null_label
-        self._macs = _macs(config)
-        self._step = TrainingStep(config, model, build_loss(config.loss, device=device))
+        if config.init and first is None and not checkpoint_files(folder / FOLDER):
+            raise ValueError(
+                f"{folder} has no checkpoint yet, and begins with the weights of a file: name it by --init"
+            )
+        self._step = build_step(config, first)
         self._watch = StepWatch((*self._step.loss.terms, "grad_norm"), config.device)
         self._whole = True  # whether all of the state is of the same step
         self.step = 0
-        self.seconds = 0.0
-        self._pending = 0  # steps in the sums
-        self._pending_timed = 0  # those of them whose time was taken
-        self._pending_seconds = 0.0
-        self._ceiling = None
-        if config.device == "cuda":
-            # Before the random states are restored: its operands are random too.
-            self._ceiling = gpu_ceiling(config.dtype)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        self._meter = Meter(config)
         self._resume()
+        if self.step:
+            self._write_adapter()
         remove_unfinished(folder / FOLDER)
         check_room(config, folder, self.step, self._state())
         share = share_of_first_weights(config.steps, config.ema, warmup=config.ema_warmup)
@@ -175,7 +163,7 @@ class Trainer:
             )
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
-        self.log = RunLog(folder, self.step)
+        self.log = RunLog(folder, self.step, config.log, config.to_json())
         self.log.event("resumed" if self.step else "started", step=self.step, environment=environment)
         self.status = Status(step=self.step)
 
@@ -184,6 +172,11 @@ class Trainer:
         """The model in training."""
         return self._step.model
 
+    @property
+    def seconds(self) -> float:
+        """Time in training steps so far: see the class."""
+        return self._meter.seconds
+
     def _resume(self) -> None:
         """Load the newest checkpoint that is whole, if there is one."""
         path = newest_checkpoint(self.folder / FOLDER)
@@ -191,17 +184,18 @@ class Trainer:
             return
         checkpoint = read_checkpoint(path)
         check_same_run(self.config, path, checkpoint.about)
-        check_state(checkpoint, self._state())
         tensors, about = checkpoint.tensors, checkpoint.about
+        if about["config"]["device"] != self.config.device:
+            # Of another device, on which a model's own draws went on elsewhere.
+            tensors.pop("random.cuda", None)
+            tensors |= {name: state for name, state in self._state().items() if name == "random.cuda"}
+        check_state(checkpoint, self._state())
         torch.set_rng_state(tensors.pop("random.cpu"))
         if "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors.pop("random.cuda"))
         self._step.load(tensors)
         self.step = about["step"]
-        self.seconds = about["seconds"]
-        self._pending = about["pending"]
-        self._pending_timed = about["pending_timed"]
-        self._pending_seconds = about["pending_seconds"]
+        self._meter.load(about)
         # Left under their names, they would count among those to keep, and push out the new ones.
         for moved in set_aside(self.folder / FOLDER, self.step):
             logger.warning("a damaged checkpoint of a later step is now called %s", moved)
@@ -225,19 +219,25 @@ class Trainer:
             self.log.sync()
         # The data's position is the step: which samples it takes is a function of that and the seed.
         about = {
-            "seconds": self.seconds,
-            "pending": self._pending,
-            "pending_timed": self._pending_timed,
-            "pending_seconds": self._pending_seconds,
+            **self._meter.state(),
             "samples_seen": self.step * self.config.batch,
             "config": self.config.to_json(),
         }
         try:
-            return save_checkpoint(
+            path = save_checkpoint(
                 folder or self.folder / FOLDER, self.step, self._state(), about, keep=self.config.keep
             )
         except CheckpointError as error:
             raise NotFiniteLossError(str(error)) from None
+        if folder is None:
+            self._write_adapter()
+        return path
+
+    def _write_adapter(self) -> None:
+        """Write the averaged adapter of this moment, if the run trains one."""
+        if self._step.adapted is not None:
+            averages = self._step.ema.state_dict()
+            write_adapter(self.folder / lora.FOLDER, self._step.adapted, averages, self.config, self.step)
 
     def run(
         self,
@@ -270,7 +270,7 @@ class Trainer:
                 self.config,
                 self._dataset,
                 self._step.loss,
-                null_label=self._null_label,
+                null_label=self.model.null_label,
                 first_step=self.step,
                 workers=self._workers,
             )
@@ -305,7 +305,7 @@ class Trainer:
         report: Callable[[Status], object] | None,
     ) -> None:
         config = self.config
-        clock: float | None = None
+        self._meter.begin()
         while self.step < config.steps and not stop():
             # The host may run ahead of the device, but not by more inputs than are worth their memory.
             self._watch.wait()
@@ -315,18 +315,15 @@ class Trainer:
             self._whole = False
             self._step.run(inputs, config.learning_rate_at(self.step))
             self.step += 1
-            self._pending += 1
+            self._meter.pending += 1
             self._whole = True
-            self._watch.passed(self.step, self._step.sums)
+            self._watch.passed(self.step, self._step.sums, self._meter.pending)
             asked = save()
             logs, saves = self.step % config.log_every == 0, asked or self.step % config.save_every == 0
             grids = self._grid_is_due()
-            if clock is None:
-                clock = self._now()
-            else:
-                self._pending_timed += 1
+            self._meter.stepped()
             if logs or saves or grids:
-                self._account(clock)
+                self._meter.account()
             if logs:
                 self._log(len(stream.loader.unreadable))
             if grids:
@@ -338,16 +335,15 @@ class Trainer:
                 if asked:
                     self.log.event("saved", step=self.step)
             if logs or saves or grids:
-                clock = time.perf_counter()
-            self.status = Status(step=self.step, loss=self.status.loss, images_per_second=self.status.images_per_second)
+                self._meter.skip()
+            self.status = Status(step=self.step, loss=self._watch.loss, images_per_second=self.status.images_per_second)
             if report is not None:
                 report(self.status)
-        if clock is not None:
-            self._account(clock)
+        self._meter.account()
 
     def _catch_up(self, stream: InputStream, stop: Callable[[], bool]) -> None:
         """Do what the process before could not after its last step: a line that couldn't be written, a grid."""
-        if self._pending and self.step % self.config.log_every == 0:
+        if self._meter.pending and self.step % self.config.log_every == 0:
             self._log(len(stream.loader.unreadable))
         if self.step and self._grid_is_due() and not self._grid_path().exists():
             self._draw_grid(stop)
@@ -376,45 +372,27 @@ class Trainer:
             )
         return f"what was trained, {self.step} steps, is saved: go on with the same command"
 
-    def _now(self) -> float:
-        """The time when the device has done what it was given, in seconds."""
-        if self.config.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _account(self, clock: float) -> None:
-        """Count the time since ``clock`` as training."""
-        passed = self._now() - clock
-        self.seconds += passed
-        self._pending_seconds += passed
-
     def _log(self, unreadable: int) -> None:
         """Write the line of the steps since the last one."""
-        sums, steps = self._step.sums, self._pending
+        sums, steps = self._step.sums, self._meter.pending
         self._watch.drain()
         means = [value / steps for value in sums.tolist()]
         names = (*self._step.loss.terms, "grad_norm")
-        rate = self._pending_timed * self.config.batch / self._pending_seconds if self._pending_timed else None
-        share = None
-        if rate and self._ceiling and self._macs:
-            share = TRAINING_FLOPS_PER_MAC * self._macs * rate / self._ceiling
-        memory = torch.cuda.max_memory_allocated() / GIB if self.config.device == "cuda" else None
+        figures = self._meter.figures()
         self.log.metrics(
             self.step,
             {
                 **dict(zip(names, means, strict=True)),
                 "learning_rate": self.config.learning_rate_at(self.step - 1),
                 "epoch": self.step * self.config.batch / len(self._dataset),
-                "images_per_second": rate,
-                "ceiling_share": share,
-                "memory_gib": memory,
-                "seconds": self.seconds,
+                **figures,
                 "unreadable_images": unreadable,
             },
         )
         # Only now: a line that the disk has no room for is written by the process that goes on.
         sums.zero_()
-        self._pending, self._pending_timed, self._pending_seconds = 0, 0, 0.0
+        rate = figures["images_per_second"]
+        self._meter.begin_line()
         self.status = Status(step=self.step, loss=means[0], images_per_second=math.nan if rate is None else rate)
 
     def _grid_is_due(self) -> bool:

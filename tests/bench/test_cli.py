@@ -32,7 +32,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--models", "Dig"], "unknown model 'Dig': did you mean DiG?"),
         (["--models", "DiG:flash"], "did you mean fla?"),
         (["--sizes", "XXL"], "did you mean XL?"),
-        (["--patch", "3"], "resolution 1024 is not a multiple of 24"),
+        (["--patch", "3"], "resolution 128 is not a multiple of 24"),
         (["--resolution", "100"], "resolution 100 is not a multiple of 16"),
         (["--resolution", "big"], "--resolutions takes whole numbers"),
         (["--batch", "0"], "--batch must be at least 1"),

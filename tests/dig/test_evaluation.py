@@ -241,7 +241,6 @@ def test_inception_is_called_fid_and_its_weights_are_looked_at_first(
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
     monkeypatch.setattr("dig.packages.is_installed", lambda name: True)
-    monkeypatch.setattr("dig.packages.importlib.import_module", lambda name: package)
     torch.save({"scale": torch.ones(())}, tmp_path / "weights.pth")
     samples = write_npz(tmp_path / "s.npz", data, 50)
     words = ["evaluate", "--samples", samples, "--data", data, "--device", "cpu", "--inception"]

@@ -258,7 +258,7 @@ def test_what_was_trained_is_kept_where_the_disk_is_full(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     out = tmp_path / "out" / "c.safetensors"
-    line = refused("classifier", "--data", data, "--out", out, "--epochs", 0.1, "--batch", 8)
+    line = refused("classifier", "--data", data, "--out", out, "--epochs", 0.1, "--batch", 8, "--quiet")
     assert f"cannot write {out} (No space left on device); what belongs there is kept in " in line
     assert not list((tmp_path / "out").iterdir())
     kept = Path(line.rpartition(" ")[2])
@@ -272,7 +272,9 @@ def test_a_test_that_fails_costs_no_classifier(data: Path, tmp_path: Path, monke
 
     monkeypatch.setattr("dig.evaluation.classifier.accuracy", fails)
     out = tmp_path / "c"
-    assert "Input/output error" in refused("classifier", "--data", data, "--out", out, "--epochs", 0.1, "--batch", 8)
+    assert "Input/output error" in refused(
+        "classifier", "--data", data, "--out", out, "--epochs", 0.1, "--batch", 8, "--quiet"
+    )
     assert load_classifier(out, "cpu").spec.accuracy is None
 
 

@@ -109,7 +109,7 @@ def test_cut_and_changed_files_of_samples(tmp_path: Path, compressed: bool) -> N
 def test_places_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place, message in (
-        (tmp_path, "it is no file"),
+        (tmp_path, "holds no PNG files"),
         (tmp_path / "pipe", "it is no file"),
         (tmp_path / "x", "not exist"),
     ):

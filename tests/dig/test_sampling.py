@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 from dig.checkpoints import to_release
 from dig.cli import app
-from dig.commands.sample import parse_classes
 from dig.declared import DIG
 from dig.diffusion import sample
 from dig.graphs import CaptureError
 from dig.layers import Backbone
 from dig.registry import create_model, list_variants
 from dig.sampling import runner as runs
+from dig.sampling.classes import parse_classes
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.weights import load_weights
 from dig.training.saving import checkpoint_files
@@ -263,7 +263,7 @@ def test_wrong_published_files_are_told_from_their_shapes(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variants = [entry for entry in list_variants() if entry[0][:5] == "DiG-S"]
-    monkeypatch.setattr("dig.sampling.weights.list_variants", lambda: variants)
+    monkeypatch.setattr("dig.sampling.anatomy.list_variants", lambda: variants)
     torch.save(published_model(**changes).state_dict(), tmp_path / "a.pt")
     result = published(tmp_path / "a.pt")
     assert result.exit_code == 2
@@ -273,7 +273,7 @@ def test_wrong_published_files_are_told_from_their_shapes(
 def test_another_family_is_named(tmp_path: Path) -> None:
     """Among all models there are, by shapes alone."""
     from dig.registry import ModelSpec
-    from dig.sampling.weights import CheckpointError, check_fit
+    from dig.sampling.anatomy import CheckpointError, check_fit
 
     def build(name: str, **options: str) -> tuple[Backbone, ModelSpec]:
         spec = ModelSpec(name=name, options=options, input_size=(4, 4), in_channels=4, num_classes=5)
@@ -294,7 +294,11 @@ class Evil:
         return (open, ("evil-was-here", "w"))
 
 
-@pytest.mark.parametrize("content", [{"ema": {}, "args": Namespace(model="DiG")}, Evil()])
+@pytest.mark.parametrize(
+    "content",
+    [{"ema": {}, "args": Namespace(model=Evil())}, {"ema": {}, "args": Path("x")}, Evil()],
+    ids=["within", "beside", "alone"],
+)
 def test_pickles_are_refused_unread(content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "a.pt")

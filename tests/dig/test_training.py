@@ -332,7 +332,7 @@ def test_bad_input(options: list[str], message: str, data: Path, tmp_path: Path)
 def test_training_does_without_tensorboard(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dig.training.logs.is_installed", lambda module: False)
+    monkeypatch.setattr("dig.training.loggers.is_installed", lambda module: False)
     assert train(data, tmp_path, "--steps", "2", "--grid-every", "2", "--grid-steps", "1").exit_code == 0
     assert "pip install 'dig-diffusion[train]'" in caplog.text
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+import baselines.declared
+from baselines.dit import DiT, DiTConfig
 from dig import declared, registry
 from dig.cli import app
 from dig.family import Family
@@ -26,6 +29,13 @@ def build(size: str, **arguments: Any) -> DiG:
 
 
 TINY = replace(declared.DIG, build=build)
+
+
+def build_dit(size: str, **arguments: Any) -> DiT:
+    return DiT(DiTConfig(depth=2, width=64, heads=2, **arguments))
+
+
+TINY_DIT = replace(baselines.declared.DIT, build=build_dit)
 
 
 @contextmanager
@@ -58,6 +68,18 @@ def make_fashion(folder: Path, train: int = 300, test: int = 100, side: int = 28
             ]
         write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
         write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+def make_class_folders(folder: Path, names: tuple[str, ...], each: int = 4, side: int = 32) -> Path:
+    """Pictures in colour in a folder a class, no two alike."""
+    random = np.random.Generator(np.random.Philox(1))
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = random.integers(256, size=(side, side, 3), dtype=np.uint8)
+            pixels[: side // 2] = 20 * label
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
 
 

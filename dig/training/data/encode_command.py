@@ -8,7 +8,9 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from dig.commands.common import choose_device, open_console, progress_bar, refusing
+from dig.commands.common import DryRunOption, QuietOption, choose_device, refusing
+from dig.commands.dry_run import NOTHING, tell
+from dig.progress import following, open_console
 from dig.training.data.encoding import Progress, encode
 from dig.training.data.files import shown
 
@@ -30,21 +32,25 @@ def encode_command(
         int | None, typer.Option(help="How many processes share the work. Default: torchrun's, or 1.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that decode images. Default: a thread a core.")] = None,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Encode images into latent shards: sampled, scaled, as they are and mirrored.
 
     Interrupted, it goes on with the same command: finished shards are verified and skipped. Several processes share
     the work with --rank and --world-size (or under torchrun), each writing shards of its own.
     """
-    console = open_console()
+    console = open_console(quiet=quiet)
     last = Progress(shards=0)
     try:
-        with refusing(), progress_bar(console) as bar:
+        with refusing(), following(console, f"encoding into {out}", total=None, unit="image") as progress:
             rank = _from_environment("RANK", 0) if rank is None else rank
             world_size = _from_environment("WORLD_SIZE", 1) if world_size is None else world_size
             where = choose_device(device)
-            task = bar.add_task(f"encoding into {out}", total=None)
-            for last in encode(
+            if dry_run:
+                _tell(images, image_size, shard_size, dtype, f"{where}, process {rank} of {world_size}")
+                return
+            for told in encode(
                 images,
                 out,
                 vae=vae,
@@ -58,13 +64,28 @@ def encode_command(
                 rank=rank,
                 world_size=world_size,
                 workers=workers,
+                report=lambda done, total: progress.update(done, total=total),
             ):
-                bar.update(task, total=last.shards, completed=last.done)
+                last = told
     except KeyboardInterrupt:
         # A path is no markup, whatever brackets it has.
         console.print(f"stopped: {last.done} shards are in {out}; go on with the same command", markup=False)
         raise typer.Exit(130) from None
     typer.echo(shown(_summary(last, out, world_size or 1)))
+
+
+def _tell(images: Path, image_size: int, shard_size: int, dtype: str, where: str) -> None:
+    """Print what would be encoded: the VAE, which may have to be fetched, is left alone."""
+    from dig.training.data.folder import ImageFolder
+
+    folder = ImageFolder(images, image_size=image_size)
+    count = len(folder)
+    tell(
+        images=folder.describe(),
+        latents=f"{2 * count:,} in {dtype}, as they are and mirrored, in {-(-count // shard_size):,} shards",
+        device=where,
+    )
+    typer.echo(NOTHING)
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -15,9 +15,10 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,16 @@ def _read_ahead(
 
 
 def _encode_shard(
-    vae: Any, images: ImageFolder, encoding: Encoding, indices: range, *, batch_size: int, pool: ThreadPoolExecutor
+    vae: Any,
+    images: ImageFolder,
+    encoding: Encoding,
+    indices: range,
+    *,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    report: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of one shard, and its unreadable images."""
+    """The tensors of one shard, and its unreadable images; ``report`` is told how many are encoded."""
     side = encoding.image_size // downsampling(vae)
     shape = (int(vae.config.latent_channels), side, side)
     kept: list[int] = []
@@ -114,6 +122,7 @@ def _encode_shard(
                 noise = _noise(encoding.seed, kept[-len(batch) :], bool(mirrored), shape)
                 found.append(sample_latents(vae, pixels.flip(-1) if mirrored else pixels, noise, encoding.scale))
             batch.clear()
+            report(len(kept))
 
     in_a_row = 0
     for index, image in _read_ahead(images, indices, pool, 2 * min(batch_size, len(indices))):
@@ -211,6 +220,7 @@ def encode(
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
+    report: Callable[[int, int], object] = lambda done, total: None,
 ) -> Iterator[Progress]:
     """Encode a folder of class folders. An iterator: it works while it is iterated, and yields after each shard.
 
@@ -233,6 +243,7 @@ def encode(
         rank: Of this process, which makes the shards ``rank``, ``rank + world_size``, and so on.
         world_size: How many processes share the work.
         workers: Threads that decode images. Default: one for each processor that this process may use, 16 at most.
+        report: Called after every batch with this rank's images that lie behind, and all of them.
 
     Raises:
         DataError: The images, the VAE or the folder of the shards cannot be used, or no image can be read.
@@ -283,13 +294,27 @@ def encode(
         ThreadPoolExecutor(workers or min(16, len(os.sched_getaffinity(0)))) as pool,
     ):
         _check_room(out, encoding, numbers, (int(model.config.latent_channels), side, side), batch_size)
+        images_in_all = sum(len(encoding.sources(number)) for number in numbers)
+        behind = 0
         for number in numbers:
             record = _finished(out, number, encoding)
             if record is not None:
                 skipped += 1
             else:
-                record = _make_shard(out, number, model, folder, encoding, batch_size=batch_size, pool=pool, whole=done)
+                record = _make_shard(
+                    out,
+                    number,
+                    model,
+                    folder,
+                    encoding,
+                    batch_size=batch_size,
+                    pool=pool,
+                    whole=done,
+                    report=partial(_within, report, behind, images_in_all),
+                )
             done += 1
+            behind += len(encoding.sources(number))
+            report(behind, images_in_all)
             count += record.count
             unreadable |= record.unreadable
             yield Progress(shards=len(numbers), done=done, skipped=skipped, images=count, unreadable=dict(unreadable))
@@ -298,6 +323,10 @@ def encode(
             yield Progress(
                 shards=len(numbers), done=done, skipped=skipped, images=count, unreadable=unreadable, joined=joined
             )
+
+
+def _within(report: Callable[[int, int], object], before: int, total: int, done: int) -> None:
+    report(before + done, total)
 
 
 def _make_shard(
@@ -310,12 +339,15 @@ def _make_shard(
     batch_size: int,
     pool: ThreadPoolExecutor,
     whole: int,
+    report: Callable[[int], object],
 ) -> ShardRecord:
     """Encode a shard and write it; ``whole`` is how many lie behind, for the message where the disk is full."""
     # Neither may speak of a shard that is about to change: the index first, then the record.
     (out / INDEX_NAME).unlink(missing_ok=True)
     (out / record_name(number)).unlink(missing_ok=True)
-    tensors, bad = _encode_shard(vae, images, encoding, encoding.sources(number), batch_size=batch_size, pool=pool)
+    tensors, bad = _encode_shard(
+        vae, images, encoding, encoding.sources(number), batch_size=batch_size, pool=pool, report=report
+    )
     try:
         return _write_shard(out, number, encoding, tensors, bad)
     except OSError as error:

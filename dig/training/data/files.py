@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -86,6 +87,31 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` when the block ends without an exception; else nothing is left of it.
+
+    Raises:
+        ValueError: Something lies there already.
+        OSError: It cannot be written.
+    """
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise ValueError(f"{path} exists and is no empty folder; choose another, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{path.name[:50]}.", dir=path.parent))
+    try:
+        yield made
+        made.chmod(0o777 & ~_UMASK)
+        for file in (found for found in made.rglob("*") if found.is_file()):
+            file.chmod(0o666 & ~_UMASK)
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        os.replace(made, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dig.hub import fetch, is_hub_name
 from dig.packages import quietly, require
 from dig.training.data.base import DataError, pixels_to_unit
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 def load_vae(name: str, device: torch.device) -> Any:
@@ -26,15 +29,17 @@ def load_vae(name: str, device: torch.device) -> Any:
     Raises:
         MissingPackageError: diffusers is not installed.
         DataError: There is no such VAE.
+        HubError: Its name on the hub can't be fetched.
     """
     diffusers = require("diffusers", "encode")
+    folder = _folder_of(name)
     # Only safetensors: the other format is a pickle, which can run anything.
     options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
-    if (Path(name) / "vae" / "config.json").is_file():
+    if (folder / "vae" / CONFIG).is_file():
         options["subfolder"] = "vae"
     try:
         with quietly():  # It imports more as it is asked for.
-            vae, loaded = diffusers.AutoencoderKL.from_pretrained(name, output_loading_info=True, **options)
+            vae, loaded = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True, **options)
     except MemoryError:
         raise DataError(f"cannot load the VAE {name!r}: not enough memory") from None
     # A folder of junk brings up nearly anything: OSError, KeyError, TypeError, SafetensorError, RecursionError.
@@ -52,6 +57,19 @@ def load_vae(name: str, device: torch.device) -> Any:
             f"the VAE {name!r} shifts its latents, which is not supported; Stable Diffusion's 1 and 2 do not"
         )
     return vae.to(device).eval().requires_grad_(False)
+
+
+def _folder_of(name: str) -> Path:
+    """Where a VAE lies, fetched from the hub if need be."""
+    if not is_hub_name(name):
+        if not Path(name).is_dir():
+            raise DataError(
+                f"cannot load the VAE {name!r}: there is no such folder; on the hub names have an owner, as "
+                "stabilityai/sd-vae-ft-ema"
+            )
+        return Path(name)
+    files = [f"{folder}{file}" for folder in ("", "vae/") for file in (CONFIG, WEIGHTS)]
+    return fetch(name, patterns=files, needed=[file for file in files if file.endswith(WEIGHTS)], what="the VAE")
 
 
 def weights_sha256(vae: torch.nn.Module) -> str:

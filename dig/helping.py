@@ -1,0 +1,68 @@
+"""What ``--help`` says beside its options' own words: in which groups they stand, and examples at the end. No torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+
+@dataclass(frozen=True, kw_only=True)
+class Help:
+    """Of one command.
+
+    Attributes:
+        groups: Heading → the names of its options, as the function calls them, with spaces between them.
+        examples: Command lines, the simplest first.
+    """
+
+    groups: Mapping[str, str] = field(default_factory=dict)
+    examples: tuple[str, ...]
+
+    def heading_of(self, option: str) -> str | None:
+        """The group that an option stands in."""
+        return next((heading for heading, names in self.groups.items() if option in names.split()), None)
+
+
+def examples_text(examples: tuple[str, ...], title: str = "Examples") -> str:
+    """The end of a help page; typer keeps paragraphs apart, and lines of one together."""
+    return "\n\n".join([f"{title}:", *(f"$ {line}" for line in examples)])
+
+
+def add_help(app: typer.Typer, helps: Mapping[str, Help], first: tuple[str, ...]) -> None:
+    """Give commands their groups and examples, and the page of all commands what to type first.
+
+    Args:
+        app: Its commands are changed.
+        helps: Command → its help.
+        first: Command lines for whoever knows nothing yet.
+    """
+    app.info.epilog = examples_text(first, "Begin with")
+    for info in app.registered_commands:
+        # Its lines are as wide as source code; a page's are as wide as the terminal.
+        said = inspect.getdoc(info.callback) or ""
+        info.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in said.split("\n\n"))
+        name = info.name or getattr(info.callback, "__name__", "").replace("_", "-")
+        if name in helps:
+            info.cls = _grouped(helps[name])
+            info.epilog = examples_text(helps[name].examples)
+
+
+def _grouped(said: Help) -> type[TyperCommand]:
+    """A command whose options stand in groups; those that nobody put into one stay under typer's heading."""
+
+    class Grouped(TyperCommand):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            for option in self.params:
+                if heading := said.heading_of(option.name or ""):
+                    setattr(option, "rich_help_panel", heading)  # noqa: B010 - typer's own, to mypy click's
+            # Groups stand in the order of their table.
+            order = [*said.groups, ""]
+            self.params.sort(key=lambda option: order.index(said.heading_of(option.name or "") or ""))
+
+    return Grouped

@@ -1,0 +1,146 @@
+"""Samples into a folder of PNG files, one a sample: whole or not there, kept by the next command, more at any time.
+
+A sample is a function of the seed and its index, so a folder holds any of them: those that are missing are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dig.locks import only_process
+from dig.memory import check_disk
+from dig.sampling.files import ABOUT, Progress
+from dig.sampling.images import write_png
+from dig.sampling.runner import BatchSampler, SamplePlan
+from dig.sampling.trained import Trained
+from dig.training.data.files import write_atomically
+
+_END = b"IEND\xaeB`\x82"
+"""The last bytes of every whole PNG file."""
+_NAME = re.compile(r"\d{8,}-.*\.png")
+_FREE = ("count", "first")
+"""Of a plan: which samples there are, not what they are."""
+
+
+def sample_name(index: int, label: int, class_names: Sequence[str], num_classes: int) -> str:
+    """``00000012-3-cat.png``: index, label, and the class' name as far as a file can hold it; or ``null``."""
+    if label >= num_classes:
+        return f"{index:08d}-null.png"
+    name = unicodedata.normalize("NFKC", class_names[label]) if class_names else ""
+    word = re.sub(r"[^\w]+", "-", name).strip("-")[:40]
+    # Where the name is the label's number, once is enough.
+    return f"{index:08d}-{label}{f'-{word}' if word and word != str(label) else ''}.png"
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder and write there, before there is anything to lose.
+
+    Raises:
+        ValueError: Something else lies there.
+        OSError: It can't be made or written to.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is no folder; choose another for the images")
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if others and ABOUT not in others:
+        raise ValueError(f"{folder} holds something else than samples ({min(others)}); choose an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    message = f"another process is sampling into {folder}; wait for it, or choose another folder"
+    with only_process(folder / ".lock", message):
+        yield
+
+
+def sample_to_folder(
+    sampler: BatchSampler, folder: Path, *, about: dict[str, Any], class_names: Sequence[str] = ()
+) -> Iterator[Progress]:
+    """Make a plan's samples that the folder has not yet, each a PNG file; ``about.json`` says what they are of.
+
+    Args:
+        sampler: Samples by index, as (H, W, 3) uint8.
+        folder: By `open_folder`.
+        about: What the samples are of; samples of something else are never mixed in.
+        class_names: Of the labels, where they are known.
+
+    Raises:
+        ValueError: The folder holds other samples.
+        LockedError: Another process samples into it.
+        TooLargeError: The disk has no room for them.
+        NotFiniteError: What was sampled is not finite.
+        OSError: A file can't be written; those before are kept.
+    """
+    plan, model_batch = sampler.plan, sampler.plan.model_batch
+    described = {name: value for name, value in dataclasses.asdict(plan).items() if name not in _FREE}
+    manifest = (json.dumps({**about, "plan": described}, indent=1) + "\n").encode()
+    with _only_writer(folder):
+        # What a kill left before the first picture is of nobody.
+        begun = any(_NAME.fullmatch(path.name) for path in folder.iterdir())
+        if begun and (folder / ABOUT).read_bytes() != manifest:
+            raise ValueError(
+                f"{folder} holds other samples; repeat their options to go on with them, or choose another folder"
+            )
+        write_atomically(folder / ABOUT, manifest)
+        stop = plan.first + plan.count
+        done = skipped = 0
+        checked = False
+        for number in range(plan.first // model_batch, -(-stop // model_batch)):
+            indices = range(max(plan.first, number * model_batch), min(stop, (number + 1) * model_batch))
+            names = [
+                sample_name(index, label, class_names, sampler.num_classes)
+                for index, label in zip(indices, plan.labels(indices), strict=True)
+            ]
+            missing = [place for place, name in enumerate(names) if not _is_whole(folder / name)]
+            if missing:
+                images = sampler.samples(indices)
+                if not checked:
+                    check_disk(folder, images[0].nbytes * plan.count, f"{plan.count:,} images", "try fewer --samples")
+                    checked = True
+                for place in missing:
+                    write_png(folder / names[place], images[place])
+            done += len(indices)
+            skipped += len(indices) - len(missing)
+            yield Progress(done=done, skipped=skipped, total=plan.count)
+
+
+def first_images(folder: Path, plan: SamplePlan, indices: range, trained: Trained) -> NDArray[np.uint8]:
+    """(N, H, W, 3) uint8 of samples that `sample_to_folder` wrote."""
+    names = [
+        sample_name(index, label, trained.class_names, trained.num_classes)
+        for index, label in zip(indices, plan.labels(indices), strict=True)
+    ]
+    return np.stack([read_png(folder / name) for name in names])
+
+
+def read_png(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of a file of 8 bits a channel, in colour or grey."""
+    with Image.open(path, formats=["PNG"]) as image:
+        if image.mode not in ("RGB", "L"):
+            raise ValueError(f"{path} must be a PNG of 8 bits, RGB or grey; its mode is {image.mode}")
+        return np.asarray(image.convert("RGB"))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there with the end that a PNG has; one that was cut by something else is made again."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_END), 2)
+            return file.read() == _END
+    except OSError:
+        return False

@@ -1,0 +1,90 @@
+"""Measuring from Python: a name as the harness does, a model or a step in this process, which is marked so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from bench.measure.here import MARKS
+from bench.store.rows import Row, read_results
+from tests.dig.tiny import build
+
+
+def model() -> torch.nn.Module:
+    return build("S", input_size=(8, 8), in_channels=1, num_classes=3, patch_size=4).eval()
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_model_in_this_process(mode: str) -> None:
+    given = model()
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    torch.manual_seed(3)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    found = bench.measure(given, mode=mode, batch=2)
+    assert torch.equal(torch.rand(1), drawn)
+    assert found.marks == MARKS
+    assert (found.name, found.mode, found.batch, found.dtype, found.device) == ("DiG", mode, 2, "fp32", "cpu")
+    assert found.fps == pytest.approx(2000 / found.median_ms)
+    assert found.parameters == sum(p.numel() for p in given.parameters() if p.requires_grad)
+    assert (found.memory.optimizer > 0) == (mode == "train")
+    assert json.loads(found.to_json())["environment"]["torch"] == torch.__version__
+    assert "in-process" in str(found)
+    # The model itself is neither trained nor filled.
+    assert not given.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.state_dict().items())
+    assert all(p.grad is None for p in given.parameters())
+
+
+def test_a_step_of_ones_own() -> None:
+    calls = []
+
+    def my_step() -> None:
+        calls.append(torch.ones(64, 64) @ torch.ones(64, 64))
+
+    found = bench.measure(my_step, batch=4)
+    assert found.name.endswith("my_step")
+    assert (found.mode, found.batch, found.parameters) == ("step", 4, None)
+    assert len(calls) > len(found.samples_ms) >= 3
+
+
+def test_a_name_is_measured_as_the_harness_does(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = bench.measure("DiG-S/8", resolution=64, device="cpu", out=file)
+    assert isinstance(row, Row)
+    assert row.status == "ok", row.message
+    assert (row.case.model, row.case.resolution, row.case.mode) == ("DiG-S/8", 64, "forward")
+    assert row.checks.inputs
+    assert row.key
+    assert "in-process" not in row.marks
+    assert list(read_results(file).rows) == [row]
+
+
+@pytest.mark.slow
+def test_a_family_of_ones_own_is_measured_by_its_path(own: str) -> None:
+    from tests.own_family import MODULE
+
+    family = next(line.split()[1].split("(")[0] for line in MODULE.splitlines() if line.startswith("class "))
+    row = bench.measure(f"{own}:{family}-S/8", resolution=64, device="cpu")
+    assert row.status == "ok", row.message
+    assert row.case.source == f"{own}:{family}"
+
+
+def test_what_cannot_be_measured_is_told() -> None:
+    for what, options, message in (
+        ("DiG-S/3", {}, "patch"),
+        ("DiG-S/2", {"resolution": 100, "device": "cpu"}, "closest that is"),
+        (model(), {"mode": "backward"}, "mode must be one of"),
+        (model(), {"execution": "graph"}, "eagerly or compiled"),
+        (model(), {"batch": 0}, "batch must be"),
+        (model(), {"out": "x"}, "out is of a model by name"),
+        (lambda: None, {"device": "tpu"}, "device must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench.measure(what, **options)
+    with pytest.raises(TypeError, match="time a step"):
+        bench.measure(torch.nn.Linear(2, 2))

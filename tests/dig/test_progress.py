@@ -1,0 +1,274 @@
+"""Progress: a line every half minute where there is no terminal, a bar where there is one, nothing if asked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bench.cli import main as bench_cli
+from dig import progress
+from dig.cli import app
+from dig.progress import Follower, duration, following
+from tests.dig.test_training_identity import class_folders, make_vae
+from tests.dig.tiny import TINY, make_fashion, using
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def follower(clock: Clock, lines: list[str], **options: Any) -> Follower:
+    arguments: dict[str, Any] = {"show": None, "say": lines.append, "what": "training", "total": 1000, "clock": clock}
+    return Follower(**{**arguments, **options})
+
+
+def test_a_line_after_the_first_steps_then_by_time() -> None:
+    clock, lines = Clock(), []
+    told = follower(clock, lines, images=8, memory=lambda: 3 * 2**30)
+    for step in range(1, 201):
+        clock.now += 60 if step == 1 else 0.5  # the first one compiles
+        told.update(step, figures="loss 0.5000")
+    # The first line counts neither the compilation nor steps that it didn't see.
+    assert lines[0] == "training: step 1 of 1,000, loss 0.5000, 3 GiB"
+    assert lines[1] == "training: step 61 of 1,000, loss 0.5000, 16 images/s, 8 min left, 3 GiB"
+    assert [line.split(" of ")[0] for line in lines] == [f"training: step {step}" for step in (1, 61, 121, 181)]
+
+
+def test_quick_steps_wait_for_a_rate() -> None:
+    clock, lines = Clock(), []
+    told = follower(clock, lines)
+    for step in range(1, 50):
+        clock.now += 0.1
+        told.update(step)
+    assert lines == ["training: step 5 of 1,000, 10 images/s, 99 s left"]
+
+
+def test_the_rate_is_of_the_last_half_minute() -> None:
+    clock, lines = Clock(), []
+    told = follower(clock, lines, total=None)
+    for step in range(1, 201):
+        clock.now += 0.1 if step <= 100 else 1.0
+        told.update(step)
+    assert lines[-1].startswith("training: step 181")
+    assert "1 images/s" in lines[-1]
+    assert "left" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "1 h 40 min"), (18_720, "5 h 12 min"), (3e5, "3 d 11 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_and_no_loss_before_there_is_one() -> None:
+    file = Terminal()
+    console = Console(file=file, force_terminal=True, width=200)
+    with following(console, "training", total=10) as told:
+        told.update(1)
+        told.update(2, figures="loss 0.1250")
+    text = file.getvalue()
+    assert "nan" not in text
+    assert "loss 0.1250" in text
+    assert "step 1 of 10" not in text
+
+
+def test_colours_that_are_forced_make_a_file_no_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=200)
+    with following(console, "training", total=5) as told:
+        for step in range(1, 6):
+            told.update(step)
+    assert file.getvalue().startswith("training: step 5 of 5")
+    assert file.getvalue().count("\n") == 1
+
+
+OPTIONS = ["--model", "DiG-S/8", "--steps", "6", "--batch", "8", "--grid-every", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fashion(tmp_path_factory.mktemp("fashion"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    result = runner.invoke(app, ["train", "--data", str(data), "--out", str(out), *OPTIONS])
+    assert result.exit_code == 0, result.output
+    # A loss from the first steps on, though the log has its first line after 50.
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith(f"training into {out}: step")]
+    assert line.startswith(f"training into {out}: step 5 of 6, loss ")
+    assert "images/s" in line
+    assert "nan" not in line
+    assert line.endswith("iB")
+    return out
+
+
+def test_every_command_says_how_far_it_is(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_UPDATES", 1)
+    npz = tmp_path / "a.npz"
+    words = ["--npz", str(npz), "--steps", "2", "--samples", "20", "--batch", "20", "--model-batch", "10"]
+    result = runner.invoke(app, ["sample", "--checkpoint", str(run), *words])
+    assert f"sampling into {npz}: sample 10 of 20" in result.stderr  # within a part of the file
+    classifier = ["classifier", "--data", str(data), "--out", str(tmp_path / "c.safetensors"), "--epochs", "0.5"]
+    result = runner.invoke(app, [*classifier, "--device", "cpu", "--workers", "0"])
+    assert f"training {tmp_path / 'c.safetensors'}: step 1 of" in result.stderr
+    words = ["--samples", str(npz), "--data", str(data), "--classifier", str(tmp_path / "c.safetensors")]
+    result = runner.invoke(app, ["evaluate", *words])
+    assert result.exit_code == 0, result.output
+    assert "image 40 of 40" in result.stderr
+    assert f"reading {npz}: image 20 of 20" in result.stderr
+    assert "Fréchet distance" in result.stdout
+    dry = runner.invoke(app, ["evaluate", *words, "--dry-run", "--quiet"])
+    assert "data: " in dry.stdout
+    assert "20 images are compared" in dry.stdout
+    assert "Fréchet distance:" not in dry.stdout.split("features")[0]
+    quiet = runner.invoke(app, ["evaluate", *words, "--quiet"])
+    assert quiet.stderr == ""
+    assert quiet.stdout == result.stdout
+
+
+def test_encoding_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(progress, "FIRST_UPDATES", 2)
+    pictures, vae = class_folders(tmp_path / "pictures"), make_vae(tmp_path / "vae", 0)
+    words = ["encode", str(pictures), "--vae", str(vae), "--image-size", "16", "--batch", "2", "--shard-size", "4"]
+    words += ["--device", "cpu", "--workers", "1", "--out", str(tmp_path / "latents")]
+    dry = runner.invoke(app, [*words, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert "24 in fp16, as they are and mirrored, in 3 shards" in dry.stdout
+    assert not (tmp_path / "latents").exists()
+    result = runner.invoke(app, words)
+    assert f"encoding into {tmp_path / 'latents'}: image 4 of 12" in result.stderr
+    quiet = runner.invoke(app, [*words, "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+
+
+def test_quiet_keeps_warnings_and_errors(run: Path, data: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", str(data), "--out", str(tmp_path / "run"), *OPTIONS, "--quiet"]
+    result = runner.invoke(app, words)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"6 steps in {tmp_path / 'run'}")
+    wrong = runner.invoke(app, [*words, "--lr", "2e-4"])
+    assert wrong.exit_code == 2
+    assert wrong.stderr.startswith("error: ")
+    grid = ["--grid", str(tmp_path / "g.png"), "--samples", "1", "--steps", "1", "--cfg", "2", "--quiet"]
+    sampled = runner.invoke(app, ["sample", "--checkpoint", str(run), *grid])
+    assert sampled.stderr.startswith("warning: guidance may mean little")
+
+
+def test_a_dry_run_measures_and_writes_nothing(run: Path, data: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in data.iterdir())
+    out = tmp_path / "run"
+    result = runner.invoke(app, ["train", "--data", str(data), "--out", str(out), *OPTIONS, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    facts = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert facts["parameters"] == f"{sum(p.numel() for p in TINY_MODEL.parameters()):,}"
+    assert facts["steps"] == "6"
+    assert "300 samples of 1x32x32" in facts["data"]
+    assert "weights " in facts["memory at least"]
+    assert "for 6 steps" in facts["time"]
+    assert not out.exists()
+    assert sorted(path.name for path in data.iterdir()) == before
+    done = runner.invoke(app, ["train", "--data", str(data), "--out", str(run), *OPTIONS, "--dry-run"])
+    assert "steps: 6, 6 of them done" in done.stdout
+    assert "time: none" in done.stdout
+    sampled = runner.invoke(app, ["sample", "--checkpoint", str(run), "--dry-run", "--samples", "40", "--first", "8"])
+    assert sampled.exit_code == 0, sampled.output
+    assert "16 at once, 3 batches" in sampled.stdout
+    assert "ddim, 50 steps" in sampled.stdout
+    wrong = runner.invoke(app, ["train", "--data", str(data), "--out", str(out), "--lr", "0", "--dry-run"])
+    assert wrong.exit_code == 2
+
+
+TINY_MODEL = TINY.build("S", input_size=(32, 32), in_channels=1, num_classes=10, patch_size=8)
+
+
+def test_versions() -> None:
+    for command_line in (app, bench_cli.app):
+        result = runner.invoke(command_line, ["--version"])
+        assert result.exit_code == 0
+        assert result.stdout.startswith("dig-diffusion ")
+        assert "torch 2." in result.stdout
+
+
+def test_a_dry_run_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_cli, "gpu_present", lambda: False)
+    monkeypatch.setattr(bench_cli, "run_sweep", lambda *args, **kwargs: pytest.fail("measured in a dry run"))
+    out = tmp_path / "rows.jsonl"
+    words = ["run", "--models", "DiT", "--resolution", "64", "--launches", "2", "--out", str(out), "--dry-run"]
+    result = runner.invoke(bench_cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert "DiT-S/2 (backend=materialized) 64px train eager fp32 batch 1 on cpu: 32,865,056 parameters" in result.stdout
+    assert "4 cases to measure" in result.stdout
+    assert "at most 80 min" in result.stdout
+    assert not out.exists()
+
+
+def test_a_dry_run_of_the_benchmark_knows_earlier_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from bench.store.rows import ResultsWriter
+    from tests.bench.test_rows import make_row
+
+    monkeypatch.setattr(bench_cli, "gpu_present", lambda: False)
+    case = replace(make_row().case, model="DiT-S/2", options=(("backend", "materialized"),), resolution=64, batch=1)
+    case = replace(case, mode="forward", execution="eager", dtype="fp32", device="cpu", scope="", weights="fp32")
+    out = tmp_path / "rows.jsonl"
+    with ResultsWriter(out) as writer:
+        writer.write(make_row(case=case, seconds={"start": 40.0, "measure": 2}))
+    words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(out), "--dry-run"]
+    result = runner.invoke(bench_cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert "before: 2 ms in 42 s" in result.stdout
+    assert "1 of them took 42 s before" in result.stdout
+
+
+def test_a_quiet_benchmark_still_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.bench.test_rows import make_row
+
+    monkeypatch.setattr(bench_cli, "gpu_present", lambda: False)
+    rows = [make_row(), make_row(status="error", message="it broke", samples_ms=())]
+    monkeypatch.setattr(bench_cli, "run_sweep", lambda *args, **kwargs: iter(rows))
+    words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(tmp_path / "rows.jsonl"), "--quiet"]
+    result = runner.invoke(bench_cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert "it broke" in result.stderr
+    assert "img/s" not in result.stderr
+    assert "done: 2 rows" in result.stderr
+
+
+def test_samples_of_a_dry_run_are_none(run: Path, tmp_path: Path) -> None:
+    npz = tmp_path / "there" / "a.npz"
+    result = runner.invoke(app, ["sample", "--checkpoint", str(run), "--npz", str(npz), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert not npz.parent.exists()
+    assert np.isfinite(float(result.stdout.split("time: ")[1].split(" s a step")[0]))
