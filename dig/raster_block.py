@@ -106,6 +106,16 @@ def _gated_gradients(ops: _Operations, d: Tensor, x: Tensor, weight: Tensor, gat
     return dweight, dgate.unsqueeze(0)
 
 
+def _add_and_convolve(
+    ops: _Operations, x: Tensor, branch: Tensor, gate: Tensor, w: BlockWeights, settings: Settings
+) -> Tensor:
+    """The second half's gated residual, and SREM where there is one."""
+    if w.conv_weight is None or w.conv_bias is None:
+        return torch.addcmul(x, gate.unsqueeze(1).to(x.dtype), branch)
+    out: Tensor = ops.srem(x, branch, gate, w.conv_weight, w.conv_bias, *settings.grid, *settings.order)
+    return out
+
+
 class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order, for `train_block`, which names the arguments.
 
@@ -136,10 +146,7 @@ class RasterBlock(torch.autograd.Function):
         hidden, gate_up = ops.up(h, p.gate_proj, True)
         branch2 = _linear(hidden, p.down_proj)
         del hidden
-        if w.conv_weight is None or w.conv_bias is None:
-            out = torch.addcmul(x1, gate2.unsqueeze(1).to(x.dtype), branch2)
-        else:
-            out = ops.srem(x1, branch2, gate2, w.conv_weight, w.conv_bias, *grid, *order)
+        out = _add_and_convolve(ops, x1, branch2, gate2, w, settings)
         # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for
         # the gates anyway: their copies would take half as much as the weights.
         kept = Kept(
@@ -354,6 +361,24 @@ def infer_block(
     return ops.srem(x, None, None, w.conv_weight, w.conv_bias, *grid, *order)
 
 
+def infer_images(x: Tensor, prepared: Prepared, weights: BlockWeights, settings: Settings) -> Tensor:
+    """The forward pass alone of several images, each with a condition of its own; arguments as of `train_block`.
+
+    What only a backward pass reads is not written: above all SwiGLU's input, the largest tensor of a block.
+    """
+    w, p, norm, order = weights, prepared.products, settings.norm, order_code(settings.order)
+    shift1, scale1, gate1, shift2, scale2, gate2 = prepared.modulation.chunk(6, dim=1)
+    ops = _operations(x)
+    h, _ = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
+    projected = _linear(h, p.in_proj)
+    y, _ = ops.mixer(projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *settings.grid, order, EPS)
+    del projected
+    x, h, _ = ops.residual_norm(x, _linear(y, p.o_proj), gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
+    del y
+    hidden = ops.up(h, p.gate_proj, False)[0]
+    return _add_and_convolve(ops, x, _linear(hidden, p.down_proj), gate2, w, settings)
+
+
 def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, ahead: Ahead | None = None) -> Tensor:
     """A whole block, with gradients or without.
 
@@ -373,8 +398,10 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     prepared = None if ahead is None else ahead.prepared
     if prepared is None:
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)
-    if not fold_gates:
+    if torch.is_grad_enabled():
         return train_block(x, activated, prepared, weights, settings)
+    if not fold_gates:
+        return infer_images(x, prepared, weights, settings)
     fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
     return infer_block(x, prepared, weights, settings, fused_cast=fused_cast, in_place=in_place)
 
