@@ -100,7 +100,7 @@ class Gate(Generic[C]):
         where = machine.get("gpu_name") or machine.get("cpu") or "unknown machine"
         notes = [f"{where}, torch {machine.get('torch')}, driver {machine.get('driver')}"]
         notes += marks_of(found.base, found.change)
-        return to_markdown(found.findings, self.plan.thresholds, title=title, notes=notes)
+        return to_markdown(found.findings, found.thresholds, title=title, notes=notes)
 
     def run(self, revision: str) -> tuple[int, str]:
         """Compare with the base: the exit status, and the summary."""

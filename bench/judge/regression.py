@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -100,6 +100,11 @@ class Plan(Generic[C]):
     thresholds: Thresholds = field(default_factory=Thresholds)
     seed: int = 0
 
+    @property
+    def judged_by(self) -> Thresholds:
+        """The thresholds, with the looks that this takes: any may be the one that errs."""
+        return replace(self.thresholds, looks=len(self.cases) * (1 + self.repeats))
+
     def __post_init__(self) -> None:
         """Raise ValueError on a plan that cannot decide anything."""
         if self.launches < LEAST_LAUNCHES:
@@ -110,11 +115,12 @@ class Plan(Generic[C]):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The findings, and both sides' rows."""
+    """The findings, both sides' rows, and what they were judged by."""
 
     findings: tuple[Finding, ...]
     base: tuple[Measured, ...]
     change: tuple[Measured, ...]
+    thresholds: Thresholds = field(default_factory=Thresholds)
 
 
 def rounds(cases: Sequence[C], numbers: Sequence[int], draw: random.Random) -> Iterator[tuple[C, int, bool]]:
@@ -191,7 +197,7 @@ def compare_sides(
                 row = sides[which].measure(case, budget=BUDGETS[case.device], launch=number)
                 writers[which].write(row)
                 rows[which].append(row)
-            return compare_rows(rows[0], rows[1], plan.thresholds)
+            return compare_rows(rows[0], rows[1], plan.judged_by)
 
         # One launch first that does not count: a side's compilers fill their caches in it.
         for case, number, is_base in rounds(plan.cases, [] if warm else [0], draw):
@@ -206,7 +212,7 @@ def compare_sides(
                 break
             findings = measure(undecided, range(done, done + plan.extra_launches))
             done += plan.extra_launches
-    return Comparison(findings=tuple(findings), base=tuple(rows[0]), change=tuple(rows[1]))
+    return Comparison(findings=tuple(findings), base=tuple(rows[0]), change=tuple(rows[1]), thresholds=plan.judged_by)
 
 
 _ONCE = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=1, least_s=0.0, target_s=0.0, max_samples=1)
