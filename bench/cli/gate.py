@@ -10,10 +10,9 @@ from typing import Any, Generic, NoReturn
 
 import typer
 from rich.console import Console
-from rich.status import Status
-from rich.text import Text
 
 from bench.cli.compare import percent
+from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, Thresholds, exit_status, marks_of, to_markdown
 from bench.judge.regression import C, Comparison, Plan, compare_checkouts
 from bench.judge.statistics import LEAST_LAUNCHES
@@ -55,11 +54,6 @@ def make_plan(
     )
 
 
-def shown_by(status: Status) -> Callable[[str], None]:
-    """Shows what is measured, as it is written: brackets are no markup."""
-    return lambda text: status.update(Text(visible(text)))
-
-
 class Gate(Generic[C]):
     """The comparisons that one call of a command makes.
 
@@ -84,13 +78,13 @@ class Gate(Generic[C]):
 
     def compare(self, base: Checkout, change: Checkout, name: str, plan: Plan[C] | None = None) -> Comparison:
         """Measure two checkouts in turns; their rows go to a folder of this name."""
-        with self.console.status("starting") as status:
+        with Waiting(self.console) as waiting:
             return compare_checkouts(
                 base,
                 change,
                 plan or self.plan,
                 folder=self.folder / name,
-                on_start=shown_by(status),
+                on_start=waiting.show,
                 side=self._side,
             )
 
