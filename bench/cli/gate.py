@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, NoReturn
+from typing import Annotated, Any, Generic, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +25,18 @@ from bench.store.lines import ResultError
 from dig.environment import ROOT
 
 MOST_LAUNCHES = 10_000
+
+# Options that these commands have in common.
+Base = Annotated[str, typer.Option(help="What to compare with: a revision, or a folder with a checkout.")]
+Launches = Annotated[int, typer.Option(help="Process launches a side of what is measured, at least 5.")]
+LeastEffect = Annotated[str, typer.Option(help="The least difference of times that counts, in percent.")]
+Noise = Annotated[
+    str | None, typer.Option(help="The runner's noise floor in percent, from bench regression --against-itself.")
+]
+Seconds = Annotated[float, typer.Option(help="After so long, what is ambiguous is not measured again.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds a launch may take.")]
+Out = Annotated[Path, typer.Option(help="Folder for rows and summary; each run makes one of its own there.")]
+Summary = Annotated[Path | None, typer.Option(help="Append the Markdown summary to this file too.")]
 
 
 def make_plan(

@@ -14,7 +14,20 @@ from rich.console import Console
 from bench.cases.case import Case
 from bench.cases.choices import GRAMMAR, GRAMMAR_WORDS, parse_case
 from bench.cases.suites import without_repeats
-from bench.cli.gate import MOST_LAUNCHES, Gate, conclude, make_plan
+from bench.cli.gate import (
+    MOST_LAUNCHES,
+    Base,
+    Gate,
+    Launches,
+    LeastEffect,
+    Noise,
+    Out,
+    Seconds,
+    Summary,
+    TimeLimit,
+    conclude,
+    make_plan,
+)
 from bench.cli.options import one_of
 from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, exit_status
@@ -33,7 +46,7 @@ BOOST_MHZ = 1980.0
 
 
 def regression(
-    base: Annotated[str, typer.Option(help="What to compare with: a revision, or a folder with a checkout.")] = "main",
+    base: Base = "main",
     suite: Annotated[
         str | None, typer.Option(help="gpu (8 cases), quick (2), cpu (2), or auto, which is the default.")
     ] = None,
@@ -46,17 +59,13 @@ def regression(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where each --case runs: auto, cuda or cpu.")] = "auto",
-    launches: Annotated[int, typer.Option(help="Process launches a side and case, at least 5.")] = 6,
-    least_effect: Annotated[str, typer.Option(help="The least difference of times that counts, in percent.")] = "2%",
-    noise: Annotated[
-        str | None, typer.Option(help="The runner's noise floor in percent, from --against-itself.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="After so long, ambiguous cases are not measured again.")] = 480.0,
-    time_limit: Annotated[float, typer.Option(help="Seconds a launch may take.")] = 120.0,
-    out: Annotated[Path, typer.Option(help="Folder for rows and summary; each run makes one of its own there.")] = Path(
-        "out/regression"
-    ),
-    summary: Annotated[Path | None, typer.Option(help="Append the Markdown summary to this file too.")] = None,
+    launches: Launches = 6,
+    least_effect: LeastEffect = "2%",
+    noise: Noise = None,
+    seconds: Seconds = 480.0,
+    time_limit: TimeLimit = 120.0,
+    out: Out = Path("out/regression"),
+    summary: Summary = None,
     against_itself: Annotated[
         int, typer.Option(help="Compare the tree with a copy of itself so many times, and print the noise floor.")
     ] = 0,
