@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -29,12 +30,16 @@ for name in ("FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "GITHUB_ACTIONS"):
 
 import pytest
 import torch
+import typer.testing
 from hypothesis import settings
 
 # A few drawn inputs each time, many once in CI: nox -s tests_slow names the profile.
 settings.register_profile("few", max_examples=20, deadline=None)
 settings.register_profile("many", max_examples=100, deadline=None)
 settings.load_profile("few")
+
+# To make typer's commands of an app takes most of what calling one in a test does, and gives the same each time.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 # Without a GPU, Triton's interpreter replaces it. It must be chosen before anything imports triton, which
 # diffusers does: so here, and not beside the tests of the kernels.
@@ -53,6 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model of size S has two blocks in this process: enough for what does not hang on depth."""
+    from baselines import dis, dit
+    from dig import config
+
+    for sizes in (config.SIZES, dit.SIZES, dis.SIZES):
+        monkeypatch.setitem(sizes, "S", (2, *sizes["S"][1:]))
 
 
 @pytest.fixture

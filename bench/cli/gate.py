@@ -6,14 +6,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, NoReturn
+from typing import Annotated, Any, Generic, NoReturn
 
 import typer
 from rich.console import Console
-from rich.status import Status
-from rich.text import Text
 
 from bench.cli.compare import percent
+from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, Thresholds, exit_status, marks_of, to_markdown
 from bench.judge.regression import C, Comparison, Plan, compare_checkouts
 from bench.judge.statistics import LEAST_LAUNCHES
@@ -26,6 +25,18 @@ from bench.store.lines import ResultError
 from dig.environment import ROOT
 
 MOST_LAUNCHES = 10_000
+
+# Options that these commands have in common.
+Base = Annotated[str, typer.Option(help="What to compare with: a revision, or a folder with a checkout.")]
+Launches = Annotated[int, typer.Option(help="Process launches a side of what is measured, at least 5.")]
+LeastEffect = Annotated[str, typer.Option(help="The least difference of times that counts, in percent.")]
+Noise = Annotated[
+    str | None, typer.Option(help="The runner's noise floor in percent, from bench regression --against-itself.")
+]
+Seconds = Annotated[float, typer.Option(help="After so long, what is ambiguous is not measured again.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds a launch may take.")]
+Out = Annotated[Path, typer.Option(help="Folder for rows and summary; each run makes one of its own there.")]
+Summary = Annotated[Path | None, typer.Option(help="Append the Markdown summary to this file too.")]
 
 
 def make_plan(
@@ -55,11 +66,6 @@ def make_plan(
     )
 
 
-def shown_by(status: Status) -> Callable[[str], None]:
-    """Shows what is measured, as it is written: brackets are no markup."""
-    return lambda text: status.update(Text(visible(text)))
-
-
 class Gate(Generic[C]):
     """The comparisons that one call of a command makes.
 
@@ -84,13 +90,13 @@ class Gate(Generic[C]):
 
     def compare(self, base: Checkout, change: Checkout, name: str, plan: Plan[C] | None = None) -> Comparison:
         """Measure two checkouts in turns; their rows go to a folder of this name."""
-        with self.console.status("starting") as status:
+        with Waiting(self.console) as waiting:
             return compare_checkouts(
                 base,
                 change,
                 plan or self.plan,
                 folder=self.folder / name,
-                on_start=shown_by(status),
+                on_start=waiting.show,
                 side=self._side,
             )
 
@@ -100,7 +106,7 @@ class Gate(Generic[C]):
         where = machine.get("gpu_name") or machine.get("cpu") or "unknown machine"
         notes = [f"{where}, torch {machine.get('torch')}, driver {machine.get('driver')}"]
         notes += marks_of(found.base, found.change)
-        return to_markdown(found.findings, self.plan.thresholds, title=title, notes=notes)
+        return to_markdown(found.findings, found.thresholds, title=title, notes=notes)
 
     def run(self, revision: str) -> tuple[int, str]:
         """Compare with the base: the exit status, and the summary."""

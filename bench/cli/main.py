@@ -27,6 +27,7 @@ from bench.cli.options import numbers, words
 from bench.cli.profile import profile
 from bench.cli.regression import regression
 from bench.cli.sampling import sampling
+from bench.cli.waiting import Waiting
 from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
 from bench.run.ahead import build_ahead
 from bench.run.process import expect_compiling
@@ -36,7 +37,6 @@ from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.command_line import root
 from dig.environment import ROOT, describe_environment, gpu_present
 from dig.helping import add_help
-from dig.progress import progress_bar
 from dig.registry import parse_name
 
 app = typer.Typer(
@@ -220,26 +220,26 @@ def _run(
         for interrupt in (signal.SIGINT, signal.SIGTERM):
             signal.signal(interrupt, signal.default_int_handler)
         try:
-            with progress_bar(console) as progress:
-                task = progress.add_task("starting", total=len(sweep.remaining))
+            with Waiting(console, total=len(sweep.remaining)) as waiting:
                 if ahead:
                     build_ahead(
                         dict.fromkeys(launch.case for launch in sweep.remaining),
                         at_once=ahead,
                         limits=limits,
-                        on_start=lambda case: progress.update(task, description=f"{case.describe()}: building ahead"),
+                        on_start=lambda case: waiting.show(f"{case.describe()}: building ahead"),
                     )
                 rows = run_sweep(
                     sweep,
                     writer,
-                    on_start=lambda case, doing: progress.update(task, description=f"{case.describe()}: {doing}"),
+                    on_start=lambda case, doing: waiting.show(f"{case.describe()}: {doing}"),
                 )
                 for row in rows:
                     measured += 1
                     if "measured-again" not in row.marks:
-                        progress.advance(task)
-                    teller = progress.console if row.status == "ok" else loud
-                    teller.print(visible(_line(row)), markup=False, highlight=False, soft_wrap=True)
+                        waiting.advance()
+                    if quiet and row.status != "ok":
+                        loud.print(visible(_line(row)), markup=False, highlight=False)
+                    waiting.print(_line(row))
         except KeyboardInterrupt:
             said = f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume"
             loud.print(visible(said), markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from bench.cli.ops_in_steps import chain, prepare, variants
 from bench.cli.options import check_appendable, numbers, one_of, some_of
 from bench.messages import OneLineGroup, check_count, refuse
 from dig.environment import gpu_present
+
+if TYPE_CHECKING:
+    from bench.ops.common import Times
 
 ops = typer.Typer(
     cls=OneLineGroup,
@@ -42,6 +45,22 @@ def ready(json: Path | None) -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+def begin(json: Path | None, *, sweep: bool, samples: int, kernels: bool) -> Times | None:
+    """`ready`, and what times and prints implementations; None where tile choices are timed instead."""
+    ready(json)
+    from bench.ops.common import Times, copy_rate
+
+    return None if sweep else Times(rate=copy_rate(), samples=samples, kernels=kernels, json=json)
+
+
+def numbers_tried(**options: str) -> dict[str, list[int]]:
+    """What each option of --sweep names, as numbers."""
+    return {
+        name: numbers(text, f"--{name.replace('_', '-')}", least=0 if name == "registers" else 1)
+        for name, text in options.items()
+    }
 
 
 @ops.command()
@@ -79,20 +98,18 @@ def gla(
     one_of(dtype, "dtype", DTYPES)
     chosen = some_of(operations, "operation", ("recurrence", "block"))
     ways = some_of(implementations, "implementation", ("triton", "fla"))
-    tried = {
-        "chunks": numbers(chunks, "--chunks"),
-        "warps": numbers(warps, "--warps"),
-        "registers": numbers(registers, "--registers", least=0),
-        "scan_warps": numbers(scan_warps, "--scan-warps"),
-        "scan_lanes": numbers(scan_lanes, "--scan-lanes"),
-        "scan_groups": numbers(scan_groups, "--scan-groups"),
-        "scan_steps": numbers(scan_steps, "--scan-steps"),
-    }
-    ready(json)
+    tried = numbers_tried(
+        chunks=chunks,
+        warps=warps,
+        registers=registers,
+        scan_warps=scan_warps,
+        scan_lanes=scan_lanes,
+        scan_groups=scan_groups,
+        scan_steps=scan_steps,
+    )
+    times = begin(json, sweep=sweep, samples=samples, kernels=kernels)
     from bench.ops import gla as timed
-    from bench.ops.common import Times, copy_rate
 
-    times = None if sweep else Times(rate=copy_rate(), samples=samples, kernels=kernels, json=json)
     for size in sizes:
         shape = timed.Shape(B=batch, T=size, H=heads, K=key_width, V=value_width, dtype=dtype)
         if times is None:
@@ -130,19 +147,10 @@ def srem(
         check_count(value, option)
     one_of(dtype, "dtype", DTYPES)
     ways = some_of(implementations, "implementation", ("triton", "reference", "moved"))
-    tried = {
-        "channels": numbers(channels, "--channels"),
-        "groups": numbers(groups, "--groups"),
-        "widths": numbers(widths, "--widths"),
-        "rows": numbers(rows, "--rows"),
-        "warps": numbers(warps, "--warps"),
-        "registers": numbers(registers, "--registers", least=0),
-    }
-    ready(json)
+    tried = numbers_tried(channels=channels, groups=groups, widths=widths, rows=rows, warps=warps, registers=registers)
+    times = begin(json, sweep=sweep, samples=samples, kernels=kernels)
     from bench.ops import srem as timed
-    from bench.ops.common import Times, copy_rate
 
-    times = None if sweep else Times(rate=copy_rate(), samples=samples, kernels=kernels, json=json)
     for side in grids:
         shape = timed.Shape(B=batch, rows=side, columns=side, D=width, dtype=dtype)
         if times is None:
@@ -186,17 +194,10 @@ def rowwise(
     one_of(dtype, "dtype", DTYPES)
     chosen = some_of(operations, "operation", ("norm_modulate", "residual_norm_modulate", "swiglu"))
     ways = some_of(implementations, "implementation", ("triton", "reference", "compiled"))
-    tried = {
-        "rows": numbers(rows, "--rows"),
-        "parts": numbers(parts, "--parts"),
-        "warps": numbers(warps, "--warps"),
-        "programs": numbers(programs, "--programs"),
-    }
-    ready(json)
+    tried = numbers_tried(rows=rows, parts=parts, warps=warps, programs=programs)
+    times = begin(json, sweep=sweep, samples=samples, kernels=kernels)
     from bench.ops import rowwise as timed
-    from bench.ops.common import Times, copy_rate
 
-    times = None if sweep else Times(rate=copy_rate(), samples=samples, kernels=kernels, json=json)
     for D, T in itertools.product(columns, sizes):
         shape = timed.Shape(B=batch, T=T, D=D, norm=norm, stream=stream, dtype=dtype)
         if times is None:

@@ -10,7 +10,19 @@ import typer
 from rich.console import Console
 
 from bench.cases.choices import choose_device, default_dtype
-from bench.cli.gate import Gate, conclude, make_plan
+from bench.cli.gate import (
+    Base,
+    Gate,
+    Launches,
+    LeastEffect,
+    Noise,
+    Out,
+    Seconds,
+    Summary,
+    TimeLimit,
+    conclude,
+    make_plan,
+)
 from bench.cli.options import one_of, some_of
 from bench.messages import check_count, refuse
 from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase
@@ -24,7 +36,7 @@ def compare(
             help=f"Operations, separated by commas: {', '.join(IMPLEMENTATIONS)}. Default: all that run there."
         ),
     ] = None,
-    base: Annotated[str, typer.Option(help="What to compare with: a revision, or a folder with a checkout.")] = "main",
+    base: Base = "main",
     model: Annotated[str, typer.Option(help="The DiG whose sizes they have.")] = "DiG-S/2",
     resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 1792,
     batch: Annotated[int, typer.Option(help="Images.")] = 1,
@@ -34,17 +46,13 @@ def compare(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. Default: bf16 on a GPU, fp32 on a CPU.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    launches: Annotated[int, typer.Option(help="Process launches a side and operation, at least 5.")] = 6,
-    least_effect: Annotated[str, typer.Option(help="The least difference of times that counts, in percent.")] = "2%",
-    noise: Annotated[
-        str | None, typer.Option(help="The runner's noise floor in percent, from bench regression --against-itself.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="After so long, what is ambiguous is not measured again.")] = 480.0,
-    time_limit: Annotated[float, typer.Option(help="Seconds a launch may take.")] = 120.0,
-    out: Annotated[Path, typer.Option(help="Folder for rows and summary; each run makes one of its own there.")] = Path(
-        "out/ops"
-    ),
-    summary: Annotated[Path | None, typer.Option(help="Append the Markdown summary to this file too.")] = None,
+    launches: Launches = 6,
+    least_effect: LeastEffect = "2%",
+    noise: Noise = None,
+    seconds: Seconds = 480.0,
+    time_limit: TimeLimit = 120.0,
+    out: Out = Path("out/ops"),
+    summary: Summary = None,
     seed: Annotated[int, typer.Option(help="Of the order of launches.")] = 0,
 ) -> None:
     """Measure operations of the working tree and its base in turns, and say whether any got slower or faster.

@@ -14,14 +14,29 @@ from rich.console import Console
 from bench.cases.case import Case
 from bench.cases.choices import GRAMMAR, GRAMMAR_WORDS, parse_case
 from bench.cases.suites import without_repeats
-from bench.cli.gate import MOST_LAUNCHES, Gate, conclude, make_plan, shown_by
+from bench.cli.gate import (
+    MOST_LAUNCHES,
+    Base,
+    Gate,
+    Launches,
+    LeastEffect,
+    Noise,
+    Out,
+    Seconds,
+    Summary,
+    TimeLimit,
+    conclude,
+    make_plan,
+)
 from bench.cli.options import one_of
+from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, exit_status
 from bench.judge.regression import BUDGETS, SUITES, Comparison, compare_sides
 from bench.judge.statistics import noise_floor
 from bench.messages import cell, check_count, refuse
 from bench.run.checkouts import Checkout, copy_tree, slow_down
 from bench.run.side import Side
+from bench.store.rows import Row
 from dig.environment import ROOT, gpu_present
 from dig.registry import parse_name
 
@@ -31,7 +46,7 @@ BOOST_MHZ = 1980.0
 
 
 def regression(
-    base: Annotated[str, typer.Option(help="What to compare with: a revision, or a folder with a checkout.")] = "main",
+    base: Base = "main",
     suite: Annotated[
         str | None, typer.Option(help="gpu (8 cases), quick (2), cpu (2), or auto, which is the default.")
     ] = None,
@@ -45,17 +60,13 @@ def regression(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where each --case runs: auto, cuda or cpu.")] = "auto",
-    launches: Annotated[int, typer.Option(help="Process launches a side and case, at least 5.")] = 6,
-    least_effect: Annotated[str, typer.Option(help="The least difference of times that counts, in percent.")] = "2%",
-    noise: Annotated[
-        str | None, typer.Option(help="The runner's noise floor in percent, from --against-itself.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="After so long, ambiguous cases are not measured again.")] = 480.0,
-    time_limit: Annotated[float, typer.Option(help="Seconds a launch may take.")] = 120.0,
-    out: Annotated[Path, typer.Option(help="Folder for rows and summary; each run makes one of its own there.")] = Path(
-        "out/regression"
-    ),
-    summary: Annotated[Path | None, typer.Option(help="Append the Markdown summary to this file too.")] = None,
+    launches: Launches = 6,
+    least_effect: LeastEffect = "2%",
+    noise: Noise = None,
+    seconds: Seconds = 480.0,
+    time_limit: TimeLimit = 120.0,
+    out: Out = Path("out/regression"),
+    summary: Summary = None,
     against_itself: Annotated[
         int, typer.Option(help="Compare the tree with a copy of itself so many times, and print the noise floor.")
     ] = 0,
@@ -155,26 +166,23 @@ class _Gate(Gate[Case]):
         if not runs:
             return
         limit = self.plan.time_limit
-        with (
-            Side(twin, time_limit=limit) as base,
-            Side(self.change, time_limit=limit) as change,
-            self.console.status("starting") as status,
-        ):
+        with Side(twin, time_limit=limit) as base, Side(self.change, time_limit=limit) as change:
             for index in range(runs):
-                yield compare_sides(
-                    (base, change),
-                    replace(self.plan, seed=self.plan.seed + index),
-                    folder=self.folder / f"itself-{index}",
-                    on_start=shown_by(status),
-                    warm=index > 0,
-                )
+                with Waiting(self.console) as waiting:
+                    found = compare_sides(
+                        (base, change),
+                        replace(self.plan, seed=self.plan.seed + index),
+                        folder=self.folder / f"itself-{index}",
+                        on_start=waiting.show,
+                        warm=index > 0,
+                    )
+                yield found
 
     def _slowed(self, twin: Checkout) -> tuple[bool, str]:
         """Slow a copy down by a share of each case's own step, a case at a time, and say whether all were noticed."""
         caught, texts = True, []
         for index, case in enumerate(self.plan.cases):
-            with Side(twin, time_limit=self.plan.time_limit) as side:
-                row = side.measure(case, budget=BUDGETS[case.device], launch=0)
+            row = self._time(twin, case, f"how long a step takes, case {index + 1} of {len(self.plan.cases)}")
             if row.median_ms is None:
                 texts.append(f"- not measured: {cell(case.describe())}: {row.status}: {cell(row.message)}\n")
                 caught = False
@@ -190,3 +198,13 @@ class _Gate(Gate[Case]):
             caught = caught and any(f.metric == "time" and f.verdict == "slower" for f in found.findings)
             texts.append(self.summary(found, f"slowed by {SLOWDOWN:.0%}: {case.describe()}"))
         return caught, "\n".join(texts)
+
+    def _time(self, checkout: Checkout, case: Case, what: str) -> Row:
+        """One launch of a case."""
+        with Side(checkout, time_limit=self.plan.time_limit) as side, Waiting(self.console) as waiting:
+            return side.measure(
+                case,
+                budget=BUDGETS[case.device],
+                launch=0,
+                tell=lambda doing: waiting.show(f"{what}, {case.describe()}: {doing}"),
+            )

@@ -12,12 +12,13 @@ from statistics import median
 from typing import Literal
 
 from bench.judge.statistics import (
+    CONFIDENCE,
     LEAST_LAUNCHES,
     MOST_SCATTER,
     Interval,
     Verdict,
     common_scatter,
-    judge_launches,
+    judge,
     ratio_interval,
 )
 from bench.messages import cell
@@ -49,11 +50,14 @@ class Thresholds:
         memory: The same of memory peaks.
         noise: The runner's noise floor (`bench.judge.statistics.noise_floor`), or None where it was not measured. A
             least effect is never below it, and it is the interval where a side has too few launches.
+        looks: Verdicts that share the 5% of error: a run that looks at 4 cases up to 3 times has 12 chances to call
+            equal code slower.
     """
 
     time: float = 0.02
     memory: float = MEMORY_EFFECT
     noise: float | None = None
+    looks: int = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError on thresholds that cannot be."""
@@ -61,6 +65,13 @@ class Thresholds:
             raise ValueError("a least effect must be above 0")
         if self.noise is not None and self.noise < 0:
             raise ValueError(f"a noise floor must not be negative; got {self.noise}")
+        if self.looks < 1:
+            raise ValueError(f"there is at least one look; got {self.looks}")
+
+    @property
+    def confidence(self) -> float:
+        """Of each interval, so that all of them hold the truth together with 95% (Bonferroni)."""
+        return 1 - (1 - CONFIDENCE) / self.looks
 
     @property
     def least_time(self) -> float:
@@ -202,7 +213,7 @@ def _judge(
     interval, note = None, ""
     if min(launches) >= LEAST_LAUNCHES:
         rounds = [launch for launch, _ in figures[0]] == [launch for launch, _ in figures[1]]
-        interval = ratio_interval(values[0], values[1], paired=paired and rounds)
+        interval = ratio_interval(values[0], values[1], paired=paired and rounds, confidence=thresholds.confidence)
     elif metric == "memory" and case.device == "cuda":
         # The allocator of a GPU hands out the same blocks in every launch: one is enough.
         interval = Interval(ratio=change / base, low=change / base, high=change / base)
@@ -222,7 +233,7 @@ def _judge(
         change=change,
         launches=launches,
         interval=interval,
-        verdict=judge_launches(values[0], values[1], interval, effect),
+        verdict="ambiguous" if interval is None else judge(interval, effect),
         note=note,
     )
 
@@ -266,7 +277,8 @@ def to_markdown(
     lines = [f"## {f'{headline}: ' if verdict else ''}{cell(title)}", ""]
     if findings:
         several = len({finding.machine for finding in findings}) > 1
-        lines += ["| case | | base | change | change / base (95%) | launches | verdict |"]
+        together = "95% together" if thresholds.looks > 1 else "95%"
+        lines += [f"| case | | base | change | change / base ({together}) | launches | verdict |"]
         lines += ["| --- | --- | ---: | ---: | ---: | ---: | --- |"]
         rank = {"slower": 1, "ambiguous": 2, "unmeasured": 3, "faster": 4, "same": 5}
         lines += [_line(f, several) for f in sorted(findings, key=lambda f: 0 if f.broken else rank[f.verdict])]
@@ -275,6 +287,10 @@ def to_markdown(
         lines[-1] += f" The runner's noise floor is {thresholds.noise:.2%}."
     else:
         lines[-1] += " The runner's noise floor was not given."
+    if thresholds.looks > 1:
+        lines.append(
+            f"- each interval holds in {thresholds.confidence:.2%}: {thresholds.looks} looks share the 5% of error"
+        )
     if unmeasured:
         lines.append(f"- cases that could not be compared, and count for nothing: {unmeasured}")
     lines += [f"- {cell(note)}" for note in notes]

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -69,8 +69,8 @@ Of = TypeVar("Of", contravariant=True)
 class Measurer(Protocol[Of]):
     """One side, as `bench.run.side.Side` is for whole steps."""
 
-    def measure(self, case: Of, *, budget: Budget, launch: int) -> Measured:
-        """One launch of a case. Raises SideError where the side is gone."""
+    def measure(self, case: Of, *, budget: Budget, launch: int, tell: Callable[[str], None]) -> Measured:
+        """One launch of a case; ``tell`` is told what it does. Raises SideError where the side is gone."""
 
 
 SUITES: dict[str, Callable[[], list[Case]]] = {"gpu": gpu_suite, "quick": quick_suite, "cpu": cpu_suite}
@@ -100,6 +100,11 @@ class Plan(Generic[C]):
     thresholds: Thresholds = field(default_factory=Thresholds)
     seed: int = 0
 
+    @property
+    def judged_by(self) -> Thresholds:
+        """The thresholds, with the looks that this takes: any may be the one that errs."""
+        return replace(self.thresholds, looks=len(self.cases) * (1 + self.repeats))
+
     def __post_init__(self) -> None:
         """Raise ValueError on a plan that cannot decide anything."""
         if self.launches < LEAST_LAUNCHES:
@@ -110,11 +115,12 @@ class Plan(Generic[C]):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The findings, and both sides' rows."""
+    """The findings, both sides' rows, and what they were judged by."""
 
     findings: tuple[Finding, ...]
     base: tuple[Measured, ...]
     change: tuple[Measured, ...]
+    thresholds: Thresholds = field(default_factory=Thresholds)
 
 
 def rounds(cases: Sequence[C], numbers: Sequence[int], draw: random.Random) -> Iterator[tuple[C, int, bool]]:
@@ -136,7 +142,7 @@ def compare_checkouts(
     plan: Plan[C],
     *,
     folder: Path,
-    on_start: Callable[[str], None],
+    on_start: Callable[[str, int, int], None],
     side: Callable[..., SideOf[Any, Any]] = Side,
 ) -> Comparison:
     """`compare_sides` of two checkouts, each in a process of its own for as long as that takes.
@@ -159,7 +165,7 @@ def compare_sides(
     plan: Plan[C],
     *,
     folder: Path,
-    on_start: Callable[[str], None],
+    on_start: Callable[[str, int, int], None],
     warm: bool = False,
     parse: Parse[Any] = Row.from_json,
 ) -> Comparison:
@@ -169,7 +175,8 @@ def compare_sides(
         sides: Of base and change.
         plan: How.
         folder: Takes the results files; must not hold any.
-        on_start: Told what is measured next.
+        on_start: Told what is waited for (side, launch, case, and what it does), as it begins: with the number of
+            launches that are done, and of those to do so far as they are known.
         warm: Both sides have run the plan's cases before, and their compilers' caches are full.
         parse: Of the kind of their rows.
 
@@ -184,19 +191,32 @@ def compare_sides(
         files = [folder / f"{name}.jsonl" for name in ("base", "change")]
         writers: list[LinesWriter[Any]] = [stack.enter_context(LinesWriter(file, parse)) for file in files]
 
-        def measure(cases: Sequence[C], numbers: Sequence[int]) -> list[Finding]:
+        behind, known = 0, 2 * len(plan.cases) * (plan.launches + (not warm))
+
+        def launch(case: C, number: int, is_base: bool, budget: Budget, which: str) -> Measured:
+            nonlocal behind
+            where = (
+                f"{'base' if is_base else 'change'}, {which}, case {plan.cases.index(case) + 1} of {len(plan.cases)}"
+            )
+            row = sides[0 if is_base else 1].measure(
+                case,
+                budget=budget,
+                launch=number,
+                tell=lambda doing: on_start(f"{where}, {case.describe()}: {doing}", behind, known),
+            )
+            behind += 1
+            return row
+
+        def measure(cases: Sequence[C], numbers: range) -> list[Finding]:
             for case, number, is_base in rounds(cases, numbers, draw):
-                on_start(f"launch {number + 1}, {'base' if is_base else 'change'}: {case.describe()}")
-                which = 0 if is_base else 1
-                row = sides[which].measure(case, budget=BUDGETS[case.device], launch=number)
-                writers[which].write(row)
-                rows[which].append(row)
-            return compare_rows(rows[0], rows[1], plan.thresholds)
+                row = launch(case, number, is_base, BUDGETS[case.device], f"launch {number + 1} of {numbers.stop}")
+                writers[0 if is_base else 1].write(row)
+                rows[0 if is_base else 1].append(row)
+            return compare_rows(rows[0], rows[1], plan.judged_by)
 
         # One launch first that does not count: a side's compilers fill their caches in it.
         for case, number, is_base in rounds(plan.cases, [] if warm else [0], draw):
-            on_start(f"untimed, {'base' if is_base else 'change'}: {case.describe()}")
-            sides[0 if is_base else 1].measure(case, budget=_ONCE, launch=number)
+            launch(case, number, is_base, _ONCE, "untimed launch")
         findings = measure(plan.cases, range(plan.launches))
         done = plan.launches
         for _ in range(plan.repeats):
@@ -204,9 +224,10 @@ def compare_sides(
             undecided = [case for case in plan.cases if case in ambiguous]
             if not undecided or time.monotonic() - began > plan.seconds:
                 break
+            known += 2 * len(undecided) * plan.extra_launches
             findings = measure(undecided, range(done, done + plan.extra_launches))
             done += plan.extra_launches
-    return Comparison(findings=tuple(findings), base=tuple(rows[0]), change=tuple(rows[1]))
+    return Comparison(findings=tuple(findings), base=tuple(rows[0]), change=tuple(rows[1]), thresholds=plan.judged_by)
 
 
 _ONCE = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=1, least_s=0.0, target_s=0.0, max_samples=1)

@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from bench.cases.jobs import Phase
 from bench.measure.case import stay_near
 from bench.measure.clocks import Watch
 from bench.measure.failures import failure
@@ -23,24 +24,32 @@ SEED = 0
 
 
 def measure_op(connection: Connection, job: OpJob) -> None:
-    """Entry of the process: sends the one row, as JSON."""
-    connection.send(measure(job).to_json())
+    """Entry of the process: sends what it does, and the one row as JSON, as `bench.run.worker.worker_main` does."""
+    row = measure(job, lambda phase: connection.send(("phase", phase)))
+    connection.send(("answer", row.to_json()))
     connection.close()
 
 
-def measure(job: OpJob) -> OpRow:
-    """Measure one launch in this process. Never raises for what an operation can do wrong: that is a row."""
+def measure(job: OpJob, tell: Callable[[Phase], None] = lambda phase: None) -> OpRow:
+    """Measure one launch in this process. Never raises for what an operation can do wrong: that is a row.
+
+    Args:
+        job: What to measure.
+        tell: Called with what is done next.
+    """
     started_at, case = utc_now(), job.case
     environment = {**job.environment, **versions(case.device)}
     try:
         gpu = Gpu.open() if case.device == "cuda" else None
         stay_near(gpu)
         watch = Watch(gpu)  # Before CUDA starts here: what is on the card now is somebody else's.
+        tell("compiling")
         torch.manual_seed(SEED)
         steps = steps_of(case)
         if not all(torch.isfinite(tensor).all() for tensor in tensors_of(steps[0]())):
             raise FloatingPointError("the operation's result is not finite")
         run = _together(steps, case.device)
+        tell("measuring")
         found = sample(run, device=case.device, budget=job.budget, watch=watch)
         marks: list[Mark] = watch.marks() if case.device == "cuda" else []
         if found.warmup == "bound":

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from bench.cases.jobs import Limits
 from bench.ops.rows import OpCase, OpJob, OpRow
 from bench.run.checkouts import Checkout
-from bench.run.process import Worker, WorkerError
-from bench.run.runner import Referee
-from bench.run.side import Question, SideOf, answer_questions
+from bench.run.process import WorkerError
+from bench.run.runner import PHASES, STARTING, Referee, run_job
+from bench.run.side import Answer, Question, SideOf, answer_questions
 from bench.store.decoding import decode_dataclass
 from bench.store.rows import utc_now
 from dig.environment import describe_environment
@@ -34,17 +34,21 @@ class OpSide(SideOf[OpCase, OpRow]):
         )
 
 
-def _start() -> Callable[[Question], str]:
+def _start() -> Answer:
     environment = describe_environment()
     referee = Referee(limits=Limits(), ceilings=False)
 
-    def answer(question: Question) -> str:
+    def answer(question: Question, tell: Callable[[str], None]) -> str:
         case = decode_dataclass(OpCase, question.case, "case")
         job = OpJob(case=case, budget=question.budget, environment=environment, launch=question.launch)
         started_at = utc_now()
         try:
-            with Worker("bench.ops.measure:measure_op", job) as worker:
-                row = OpRow.from_json(worker.answer(question.time_limit))
+            tell(STARTING)
+            limits = Limits(prepare=question.time_limit, measure=question.time_limit)
+            found = run_job(
+                job, limits=limits, entry="bench.ops.measure:measure_op", on_phase=lambda phase: tell(PHASES[phase])
+            )
+            row = OpRow.from_json(found)
         except WorkerError as error:
             row = OpRow(
                 case=case,

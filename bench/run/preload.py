@@ -1,4 +1,8 @@
-"""Imported once by the server that worker processes fork from: modules that are slow to import and don't touch CUDA."""
+"""Imported once by the server that worker processes fork from: modules that are slow to import and don't touch CUDA.
+
+Ctrl-C is the harness's to handle. A terminal sends it to the server and to what was just forked too, where it would
+print a traceback.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import atexit
 import contextlib
 import importlib
 import os
+import signal
+import sys
+from types import TracebackType
 
 from bench.measure.settings import set_variables
 from bench.run.lifeline import die_with_parent
@@ -14,7 +21,21 @@ from dig.packages import is_installed
 
 harness = os.environ.pop(HARNESS_VARIABLE, "")
 compiles = bool(os.environ.pop(COMPILES_VARIABLE, ""))
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a process whose harness was interrupted before it told it what to run."""
+    if kind is not EOFError:
+        sys.__excepthook__(kind, error, trace)
+
+
 if harness:
+    # A process that is forked here gets back the handler that was there before the server began to serve: this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What came while it was blocked (`bench.run.process`) is dropped.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # What ends a process before its function runs, multiprocessing hands to this hook.
+    sys.excepthook = _hook
     # Until it serves, the server does not look whether its harness is still there.
     die_with_parent()
     if os.getppid() != int(harness):

@@ -12,6 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -41,7 +42,21 @@ def _context() -> ForkServerContext | SpawnContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.run.preload"])
     os.environ[HARNESS_VARIABLE] = str(os.getpid())
+    _start_server()
     return context
+
+
+def _start_server() -> None:
+    """Start the server unless it runs; Ctrl-C, which a terminal sends to it too, is blocked from its first instruction.
+
+    `bench.run.preload` has it ignored from then on, by all that is forked from the server too.
+    """
+    resource_tracker.ensure_running()  # The server's start asks for it, and its own start unblocks SIGINT here.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class Worker:
@@ -132,7 +147,7 @@ def _enter(connection: Connection, errors: str, entry: str, arguments: tuple[Any
     end_with_parent()  # In a group of its own, which a time limit ends too.
     die_with_parent()
     give_way()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle; the server has it ignored before.
     try:
         with open(errors, "ab", buffering=0) as stderr:
             os.dup2(stderr.fileno(), 2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.cases.case import Case
-from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Job, Limits, ParityJob, Phase
+from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Limits, ParityJob, Phase
 from bench.run.process import Worker, WorkerError
 from bench.store.identity import measurement_key
 from bench.store.ledgers import Checks
@@ -27,6 +27,8 @@ PHASES: Mapping[Phase, str] = {
     "checking": "checking what was measured",
 }
 """What a worker does, in words for people."""
+STARTING = "starting and importing"
+"""The same before it can say anything."""
 PREPARING: frozenset[Phase] = frozenset({"building", "compiling"})
 """The phases of `Limits.prepare`."""
 
@@ -34,13 +36,20 @@ SLACK = 64 << 20
 """Bytes by which a GPU's used memory may differ from before, when nothing of ours is left on it."""
 
 
-def run_job(job: Job, *, limits: Limits, on_phase: Callable[[Phase], None] = lambda phase: None) -> Any:
+def run_job(
+    job: Any,
+    *,
+    limits: Limits,
+    on_phase: Callable[[Phase], None] = lambda phase: None,
+    entry: str = "bench.run.worker:worker_main",
+) -> Any:
     """Do a job in a process of its own.
 
     Args:
-        job: What to do.
+        job: What to do: a `bench.cases.jobs.Job`, or what another entry takes.
         limits: After which the process and its children are killed.
         on_phase: Told what the worker does, as it begins.
+        entry: Where the process begins; it says what it does and answers as `bench.run.worker.worker_main` does.
 
     Returns:
         The worker's answer.
@@ -48,7 +57,7 @@ def run_job(job: Job, *, limits: Limits, on_phase: Callable[[Phase], None] = lam
     Raises:
         WorkerError: Time ran out, or the process died; the message holds the end of its stderr.
     """
-    with Worker("bench.run.worker:worker_main", job) as worker:
+    with Worker(entry, job) as worker:
         return _wait(worker, limits, on_phase)
 
 
@@ -215,7 +224,7 @@ class Referee:
             missing = parity["status"] == "unsupported"
             return failed(parity["status"], parity["message"] if missing else f"parity: {parity['message']}")
         try:
-            self.on_phase("starting")
+            self.on_phase(STARTING)
             job = replace(job, matmul_ceiling=self._ceilings[key])
             row = Row.from_json(run_job(job, limits=self.limits, on_phase=self._told))
         except WorkerError as error:

@@ -41,6 +41,9 @@ def without_checkouts(path: str) -> str:
     return os.pathsep.join(folder for folder in folders if not Path(folder, "bench", "run", "side.py").exists())
 
 
+DOING = "doing: "
+"""Begins the lines in which a side says what it does; an answer begins with a brace."""
+
 C = TypeVar("C")
 R = TypeVar("R")
 
@@ -83,8 +86,14 @@ class SideOf(Generic[C, R]):
             start_new_session=True,
         )
 
-    def measure(self, case: C, *, budget: Budget, launch: int) -> R:
+    def measure(self, case: C, *, budget: Budget, launch: int, tell: Callable[[str], None] = lambda doing: None) -> R:
         """One launch of a case.
+
+        Args:
+            case: Which.
+            budget: How long it is sampled.
+            launch: Its number.
+            tell: Told what the side does, as it begins.
 
         Raises:
             SideError: The side's process is gone.
@@ -100,7 +109,9 @@ class SideOf(Generic[C, R]):
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-            return self.parse(self._process.stdout.readline())
+            while (line := self._process.stdout.readline()).startswith(DOING):
+                tell(line.removeprefix(DOING).strip())
+            return self.parse(line)
         except (OSError, ResultError) as error:
             self._log.seek(0)
             tail = self._log.read()[-600:].decode(errors="replace").strip()
@@ -160,8 +171,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def answer_questions(start: Callable[[], Callable[[Question], str]]) -> None:
+Answer = Callable[[Question, Callable[[str], None]], str]
+"""Answers a question; its second argument is told what is done, as it begins."""
+
+
+def answer_questions(start: Callable[[], Answer]) -> None:
     """Answer each question from stdin with a line on stdout, until the input ends: all that a side does.
+
+    Before the answer come lines that begin with `DOING`.
 
     Args:
         start: Makes ready, once nothing that is printed can pass for an answer any more; gives what answers.
@@ -172,21 +189,28 @@ def answer_questions(start: Callable[[], Callable[[Question], str]]) -> None:
     # What a worker prints must not pass for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+    def tell(doing: str) -> None:
+        answers.write(f"{DOING}{doing}\n")
+        answers.flush()
+
+    tell("importing")
     answer = start()
     for line in sys.stdin:
         asked = json.loads(line)
         question = Question(**{**asked, "budget": decode_dataclass(Budget, asked["budget"], "budget")})
-        answers.write(answer(question) + "\n")
+        answers.write(answer(question, tell) + "\n")
         answers.flush()
 
 
-def _start() -> Callable[[Question], str]:
+def _start() -> Answer:
     environment, code = describe_environment(), code_hash(Path(ROOT))
     referee = Referee(limits=Limits(), ceilings=False)
 
-    def answer(question: Question) -> str:
+    def answer(question: Question, tell: Callable[[str], None]) -> str:
         case = Case(**{**question.case, "options": tuple(question.case["options"].items())})
         load_source(case.source)
+        referee.on_phase = tell
         referee.limits = Limits(prepare=question.time_limit, measure=question.time_limit)
         job = CaseJob(
             case=case,

@@ -108,6 +108,7 @@ def test_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1.403" in listed.stdout
 
 
+@pytest.mark.usefixtures("shallow")
 def test_kernels_of_a_step() -> None:
     options = ["--model", "DiG-S/8", "--resolution", "64", "--mode", "forward", "--device", "cpu"]
     done = runner.invoke(cli.app, ["kernels", *options])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.cases.jobs import Budget
+from bench.cases.jobs import Budget, Limits
 from bench.cli import ops_compare
 from bench.cli.main import app
 from bench.judge.compare import Thresholds, exit_status
@@ -23,7 +23,7 @@ from bench.ops.measure import measure
 from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase, OpJob, OpRow
 from bench.ops.side import OpSide
 from bench.run.checkouts import copy_tree
-from bench.run.process import Worker
+from bench.run.runner import run_job
 from bench.run.side import SideError
 from bench.store.lines import ResultError, read_lines
 from dig.environment import ROOT
@@ -51,8 +51,10 @@ def test_a_slowed_operation_is_caught_and_an_unchanged_one_is_not(tmp_path: Path
     path.write_text(path.read_text() + SLOWED)
     swiglu = replace(SREM, op="swiglu", mode="train")
     plan = Plan(cases=(SREM, swiglu), launches=5, repeats=0, thresholds=Thresholds(time=0.5))
-    told: list[str] = []
-    found = compare_checkouts(base, slow, plan, folder=tmp_path / "rows", on_start=told.append, side=OpSide)
+    told: list[tuple[str, int, int]] = []
+    found = compare_checkouts(
+        base, slow, plan, folder=tmp_path / "rows", on_start=lambda *now: told.append(now), side=OpSide
+    )
     verdicts = {finding.case: finding.verdict for finding in found.findings}
     assert verdicts[SREM] == "slower"
     assert verdicts[swiglu] in ("same", "ambiguous")
@@ -64,7 +66,15 @@ def test_a_slowed_operation_is_caught_and_an_unchanged_one_is_not(tmp_path: Path
     assert len(slowest) == 5
     assert min(slowest) > 20
     assert {row.environment["commit"] for row in written} == {"slow"}
-    assert sum("srem (reference) of DiG-S/8 64px forward" in text for text in told) == 12
+    # Of each of 2 operations, 2 sides and 6 launches, one of which is untimed.
+    assert told[0] == (told[0][0], 0, 24)
+    assert told[0][0].endswith(": importing")
+    measured = [(text, done) for text, done, _ in told if text.endswith(": measuring")]
+    assert [done for _, done in measured] == list(range(24))
+    assert sum("srem (reference) of DiG-S/8 64px forward" in text for text, _ in measured) == 12
+    assert "launch 5 of 5, case " in measured[-1][0]
+    doing = [text.rpartition(": ")[2] for text, done, _ in told if done == 23]
+    assert doing == ["starting and importing", "building and tuning kernels", "measuring"]
 
 
 @pytest.mark.parametrize(
@@ -186,8 +196,9 @@ def test_operations_are_timed_on_a_gpu(op: str) -> None:
         dtype="bf16",
         device="cuda",
     )
-    with Worker("bench.ops.measure:measure_op", OpJob(case=case, budget=QUICK, environment={})) as worker:
-        row = OpRow.from_json(worker.answer(300))
+    job = OpJob(case=case, budget=QUICK, environment={})
+    limits = Limits(prepare=300, measure=300)
+    row = OpRow.from_json(run_job(job, limits=limits, entry="bench.ops.measure:measure_op"))
     assert row.status == "ok", row.message
     # A call takes microseconds, not the milliseconds of all calls together.
     assert 1e-4 < min(row.samples_ms) < 5

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_slower_and_broken_code_is_caught_and_unchanged_code_is_not(tmp_path: Pa
     base = copy_tree(ROOT, tmp_path / "base", "base")
     slowed = slow_down(copy_tree(ROOT, tmp_path / "slow", "slow"), milliseconds=40, megahertz=1)
     plan = Plan(cases=(CASE,), launches=5, repeats=0, thresholds=Thresholds(time=0.5))
-    found = compare_checkouts(base, slowed, plan, folder=tmp_path / "rows", on_start=lambda text: None)
+    found = compare_checkouts(base, slowed, plan, folder=tmp_path / "rows", on_start=lambda *told: None)
     assert exit_status(found.findings) == 1
     assert {f.metric: f.verdict for f in found.findings} == {"time": "slower", "memory": "same"}
     written = read_results(tmp_path / "rows" / "change.jsonl").rows
@@ -151,7 +152,8 @@ def test_runs_of_unchanged_code_share_their_sides_and_each_has_an_order_of_its_o
         def __init__(self, checkout: object, *, time_limit: float) -> None:
             sides.append(self)
 
-        def measure(self, case: Case, *, budget: Budget, launch: int) -> Row:
+        def measure(self, case: Case, *, budget: Budget, launch: int, tell: Callable[[str], None]) -> Row:
+            tell("measuring")
             asked.append((sides.index(self), case.model, launch))
             memory = Memory(parameters=1, process_peak=10**9)
             return Row(case=case, status="ok", started_at="", samples_ms=(10.0,), memory=memory, launch=launch)

@@ -127,7 +127,7 @@ def test_a_run_is_told_what_is_done_with_a_case(tmp_path: Path) -> None:
     sweep = Sweep(cases=(small(),), budget=QUICK)
     with ResultsWriter(tmp_path / "results.jsonl") as writer:
         list(run_sweep(sweep, writer, on_start=lambda case, doing: told.append((case, doing))))
-    assert [doing for _, doing in told][-5:] == ["starting", *runner.PHASES.values()]
+    assert [doing for _, doing in told][-5:] == [runner.STARTING, *runner.PHASES.values()]
     assert {case for case, _ in told} == {small()}
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.dig.tiny import TINY, using
+from tests.dig.encoded import COUNTS, run
+from tests.dig.test_data_images import make_folder
+from tests.dig.tiny import TINY, make_vae, using
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +17,27 @@ def tiny_dig() -> Iterator[None]:
     """Any DiG is a tiny one, while this module's tests run."""
     with using(TINY):
         yield
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images") / "data", COUNTS, side=20)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, images: Path, vae: Path) -> Path:
+    """Four shards of 13 images, made without an interruption."""
+    out = tmp_path_factory.mktemp("whole") / "latents"
+    assert run(images, out, vae).joined
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 images in colour, 16 pixels of which are read."""
+    return make_folder(tmp_path_factory.mktemp("folder") / "data", {"a": 18, "b": 18}, side=16)

@@ -42,6 +42,7 @@ def on_a_cpu() -> list[str]:
     return [code.replace('"cuda"', '"cpu"') for code in snippets()]
 
 
+@pytest.mark.usefixtures("shallow")
 def test_snippets_on_a_cpu_with_a_graph_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dig.graphs.capture", capture_fake)
     check(run(on_a_cpu()))

@@ -270,8 +270,8 @@ def test_wrong_published_files_are_told_from_their_shapes(
     assert message in result.output.replace("\n", " ")
 
 
-def test_another_family_is_named(tmp_path: Path) -> None:
-    """Among all models there are, by shapes alone."""
+def test_another_family_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among all models of a patch side, by shapes alone."""
     from dig.registry import ModelSpec
     from dig.sampling.anatomy import CheckpointError, check_fit
 
@@ -280,6 +280,8 @@ def test_another_family_is_named(tmp_path: Path) -> None:
         with torch.device("meta"):
             return spec.build(), spec
 
+    variants = [entry for entry in list_variants() if entry[0].endswith("/2")]
+    monkeypatch.setattr("dig.sampling.weights.list_variants", lambda: variants)
     with using(DIG):
         given, _ = build("DiG-B/2", variant="release")
         asked, spec = build("DiT-S/2")

@@ -205,6 +205,49 @@ def _look_dtypes_up() -> None:
     interpreter._get_np_dtype = lambda kind: pointer if kind.scalar.is_ptr() else look_up(kind.scalar)
 
 
+def _remember_types() -> None:
+    """Make tensors and their types take what follows from dtype and shape from the first that had both.
+
+    Each builds tuples of constants, their type and its name for its shape, which is half of what the interpreter does.
+    Two tensors of one shape are broadcast by comparing that, not side by side.
+    """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    broadcast = TritonSemantic.broadcast_impl_value
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    types: dict[tuple[object, ...], dict[str, object]] = {}
+    tensors: dict[tuple[object, ...], dict[str, object]] = {}
+
+    def without(found: object, *names: str) -> dict[str, object]:
+        return {name: value for name, value in found.__dict__.items() if name not in names}
+
+    def block_type(self, element_ty, shape) -> None:
+        sides = tuple(getattr(side, "value", side) for side in shape)
+        known = types.get((str(element_ty), sides))
+        if known is None:
+            make_type(self, element_ty, shape)
+            known = types[str(element_ty), sides] = without(self, "element_ty") | {"sides": sides}
+        self.element_ty = element_ty
+        self.__dict__.update(known)
+
+    def tensor(self, handle, type) -> None:
+        sides = type.__dict__.get("sides", ())
+        known = tensors.get(sides)
+        if known is None:
+            make_tensor(self, handle, type)
+            known = tensors[sides] = without(self, "handle", "type", "dtype")
+        self.__dict__.update(known)
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    def broadcast_unless_alike(self, lhs, rhs):
+        sides = lhs.type.__dict__.get("sides")
+        return (lhs, rhs) if sides and sides == rhs.type.__dict__.get("sides") else broadcast(self, lhs, rhs)
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+    TritonSemantic.broadcast_impl_value = broadcast_unless_alike
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill every buffer that an operation allocates with NaN, so that an element which no kernel writes can't pass."""
@@ -226,3 +269,4 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _patch_each_language_once()
     _check_overflow_at_once()
     _look_dtypes_up()
+    _remember_types()
