@@ -408,4 +408,4 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
 
 def folds_gates(x: Tensor) -> bool:
     """Whether `run_block` takes weights with folded gates for such tokens."""
-    return len(x) == 1 and not torch.is_grad_enabled()
+    return x.shape[0] == 1 and not torch.is_grad_enabled()

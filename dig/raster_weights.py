@@ -165,7 +165,7 @@ def gates_of_one_image(modulation: Tensor) -> list[Tensor]:
 def modulation_of(weights: BlockWeights, c: Tensor, programs: int | None = None) -> Tensor:
     """A block's modulation (B, 6D) without a gradient; c and programs as of `prepare_block`."""
     with torch.no_grad():
-        if len(c) == 1:
+        if c.shape[0] == 1:
             return matrix_vector(weights.adaln_weight, c[0], weights.adaln_bias, programs).unsqueeze(0)
         return adaln(c, weights.adaln_weight, weights.adaln_bias)
 

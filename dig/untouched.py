@@ -36,23 +36,24 @@ def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 
     Of this one module; its children are asked for by whoever wants to skip them too.
     """
-    return (
-        type(module) is kind
-        and kind.forward is _FORWARDS.get(kind)
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or nn_module._has_any_global_hook()
-        )
-        and "forward" not in module.__dict__
-        and getattr(module, "_compiled_call_impl", None) is None
-        and all(
-            weight is None or (type(weight) in _PLAIN and weight.is_contiguous())
-            for weight in module._parameters.values()
-        )
-    )
+    own = module.__dict__
+    if (
+        type(module) is not kind
+        or kind.forward is not _FORWARDS.get(kind)
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or nn_module._has_any_global_hook()
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+    ):
+        return False
+    # A loop, for this is asked of every module in every step.
+    for weight in own["_parameters"].values():  # noqa: SIM110
+        if weight is not None and not (type(weight) in _PLAIN and weight.is_contiguous()):
+            return False
+    return True
 
 
 def untouched_linear(module: nn.Module, *, bias: bool) -> bool:

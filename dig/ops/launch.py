@@ -65,6 +65,7 @@ class LaunchContext:
         self._gpu = gpu_index(device) if device.type == "cuda" else -1
         self._forms: dict[Any, _Form] = {}
         self._before: list[int] = []
+        self._early: bool | None = None
 
     def __enter__(self) -> LaunchContext:
         if self._gpu >= 0:
@@ -128,7 +129,9 @@ class LaunchContext:
         one: that such a kernel of a CUDA graph waits for both of them is nowhere promised. (Outside of a graph a stream
         that waits launches nothing.)
         """
-        if not launches_early(self.device):
+        if self._early is None:
+            self._early = launches_early(self.device)
+        if not self._early:
             return _IN_ORDER_ONLY
         if self._waited:
             stream = torch.cuda.current_stream(self.device).cuda_stream

@@ -50,7 +50,7 @@ def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, N) in fp32.
     """
     c, weight, bias = c.contiguous(), weight.contiguous(), bias.contiguous()
-    (B, M), N = c.shape, len(weight)
+    (B, M), N = c.shape, weight.shape[0]
     tiles = for_device(c.device).weights.modulation
     images = _images(tiles, B)
     out = torch.empty(B, N, dtype=weight.dtype, device=c.device)
@@ -66,7 +66,7 @@ def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of c (B, M) in its dtype, weight (N, M) and bias (N,), from dout (B, N)."""
     dout, c, weight = dout.contiguous(), c.contiguous(), weight.contiguous()
-    (B, M), N = c.shape, len(weight)
+    (B, M), N = c.shape, weight.shape[0]
     tiles = for_device(c.device).weights.modulation
     images = _images(tiles, B)
     dweight, dbias = empty(weight), torch.empty(N, dtype=weight.dtype, device=c.device)

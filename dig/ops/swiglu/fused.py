@@ -53,7 +53,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     R, C = _shape(tiles, F)
     with launching(gate_up.device) as launch:
         launch(
-            swiglu_kernel, (ceil_div(len(rows), R), ceil_div(F, C)), (rows, hidden), (rows.stride(0), len(rows)),
+            swiglu_kernel, (ceil_div(rows.shape[0], R), ceil_div(F, C)), (rows, hidden), (rows.stride(0), rows.shape[0]),
             F=F, ROWS=R, COLS=C, num_warps=tiles.warps,
         )  # fmt: skip
     return hidden
@@ -74,8 +74,8 @@ def swiglu_backward(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Te
     R, C = _shape(tiles, F)
     with launching(gate_up.device) as launch:
         launch(
-            swiglu_backward_kernel, (ceil_div(len(rows), R), ceil_div(F, C)),
-            (rows, gradient, dgate_up, hidden), (rows.stride(0), gradient.stride(0), len(rows)),
+            swiglu_backward_kernel, (ceil_div(rows.shape[0], R), ceil_div(F, C)),
+            (rows, gradient, dgate_up, hidden), (rows.stride(0), gradient.stride(0), rows.shape[0]),
             F=F, ROWS=R, COLS=C, HIDDEN=rebuild, num_warps=tiles.warps,
         )  # fmt: skip
     return dgate_up, hidden

@@ -68,7 +68,7 @@ def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     Returns:
         Hidden (B, T, F), and gate_up (B, T, 2F), without ``keep`` of no elements.
     """
-    F = len(weight) // 2
+    F = weight.shape[0] // 2
     t = tiles_for("up" if keep else "up alone", x, F)
     if t is None:
         with without_autocast(x.device):
@@ -91,7 +91,7 @@ def _launch_up(
     **constants: Any,
 ) -> None:
     """Launch `up_swiglu_kernel`; copied are its masters, gates and copies, shares the constants about those."""
-    D, F = x.shape[-1], len(weight) // 2
+    D, F = x.shape[-1], weight.shape[0] // 2
     M, tile = x.numel() // D, (t.rows, t.columns)
     with launching(x.device) as launch:
         launch.early(
@@ -105,7 +105,7 @@ def _launch_up(
 
 @project_up.register_fake
 def _empty_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    double = len(weight)
+    double = weight.shape[0]
     shape = (*x.shape[:-1], double) if keep else (0,)
     return (
         torch.empty(*x.shape[:-1], double // 2, dtype=x.dtype, device=x.device),
