@@ -50,7 +50,7 @@ def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     ):
         return False
     # A loop, for this is asked of every module in every step.
-    for weight in own["_parameters"].values():  # noqa: SIM110
+    for weight in own["_parameters"].values():
         if weight is not None and not (type(weight) in _PLAIN and weight.is_contiguous()):
             return False
     return True
