@@ -65,6 +65,9 @@ def gla(
     scan_lanes: Tried = "32,64",
     scan_groups: Tried = "16,32",
     scan_steps: Tried = "8,16",
+    short_warps: Tried = "2,4,8",
+    short_units: Tried = "64,128,256",
+    short_steps: Tried = "4,8,16",
 ) -> None:
     """Gated linear attention: this project's kernels beside flash-linear-attention's, in the same run.
 
@@ -87,6 +90,9 @@ def gla(
         "scan_lanes": numbers(scan_lanes, "--scan-lanes"),
         "scan_groups": numbers(scan_groups, "--scan-groups"),
         "scan_steps": numbers(scan_steps, "--scan-steps"),
+        "short_warps": numbers(short_warps, "--short-warps"),
+        "short_units": numbers(short_units, "--short-units"),
+        "short_steps": numbers(short_steps, "--short-steps"),
     }
     ready(json)
     from bench.ops import gla as timed

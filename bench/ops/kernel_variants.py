@@ -52,6 +52,7 @@ class Variant:
 def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
     """Those of every operation."""
     yield from recurrence_variants(architecture)
+    yield from scan_variants(architecture)
     yield from product_variants(architecture)
     yield from norm_variants(architecture)
     yield from srem_variants(architecture)
@@ -98,6 +99,28 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
                 options={"num_warps": warps, "maxnreg": registers},
                 fp32=frozenset({"sums", "own", "weight", "dweight", "decay_bias", "dbias"}),
                 numbers={"scale": "fp32", "eps": "fp32", "inverse_normalizer": "fp32"},
+            )
+
+
+def scan_variants(architecture: Architecture) -> Iterator[Variant]:
+    """The scan over chunks, for as many as each of its forms takes in a round."""
+    from dig.ops.gla import kernels, launches
+
+    for (K, V, of), tiles in architecture.gla.items():
+        shape = {"K": K, "V": V, "KP": 1 << (K - 1).bit_length(), "C": tiles.chunk}
+        for function, N in (
+            (kernels.short_scan_kernel, min(tiles.short_chunks, tiles.short_steps)),
+            (kernels.scan_kernel, tiles.scan_groups * tiles.scan_steps),
+        ):
+            short = function is kernels.short_scan_kernel
+            yield Variant(
+                function=function,
+                sizes=f"K {K} V {V}",
+                dtype=DTYPES[of],
+                shared=UNASKED,
+                constants=shape | (launches.short_scan_sizes if short else launches.scan_sizes)(tiles, N, V, of),
+                options={"num_warps": tiles.short_warps if short else tiles.scan_warps},
+                fp32=frozenset({"sums"}),
             )
 
 

@@ -125,7 +125,7 @@ def load_steps(
 ):
     """What chunks add, tuples of (GROUPS, LANES), and their log decays (GROUPS, 1), of STEPS places from ``first`` on.
 
-    Places before from_place count as nothing.
+    x and g point to those of the first chunk. Places before from_place count as nothing.
     """
     added = ()
     decays = ()
@@ -198,6 +198,52 @@ def scan_kernel(
             carry = tl.exp2(decays[i]) * carry + added[i].to(tl.float32)
         start = tl.sum(tl.where(groups == GROUPS - 1, carry, 0.0), axis=0)[None, :]
         step += GROUPS * STEPS
+
+
+@triton.jit(do_not_specialize=["N", "direction"])
+def short_scan_kernel(
+    states,
+    sums,
+    N,
+    direction,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`scan_kernel` where chunks are few and heads many: a program walks all chunks with a large part of the state.
+
+    Grid (ceil(K V / (WIDTH UNITS)), B * H, D). A unit is WIDTH neighbouring values of one key channel, which decay
+    together; V is a multiple of WIDTH. Units follow one another through the whole state, so that no lane idles where K
+    or V is no power of two. STEPS chunks are loaded at once, then added up in fp32, one after the other.
+    """
+    start_early(EARLY)
+    PER_CHANNEL: tl.constexpr = V // WIDTH
+    units = (tl.program_id(0) * UNITS + tl.arange(0, UNITS))[:, None]
+    exists = units < K * PER_CHANNEL
+    # Units after the last read the last one's decay.
+    channel = tl.minimum(units // PER_CHANNEL, K - 1)
+    bh, entry = tl.program_id(1), tl.program_id(2)
+    backward = (direction + entry) % 2
+    SIZE: tl.constexpr = K * V
+    SUMS: tl.constexpr = C * KP
+    x = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * SIZE
+    x += units * WIDTH + tl.arange(0, WIDTH)[None, :]
+    g = sums + bh.to(tl.int64) * N * SUMS + (C - 1) * KP + channel
+    carry = tl.zeros([UNITS, WIDTH], tl.float32)
+    first = 0
+    while first < N:
+        added, decays = load_steps(x, g, first, first, N, backward, exists, SIZE, SUMS, STEPS)
+        for i in tl.static_range(STEPS):
+            place = first + i
+            chunk = tl.where(backward == 0, place, N - 1 - place).to(tl.int64)
+            tl.store(x + chunk * SIZE, carry.to(states.dtype.element_ty), mask=(place < N) & exists)
+            carry = tl.exp2(decays[i]) * carry + added[i].to(tl.float32)
+        first += STEPS
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

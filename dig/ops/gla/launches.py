@@ -10,6 +10,7 @@ sequence.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
+from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel, short_scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
 from dig.ops.launch import LaunchContext, empty, last_contiguous, launching
 from dig.ops.side_stream import on_side_stream
@@ -207,15 +208,31 @@ def empty_sums(plan: Plan, v: Tensor) -> Tensor:
 
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
-    K, V = states.shape[-2:]
-    lanes, groups = min(plan.tiles.scan_lanes, power_of_two(V)), plan.tiles.scan_groups
-    # A power of two, so that images of all sizes share a few binaries.
-    steps = min(plan.tiles.scan_steps, power_of_two(ceil_div(plan.N, groups)))
+    (K, V), tiles = states.shape[-2:], plan.tiles
+    kernel: Any
+    if tiles.short_chunks >= plan.N:
+        sizes = short_scan_sizes(tiles, plan.N, V, states.dtype)
+        kernel, warps, parts = short_scan_kernel, tiles.short_warps, ceil_div(K * V, sizes["WIDTH"] * sizes["UNITS"])
+    else:
+        sizes = scan_sizes(tiles, plan.N, V, states.dtype)
+        kernel, warps, parts = scan_kernel, tiles.scan_warps, ceil_div(V, sizes["LANES"]) * K
     launch.early(
-        scan_kernel, (ceil_div(V, lanes) * K, plan.B * plan.H, states.shape[0]), (states, sums), (plan.N, direction),
-        K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps,
+        kernel, (parts, plan.B * plan.H, states.shape[0]), (states, sums), (plan.N, direction),
+        K=K, V=V, KP=plan.constants["KP"], C=tiles.chunk, **sizes, num_warps=warps,
     )  # fmt: skip
+
+
+def scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """`scan_kernel`'s for N chunks."""
+    # A power of two, so that images of all sizes share a few binaries.
+    steps = min(tiles.scan_steps, power_of_two(ceil_div(N, tiles.scan_groups)))
+    return {"LANES": min(tiles.scan_lanes, power_of_two(V)), "GROUPS": tiles.scan_groups, "STEPS": steps}
+
+
+def short_scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """`short_scan_kernel`'s for N chunks: units of 16 bytes, or of what divides a row."""
+    steps = min(tiles.short_steps, power_of_two(N))
+    return {"WIDTH": math.gcd(V, 16 // dtype.itemsize), "UNITS": tiles.short_units, "STEPS": steps}
 
 
 def gradients_of(
