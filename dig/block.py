@@ -279,7 +279,9 @@ class DiGBlock(nn.Module):
             x = self._run_part_by_part(x, c, Route(grid=route.grid, source=RASTER, order=route.order, target=RASTER))
         else:
             norm = "rms" if self.variant == "paper" else "layer"
-            settings = Settings(norm=norm, heads=self.attn.heads, grid=route.grid, order=route.order)
+            settings = Settings(
+                norm=norm, heads=self.attn.heads, grid=route.grid, order=route.order, keep=torch.is_grad_enabled()
+            )
             x = run_block(x, c, weights, settings, ahead)
         return reorder(x, route.grid, RASTER, route.target)
 

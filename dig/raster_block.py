@@ -108,8 +108,16 @@ class RasterBlock(torch.autograd.Function):
         h, stats1 = norm_modulate_forward(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
         projected = _linear(h, p.in_proj)
         y, states = mixer_forward(
-            projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS
-        )
+            projected,
+            p.decay_weight,
+            w.decay_bias,
+            w.head_norm,
+            settings.heads,
+            *grid,
+            order_code(order),
+            EPS,
+            settings.keep,
+        )  # fmt: skip
         branch1 = _linear(y, p.o_proj)
         x1, h, stats2 = residual_norm_modulate_forward(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
         hidden, gate_up = project_up(h, p.gate_proj, True)
@@ -319,7 +327,7 @@ def infer_block(
     halved = fused_cast is not None and h.shape[1] <= HALVED_TOKENS
     projected = _linear_in_halves(h, p.in_proj) if halved else _linear(h, p.in_proj)
     y, _ = mixer_forward(
-        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS
+        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, False
     )
     x = x if in_place else x.clone()
     x[0].addmm_(y[0], p.o_proj.T)

@@ -103,12 +103,14 @@ class Settings:
         heads: H.
         grid: (rows, columns) of the image's tokens.
         order: In which the recurrence walks them.
+        keep: Whether a backward pass may come, for which the recurrence keeps its states.
     """
 
     norm: str
     heads: int
     grid: tuple[int, int]
     order: ScanOrder
+    keep: bool
 
 
 class FusedCast:

@@ -153,7 +153,10 @@ SCANS = {
 }
 """The scan's two forms, and their own fields."""
 MOST_SHORT = 64
-"""Chunks up to which a sweep tries the second of them too."""
+"""Chunks up to which a sweep tries the second of them too, and the forward pass in one launch."""
+WALKS = "walk_kernel"
+WALK = {False: {"walk_chunks": 0}, True: {"walk_chunks": MOST_SHORT, "walk_programs": 0}}
+"""Tile choices with which the forward pass is never, or always, one launch."""
 
 
 def sweep(shape: Shape, choices: Choices) -> None:
@@ -172,7 +175,7 @@ def sweep(shape: Shape, choices: Choices) -> None:
 
     def time(names: Collection[str], **choice: Any) -> None:
         try:
-            with use_tiles(launches, GlaTiles(**choice)):
+            with use_tiles(launches, GlaTiles(**WALK[names == [WALKS]], **choice)):
                 kernels = kernel_times(step)
         except OutOfResources as error:
             print(f"{choice}: {error}", flush=True)
@@ -187,6 +190,9 @@ def sweep(shape: Shape, choices: Choices) -> None:
         best.clear()
         for warps, registers in itertools.product(choices.warps, choices.registers):
             time(KERNELS, chunk=chunk, **dict.fromkeys(WARPS, warps), **dict.fromkeys(REGISTERS, registers or None))
+        if -(-shape.T // chunk) <= MOST_SHORT:
+            for warps, registers in itertools.product(choices.warps, choices.registers):
+                time([WALKS], chunk=chunk, walk_warps=warps, walk_registers=registers or None)
         for kernel, names in SCANS.items():
             short = MOST_SHORT if kernel == "short_scan_kernel" else 0
             if short and short * chunk < shape.T:

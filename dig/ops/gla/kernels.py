@@ -10,16 +10,15 @@ import triton.language as tl
 
 from dig.ops.early_launch import start_early
 from dig.ops.gla.pieces import (
-    MIN_LOG2_DECAY,
     UNSPECIALIZED,
+    chunk_decays,
     chunk_output,
     load_gate,
     load_rows,
-    log2_decay,
+    norm_and_gate,
     product,
     running_sums,
     scan_tokens,
-    sigmoid,
     state_tile,
     store_rows,
 )
@@ -86,12 +85,9 @@ def local_state_kernel(
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
     d = load_gate(decay + b * d_b + h * d_h, decay_weight, decay_bias, d_t, h, tokens, present, K, KP, R, RP, PRECISION)
-    d = tl.maximum(log2_decay(d, inverse_normalizer, LOGITS, PRECISION), MIN_LOG2_DECAY)
+    d = chunk_decays(d, present, inverse_normalizer, K, LOGITS, PRECISION)
     rows = tl.arange(0, C)
     cols = tl.arange(0, KP)
-    if LOGITS:
-        # A logit of 0 where nothing was loaded isn't a decay of 1.
-        d = tl.where(present[:, None] & (cols < K)[None, :], d, 0.0)
     c = running_sums(d, DOT, PRECISION)
     # Rows after the last token too: those are read as the middle of a group.
     tl.store(sums + index * (C * KP) + rows[:, None] * KP + cols[None, :], c)
@@ -301,7 +297,6 @@ def output_kernel(
     if NORM_GATE:
         cols = tl.arange(0, VP)
         b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
-        b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
-        o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
-        o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
+        b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP)
+        o = norm_and_gate(o, b_w, b_g, eps, V, PRECISION)
     store_rows(out + (b * T * H + h) * V, o, H * V, tokens, present, V, VP)

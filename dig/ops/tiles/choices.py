@@ -51,6 +51,12 @@ class GlaTiles:
         short_warps: Warps of such a program.
         short_units: Its part of the state, in units of up to 16 bytes; a power of two.
         short_steps: Chunks that it loads at once, at most; a power of two, as which fewer are counted.
+        walk_chunks: Up to so many chunks the forward pass may be one launch, whose programs walk all chunks of a head;
+            0 if never.
+        walk_programs: Such programs for each of a head's chunks at least, beside which there are three launches: the
+            more steps a program walks one after the other, the more of them are to share an SM.
+        walk_warps: Warps of such a program.
+        walk_registers: Most registers of its threads, as below, where it computes decays from their low-rank factor.
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
@@ -73,6 +79,10 @@ class GlaTiles:
     short_warps: int = 4
     short_units: int = 128
     short_steps: int = 8
+    walk_chunks: int = 8
+    walk_programs: int = 44
+    walk_warps: int = 4
+    walk_registers: int | None = None
     output_warps: int = 4
     output_backward_warps: int = 4
     gradient_warps: int = 4
@@ -84,7 +94,7 @@ class GlaTiles:
     sum_warps: int = 8
 
     def __post_init__(self) -> None:
-        _check_positive(self, may_be_zero=("short_chunks",))
+        _check_positive(self, may_be_zero=("short_chunks", "walk_chunks", "walk_programs"))
         _check_powers_of_two(self, "short_units", "short_steps")
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
@@ -96,6 +106,10 @@ class GlaTiles:
         """
         K, V = _padded(K), _padded(V)
         return dtype.itemsize * (K * V + 2 * self.chunk * (K + V))
+
+    def walk_shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
+        """The same of a program that walks a head's chunks: beside those, its state on the way between two layouts."""
+        return self.shared_memory(K, V, dtype) + dtype.itemsize * _padded(K) * _padded(V)
 
 
 @dataclass(frozen=True, kw_only=True)
