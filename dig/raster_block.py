@@ -139,7 +139,7 @@ class RasterBlock(torch.autograd.Function):
         h, stats1 = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
         projected = _linear(h, p.in_proj)
         y, states = ops.mixer(
-            projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS
+            projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, True
         )
         branch1 = _linear(y, p.o_proj)
         x1, h, stats2 = ops.residual_norm(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
@@ -349,7 +349,7 @@ def infer_block(
     halved = fused_cast is not None and h.shape[1] <= HALVED_TOKENS
     projected = _linear_in_halves(h, p.in_proj) if halved else _linear(h, p.in_proj)
     y, _ = ops.mixer(
-        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS
+        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, False
     )
     x = x if in_place else x.clone()
     x[0].addmm_(y[0], p.o_proj.T)
@@ -371,7 +371,9 @@ def infer_images(x: Tensor, prepared: Prepared, weights: BlockWeights, settings:
     ops = _operations(x)
     h, _ = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
     projected = _linear(h, p.in_proj)
-    y, _ = ops.mixer(projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *settings.grid, order, EPS)
+    y, _ = ops.mixer(
+        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *settings.grid, order, EPS, False
+    )
     del projected
     x, h, _ = ops.residual_norm(x, _linear(y, p.o_proj), gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
     del y

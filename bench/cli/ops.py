@@ -84,6 +84,9 @@ def gla(
     scan_lanes: Tried = "32,64",
     scan_groups: Tried = "16,32",
     scan_steps: Tried = "8,16",
+    short_warps: Tried = "2,4,8",
+    short_units: Tried = "64,128,256",
+    short_steps: Tried = "4,8,16",
 ) -> None:
     """Gated linear attention: this project's kernels beside flash-linear-attention's, in the same run.
 
@@ -106,6 +109,9 @@ def gla(
         scan_lanes=scan_lanes,
         scan_groups=scan_groups,
         scan_steps=scan_steps,
+        short_warps=short_warps,
+        short_units=short_units,
+        short_steps=short_steps,
     )
     times = begin(json, sweep=sweep, samples=samples, kernels=kernels)
     from bench.ops import gla as timed

@@ -122,6 +122,8 @@ def kernel_costs(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> di
         return {
             "local_state_kernel": Cost(bytes=element * (keys + values + rank)),
             "output_kernel": Cost(bytes=element * (2 * keys + 3 * values)),
+            # Which reads all slices, and is alone.
+            "walk_kernel": Cost(bytes=element * (2 * keys + 3 * values + rank)),
         }
     states, sums = (math.prod(shape) * ITEM_BYTES.get(of, 2) for shape, of in zip(shapes[4:6], types[4:6], strict=True))
     return {

@@ -142,6 +142,21 @@ class Choices:
     scan_lanes: tuple[int, ...]
     scan_groups: tuple[int, ...]
     scan_steps: tuple[int, ...]
+    short_warps: tuple[int, ...]
+    short_units: tuple[int, ...]
+    short_steps: tuple[int, ...]
+
+
+SCANS = {
+    "scan_kernel": ("scan_warps", "scan_lanes", "scan_groups", "scan_steps"),
+    "short_scan_kernel": ("short_warps", "short_units", "short_steps"),
+}
+"""The scan's two forms, and their own fields."""
+MOST_SHORT = 64
+"""Chunks up to which a sweep tries the second of them too, and the forward pass in one launch."""
+WALKS = "walk_kernel"
+WALK = {False: {"walk_chunks": 0}, True: {"walk_chunks": MOST_SHORT, "walk_programs": 0}}
+"""Tile choices with which the forward pass is never, or always, one launch."""
 
 
 def sweep(shape: Shape, choices: Choices) -> None:
@@ -160,7 +175,7 @@ def sweep(shape: Shape, choices: Choices) -> None:
 
     def time(names: Collection[str], **choice: Any) -> None:
         try:
-            with use_tiles(launches, GlaTiles(**choice)):
+            with use_tiles(launches, GlaTiles(**WALK[names == [WALKS]], **choice)):
                 kernels = kernel_times(step)
         except OutOfResources as error:
             print(f"{choice}: {error}", flush=True)
@@ -175,10 +190,15 @@ def sweep(shape: Shape, choices: Choices) -> None:
         best.clear()
         for warps, registers in itertools.product(choices.warps, choices.registers):
             time(KERNELS, chunk=chunk, **dict.fromkeys(WARPS, warps), **dict.fromkeys(REGISTERS, registers or None))
-        scans = (choices.scan_warps, choices.scan_lanes, choices.scan_groups, choices.scan_steps)
-        for choice in itertools.product(*scans):
-            names = ("scan_warps", "scan_lanes", "scan_groups", "scan_steps")
-            time(["scan_kernel"], chunk=chunk, **dict(zip(names, choice, strict=True)))
+        if -(-shape.T // chunk) <= MOST_SHORT:
+            for warps, registers in itertools.product(choices.warps, choices.registers):
+                time([WALKS], chunk=chunk, walk_warps=warps, walk_registers=registers or None)
+        for kernel, names in SCANS.items():
+            short = MOST_SHORT if kernel == "short_scan_kernel" else 0
+            if short and short * chunk < shape.T:
+                continue
+            for choice in itertools.product(*(getattr(choices, name) for name in names)):
+                time([kernel], chunk=chunk, short_chunks=short, **dict(zip(names, choice, strict=True)))
         for name, (microseconds, taken) in best.items():
             print(f"chunk {chunk}, best: {microseconds:7.1f} µs {name:24} {taken}", flush=True)
 

@@ -52,6 +52,7 @@ class Variant:
 def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
     """Those of every operation."""
     yield from recurrence_variants(architecture)
+    yield from scan_variants(architecture)
     yield from product_variants(architecture)
     yield from norm_variants(architecture)
     yield from srem_variants(architecture)
@@ -62,7 +63,7 @@ def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
 
 def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
     """Every kernel that works on chunks, at every entry of the table, forward and backward."""
-    from dig.ops.gla import kernels, kernels_backward
+    from dig.ops.gla import kernels, kernels_backward, kernels_walk, launches
 
     for (K, V, of), tiles in architecture.gla.items():
         dtype = DTYPES[of]
@@ -71,6 +72,8 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
         levels = {"LEVELS": tiles.chunk.bit_length() - 4}
         low_rank = {"R": RANK, "RP": RANK, "LOGITS": True}
         plain = {"R": 0, "RP": 16, "LOGITS": False}
+        rounds = {"ROUNDS": launches.walk_rounds(tiles, tiles.walk_chunks)}
+        walk = (kernels_walk.walk_kernel, tiles.walk_warps, tiles.walk_registers)
         gradient = (kernels_backward.gradient_kernel, tiles.gradient_warps, tiles.gradient_registers)
         output_backward = (
             kernels_backward.output_backward_kernel, tiles.output_backward_warps, tiles.output_backward_registers
@@ -81,6 +84,9 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             ((kernels.local_state_kernel, tiles.local_warps, None), plain | {"STATES": True, "GRADIENT": True}),
             ((kernels.output_kernel, tiles.output_warps, tiles.output_registers), levels | {"NORM_GATE": True}),
             ((kernels.output_kernel, tiles.output_warps, None), levels | {"NORM_GATE": False}),
+            (walk, rounds | low_rank | {"KEEP": False}),
+            (walk, rounds | low_rank | {"KEEP": True}),
+            ((kernels_walk.walk_kernel, tiles.walk_warps, None), rounds | plain | {"LOGITS": True, "KEEP": True}),
             (output_backward, levels | {"REBUILD": True}),
             (gradient, levels | low_rank),
             (gradient, levels | plain),
@@ -94,11 +100,33 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
                 function=function,
                 sizes=f"K {K} V {V}",
                 dtype=dtype,
-                shared=tiles.shared_memory(K, V, of),
+                shared=(tiles.walk_shared_memory if function is walk[0] else tiles.shared_memory)(K, V, of),
                 constants=shape | constants | heads,
                 options={"num_warps": warps, "maxnreg": registers},
                 fp32=frozenset({"sums", "own", "weight", "dweight", "decay_bias", "dbias"}),
                 numbers={"scale": "fp32", "eps": "fp32", "inverse_normalizer": "fp32"},
+            )
+
+
+def scan_variants(architecture: Architecture) -> Iterator[Variant]:
+    """The scan over chunks, for as many as each of its forms takes in a round."""
+    from dig.ops.gla import kernels, launches
+
+    for (K, V, of), tiles in architecture.gla.items():
+        shape = {"K": K, "V": V, "KP": 1 << (K - 1).bit_length(), "C": tiles.chunk}
+        for function, N in (
+            (kernels.short_scan_kernel, min(tiles.short_chunks, tiles.short_steps)),
+            (kernels.scan_kernel, tiles.scan_groups * tiles.scan_steps),
+        ):
+            short = function is kernels.short_scan_kernel
+            yield Variant(
+                function=function,
+                sizes=f"K {K} V {V}",
+                dtype=DTYPES[of],
+                shared=UNASKED,
+                constants=shape | (launches.short_scan_sizes if short else launches.scan_sizes)(tiles, N, V, of),
+                options={"num_warps": tiles.short_warps if short else tiles.scan_warps},
+                fp32=frozenset({"sums"}),
             )
 
 

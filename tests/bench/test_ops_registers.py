@@ -17,7 +17,7 @@ from bench.cli.main import app
 from bench.ops.registers import Compiled, by_capability, hasty_accesses, too_much_shared, wrong_descriptors
 from dig.ops.tiles import KIB, sm90
 
-QUICK, ALL = 16, 59
+QUICK, ALL = 19, 79
 """Kernels, and their variants; SwiGLU's GEMMs, of which there are two and five, are Hopper's alone."""
 
 # From a listing of gradient_kernel whose products read wrong operands on an H100.

@@ -80,7 +80,7 @@ def test_orders_differ() -> None:
 
 def test_it_is_registered_as_torch_asks() -> None:
     inputs = [x.requires_grad_() for x in arguments((3, 5), 1, 32, torch.float32)]
-    torch.library.opcheck(torch.ops.dig.gla_mixer.default, (*inputs, 1, 3, 5, 3, 1e-6))
+    torch.library.opcheck(torch.ops.dig.gla_mixer.default, (*inputs, 1, 3, 5, 3, 1e-6, True))
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_operators_are_registered_soundly() -> None:
     recurrence = [x.requires_grad_() for x in (*qkv(20, 16, 16, H=1), decays(20, 16, H=1))]
     torch.library.opcheck(torch.ops.dig.gla.default, recurrence)
     whole = [x.requires_grad_() for x in block_inputs(20, 16, 16, H=1)]
-    torch.library.opcheck(torch.ops.dig.gla_block.default, (*whole, 0.2, 16.0, 0.1))
+    torch.library.opcheck(torch.ops.dig.gla_block.default, (*whole, 0.2, 16.0, 0.1, True))
 
 
 BAD_ARGUMENTS = {

@@ -10,16 +10,15 @@ import triton.language as tl
 
 from dig.ops.early_launch import start_early
 from dig.ops.gla.pieces import (
-    MIN_LOG2_DECAY,
     UNSPECIALIZED,
+    chunk_decays,
     chunk_output,
     load_gate,
     load_rows,
-    log2_decay,
+    norm_and_gate,
     product,
     running_sums,
     scan_tokens,
-    sigmoid,
     state_tile,
     store_rows,
 )
@@ -86,12 +85,9 @@ def local_state_kernel(
     index = (b * H + h) * N + n
     DOT: tl.constexpr = v.dtype.element_ty
     d = load_gate(decay + b * d_b + h * d_h, decay_weight, decay_bias, d_t, h, tokens, present, K, KP, R, RP, PRECISION)
-    d = tl.maximum(log2_decay(d, inverse_normalizer, LOGITS, PRECISION), MIN_LOG2_DECAY)
+    d = chunk_decays(d, present, inverse_normalizer, K, LOGITS, PRECISION)
     rows = tl.arange(0, C)
     cols = tl.arange(0, KP)
-    if LOGITS:
-        # A logit of 0 where nothing was loaded isn't a decay of 1.
-        d = tl.where(present[:, None] & (cols < K)[None, :], d, 0.0)
     c = running_sums(d, DOT, PRECISION)
     # Rows after the last token too: those are read as the middle of a group.
     tl.store(sums + index * (C * KP) + rows[:, None] * KP + cols[None, :], c)
@@ -125,7 +121,7 @@ def load_steps(
 ):
     """What chunks add, tuples of (GROUPS, LANES), and their log decays (GROUPS, 1), of STEPS places from ``first`` on.
 
-    Places before from_place count as nothing.
+    x and g point to those of the first chunk. Places before from_place count as nothing.
     """
     added = ()
     decays = ()
@@ -200,6 +196,52 @@ def scan_kernel(
         step += GROUPS * STEPS
 
 
+@triton.jit(do_not_specialize=["N", "direction"])
+def short_scan_kernel(
+    states,
+    sums,
+    N,
+    direction,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`scan_kernel` where chunks are few and heads many: a program walks all chunks with a large part of the state.
+
+    Grid (ceil(K V / (WIDTH UNITS)), B * H, D). A unit is WIDTH neighbouring values of one key channel, which decay
+    together; V is a multiple of WIDTH. Units follow one another through the whole state, so that no lane idles where K
+    or V is no power of two. STEPS chunks are loaded at once, then added up in fp32, one after the other.
+    """
+    start_early(EARLY)
+    PER_CHANNEL: tl.constexpr = V // WIDTH
+    units = (tl.program_id(0) * UNITS + tl.arange(0, UNITS))[:, None]
+    exists = units < K * PER_CHANNEL
+    # Units after the last read the last one's decay.
+    channel = tl.minimum(units // PER_CHANNEL, K - 1)
+    bh, entry = tl.program_id(1), tl.program_id(2)
+    backward = (direction + entry) % 2
+    SIZE: tl.constexpr = K * V
+    SUMS: tl.constexpr = C * KP
+    x = states + (entry * tl.num_programs(1) + bh).to(tl.int64) * N * SIZE
+    x += units * WIDTH + tl.arange(0, WIDTH)[None, :]
+    g = sums + bh.to(tl.int64) * N * SUMS + (C - 1) * KP + channel
+    carry = tl.zeros([UNITS, WIDTH], tl.float32)
+    first = 0
+    while first < N:
+        added, decays = load_steps(x, g, first, first, N, backward, exists, SIZE, SUMS, STEPS)
+        for i in tl.static_range(STEPS):
+            place = first + i
+            chunk = tl.where(backward == 0, place, N - 1 - place).to(tl.int64)
+            tl.store(x + chunk * SIZE, carry.to(states.dtype.element_ty), mask=(place < N) & exists)
+            carry = tl.exp2(decays[i]) * carry + added[i].to(tl.float32)
+        first += STEPS
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_kernel(
     q,
@@ -255,7 +297,6 @@ def output_kernel(
     if NORM_GATE:
         cols = tl.arange(0, VP)
         b_w = tl.load(weight + cols, mask=cols < V, other=0.0).to(tl.float32)
-        b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP).to(tl.float32)
-        o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
-        o *= b_w[None, :] * b_g * sigmoid(b_g, PRECISION)
+        b_g = load_rows(gate + b * g_b + h * g_h, g_t, tokens, present, V, VP)
+        o = norm_and_gate(o, b_w, b_g, eps, V, PRECISION)
     store_rows(out + (b * T * H + h) * V, o, H * V, tokens, present, V, VP)

@@ -10,6 +10,7 @@ sequence.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel
+from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel, short_scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
+from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.launch import LaunchContext, empty, last_contiguous, launching
 from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
@@ -37,7 +39,7 @@ class Plan:
     N: int
     scale: float
     inverse_normalizer: float
-    walk: tuple[int, int, int]
+    scan: tuple[int, int, int]
     """(rows, columns) of the image, for orders that go column by column, and the order, as `scan_tokens` takes them."""
     constants: dict[str, Any]
     """Those of every kernel that works on a chunk."""
@@ -52,6 +54,18 @@ class Plan:
     def state_shape(self) -> tuple[int, ...]:
         """(B, H, N, K, V)."""
         return self.B, self.H, self.N, self.constants["K"], self.constants["V"]
+
+    @property
+    def walks(self) -> bool:
+        """Whether the forward pass is one launch, whose programs walk all chunks of a head, instead of three.
+
+        It moves the least and launches once, but what three launches do for all chunks beside each other its programs
+        do one after the other, each waiting for the one before: that takes as many of them as keep the card busy, and
+        the more, the more chunks there are. One chunk is a program in both.
+        """
+        tiles = self.tiles
+        few_chunks, many_heads = tiles.walk_chunks >= self.N, tiles.walk_programs * self.N <= self.B * self.H
+        return few_chunks and (many_heads or self.N == 1)
 
     @property
     def levels(self) -> int:
@@ -106,7 +120,7 @@ def _plan(
         N=N,
         scale=scale,
         inverse_normalizer=1.0 / normalizer,
-        walk=(*grid, order),
+        scan=(*grid, order),
         constants=constants,
     )
 
@@ -187,7 +201,7 @@ def local_states(
     launch.early(
         local_state_kernel, plan.grid, (q, k, v, *gate.tensors, do_or_v, sums, states, own),
         (*strides_of(q, k, v), *gate.strides, *strides_of(do_or_v),
-         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer),
+         plan.T, plan.N, *plan.scan, plan.scale, plan.inverse_normalizer),
         **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
         num_warps=plan.tiles.local_warps,
     )  # fmt: skip
@@ -207,15 +221,31 @@ def empty_sums(plan: Plan, v: Tensor) -> Tensor:
 
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
-    K, V = states.shape[-2:]
-    lanes, groups = min(plan.tiles.scan_lanes, power_of_two(V)), plan.tiles.scan_groups
-    # A power of two, so that images of all sizes share a few binaries.
-    steps = min(plan.tiles.scan_steps, power_of_two(ceil_div(plan.N, groups)))
+    (K, V), tiles = states.shape[-2:], plan.tiles
+    kernel: Any
+    if tiles.short_chunks >= plan.N:
+        sizes = short_scan_sizes(tiles, plan.N, V, states.dtype)
+        kernel, warps, parts = short_scan_kernel, tiles.short_warps, ceil_div(K * V, sizes["WIDTH"] * sizes["UNITS"])
+    else:
+        sizes = scan_sizes(tiles, plan.N, V, states.dtype)
+        kernel, warps, parts = scan_kernel, tiles.scan_warps, ceil_div(V, sizes["LANES"]) * K
     launch.early(
-        scan_kernel, (ceil_div(V, lanes) * K, plan.B * plan.H, states.shape[0]), (states, sums), (plan.N, direction),
-        K=K, V=V, KP=plan.constants["KP"], C=plan.tiles.chunk,
-        LANES=lanes, GROUPS=groups, STEPS=steps, num_warps=plan.tiles.scan_warps,
+        kernel, (parts, plan.B * plan.H, states.shape[0]), (states, sums), (plan.N, direction),
+        K=K, V=V, KP=plan.constants["KP"], C=tiles.chunk, **sizes, num_warps=warps,
     )  # fmt: skip
+
+
+def scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """`scan_kernel`'s for N chunks."""
+    # A power of two, so that images of all sizes share a few binaries.
+    steps = min(tiles.scan_steps, power_of_two(ceil_div(N, tiles.scan_groups)))
+    return {"LANES": min(tiles.scan_lanes, power_of_two(V)), "GROUPS": tiles.scan_groups, "STEPS": steps}
+
+
+def short_scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """`short_scan_kernel`'s for N chunks: units of 16 bytes, or of what divides a row."""
+    steps = min(tiles.short_steps, power_of_two(N))
+    return {"WIDTH": math.gcd(V, 16 // dtype.itemsize), "UNITS": tiles.short_units, "STEPS": steps}
 
 
 def gradients_of(
@@ -243,7 +273,7 @@ def gradients_of(
         gradient_kernel, plan.grid,
         (q, k, v, *gate.tensors, do, sums, states, state_gradients, own, *outputs, dbias),
         (*strides_of(q, k, v), *gate.strides, *strides_of(do), *(output.stride(1) for output in outputs),
-         plan.T, plan.N, *plan.walk, plan.scale, plan.inverse_normalizer),
+         plan.T, plan.N, *plan.scan, plan.scale, plan.inverse_normalizer),
         **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
         maxnreg=plan.tiles.gradient_registers,
     )  # fmt: skip
@@ -255,6 +285,21 @@ def empty_states(q: Tensor, v: Tensor) -> Tensor:
     B, T, H, K = q.shape
     N = -(-T // tiles_for(q, v).chunk)
     return torch.empty(1, B, H, N, K, v.shape[-1], dtype=v.dtype, device=v.device)
+
+
+def no_states(v: Tensor) -> Tensor:
+    """What stands for the states of values v (B, T, H, V) where nothing is kept for a backward pass."""
+    return v.new_empty(0, *v.shape)
+
+
+def check_kept(keep: bool) -> None:
+    """Refuse to differentiate a forward pass that wasn't to keep its states.
+
+    Raises:
+        ValueError: It wasn't.
+    """
+    if not keep:
+        raise ValueError("keep must be True where gradients are recorded: the backward pass reads the states")
 
 
 def column_sums(launch: LaunchContext, tiles: GlaTiles, partials: Tensor, dtype: torch.dtype) -> Tensor:
@@ -269,20 +314,39 @@ def column_sums(launch: LaunchContext, tiles: GlaTiles, partials: Tensor, dtype:
 
 
 def run_block(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, g: Tensor, norm_weight: Tensor, eps: float
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, g: Tensor, norm_weight: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The launches of `gla_block`: its result, and the states before each chunk (1, B, H, N, K, V)."""
+    """The launches of `gla_block`: its result, and the states before each chunk (1, B, H, N, K, V).
+
+    Unless ``keep``, the latter have no elements.
+    """
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with launching(q.device) as launch:
+        if plan.walks:
+            states = torch.empty(1, *plan.state_shape, dtype=v.dtype, device=v.device) if keep else no_states(v)
+            launch.early(
+                walk_kernel, (plan.H, plan.B), (q, k, v, *gate.tensors, g, norm_weight, states, out),
+                (*strides_of(q, k, v), *gate.strides, *strides_of(g), plan.T, plan.N, *plan.scan, plan.scale,
+                 plan.inverse_normalizer, eps),
+                **plan.constants, **gate.constants, ROUNDS=walk_rounds(plan.tiles, plan.N), KEEP=keep,
+                num_warps=plan.tiles.walk_warps,
+                maxnreg=None if gate.weight is None else plan.tiles.walk_registers,
+            )  # fmt: skip
+            return out, states
         states, sums, _ = local_states(launch, plan, q, k, v, gate)
         scan_states(launch, plan, states, sums, direction=0)
         launch.early(
             output_kernel, plan.grid, (q, k, v, g, norm_weight, sums, states, out),
-            (*strides_of(q, k, v, g), plan.T, plan.N, *plan.walk, plan.scale, eps),
+            (*strides_of(q, k, v, g), plan.T, plan.N, *plan.scan, plan.scale, eps),
             **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
             maxnreg=plan.tiles.output_registers,
         )  # fmt: skip
-    return out, states
+    return out, states if keep else no_states(v)
+
+
+def walk_rounds(tiles: GlaTiles, N: int) -> int:
+    """`walk_kernel`'s rounds for N chunks: a power of two, so that images of all sizes share a few binaries."""
+    return power_of_two(N) * tiles.chunk // 16
 
 
 def run_block_backward(
@@ -333,7 +397,7 @@ def run_block_backward(
         launch.early(
             output_backward_kernel, plan.grid,
             (q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y),
-            (*strides_of(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.walk, plan.scale, eps),
+            (*strides_of(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.scan, plan.scale, eps),
             **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
             maxnreg=plan.tiles.output_backward_registers,
         )  # fmt: skip

@@ -18,9 +18,11 @@ from dig.ops.derivatives import once
 from dig.ops.gla.launches import (
     DecayGate,
     Plan,
+    check_kept,
     decay_sums,
     empty_states,
     empty_sums,
+    no_states,
     plan_of,
     run_block,
     run_block_backward,
@@ -59,10 +61,14 @@ def mixer_forward(
     columns: int,
     order: int,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`gla_mixer` as torch sees it, order as `order_code` gives it: its result, and the states before each chunk."""
+    """`gla_mixer` as torch sees it, order as `order_code` gives it: its result, and the states before each chunk.
+
+    The backward pass needs the latter; unless ``keep`` they have no elements.
+    """
     plan, qkv, decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-    y, states = run_block(plan, *qkv, decay, gate, norm_weight, eps)
+    y, states = run_block(plan, *qkv, decay, gate, norm_weight, eps, keep)
     return y.flatten(2), states
 
 
@@ -138,9 +144,11 @@ def _(
     columns: int,
     order: int,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     q, _, v, *_ = split_projection(projected, heads, decay_weight.shape[1])
-    return projected.new_empty(*projected.shape[:2], heads * norm_weight.shape[0]), empty_states(q, v)
+    states = empty_states(q, v) if keep else no_states(v)
+    return projected.new_empty(*projected.shape[:2], heads * norm_weight.shape[0]), states
 
 
 @mixer_backward.register_fake
@@ -169,8 +177,9 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    check_kept(inputs[-1])
     ctx.save_for_backward(*inputs[:4], output[1])
-    ctx.numbers = inputs[4:]
+    ctx.numbers = inputs[4:-1]
 
 
 def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
@@ -180,7 +189,7 @@ def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
     dprojected, dweight, *others, _ = mixer_backward(
         projected, weight, bias, norm, states, None, dy, heads, rows, columns, order, eps, False
     )
-    return dprojected, dweight.to(weight.dtype), *others, None, None, None, None, None
+    return dprojected, dweight.to(weight.dtype), *others, None, None, None, None, None, None
 
 
 mixer_forward.register_autograd(once(_autograd), setup_context=_setup)
@@ -246,5 +255,6 @@ def gla_mixer(
     check_qkv(q, k, v)
     _check_parameter("norm_weight", norm_weight, projected)
     code = order_code(order)
-    y: Tensor = mixer_forward(projected, decay_weight, decay_bias, norm_weight, heads, *grid, code, eps)[0]
+    keep = torch.is_grad_enabled()
+    y: Tensor = mixer_forward(projected, decay_weight, decay_bias, norm_weight, heads, *grid, code, eps, keep)[0]
     return y

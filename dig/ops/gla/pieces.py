@@ -10,7 +10,8 @@ With ``c`` the running sum of the log decays inside a chunk, S the state before 
 
 Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once. The
 products are small at these widths and the instructions around them many, so the first launch stores c (fp32) for the
-others: reading it back takes far fewer than computing it again.
+others: reading it back takes far fewer than computing it again. Where heads are many and chunks few, the forward pass
+is one launch instead, whose programs walk the chunks of a head (`dig.ops.gla.kernels_walk`).
 
 Arguments named q_b, q_t, q_h, ... are strides of batch, token and head. Head strides are constants of the compilation,
 so that the compiler can tell how far heads of 36 or 72 are aligned.
@@ -170,6 +171,16 @@ def log2_decay(x, inverse_normalizer, LOGITS: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
+def chunk_decays(x, present, inverse_normalizer, K: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr):
+    """Log2 decays (C, KP) of a chunk, clamped, of what `load_gate` gives; 0 where there is no token or channel."""
+    d = tl.maximum(log2_decay(x, inverse_normalizer, LOGITS, PRECISION), MIN_LOG2_DECAY)
+    if LOGITS:
+        # A logit of 0 where nothing was loaded isn't a decay of 1.
+        d = tl.where(present[:, None] & (tl.arange(0, x.shape[1]) < K)[None, :], d, 0.0)
+    return d
+
+
+@triton.jit
 def load_sums(sums, chunk, rows, C: tl.constexpr, P: tl.constexpr):
     """Running sums (C, P) of a chunk's log2 decays at the rows (C,) given, which may repeat.
 
@@ -293,3 +304,11 @@ def chunk_output(
     queries = load_rows(q, q_t, tokens, present, K, KP).to(tl.float32) * scale
     queries *= tl.exp2(load_sums(sums, chunk, tl.arange(0, C), C, KP))
     return product(scores, b_v, DOT, PRECISION) + product(queries, state, DOT, PRECISION)
+
+
+@triton.jit
+def norm_and_gate(o, weight, gate, eps, V: tl.constexpr, PRECISION: tl.constexpr):
+    """``RMSNorm(o) * weight * swish(gate)`` in fp32, of o (C, VP), weight (VP,) in fp32 and gate (C, VP)."""
+    gate = gate.to(tl.float32)
+    o *= tl.rsqrt(tl.sum(o * o, axis=1) / V + eps)[:, None]
+    return o * (weight[None, :] * gate * sigmoid(gate, PRECISION))

@@ -21,9 +21,11 @@ from dig.ops.derivatives import once
 from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.launches import (
     DecayGate,
+    check_kept,
     empty_states,
     gradients_of,
     local_states,
+    no_states,
     plan_of,
     run_block,
     run_block_backward,
@@ -77,7 +79,7 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         scan_states(launch, plan, states, sums, direction=0)
         launch.early(
             output_kernel, plan.grid, (q, k, v, v, v, sums, states, out),
-            (*strides_of(q, k, v, v), plan.T, plan.N, *plan.walk, plan.scale, 0.0),
+            (*strides_of(q, k, v, v), plan.T, plan.N, *plan.scan, plan.scale, 0.0),
             **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
         )  # fmt: skip
     return out
@@ -155,9 +157,10 @@ def _block(
     scale: float,
     gate_normalizer: float,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     gate = DecayGate(values=gate_logits, logits=True)
-    return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate, g, norm_weight, eps)
+    return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate, g, norm_weight, eps, keep)
 
 
 @operation("dig::gla_block_backward")
@@ -193,8 +196,9 @@ def _(
     scale: float,
     gate_normalizer: float,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return empty(v), empty_states(q, v)
+    return empty(v), empty_states(q, v) if keep else no_states(v)
 
 
 @_block_backward.register_fake
@@ -215,13 +219,14 @@ def _(
 
 
 def _save_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    check_kept(inputs[-1])
     ctx.save_for_backward(*inputs[:6], output[1])
-    ctx.numbers = inputs[6:]
+    ctx.numbers = inputs[6:-1]
 
 
 def _block_autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
     q, k, v, logits, g, norm_weight, states = ctx.saved_tensors
-    return *_block_backward(q, k, v, logits, g, norm_weight, states, dy, *ctx.numbers), None, None, None
+    return *_block_backward(q, k, v, logits, g, norm_weight, states, dy, *ctx.numbers), None, None, None, None
 
 
 _block.register_autograd(once(_block_autograd), setup_context=_save_block)
@@ -268,5 +273,6 @@ def gla_block(
     _check("norm_weight", norm_weight, shape=(v.shape[-1],), dtypes=either, like=q)
     if gate_normalizer <= 0:
         raise ValueError(f"gate_normalizer must be more than 0; got {gate_normalizer}")
-    output: Tensor = _block(q, k, v, gate_logits, g, norm_weight, scale, gate_normalizer, eps)[0]
+    keep = torch.is_grad_enabled()
+    output: Tensor = _block(q, k, v, gate_logits, g, norm_weight, scale, gate_normalizer, eps, keep)[0]
     return output

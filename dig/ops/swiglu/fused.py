@@ -53,7 +53,8 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     R, C = _shape(tiles, F)
     with launching(gate_up.device) as launch:
         launch(
-            swiglu_kernel, (ceil_div(rows.shape[0], R), ceil_div(F, C)), (rows, hidden), (rows.stride(0), rows.shape[0]),
+            swiglu_kernel, (ceil_div(rows.shape[0], R), ceil_div(F, C)),
+            (rows, hidden), (rows.stride(0), rows.shape[0]),
             F=F, ROWS=R, COLS=C, num_warps=tiles.warps,
         )  # fmt: skip
     return hidden

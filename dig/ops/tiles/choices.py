@@ -5,7 +5,7 @@ A program is what CUDA calls a block (CTA), a warp 32 threads. Shapes as in each
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -17,11 +17,11 @@ ProductPass = Literal["up", "up alone", "down"]
 down-projection."""
 
 
-def _check_positive(choices: Any) -> None:
+def _check_positive(choices: Any, *, may_be_zero: Collection[str] = ()) -> None:
     for each in fields(choices):
-        value = getattr(choices, each.name)
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{each.name} must be at least 1; got {value}")
+        value, least = getattr(choices, each.name), int(each.name not in may_be_zero)
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{each.name} must be at least {least}; got {value}")
 
 
 def _check_powers_of_two(choices: Any, *names: str) -> None:
@@ -47,6 +47,16 @@ class GlaTiles:
         scan_lanes: Elements of a program of that.
         scan_groups: Groups of chunks that it scans beside each other, a power of two.
         scan_steps: Chunks of a group, at most; a power of two, as which fewer are counted.
+        short_chunks: Up to so many chunks a program walks all of them with a large part of the state; 0 if never.
+        short_warps: Warps of such a program.
+        short_units: Its part of the state, in units of up to 16 bytes; a power of two.
+        short_steps: Chunks that it loads at once, at most; a power of two, as which fewer are counted.
+        walk_chunks: Up to so many chunks the forward pass may be one launch, whose programs walk all chunks of a head;
+            0 if never.
+        walk_programs: Such programs for each of a head's chunks at least, beside which there are three launches: the
+            more steps a program walks one after the other, the more of them are to share an SM.
+        walk_warps: Warps of such a program.
+        walk_registers: Most registers of its threads, as below, where it computes decays from their low-rank factor.
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
@@ -65,6 +75,14 @@ class GlaTiles:
     scan_lanes: int = 32
     scan_groups: int = 16
     scan_steps: int = 16
+    short_chunks: int = 16
+    short_warps: int = 4
+    short_units: int = 128
+    short_steps: int = 8
+    walk_chunks: int = 8
+    walk_programs: int = 44
+    walk_warps: int = 4
+    walk_registers: int | None = None
     output_warps: int = 4
     output_backward_warps: int = 4
     gradient_warps: int = 4
@@ -76,7 +94,8 @@ class GlaTiles:
     sum_warps: int = 8
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _check_positive(self, may_be_zero=("short_chunks", "walk_chunks", "walk_programs"))
+        _check_powers_of_two(self, "short_units", "short_steps")
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 
@@ -87,6 +106,10 @@ class GlaTiles:
         """
         K, V = _padded(K), _padded(V)
         return dtype.itemsize * (K * V + 2 * self.chunk * (K + V))
+
+    def walk_shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
+        """The same of a program that walks a head's chunks: beside those, its state on the way between two layouts."""
+        return self.shared_memory(K, V, dtype) + dtype.itemsize * _padded(K) * _padded(V)
 
 
 @dataclass(frozen=True, kw_only=True)

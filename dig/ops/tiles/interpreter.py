@@ -12,7 +12,7 @@ from dig.ops.tiles.architecture import Architecture
 from dig.ops.tiles.choices import GlaTiles, NormTiles, ProductChoices, SremTiles, SwigluTiles
 
 _DTYPES = (torch.bfloat16, torch.float32)
-_GLA = GlaTiles(scan_lanes=128, scan_groups=2)
+_GLA = GlaTiles(scan_lanes=128, scan_groups=2, short_units=512)
 _ADALN = NormTiles(rows=16, part=256, backward_rows=16, backward_part=1024, programs=6)
 _SREM = SremTiles(channels=512, groups=8, width=2, programs=1)
 
