@@ -91,6 +91,8 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             (gradient, levels | low_rank),
             (gradient, levels | plain),
         ):
+            if function is walk[0] and not tiles.walk_chunks:
+                continue
             heads = {
                 name: 0 if name == "d_h" and constants.get("R") else K if name[0] in "qkd" else V
                 for name in function.arg_names

@@ -110,9 +110,10 @@ def test_strong_decays_mixed_with_none_within_a_chunk(dtype: torch.dtype, tiles:
     inputs = block_inputs(150, 20, 24, dtype)
     choice = torch.randint(0, 3, inputs[3].shape, device=DEVICE)
     logits = torch.where(choice == 0, 1000.0, torch.where(choice == 1, -1000.0, inputs[3].float()))
-    # The first chunk is strong from end to end, the second at its first and its 40th token, the third nowhere.
+    # The first chunk is strong from end to end, the second in three channels at two places, the third nowhere.
     logits[:, 64:] = inputs[3][:, 64:].float()
-    logits[:, (64, 103)] = -1000.0
+    logits[:, 64:70, :, :3] = -1000.0
+    logits[:, 100:106, :, :3] = -1000.0
     inputs[3] = logits.to(dtype)
     assert block_errors(inputs) < BOUNDS[dtype]
 

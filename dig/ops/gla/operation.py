@@ -32,6 +32,9 @@ def mixer_of(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
     rows, columns = model.grid
     shapes = [(batch, rows * columns, width) for width in projection_splits(config.width)]
     inputs = {name: torch.randn(shape, device=device).to(dtype) for name, shape in zip(PARTS, shapes, strict=True)}
+    # The first token's output is (q . k) v before its norm. Of many heads some have a q . k next to 0, which the norm
+    # divides by: their gradients dwarf all others, and are nothing but rounding.
+    inputs["k"][:, 0] = inputs["q"][:, 0]
     weight, bias, norm = (
         tensor.detach().float()
         for tensor in (attention.decay_proj.weight, attention.decay_proj.bias, attention.norm_weight)

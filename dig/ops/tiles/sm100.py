@@ -1,7 +1,8 @@
 """Blackwell for data centres (B200), compute capability 10.0: Hopper's tiles, for nobody has run a sweep on one yet.
 
 It has Hopper's copy engine and more. SwiGLU's GEMMs are apart all the same: which of these tiles beat cuBLAS there is
-not known, and its matrix units (tcgen05) are not Hopper's.
+not known, and its matrix units (tcgen05) are not Hopper's. For those Triton 3.6 fails to compile the recurrence's
+forward pass in one launch (an assertion in its pass for tensor memory's layouts), so that is three launches.
 """
 
 from __future__ import annotations
@@ -11,4 +12,10 @@ from dataclasses import replace
 from dig.ops.tiles import sm90
 from dig.ops.tiles.choices import ProductChoices
 
-ARCHITECTURE = replace(sm90.ARCHITECTURE, name="Blackwell", capability=(10, 0), products=ProductChoices())
+ARCHITECTURE = replace(
+    sm90.ARCHITECTURE,
+    name="Blackwell",
+    capability=(10, 0),
+    gla={sizes: replace(tiles, walk_chunks=0) for sizes, tiles in sm90.GLA.items()},
+    products=ProductChoices(),
+)

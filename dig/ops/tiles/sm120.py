@@ -1,10 +1,15 @@
-"""Blackwell for desktops (RTX 50, RTX PRO 6000), compute capability 12.0: as 10.0, with less shared memory."""
+"""Blackwell for desktops (RTX 50, RTX PRO 6000), compute capability 12.0: as 10.0, with less shared memory.
+
+It has Ampere's matrix units, for which all of the recurrence's kernels compile.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from dig.ops.tiles import sm100
+from dig.ops.tiles import sm90, sm100
 from dig.ops.tiles.architecture import KIB
 
-ARCHITECTURE = replace(sm100.ARCHITECTURE, name="Blackwell for desktops", capability=(12, 0), shared_memory=99 * KIB)
+ARCHITECTURE = replace(
+    sm100.ARCHITECTURE, name="Blackwell for desktops", capability=(12, 0), shared_memory=99 * KIB, gla=sm90.GLA
+)

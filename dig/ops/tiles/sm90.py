@@ -23,22 +23,24 @@ from dig.ops.tiles.choices import (
     WeightTiles,
 )
 
-# Nothing of the walk has been timed. Heads of 36 leave room for one such program an SM (182 registers at 8 warps), and
-# what three launches would do beside each other it does one after the other: there only single chunks take it.
+# Nothing of the walk has been timed, and over several chunks it has run in the interpreter alone: until both are done
+# only single chunks take it. Heads of 36 leave room for one such program an SM (182 registers at 8 warps), and what
+# three launches would do beside each other it does one after the other.
+_ONE_CHUNK = {"walk_chunks": 1}
 _EIGHT_WARPS = {
-    "local_warps": 8, "walk_warps": 8, "walk_chunks": 1, "output_warps": 8, "output_backward_warps": 8,
+    **_ONE_CHUNK, "local_warps": 8, "walk_warps": 8, "output_warps": 8, "output_backward_warps": 8,
     "gradient_warps": 8,
 }  # fmt: skip
 GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
     # The best of `python -m bench ops gla --sweep` that was also the best in a whole model, whose tensors are not in
     # the L2 cache.
     # Walking, 168 registers let three programs share an SM.
-    (32, 64, torch.bfloat16): GlaTiles(walk_registers=168),
+    (32, 64, torch.bfloat16): GlaTiles(walk_registers=168, **_ONE_CHUNK),
     # These are the largest chunks at which no kernel keeps registers in memory: where one does while it uses Hopper's
     # asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses
     # (`python -m bench ops registers` compiles all of them and looks, without a GPU).
     (36, 72, torch.bfloat16): GlaTiles(chunk=32, **_EIGHT_WARPS),
-    (32, 64, torch.float32): GlaTiles(chunk=16),
+    (32, 64, torch.float32): GlaTiles(chunk=16, **_ONE_CHUNK),
     (36, 72, torch.float32): GlaTiles(chunk=16, **_EIGHT_WARPS),
 }
 
