@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 from bench.cli import main as bench_cli
 from dig import progress
 from dig.cli import app
+from dig.memory import in_bytes
 from dig.progress import Follower, duration, following
+from dig.registry import ModelSpec
 from tests.dig.test_training_identity import class_folders, make_vae
 from tests.dig.tiny import TINY, make_fashion, using
 
@@ -234,8 +237,7 @@ def test_a_dry_run_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_dry_run_of_the_benchmark_knows_earlier_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
+    from bench.store.ledgers import Memory
     from bench.store.rows import ResultsWriter
     from tests.bench.test_rows import make_row
 
@@ -244,12 +246,38 @@ def test_a_dry_run_of_the_benchmark_knows_earlier_times(tmp_path: Path, monkeypa
     case = replace(case, mode="forward", execution="eager", dtype="fp32", device="cpu", scope="", weights="fp32")
     out = tmp_path / "rows.jsonl"
     with ResultsWriter(out) as writer:
-        writer.write(make_row(case=case, seconds={"start": 40.0, "measure": 2}))
+        memory = Memory(parameters=10, allocator_peak=3 * 2**30)
+        writer.write(make_row(case=case, seconds={"start": 40.0, "measure": 2}, memory=memory))
     words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(out), "--dry-run"]
     result = runner.invoke(bench_cli.app, words)
     assert result.exit_code == 0, result.output
-    assert "before: 2 ms in 42 s" in result.stdout
-    assert "1 of them took 42 s before" in result.stdout
+    said = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+    assert said[case.describe()].endswith("; before: 2 ms a step, 42 s in all, 3 GiB at most")
+    # The same case with a gradient is another one; what it needs is estimated, what it took isn't known.
+    assert " before" not in said[case.describe().replace("forward", "train")]
+    assert "; 1 of them took 42 s before; at most" in result.stdout
+    words[words.index("64")] = "128"
+    other = runner.invoke(bench_cli.app, words)
+    line = next(line for line in other.stdout.splitlines() if "128px forward" in line)
+    assert line.endswith("; 64px batch 1 before: 2 ms a step, 42 s in all, 3 GiB at most")
+    assert "; 1 of them an estimated 42 s, as the nearest size did; at most" in other.stdout
+
+
+def test_a_dry_run_of_the_benchmark_estimates_memory() -> None:
+    from bench.cases.case import Case
+    from bench.cli.dry_run import size_of
+
+    case = Case(model="DiT-S/2", resolution=64, batch=3, dtype="fp32", device="cpu")
+    spec = ModelSpec(name="DiT-S/2", input_size=(8, 8), in_channels=4, num_classes=1000)
+    model = spec.build()
+    parameters, constants = sum(p.numel() for p in model.parameters() if p.requires_grad), 16 * 384
+    inputs = 12 * 3 * 16 * 384  # of 12 blocks: 3 images of 16 tokens of 384 channels
+    parts = {"weights": parameters + constants, "gradients": parameters, "optimizer": 2 * parameters}
+    said = ", ".join(f"{name} {in_bytes(4 * size)}" for name, size in {**parts, "activations": inputs}.items())
+    total = in_bytes(4 * (sum(parts.values()) + inputs))
+    assert size_of(case) == f"{parameters:,} parameters, an estimated {total} at least ({said})"
+    forward = size_of(replace(case, mode="forward", dtype="bf16", weights="bf16"))
+    assert f"(weights {in_bytes(2 * (parameters + constants))}, activations " in forward
 
 
 def test_a_quiet_benchmark_still_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
