@@ -42,7 +42,10 @@ def _console(*, quiet: bool = False) -> Console:
 
 
 def progress_bar(console: Console, *columns: str) -> Progress:
-    """A bar with what is done, how long it took and what is left; ``columns`` are more texts, as rich writes them."""
+    """A bar with what is done, how long it took and what is left; ``columns`` are more texts, as rich writes them.
+
+    Where there is no terminal, it writes nothing.
+    """
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -53,6 +56,7 @@ def progress_bar(console: Console, *columns: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not is_watched(console),
     )
 
 
@@ -71,7 +75,7 @@ class Follower:
         total: Units in all; None while that isn't known.
         done: Of them before.
         unit: What is counted: ``step``.
-        images: To a unit, for the rate.
+        images: To a unit, for the rate; 0 where there are none, and no rate.
         memory: Gives the bytes that are taken at most so far.
         clock: Gives the time in seconds.
     """
@@ -130,7 +134,7 @@ class Follower:
     def _rate(self, now: float) -> str:
         """``812 images/s``, of the last half minute; nothing before there is any."""
         since, before = self._marks[0]
-        if now <= since or self._done <= before:
+        if not self._images or now <= since or self._done <= before:
             return ""
         return f"{number((self._done - before) * self._images / (now - since))} images/s"
 

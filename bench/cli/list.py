@@ -33,7 +33,7 @@ def list_models(
     table = Table(title="256x256 images, 1000 classes, default options")
     for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    with following(open_console(), "counting", total=len(chosen), unit="model") as told:
+    with following(open_console(), "counting", total=len(chosen), unit="model", images=0) as told:
         for name in told.counting(chosen, lambda _: 1):
             table.add_row(*_figures(name))
     console = Console()
