@@ -59,6 +59,14 @@ def test_its_parts_are_all_there() -> None:
     text = SCRIPT.read_text()
     assert max(map(len, text.splitlines())) <= 120
     parts = ("pip install", "bench list", "bench run", "bench compare", "reports")
-    for part in (*parts, "dig train", "dig sample", "dig classifier", "dig evaluate", "dig export", "dig train --resume"):
+    for part in (
+        *parts,
+        "dig train",
+        "dig sample",
+        "dig classifier",
+        "dig evaluate",
+        "dig export",
+        "dig train --resume",
+    ):
         assert f"-m {part}" in text.replace('"$python" ', ""), part
     assert "--init" in text
