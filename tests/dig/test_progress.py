@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,49 @@ def test_every_command_says_how_far_it_is(
     assert quiet.stdout == result.stdout
 
 
+def test_folders_of_samples_say_how_far_they_are(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_UPDATES", 1)
+    folder, classifier = tmp_path / "pngs", tmp_path / "c.safetensors"
+    sample = ["sample", "--checkpoint", str(run), "--steps", "2", "--model-batch", "4", "--device", "cpu"]
+    loud = runner.invoke(app, [*sample, "--images", str(folder), "--samples", "8"])
+    assert loud.exit_code == 0, loud.output
+    assert f"sampling into {folder}: sample 4 of 8, " in loud.stderr
+    # More of them, quietly: of what was made before nothing is made again.
+    quiet = runner.invoke(app, [*sample, "--images", str(folder), "--samples", "12", "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert quiet.stdout.startswith(f"12 samples (8 made before) in {folder}: ")
+    words = ["classifier", "--data", str(data), "--out", str(classifier), "--epochs", "0.5", "--device", "cpu"]
+    assert runner.invoke(app, [*words, "--workers", "0"]).exit_code == 0
+    words = ["evaluate", "--checkpoint", str(run), "--samples", "6", "--steps", "2", "--data", str(data)]
+    words += ["--classifier", str(classifier), "--device", "cpu"]
+    loud = runner.invoke(app, [*words, "--images", str(tmp_path / "a")])
+    assert loud.exit_code == 0, loud.output
+    assert f"sampling into {tmp_path / 'a'}: sample 6 of 6" in loud.stderr
+    assert f"reading {tmp_path / 'a'}: image 6 of 6" in loud.stderr
+    quiet = runner.invoke(app, [*words, "--images", str(tmp_path / "b"), "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert quiet.stdout.splitlines()[-1] == loud.stdout.splitlines()[-1]
+
+
+def test_warnings_are_lines_like_those_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(stderr=True, soft_wrap=True, markup=False, width=40)
+    record = logging.LogRecord("dig", logging.WARNING, "", 0, "%s can't be read,\nfor it is [red]", ("a" * 60,), None)
+    progress._Teller(console).emit(record)
+    assert capsys.readouterr().err == f"warning: {'a' * 60} can't be read, for it is [red]\n"
+
+
+def test_what_has_no_images_has_no_rate() -> None:
+    clock, lines = Clock(), []
+    told = follower(clock, lines, unit="case", images=0)
+    for case in range(1, 8):
+        clock.now += 10
+        told.update(case)
+    assert [line.split(",")[0] for line in lines] == [f"training: case {case} of 1" for case in (1, 4, 7)]
+    assert lines[-1] == "training: case 7 of 1,000, 2 h 46 min left"
+
+
 def test_encoding_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.setattr(progress, "FIRST_UPDATES", 2)
@@ -286,9 +330,14 @@ def test_a_quiet_benchmark_still_says_what_failed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(bench_cli, "gpu_present", lambda: False)
     rows = [make_row(), make_row(status="error", message="it broke", samples_ms=())]
     monkeypatch.setattr(bench_cli, "run_sweep", lambda *args, **kwargs: iter(rows))
-    words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(tmp_path / "rows.jsonl"), "--quiet"]
-    result = runner.invoke(bench_cli.app, words)
+    monkeypatch.setattr(progress, "FIRST_UPDATES", 1)
+    words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(tmp_path / "rows.jsonl")]
+    loud = runner.invoke(bench_cli.app, words)
+    assert f"measuring into {tmp_path / 'rows.jsonl'}: case 1 of 2" in loud.stderr
+    assert "\n\n" not in loud.stderr
+    result = runner.invoke(bench_cli.app, [*words, "--quiet"])
     assert result.exit_code == 0, result.output
+    assert "measuring into" not in result.stderr
     assert "it broke" in result.stderr
     assert "img/s" not in result.stderr
     assert "done: 2 rows" in result.stderr
