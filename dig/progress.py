@@ -52,10 +52,7 @@ def _console(*, quiet: bool = False) -> Console:
 
 
 def progress_bar(console: Console, *columns: str) -> Progress:
-    """A bar with what is done, how long it took and what is left; ``columns`` are more texts, as rich writes them.
-
-    Where there is no terminal, it writes nothing.
-    """
+    """A bar with what is done, how long it took and what is left; ``columns`` are more texts, as rich writes them."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -66,7 +63,6 @@ def progress_bar(console: Console, *columns: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not is_watched(console),
     )
 
 

@@ -330,14 +330,10 @@ def test_a_quiet_benchmark_still_says_what_failed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(bench_cli, "gpu_present", lambda: False)
     rows = [make_row(), make_row(status="error", message="it broke", samples_ms=())]
     monkeypatch.setattr(bench_cli, "run_sweep", lambda *args, **kwargs: iter(rows))
-    monkeypatch.setattr(progress, "FIRST_UPDATES", 1)
     words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(tmp_path / "rows.jsonl")]
-    loud = runner.invoke(bench_cli.app, words)
-    assert f"measuring into {tmp_path / 'rows.jsonl'}: case 1 of 2" in loud.stderr
-    assert "\n\n" not in loud.stderr
+    assert "\n\n" not in runner.invoke(bench_cli.app, words).stderr
     result = runner.invoke(bench_cli.app, [*words, "--quiet"])
     assert result.exit_code == 0, result.output
-    assert "measuring into" not in result.stderr
     assert "it broke" in result.stderr
     assert "img/s" not in result.stderr
     assert "done: 2 rows" in result.stderr
