@@ -7,9 +7,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from dig.cli import app
@@ -19,6 +21,7 @@ from dig.sampling.weights import Weights, load_weights
 from tests.dig.test_data_latents import write as write_latents
 from tests.dig.test_export import weights_of
 from tests.dig.test_finetuning import STILL, TABLE, make_classes, parts, said, train
+from tests.dig.test_hub import Hub
 from tests.dig.tiny import TINY, TINY_DIT, using
 
 runner = CliRunner()
@@ -121,3 +124,19 @@ def test_adapters_of_an_exported_folder(others: Path, tmp_path: Path) -> None:
     about = json.loads(str(np.load(tmp_path / "a.npz")["about"]))
     assert about["model"] == "DiT-S/8"
     assert len(about["adapter_sha256"]) == 64
+
+
+def test_a_name_on_the_hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ours = write("DiT-S/8", "diffusers", tmp_path)
+    hub = Hub(folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", hub.model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download(huggingface_hub.snapshot_download))
+    result = train(data, tmp_path / "run", "--init", "owner/name", *STILL)
+    assert result.exit_code == 0, result.output
+    assert torch.equal(parts(tmp_path / "run", "model.")[TABLE], ours.state[TABLE])
+    # Once there is a checkpoint, the hub may be gone.
+    hub.error = OSError("no network")
+    result = runner.invoke(app, ["train", "--resume", str(tmp_path / "run"), "--steps", "2"])
+    assert result.exit_code == 0, result.output
