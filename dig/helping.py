@@ -55,14 +55,25 @@ def add_help(app: typer.Typer, helps: Mapping[str, Help], first: tuple[str, ...]
 def _grouped(said: Help) -> type[TyperCommand]:
     """A command whose options stand in groups; those that nobody put into one stay under typer's heading."""
 
+    # Groups stand in the order of their table, and the options of one in its order too.
+    order = [name for names in said.groups.values() for name in names.split()]
+
     class Grouped(TyperCommand):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
-            for option in self.params:
-                if heading := said.heading_of(option.name or ""):
-                    setattr(option, "rich_help_panel", heading)  # noqa: B010 - typer's own, to mypy click's
-            # Groups stand in the order of their table.
-            order = [*said.groups, ""]
-            self.params.sort(key=lambda option: order.index(said.heading_of(option.name or "") or ""))
+            # Arguments have a box of their own, above all options.
+            options = [option for option in self.params if option.param_type_name == "option"]
+            for option in options:
+                option.rich_help_panel = said.heading_of(option.name or "")  # type: ignore[attr-defined]
+            self.params.sort(key=lambda param: order.index(param.name) if param.name in order else len(order))
+            headings = [option.rich_help_panel for option in self.params if option in options]  # type: ignore[attr-defined]
+            self._last = headings[-1] if headings else None
+
+        def get_help_option(self, ctx: Any) -> Any:
+            """Last, in the last group: a box of its own would stand above all others."""
+            option: Any = super().get_help_option(ctx)
+            if option is not None:
+                option.rich_help_panel = self._last
+            return option
 
     return Grouped

@@ -69,7 +69,9 @@ def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:
 
 
 def in_bytes(size: int) -> str:
-    """A size for people, in MiB or GiB."""
+    """A size for people, in KiB, MiB or GiB."""
+    if size < 2**20:
+        return f"{size / 2**10:,.3g} KiB"
     return f"{size / 2**20:,.3g} MiB" if size < GIB else _gib(size)
 
 

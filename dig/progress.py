@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dig.memory import in_bytes
@@ -33,8 +32,19 @@ def open_console(*, quiet: bool = False) -> Console:
     It shows every text as it is: in rich's markup, a folder called ``[red]`` would be a colour.
     """
     console = _console()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    logging.basicConfig(level=logging.WARNING, handlers=[_Teller(console)])
     return _console(quiet=True) if quiet else console
+
+
+class _Teller(logging.Handler):
+    """Says warnings of the library as commands say theirs, one line each; above a bar where there is one."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._print = console.print
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._print(f"{record.levelname.lower()}: {one_line(record.getMessage())}")
 
 
 def _console(*, quiet: bool = False) -> Console:
@@ -71,7 +81,7 @@ class Follower:
         total: Units in all; None while that isn't known.
         done: Of them before.
         unit: What is counted: ``step``.
-        images: To a unit, for the rate.
+        images: To a unit, for the rate; 0 where there are none, and no rate.
         memory: Gives the bytes that are taken at most so far.
         clock: Gives the time in seconds.
     """
@@ -130,7 +140,7 @@ class Follower:
     def _rate(self, now: float) -> str:
         """``812 images/s``, of the last half minute; nothing before there is any."""
         since, before = self._marks[0]
-        if now <= since or self._done <= before:
+        if not self._images or now <= since or self._done <= before:
             return ""
         return f"{number((self._done - before) * self._images / (now - since))} images/s"
 

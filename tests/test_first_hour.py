@@ -15,7 +15,7 @@ from bench.store.rows import read_results
 from dig.environment import ROOT
 
 SCRIPT = ROOT / "examples" / "first-hour.sh"
-SMALL = {"INSTALL": "0", "STEPS": "8", "BATCH": "4", "SAMPLES": "6", "LAUNCHES": "1"}
+SMALL = {"INSTALL": "0", "STEPS": "4", "BATCH": "4", "SAMPLES": "6", "LAUNCHES": "1", "SIZE": "16"}
 
 
 def run(out: Path) -> str:
@@ -41,9 +41,13 @@ def test_the_first_hour(tmp_path: Path) -> None:
     assert "resumed" in events
     assert events[-1] == "finished"
     assert len(list((out / "samples").glob("*.png"))) == 8
-    assert Image.open(out / "grid.png").size[0] > 3 * 3 * 32
+    assert Image.open(out / "grid.png").size[0] > 3 * 8 * 16
     assert json.loads((out / "quality.jsonl").read_text())["samples"] == 6
-    assert "from Python: (2, 3, 32, 32) ('red', 'green') of ('blue', 'green', 'red')" in said
+    # Its weights went on to other classes.
+    assert "label table: 3 classes to 2: 1 of the same name kept, 1 new" in said
+    assert json.loads((out / "tuned" / "config.json").read_text())["config"]["freeze"] == ["blocks.0.*"]
+    assert "from Python: samples of red, yellow (2, 3, 16, 16)" in said
+    assert "classes of the model: red, yellow" in said
     apart = float(said.split("ours are at most ")[1].split()[0])
     assert apart < 1e-5
     # Nothing that a reader has to look at twice: paths and sizes, no names of Python's.
@@ -55,5 +59,14 @@ def test_its_parts_are_all_there() -> None:
     text = SCRIPT.read_text()
     assert max(map(len, text.splitlines())) <= 120
     parts = ("pip install", "bench list", "bench run", "bench compare", "reports")
-    for part in (*parts, "dig train", "dig sample", "dig classifier", "dig evaluate", "dig export"):
-        assert f"-m {part}" in text, part
+    for part in (
+        *parts,
+        "dig train",
+        "dig sample",
+        "dig classifier",
+        "dig evaluate",
+        "dig export",
+        "dig train --resume",
+    ):
+        assert f"-m {part}" in text.replace('"$python" ', ""), part
+    assert "--init" in text

@@ -238,7 +238,7 @@ def test_an_input_size_may_be_a_squares_side(own: str) -> None:
     assert create_model("Plain-S/2", input_size=np.int64(8)).input_size == (8, 8)
 
 
-def test_a_backbone_defines_its_forward_pass() -> None:
+def test_a_backbone_defines_its_forward_pass(own: str) -> None:
     class Silent(Backbone):
         pass
 

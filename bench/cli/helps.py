@@ -14,11 +14,6 @@ FIRST = (
     "python -m bench run --models DiG,DiT --resolutions 64,128",
     "python -m reports out/results.jsonl --out out/report",
 )
-FIRST_OPS = (
-    "python -m bench ops registers --capabilities 9.0",
-    "python -m bench ops gla",
-    "python -m bench ops compare --op gla --base main",
-)
 HELPS = {
     "run": Help(
         groups={
@@ -31,7 +26,7 @@ HELPS = {
             "python -m bench run --models DiG,DiT --resolutions 64,128 --out out/a.jsonl",
         ),
     ),
-    "list": Help(examples=("python -m bench list", "python -m bench run --models DiG:reference")),
+    "list": Help(groups={"Models": "names"}, examples=("python -m bench list", "python -m bench list DiG DiT-XL")),
     "sampling": Help(
         groups={
             WHAT: "models size patch resolutions batch repeats",
@@ -40,7 +35,7 @@ HELPS = {
             LIMITS: "out time_limit",
         },
         examples=(
-            "python -m bench sampling --models DiG,DiT --size S --resolutions 64 --steps 10",
+            "python -m bench sampling --models DiG,DiT --resolutions 64 --steps 10",
             "python -m reports.sampling out/sampling.jsonl",
         ),
     ),

@@ -14,12 +14,12 @@ from bench.cases import suites as case_lists
 from bench.cases.case import Case
 from bench.cases.choices import choose_device, default_dtype, default_execution, default_resolution
 from bench.cases.jobs import Limits
+from bench.cli import helps, helps_ops
 from bench.cli.capacity import capacity
 from bench.cli.compare import compare, export
 from bench.cli.coverage import coverage
 from bench.cli.dry_run import tell_sweep
 from bench.cli.first_step import first_step
-from bench.cli.helps import FIRST, FIRST_OPS, HELPS
 from bench.cli.kernels import kernels
 from bench.cli.list import list_models
 from bench.cli.ops import ops
@@ -127,7 +127,7 @@ def run(
     ] = 1,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print what would be measured, with parameters and earlier times, and end."),
+        typer.Option("--dry-run", help="Print what would be measured, with estimates of memory and time, and end."),
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No progress, no line a case: only warnings, errors and the last line.")
@@ -274,5 +274,5 @@ for command in (
 ):
     app.command("list" if command is list_models else None)(command)
 app.add_typer(ops, name="ops")
-add_help(app, HELPS, FIRST)
-add_help(ops, {}, FIRST_OPS)
+add_help(app, helps.HELPS, helps.FIRST)
+add_help(ops, helps_ops.HELPS, helps_ops.FIRST)

@@ -22,6 +22,8 @@ Rounds = Annotated[int, typer.Option(help="Turns a median is taken of, 2 or more
 Replays = Annotated[int, typer.Option(help="Steps a turn.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Append one JSON line for each measurement to this file.")]
 
+CHAINED = "DiG-S/2:triton:variant=release,DiG-XL/2:triton:variant=release"
+
 
 def _check(rounds: int, replays: int, json: Path | None) -> None:
     check_count(rounds, "--rounds", least=2)  # One alone has no interval.
@@ -68,8 +70,12 @@ def prepare(
 
 def chain(
     models: Annotated[
-        str, typer.Option(help="Model names, options after colons; separated by commas.")
-    ] = "DiG-S/2:triton:variant=release,DiG-XL/2:triton:variant=release",
+        str | None,
+        typer.Option(
+            help="Model names, options after colons; separated by commas. Default: DiG-S/2 and DiG-XL/2, both with "
+            ":triton:variant=release."
+        ),
+    ] = None,
     resolutions: Annotated[str, typer.Option(help="Image sides in pixels, separated by commas.")] = "256,512,1024,1792",
     modes: Annotated[str, typer.Option(help="train, forward, or both.")] = "train,forward",
     batch: Batch = 1,
@@ -85,7 +91,7 @@ def chain(
     _check(rounds, replays, json)
     cases = [
         _graph(model, resolution=side, mode=mode, batch=batch)
-        for model, side, mode in itertools.product(words(models), sides, words(modes))
+        for model, side, mode in itertools.product(words(CHAINED if models is None else models), sides, words(modes))
     ]
     if not cases:
         refuse("nothing to time: --models and --modes must name something")

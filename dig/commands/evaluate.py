@@ -382,7 +382,7 @@ def classifier_command(
         model = trained.model
         # Before it is tested: a test that fails costs the figure, not the classifier.
         write_or_keep(out, classifier_bytes(model, model.spec))
-        tested, words = None, ", not tested"
+        tested, words = None, ", not tested: no --test-data"
         if test is not None:
             tested = accuracy(model, test)
             write_or_keep(out, classifier_bytes(model, dataclasses.replace(model.spec, accuracy=tested.rate)))

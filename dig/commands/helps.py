@@ -27,7 +27,7 @@ HELPS = {
         },
         examples=(
             "python -m dig train --model DiG-S/2 --data images --image-size 64 --out run",
-            "python -m dig train --model DiT-S/8 --data fashion-mnist --out run --steps 50",
+            "python -m dig train --init run --data others --out tuned --lr 1e-5",
         ),
     ),
     "sample": Help(
@@ -65,14 +65,14 @@ HELPS = {
         },
         examples=(
             "python -m dig evaluate --samples out.npz --data images --classifier C",
-            "python -m dig evaluate --checkpoint run --samples 500 --data D --classifier C",
+            "python -m dig evaluate --checkpoint run --samples 500 --data D --inception I",
         ),
     ),
     "classifier": Help(
         groups={
             "Data": "data test_data image_size channels workers",
             "Training": "epochs batch seed",
-            "Output and machine": "out device dry_run quiet",
+            "Output and machine": "out device quiet",
         },
         examples=(
             "python -m dig classifier --data images --image-size 64 --out c.safetensors",

@@ -181,8 +181,8 @@ def train_command(
     init: Annotated[
         Path | None,
         typer.Option(
-            help="Weights to begin with: a run (its averaged weights), its checkpoint, or a published file. Other "
-            "classes and another image size are fitted. --model is then the file's by default."
+            help="Weights to begin with: a run (its averaged weights), or whatever else sample --checkpoint takes. "
+            "Other classes and another image size are fitted. --model is then the file's by default."
         ),
     ] = None,
     freeze: Annotated[

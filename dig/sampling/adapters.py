@@ -68,8 +68,9 @@ def with_adapter(found: Weights, path: Path) -> tuple[Weights, str]:
         raise CheckpointError(f"{folder} is no adapter of {spec.describe()}: {describe(error)[:300]}") from None
     state = adapted.merge_and_unload().state_dict()
     changes: dict[str, Any] = {} if about is None else {"loss": about.loss, "step": about.step}
-    if about is not None:
-        changes["unlabelled"] = about.label_dropout * about.batch * about.step
+    if about is not None and found.unlabelled is not None:
+        # Beside what the weights were shown that it adapts.
+        changes["unlabelled"] = found.unlabelled + about.label_dropout * about.batch * about.step
     return (
         replace(found, spec=spec, state=state, class_names=names, **changes),
         sha256_of(folder / WEIGHTS_NAME),

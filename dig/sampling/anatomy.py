@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,14 +107,12 @@ def models_of(
     for name, options in list_variants():
         if not name.endswith(f"/{patch}") or (family is not None and not name.startswith(f"{family}-")):
             continue
-        with torch.device("meta"):
-            model = ModelSpec(
-                name=name,
-                options=options,
-                input_size=(patch, patch),
-                in_channels=channels,
-                num_classes=classes,
-            ).build()
+        size: dict[str, Any] = {"input_size": (patch, patch), "in_channels": channels, "num_classes": classes}
+        try:
+            with torch.device("meta"):
+                model = ModelSpec(name=name, options=options, **size).build()
+        except Exception:  # Anybody's family may raise anything; it then isn't one that these weights are named by.
+            continue
         theirs = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "pos_embed"}
         if ours == theirs:
             names.append(":".join([name, *(f"{option}={value}" for option, value in options.items())]))

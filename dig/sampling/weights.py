@@ -198,8 +198,9 @@ def _own(path: Path, device: str, backend: str | None, choice: WeightsChoice) ->
         seconds=seconds,
         choice=choice,
         vae_sha256=config.data.vae_sha256,
-        unlabelled=config.label_dropout * config.batch * step,
-        share_of_first=share_of_first_weights(step, config.ema, warmup=config.ema_warmup),
+        # A run that began with a file's weights counts its own steps alone, and its first weights draw no noise.
+        unlabelled=None if config.init else config.label_dropout * config.batch * step,
+        share_of_first=0.0 if config.init else share_of_first_weights(step, config.ema, warmup=config.ema_warmup),
     )
 
 

@@ -115,22 +115,39 @@ def draws_in_training(spec: ModelSpec) -> bool:
     return draws.found
 
 
-def training_needs(config: TrainConfig) -> dict[str, int]:
-    """What for → bytes that a run needs on its device at least.
+def step_needs(model: Footprint, *, trained: int, at_once: int, number: int, weight: int = FP32) -> dict[str, int]:
+    """What for → bytes that one step of a model needs on its device at least.
 
-    Activations are counted as one input of each block, which is what `checkpoint_blocks` keeps.
+    Activations are counted as one input of each block, which is what `checkpoint_blocks` keeps; of a pass without
+    gradients as one block's input and output.
+
+    Args:
+        model: Its size.
+        trained: Numbers that are trained, by AdamW in fp32; 0 for a pass without gradients.
+        at_once: B.
+        number: Bytes of an activation.
+        weight: Bytes of a weight.
     """
-    model = Footprint.of(config.model)
-    # Of frozen weights there is neither; how many those are isn't known before the model is built.
-    trained = 0 if config.lora or config.freeze else model.parameters
-    at_once = config.batch // config.accumulate
-    number = 2 if config.dtype == "bf16" else FP32
-    return {
-        "weights": FP32 * (model.parameters + model.constants),
+    needs = {
+        "weights": weight * (model.parameters + model.constants),
         "gradients": FP32 * trained,
         "optimizer": 2 * FP32 * trained,
+        "activations": number * at_once * (model.depth if trained else 2) * model.tokens * model.width,
+    }
+    return {name: size for name, size in needs.items() if size or trained}
+
+
+def training_needs(config: TrainConfig) -> dict[str, int]:
+    """What for → bytes that a run needs on its device at least, as of `step_needs`."""
+    model = Footprint.of(config.model)
+    number = 2 if config.dtype == "bf16" else FP32
+    needs = step_needs(model, trained=model.parameters, at_once=config.batch // config.accumulate, number=number)
+    if config.lora or config.freeze:
+        # Of frozen weights there is neither; how many those are isn't known before the model is built.
+        needs |= {"gradients": 0, "optimizer": 0}
+    return {
+        **needs,
         "average": FP32 * (model.parameters + model.constants),
-        "activations": number * at_once * model.depth * model.tokens * model.width,
         "a batch and its noise": 2 * FP32 * config.batch * model.values,
     }
 

@@ -156,10 +156,11 @@ class Trainer:
         share = share_of_first_weights(config.steps, config.ema, warmup=config.ema_warmup)
         if share > AVERAGE_WARNING:
             logger.warning(
-                "after %d steps the averaged weights, which grids and samples are drawn with, will still be %.0f%% the "
-                "first ones; a lower --ema, or --ema-warmup in a new folder, would be of use",
+                "at step %d the averaged weights, which grids and samples are drawn with, will still be %.0f%% the %s; "
+                "a lower --ema, or --ema-warmup in a new folder, would be of use",
                 config.steps,
                 100 * share,
+                "weights of --init" if config.init else "first ones",
             )
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())

@@ -108,6 +108,18 @@ def test_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1.403" in listed.stdout
 
 
+def test_a_list_of_some_models() -> None:
+    listed = runner.invoke(cli.app, ["list", "DiT-XL", "Flash-DiT-S/8"])
+    assert listed.exit_code == 0, listed.output
+    names = [line.split()[1] for line in listed.stdout.splitlines() if line.startswith("│")]
+    assert names == ["DiT-XL/2", "DiT-XL/4", "DiT-XL/8", "Flash-DiT-S/8"]
+    assert "DiT: backend" in listed.stdout
+    assert "DiS: backend" not in listed.stdout
+    wrong = runner.invoke(cli.app, ["list", "DiX-S"])
+    assert wrong.exit_code == 2
+    assert "no model begins with 'DiX-S': did you mean Di" in " ".join(wrong.output.split())
+
+
 @pytest.mark.usefixtures("shallow")
 def test_kernels_of_a_step() -> None:
     options = ["--model", "DiG-S/8", "--resolution", "64", "--mode", "forward", "--device", "cpu"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from typer.testing import CliRunner
 from bench.cli import main as bench_cli
 from dig import progress
 from dig.cli import app
+from dig.memory import in_bytes
 from dig.progress import Follower, duration, following
+from dig.registry import ModelSpec
 from tests.dig.test_training_identity import class_folders, make_vae
 from tests.dig.tiny import TINY, make_fashion, using
 
@@ -156,6 +160,49 @@ def test_every_command_says_how_far_it_is(
     assert quiet.stdout == result.stdout
 
 
+def test_folders_of_samples_say_how_far_they_are(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_UPDATES", 1)
+    folder, classifier = tmp_path / "pngs", tmp_path / "c.safetensors"
+    sample = ["sample", "--checkpoint", str(run), "--steps", "2", "--model-batch", "4", "--device", "cpu"]
+    loud = runner.invoke(app, [*sample, "--images", str(folder), "--samples", "8"])
+    assert loud.exit_code == 0, loud.output
+    assert f"sampling into {folder}: sample 4 of 8, " in loud.stderr
+    # More of them, quietly: of what was made before nothing is made again.
+    quiet = runner.invoke(app, [*sample, "--images", str(folder), "--samples", "12", "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert quiet.stdout.startswith(f"12 samples (8 made before) in {folder}: ")
+    words = ["classifier", "--data", str(data), "--out", str(classifier), "--epochs", "0.5", "--device", "cpu"]
+    assert runner.invoke(app, [*words, "--workers", "0"]).exit_code == 0
+    words = ["evaluate", "--checkpoint", str(run), "--samples", "6", "--steps", "2", "--data", str(data)]
+    words += ["--classifier", str(classifier), "--device", "cpu"]
+    loud = runner.invoke(app, [*words, "--images", str(tmp_path / "a")])
+    assert loud.exit_code == 0, loud.output
+    assert f"sampling into {tmp_path / 'a'}: sample 6 of 6" in loud.stderr
+    assert f"reading {tmp_path / 'a'}: image 6 of 6" in loud.stderr
+    quiet = runner.invoke(app, [*words, "--images", str(tmp_path / "b"), "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert quiet.stdout.splitlines()[-1] == loud.stdout.splitlines()[-1]
+
+
+def test_warnings_are_lines_like_those_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(stderr=True, soft_wrap=True, markup=False, width=40)
+    record = logging.LogRecord("dig", logging.WARNING, "", 0, "%s can't be read,\nfor it is [red]", ("a" * 60,), None)
+    progress._Teller(console).emit(record)
+    assert capsys.readouterr().err == f"warning: {'a' * 60} can't be read, for it is [red]\n"
+
+
+def test_what_has_no_images_has_no_rate() -> None:
+    clock, lines = Clock(), []
+    told = follower(clock, lines, unit="case", images=0)
+    for case in range(1, 8):
+        clock.now += 10
+        told.update(case)
+    assert [line.split(",")[0] for line in lines] == [f"training: case {case} of 1" for case in (1, 4, 7)]
+    assert lines[-1] == "training: case 7 of 1,000, 2 h 46 min left"
+
+
 def test_encoding_counts_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.setattr(progress, "FIRST_UPDATES", 2)
@@ -234,8 +281,7 @@ def test_a_dry_run_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_dry_run_of_the_benchmark_knows_earlier_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
+    from bench.store.ledgers import Memory
     from bench.store.rows import ResultsWriter
     from tests.bench.test_rows import make_row
 
@@ -244,12 +290,38 @@ def test_a_dry_run_of_the_benchmark_knows_earlier_times(tmp_path: Path, monkeypa
     case = replace(case, mode="forward", execution="eager", dtype="fp32", device="cpu", scope="", weights="fp32")
     out = tmp_path / "rows.jsonl"
     with ResultsWriter(out) as writer:
-        writer.write(make_row(case=case, seconds={"start": 40.0, "measure": 2}))
+        memory = Memory(parameters=10, allocator_peak=3 * 2**30)
+        writer.write(make_row(case=case, seconds={"start": 40.0, "measure": 2}, memory=memory))
     words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(out), "--dry-run"]
     result = runner.invoke(bench_cli.app, words)
     assert result.exit_code == 0, result.output
-    assert "before: 2 ms in 42 s" in result.stdout
-    assert "1 of them took 42 s before" in result.stdout
+    said = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+    assert said[case.describe()].endswith("; before: 2 ms a step, 42 s in all, 3 GiB at most")
+    # The same case with a gradient is another one; what it needs is estimated, what it took isn't known.
+    assert " before" not in said[case.describe().replace("forward", "train")]
+    assert "; 1 of them took 42 s before; at most" in result.stdout
+    words[words.index("64")] = "128"
+    other = runner.invoke(bench_cli.app, words)
+    line = next(line for line in other.stdout.splitlines() if "128px forward" in line)
+    assert line.endswith("; 64px batch 1 before: 2 ms a step, 42 s in all, 3 GiB at most")
+    assert "; 1 of them an estimated 42 s, as the nearest size did; at most" in other.stdout
+
+
+def test_a_dry_run_of_the_benchmark_estimates_memory() -> None:
+    from bench.cases.case import Case
+    from bench.cli.dry_run import size_of
+
+    case = Case(model="DiT-S/2", resolution=64, batch=3, dtype="fp32", device="cpu")
+    spec = ModelSpec(name="DiT-S/2", input_size=(8, 8), in_channels=4, num_classes=1000)
+    model = spec.build()
+    parameters, constants = sum(p.numel() for p in model.parameters() if p.requires_grad), 16 * 384
+    inputs = 12 * 3 * 16 * 384  # of 12 blocks: 3 images of 16 tokens of 384 channels
+    parts = {"weights": parameters + constants, "gradients": parameters, "optimizer": 2 * parameters}
+    said = ", ".join(f"{name} {in_bytes(4 * size)}" for name, size in {**parts, "activations": inputs}.items())
+    total = in_bytes(4 * (sum(parts.values()) + inputs))
+    assert size_of(case) == f"{parameters:,} parameters, an estimated {total} at least ({said})"
+    forward = size_of(replace(case, mode="forward", dtype="bf16", weights="bf16"))
+    assert f"(weights {in_bytes(2 * (parameters + constants))}, activations " in forward
 
 
 def test_a_quiet_benchmark_still_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +330,9 @@ def test_a_quiet_benchmark_still_says_what_failed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(bench_cli, "gpu_present", lambda: False)
     rows = [make_row(), make_row(status="error", message="it broke", samples_ms=())]
     monkeypatch.setattr(bench_cli, "run_sweep", lambda *args, **kwargs: iter(rows))
-    words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(tmp_path / "rows.jsonl"), "--quiet"]
-    result = runner.invoke(bench_cli.app, words)
+    words = ["run", "--models", "DiT", "--resolution", "64", "--out", str(tmp_path / "rows.jsonl")]
+    assert "\n\n" not in runner.invoke(bench_cli.app, words).stderr
+    result = runner.invoke(bench_cli.app, [*words, "--quiet"])
     assert result.exit_code == 0, result.output
     assert "it broke" in result.stderr
     assert "img/s" not in result.stderr

@@ -20,9 +20,10 @@ from dig.checkpoints import to_release
 from dig.cli import app
 from dig.declared import DIG
 from dig.diffusion import sample
+from dig.family import Family
 from dig.graphs import CaptureError
 from dig.layers import Backbone
-from dig.registry import create_model, list_variants
+from dig.registry import create_model, list_variants, register
 from dig.sampling import runner as runs
 from dig.sampling.classes import parse_classes
 from dig.sampling.images import make_grid, to_pixels
@@ -270,8 +271,8 @@ def test_wrong_published_files_are_told_from_their_shapes(
     assert message in result.output.replace("\n", " ")
 
 
-def test_another_family_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among all models of a patch side, by shapes alone."""
+def test_another_family_is_named(own: str, tmp_path: Path) -> None:
+    """Among all models there are, by shapes alone; a family that can't be built is none of them."""
     from dig.registry import ModelSpec
     from dig.sampling.anatomy import CheckpointError, check_fit
 
@@ -280,8 +281,10 @@ def test_another_family_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with torch.device("meta"):
             return spec.build(), spec
 
-    variants = [entry for entry in list_variants() if entry[0].endswith("/2")]
-    monkeypatch.setattr("dig.sampling.weights.list_variants", lambda: variants)
+    def broken(size: str, **shape: Any) -> Backbone:
+        raise RuntimeError("a package that is half installed")
+
+    register(Family(name="Broken", sizes=("S",), build=broken))
     with using(DIG):
         given, _ = build("DiG-B/2", variant="release")
         asked, spec = build("DiT-S/2")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dig.commands.sample import parse_classes
+from dig.sampling.classes import parse_classes
 from dig.sampling.classes import parse_classes as parse
 
 NULL = 99
