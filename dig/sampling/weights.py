@@ -15,7 +15,7 @@ from dig.hub import fetch, is_hub_name
 from dig.layers import Backbone
 from dig.messages import describe
 from dig.registry import VAE_FACTOR, ModelSpec, parse_model, parse_name
-from dig.sampling.anatomy import check_fit
+from dig.sampling.anatomy import Anatomy, check_fit
 from dig.sampling.folders import HUB_FILES, HUB_NEEDED, read_folder, read_header, weights_in
 from dig.sampling.published import PublishedFile, file_kind, read_published
 from dig.sampling.trained import Trained, WeightsChoice
@@ -36,6 +36,7 @@ from dig.training.saving import (
 )
 
 LATENT_CHANNELS = 4
+PIXEL_CHANNELS = (1, 3)
 MAX_SIDE = 2**16
 """Pixels along a side of a published model's images, and no more classes than its square: beyond are typing errors."""
 
@@ -219,25 +220,30 @@ def _published(path: Path, published: Published | None, device: str, backend: st
     name, options, source = parse_model(asked.model, device)
     size = 256 if asked.image_size is None else asked.image_size
     classes = 1000 if asked.num_classes is None else asked.num_classes
-    if not VAE_FACTOR <= size <= MAX_SIDE or not 1 <= classes <= MAX_SIDE**2:
+    if not 1 <= size <= MAX_SIDE or not 1 <= classes <= MAX_SIDE**2:
         raise CheckpointError(
-            f"--image-size must be {VAE_FACTOR} to {MAX_SIDE:,}, --num-classes 1 to {MAX_SIDE**2:,}; got "
-            f"{size} and {classes}"
+            f"--image-size must be 1 to {MAX_SIDE:,}, --num-classes 1 to {MAX_SIDE**2:,}; got {size} and {classes}"
         )
-    if size % VAE_FACTOR:
-        raise CheckpointError(f"image size {size} is not a multiple of {VAE_FACTOR}")
-    side = size // VAE_FACTOR
+    # Published models are of latents; what was exported here may be of pixels, which its first layer's shape says.
+    anatomy = Anatomy.of(file.state)
+    latents = anatomy.input_channels not in PIXEL_CHANNELS
+    channels = anatomy.input_channels if anatomy.input_channels in PIXEL_CHANNELS else LATENT_CHANNELS
+    smallest = (VAE_FACTOR if latents else 1) * (anatomy.patch_size or 1)
+    if size % smallest:
+        raise CheckpointError(f"image size {size} is not a multiple of {smallest}")
+    side = size // VAE_FACTOR if latents else size
     spec = ModelSpec(
         name=name,
         options=options,
         input_size=(side, side),
-        in_channels=LATENT_CHANNELS,
+        in_channels=channels,
         num_classes=classes,
         source=source,
     )
     if backend is not None:
         spec = _on_device(spec, device, backend)
-    return Weights(path=path, sha256=sha256_of(path), spec=spec, state=file.state, latent_scale=LATENT_SCALE)
+    scale = LATENT_SCALE if latents else None
+    return Weights(path=path, sha256=sha256_of(path), spec=spec, state=file.state, latent_scale=scale)
 
 
 def _asked(path: Path, published: Published | None, file: PublishedFile) -> Published:

@@ -25,7 +25,7 @@ from dig.cli import app
 from dig.registry import ModelSpec, create_model, parse_model
 from dig.sampling.exporting import Format, export
 from dig.sampling.trained import HEADER
-from dig.sampling.weights import Weights, load_weights
+from dig.sampling.weights import Published, Weights, load_weights
 from dig.training.saving import CheckpointError
 from tests.dig.tiny import TINY, TINY_DIT, build_dit, using
 from tests.helpers import example, randomize, relative_error
@@ -212,6 +212,24 @@ def test_metas_file_says_itself_what_it_is(tmp_path: Path) -> None:
     torch.save({"ema": ours.state, "args": Namespace(model="UViT-H/2")}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match=r"trained as 'UViT-H/2'.*--model"):
         load_weights(tmp_path / "c.pt", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "DiG-S/2"])
+def test_the_authors_names_of_a_model_of_pixels_read_back(name: str, tmp_path: Path) -> None:
+    """Their files say nothing of pixels: its first layer's shape does."""
+    ours = weights_of(name, channels=3, latent_scale=None)
+    done = export(ours, tmp_path / "a.pt", format="release")
+    words = next(note for note in done.notes if "--model" in note).split("--model ")[1].split()
+    assert words[1:] == ["--image-size", "8", "--num-classes", "5"]
+    asked = Published(model=words[0], image_size=8, num_classes=5)
+    found = load_weights(done.path, published=asked, device="cpu")
+    assert same_bits(found.state, ours.state)
+    assert not found.latent
+    assert found.image_size == (8, 8)
+    x = example(ours.build("cpu"))
+    assert torch.equal(found.build("cpu")(*x), ours.build("cpu")(*x))
+    with pytest.raises(CheckpointError, match="image size 9 is not a multiple of 2"):
+        load_weights(done.path, published=replace(asked, image_size=9), device="cpu")
 
 
 def test_what_a_file_says_of_itself_is_checked(tmp_path: Path) -> None:

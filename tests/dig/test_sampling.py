@@ -257,7 +257,7 @@ def test_published_files(tmp_path: Path) -> None:
         ({"num_classes": 7}, "it has classes 7 (model: 5); the weights are those of"),
         ({"input_size": (8, 8)}, "tokens (image size) 16 (model: 4)"),
         ({"variant": "release"}, "the weights are those of DiG-S/2:variant=release"),
-        ({"in_channels": 3}, "input channels 3 (model: 4)"),
+        ({"in_channels": 5}, "input channels 5 (model: 4)"),
     ],
 )
 def test_wrong_published_files_are_told_from_their_shapes(
