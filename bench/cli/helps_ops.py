@@ -19,7 +19,8 @@ HELPS = {
         groups={
             WHAT: "tokens heads key_width value_width batch dtype operations implementations",
             HOW: "samples kernels json",
-            TILES: "sweep chunks warps registers scan_warps scan_lanes scan_groups scan_steps",
+            TILES: "sweep chunks warps registers scan_warps scan_lanes scan_groups scan_steps "
+            "short_warps short_units short_steps",
         },
         examples=("python -m bench ops gla", "python -m bench ops gla --tokens 4096 --implementations triton"),
     ),
