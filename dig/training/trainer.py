@@ -156,11 +156,13 @@ class Trainer:
         share = share_of_first_weights(config.steps, config.ema, warmup=config.ema_warmup)
         if share > AVERAGE_WARNING:
             logger.warning(
-                "at step %d the averaged weights, which grids and samples are drawn with, will still be %.0f%% the %s; "
-                "a lower --ema, or --ema-warmup in a new folder, would be of use",
+                "at step %d the averaged weights, which grids and samples are drawn with, will be %.0f%% the %s: %s",
                 config.steps,
                 100 * share,
                 "weights of --init" if config.init else "first ones",
+                "take more steps, or sample with --weights raw"
+                if config.ema_warmup
+                else "a lower --ema, or --ema-warmup in a new folder, would be of use",
             )
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
