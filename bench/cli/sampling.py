@@ -163,8 +163,13 @@ def sampling(
         if not abs(cfg) <= MOST_CFG:
             raise ValueError(f"--cfg must be a number up to {MOST_CFG:g}; got {cfg:g}")
         if where == "cpu":
-            size, resolutions, batch = size or "S", resolutions or "64", 4 if batch is None else batch
-        groups = _cases(models or DEFAULT_MODELS[where], size or "XL", patch, resolutions or "256,1024", batch, setting)
+            size, resolutions, batch = (
+                size or "S",
+                "64" if resolutions is None else resolutions,
+                4 if batch is None else batch,
+            )
+        sides = "256,1024" if resolutions is None else resolutions
+        groups = _cases(models or DEFAULT_MODELS[where], size or "XL", patch, sides, batch, setting)
     except ValueError as error:
         refuse(str(error))
     console = Console(stderr=True)

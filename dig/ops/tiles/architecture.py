@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -56,7 +56,6 @@ class Architecture:
     products: ProductChoices
     weights: WeightTiles
     condition: VectorTiles
-    _chosen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.descriptors and (self.products.narrow or self.products.wide):
@@ -101,9 +100,11 @@ class Architecture:
 
     def _once(self, asked: tuple[object, ...], choose: Callable[[], T]) -> T:
         """What is chosen, kept by what was asked for: every launch asks."""
-        if asked not in self._chosen:
-            self._chosen[asked] = choose()
-        chosen: T = self._chosen[asked]
+        # Not a field: it is no fact of the architecture, and no copy of this may have it.
+        known: dict[Any, Any] = self.__dict__.setdefault("_chosen", {})
+        if asked not in known:
+            known[asked] = choose()
+        chosen: T = known[asked]
         return chosen
 
     def _fits(self, shared_memory: int) -> bool:
