@@ -41,7 +41,7 @@ def fetch(name: str, *, patterns: Sequence[str], needed: Sequence[str], what: st
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    aside = f"give the folder of a download instead, or run once where the hub can be reached: hf download {name}"
+    instead = f"give the folder of a download instead, or run once where the hub can be reached: hf download {name}"
     try:
         with quietly():
             folder = Path(hub.snapshot_download(name, local_files_only=True, allow_patterns=list(patterns)))
@@ -53,7 +53,7 @@ def fetch(name: str, *, patterns: Sequence[str], needed: Sequence[str], what: st
         raise HubError(f"{what} {name!r} is neither a folder nor a name on the hub: {str(error)[:200]}") from None
     if constants.HF_HUB_OFFLINE:
         raise HubError(
-            f"{what} {name!r} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE is set; {aside}"
+            f"{what} {name!r} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE is set; {instead}"
         )
     try:
         with quietly():
@@ -66,11 +66,11 @@ def fetch(name: str, *, patterns: Sequence[str], needed: Sequence[str], what: st
             f"{what} {name!r} is neither a folder nor a name on the hub (a private one needs hf auth login)"
         ) from None
     except HfHubHTTPError as error:
-        raise HubError(f"the hub refuses {what} {name!r}: {' '.join(str(error).split())[:200]}; {aside}") from None
+        raise HubError(f"the hub refuses {what} {name!r}: {' '.join(str(error).split())[:200]}; {instead}") from None
     # The client's connection has errors of its own, by the version of the library beneath.
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise HubError(
             f"{what} {name!r} is neither a folder nor in the hub's cache, and the hub cannot be reached ({reason}); "
-            f"{aside}"
+            f"{instead}"
         ) from None

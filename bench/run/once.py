@@ -22,7 +22,7 @@ def measure(
     what: str | Backbone | Callable[[], object],
     *,
     mode: str = "forward",
-    resolution: int = 256,
+    resolution: int | None = None,
     batch: int = 1,
     dtype: str | None = None,
     execution: str | None = None,
@@ -38,7 +38,7 @@ def measure(
             and again. Of both the answer is a `bench.measure.here.Here`, whose ``marks`` say ``in-process``: nothing
             was compared with a reference, and nothing is known of the kernels.
         mode: ``train`` or ``forward``, of a model.
-        resolution: Of a name, in pixels.
+        resolution: Of a name, in pixels; 256 if not given. A backbone has its own.
         batch: Images a step; of a function, what ``fps`` counts.
         dtype: ``bf16`` or ``fp32``; bf16 on a GPU if not given.
         execution: Of a model; ``eager`` in this process if not given.
@@ -52,10 +52,12 @@ def measure(
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
     if isinstance(what, str):
-        options = {"modes": mode, "resolutions": resolution, "batch": batch, "dtype": dtype, "device": device}
+        options = {"modes": mode, "resolutions": resolution or 256, "batch": batch, "dtype": dtype, "device": device}
         return _by_name(what, {**options, "executions": execution}, out)
     if out is not None:
         raise ValueError("out is of a model by name: what is measured in this process is no row of a results file")
+    if resolution is not None:
+        raise ValueError("resolution is of a model by name: a backbone has its own size, and a step does what it does")
     from bench.measure.here import measure_model, measure_step
     from dig.layers import Backbone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -48,6 +49,8 @@ def plan_samples(
     Raises:
         ValueError: There is no such class, or it can't be sampled so.
     """
+    if classes is not None and not hasattr(classes, "__iter__"):
+        raise ValueError(f"classes are a list, [3, 7], or the command's text; got {classes!r}")
     text = classes if classes is None or isinstance(classes, str) else ",".join(map(_word, classes))
     labels = parse_classes(text, class_names, num_classes, num_classes)
     plan = SamplePlan(
@@ -70,7 +73,13 @@ def _word(label: int | str | None) -> str:
         return "@null"
     if isinstance(label, str):
         return '"' + label.replace('"', '""') + '"'
-    return f"@{int(label)}" if label >= 0 else str(int(label))
+    try:
+        if isinstance(label, bool):
+            raise TypeError
+        index = operator.index(label)  # NumPy's and torch's whole numbers too
+    except TypeError:
+        raise ValueError(f"classes are indices, names, or None for no class; got {label!r}") from None
+    return f"@{index}" if index >= 0 else str(index)
 
 
 def doubts(trained: Trained, plan: SamplePlan) -> list[str]:

@@ -82,6 +82,7 @@ def test_what_cannot_be_measured_is_told() -> None:
         (model(), {"execution": "graph"}, "eagerly or compiled"),
         (model(), {"batch": 0}, "batch must be"),
         (model(), {"out": "x"}, "out is of a model by name"),
+        (model(), {"resolution": 64}, "resolution is of a model by name"),
         (lambda: None, {"device": "tpu"}, "device must be"),
     ):
         with pytest.raises(ValueError, match=message):
