@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SCAN_FLOPS = 9
 """FLOPs of a selective scan for each channel, token and state value, by mamba-ssm's own count."""
+WHOLE_READS = 8
+"""Tokens that causal-conv1d reads at once from a row, 16 bytes in bf16, where their number is a multiple of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +102,16 @@ def mamba_ssm_direction(xz: Tensor, weights: DirectionWeights, out_proj: Tensor)
 
     It includes the output projection. That is linear, so projecting each direction and adding gives what DiS computes
     by adding first; the separate functions would be exact too, but keep more for the backward pass than DiS deserves.
+
+    Tokens of zeros behind the last one, which nothing before them sees, make their number a multiple of 8. With any
+    other number causal-conv1d (1.7.0 and before) reads number by number. And where the last of its pieces of 1024
+    tokens has fewer than 8, its backward pass (``causal_conv1d_bwd_kernel``, with SiLU) takes inputs before that piece
+    for zeros: DiS' 2 tokens more than patches are such a piece at 512, 1024 and 2048 pixels.
     """
     interface = require("mamba_ssm.ops.selective_scan_interface", "backend='mamba-ssm'")
+    tokens = xz.shape[-1]
     output: Tensor = interface.mamba_inner_fn(
-        xz,
+        F.pad(xz, (0, -tokens % WHOLE_READS)),
         weights.conv_weight,
         weights.conv_bias,
         weights.x_proj,
@@ -118,7 +126,7 @@ def mamba_ssm_direction(xz: Tensor, weights: DirectionWeights, out_proj: Tensor)
         delta_bias=weights.dt_bias.float(),
         delta_softplus=True,
     )
-    return output
+    return output[:, :tokens]
 
 
 Direction = Callable[[Tensor, DirectionWeights, Tensor], Tensor]

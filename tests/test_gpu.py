@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.cases.case import Case
 from bench.cases.jobs import Budget, Limits, ParityJob
 from bench.cases.suites import sweep
 from bench.models import create_model
+from bench.parity.inputs import fill_zeros
+from bench.parity.operation import check_operation
 from bench.run.checkouts import copy_tree
 from bench.run.runner import Sweep, run_job, run_sweep
 from bench.run.side import Side
@@ -70,6 +73,15 @@ def test_flash_dit_equals_dit(attention: str) -> None:
 def test_dis_on_mamba_ssm_equals_reference(dtype: torch.dtype) -> None:
     twin = create_model("DiS-S/2", image_size=128, backend="mamba-ssm")
     _assert_twins(create_model("DiS-S/2", image_size=128), twin, dtype=dtype)
+
+
+def test_a_scan_whose_last_piece_is_two_tokens_has_right_gradients() -> None:
+    """1026 tokens, as DiS has at 512 pixels: causal-conv1d alone would get those of the tokens before them wrong."""
+    case = Case(model="DiS-S/2", options=(("backend", "mamba-ssm"),), resolution=512, dtype="bf16", mode="train")
+    model = create_model(case.model, image_size=512, backend="mamba-ssm", device="cuda")
+    fill_zeros(model)
+    found = check_operation(case, model)
+    assert found is not None
 
 
 def test_dig_on_fla_equals_reference() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from baselines.attention import attend
 from baselines.dis import DiS, DiSConfig
-from baselines.selective_scan import selective_scan
+from baselines.selective_scan import DirectionWeights, mamba_ssm_direction, reference_direction, selective_scan
 from bench.models import create_model
 from dig.layers import sincos_position_embedding
 from tests.helpers import example, randomize, relative_error
@@ -65,6 +66,40 @@ def test_selective_scan_is_its_recurrence() -> None:
                 h = torch.exp(delta[i, e, t] * A[e]) * h + delta[i, e, t] * b[i, :, t] * u[i, e, t]
                 expected[i, e, t] = h @ c[i, :, t]
     assert relative_error(selective_scan(u, delta, A, b, c), expected) < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 13])
+def test_mamba_ssm_is_given_whole_reads_and_dis_its_own_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package's function replaced by the reference: outputs and gradients are those of the tokens alone."""
+    given: list[int] = []
+
+    def mamba_inner_fn(xz: Tensor, *args: Any, delta_bias: Tensor, delta_softplus: bool) -> Tensor:
+        given.append(xz.shape[-1])
+        conv_weight, conv_bias, x_proj, dt_proj, out_proj, _, A, _, _, D = args
+        weights = DirectionWeights(
+            conv_weight=conv_weight,
+            conv_bias=conv_bias,
+            x_proj=x_proj,
+            dt_proj=dt_proj,
+            dt_bias=delta_bias,
+            A=A,
+            D=D,
+        )
+        return reference_direction(xz, weights, out_proj)
+
+    monkeypatch.setattr("baselines.selective_scan.require", lambda *_: SimpleNamespace(mamba_inner_fn=mamba_inner_fn))
+    mixer = randomize(DiS(DiSConfig(input_size=(8, 8), depth=2, width=32, num_classes=3))).mid_block.mixer
+    E = mixer.in_proj.out_features // 2
+    results = []
+    for direction in (reference_direction, mamba_ssm_direction):
+        xz = torch.randn(2, 2 * E, tokens, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = direction(xz, mixer.weights(""), mixer.out_proj.weight)
+        (gradient,) = torch.autograd.grad(y.square().sum(), xz)
+        results.append((y, gradient))
+    assert given[0] % 8 == 0
+    assert 0 <= given[0] - tokens < 8
+    for right, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right)
 
 
 def test_dis_sees_both_directions() -> None:
