@@ -68,7 +68,11 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseJob:
-    """Measure a case; the answer is a row as JSON, and before it every `Phase` as it begins."""
+    """Measure a case; the answer is a row as JSON, and before it every `Phase` as it begins.
+
+    Attributes:
+        built: What the case compiles was compiled before, and lies on the disk.
+    """
 
     case: Case
     budget: Budget
@@ -76,6 +80,7 @@ class CaseJob:
     matmul_ceiling: float | None
     launch: int = 0
     key: str = ""
+    built: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +107,15 @@ class ProbeJob:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildJob:
-    """Build a case's kernels and time nothing; the answer is ``ok``, or the status of what was raised."""
+    """Build a case's kernels and time nothing; the answer is ``ok``, or the status of what was raised.
+
+    Attributes:
+        case: What to build.
+        threads: Processes that Inductor may compile in: many cases share the cores.
+    """
 
     case: Case
+    threads: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

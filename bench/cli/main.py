@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -222,12 +223,13 @@ def _run(
         try:
             with Waiting(console, total=len(sweep.remaining)) as waiting:
                 if ahead:
-                    build_ahead(
+                    went = build_ahead(
                         dict.fromkeys(launch.case for launch in sweep.remaining),
                         at_once=ahead,
                         limits=limits,
                         on_start=lambda case: waiting.show(f"{case.describe()}: building ahead"),
                     )
+                    sweep = replace(sweep, built=frozenset(case for case, status in went.items() if status == "ok"))
                 rows = run_sweep(
                     sweep,
                     writer,

@@ -23,9 +23,21 @@ def keep_no_tuning() -> None:
     setattr(AutotuneCache, "save", forget)  # noqa: B010 - a method, to mypy
 
 
-def build(case: Case) -> str:
+def compile_in(threads: int) -> None:
+    """Let Inductor compile in so many processes; with 1 in this one, and it starts no others.
+
+    It would start one a core, each of which imports PyTorch: for seconds they are in the way of what is built beside
+    them, and of a case whose kernels only have to be read from the disk.
+    """
+    from torch._inductor import config
+
+    config.compile_threads = threads
+
+
+def build(case: Case, *, threads: int = 1) -> str:
     """Run a case's step as often as it takes to build its kernels: ``ok``, or the status of what was raised."""
     try:
+        compile_in(threads)
         keep_no_tuning()
         warm_up(build_step(case).run, case.device)
     except Exception as error:

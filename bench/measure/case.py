@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, Phase
+from bench.measure.build import compile_in
 from bench.measure.clocks import Watch
 from bench.measure.failures import failure
 from bench.measure.flops import step_flops
@@ -98,6 +99,8 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
     watch = Watch(gpu)  # Before CUDA starts here: what is on the card now is somebody else's.
     meter = MemoryMeter(case.device, gpu)
     tell("building")
+    if job.built:
+        compile_in(1)
     step = build_step(case)
     meter.built()
     clock.append(time.perf_counter())

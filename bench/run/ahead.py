@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -39,6 +40,7 @@ def build_ahead(
         How each went: ``ok``, or a status.
     """
     waiting = [case for case in cases if gains(case)]
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
     running: dict[Worker, tuple[Case, float]] = {}
     went: dict[Case, str] = {}
     try:
@@ -46,7 +48,10 @@ def build_ahead(
             while waiting and len(running) < at_once:
                 case = waiting.pop(0)
                 on_start(case)
-                running[Worker("bench.run.worker:worker_main", BuildJob(case=case))] = case, time.monotonic()
+                running[Worker("bench.run.worker:worker_main", BuildJob(case=case, threads=threads))] = (
+                    case,
+                    time.monotonic(),
+                )
             for worker, (case, since) in list(running.items()):
                 late = time.monotonic() - since > limits.prepare
                 if late or worker.answered():

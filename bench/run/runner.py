@@ -95,6 +95,7 @@ class Sweep:
         budget: How long to sample, or None for the device's own.
         code: Content of the code that measures, by `bench.store.identity.code_hash`.
         environment: By `dig.environment.describe_environment`.
+        built: Cases whose kernels were built ahead.
         again_s: Seconds after which no throttled launch is measured again (`run_sweep`).
     """
 
@@ -105,6 +106,7 @@ class Sweep:
     budget: Budget | None = None
     code: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
+    built: frozenset[Case] = frozenset()
     again_s: float = 30.0
 
     def budget_of(self, case: Case) -> Budget:
@@ -161,6 +163,7 @@ def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Cas
                 matmul_ceiling=None,
                 launch=launch.number,
                 key=sweep.key(launch.case),
+                built=launch.case in sweep.built,
             )
         )
 

@@ -39,7 +39,7 @@ def _answer(job: Job, tell: Callable[[Phase], None]) -> Any:
     if isinstance(job, CaseJob):
         return measure_case(job, tell).to_json()
     if isinstance(job, BuildJob):
-        return build(job.case)
+        return build(job.case, threads=job.threads)
     if isinstance(job, ParityJob):
         return check_parity(job)
     return probe(job) if isinstance(job, ProbeJob) else measure_ceiling(job)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bench.cases.case import Case
-from bench.cases.jobs import Limits
+from bench.cases.jobs import Budget, BuildJob, CaseJob, Limits
 from bench.measure import build as building
+from bench.measure.case import measure_case
 from bench.run import ahead
 from bench.run.ahead import build_ahead, gains
 
 COMPILED = Case(model="DiT-S/8", resolution=64, execution="compile", dtype="fp32", device="cpu", mode="forward")
+SHORT = Budget(settle_s=0, settle_max_s=0, min_samples=3, least_s=0, target_s=0, max_samples=3)
 
 
 def test_what_is_compiled_gains_but_not_what_tunes_itself() -> None:
@@ -45,8 +48,12 @@ class FakeWorker:
 
 
 @pytest.fixture(autouse=True)
-def counted() -> None:
+def counted() -> Iterator[None]:
     FakeWorker.alive = FakeWorker.most = 0
+    config = pytest.importorskip("torch._inductor.config")
+    before = config.compile_threads
+    yield
+    config.compile_threads = before
 
 
 def test_so_many_run_at_once_and_a_slow_or_failing_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +72,7 @@ def test_an_interrupt_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ahead.time, "sleep", interrupt)
+    monkeypatch.setattr("time.sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_ahead([replace(COMPILED, resolution=512)], at_once=2, limits=Limits(), on_start=lambda case: None)
     assert FakeWorker.alive == 0
@@ -78,6 +85,35 @@ def test_a_build_keeps_no_choice_of_tiles(monkeypatch: pytest.MonkeyPatch) -> No
     building.keep_no_tuning()
     assert autotune.AutotuneCache.save is not kept
     assert autotune.AutotuneCache.save(object(), "config", 1, triton_cache_hash="x") is None
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_what_was_built_ahead_is_read_by_one_process(built: bool) -> None:
+    config = pytest.importorskip("torch._inductor.config")
+    config.compile_threads = 7
+    case = replace(COMPILED, execution="eager", scope="")
+    row = measure_case(CaseJob(case=case, budget=SHORT, environment={}, matmul_ceiling=None, built=built))
+    assert row.status == "ok"
+    assert config.compile_threads == (1 if built else 7)
+
+
+def test_cases_built_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("torch._inductor.config")
+    config.compile_threads = 7
+    monkeypatch.setattr(building, "keep_no_tuning", lambda: None)
+    assert building.build(replace(COMPILED, execution="eager", scope=""), threads=3) == "ok"
+    assert config.compile_threads == 3
+    jobs: list[BuildJob] = []
+
+    class Told(FakeWorker):
+        def __init__(self, entry: str, job: Any) -> None:
+            super().__init__(entry, job)
+            jobs.append(job)
+
+    monkeypatch.setattr(ahead, "Worker", Told)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    build_ahead([COMPILED], at_once=5, limits=Limits(), on_start=lambda case: None)
+    assert [job.threads for job in jobs] == [3]
 
 
 def test_what_a_build_raises_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
