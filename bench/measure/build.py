@@ -17,10 +17,11 @@ def keep_no_tuning() -> None:
     """
     from torch._inductor.runtime.autotune_cache import AutotuneCache
 
-    def forget(self: object, *choice: Any, **named: Any) -> None:
+    # By this name: compiled graphs are kept with their kernels' methods, which are looked up by name when they are read.
+    def save(self: object, *choice: Any, **named: Any) -> None:
         return None
 
-    setattr(AutotuneCache, "save", forget)  # noqa: B010 - a method, to mypy
+    setattr(AutotuneCache, "save", save)  # noqa: B010 - a method, to mypy
 
 
 def compile_in(threads: int) -> None:
