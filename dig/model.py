@@ -206,6 +206,7 @@ class DiG(Backbone):
         from dig import raster
         from dig.ops.derivatives import refuse_transforms
         from dig.ops.side_stream import on_side_stream, side_work
+        from dig.raster_gradients import gathers
 
         refuse_transforms()
         embeds = raster.can_embed(self.x_embedder)
@@ -229,12 +230,14 @@ class DiG(Backbone):
                 raise ValueError(f"t and y must have x's {len(x)} entries; got {tuple(t.shape)} and {tuple(y.shape)}")
             # Tokens may be overwritten that nobody keeps: no skip, and nobody who saw a block's result.
             kept = {self.config.skip_source(i) for i in range(len(self.blocks))}
+            again = torch.is_grad_enabled() and any(_recomputed(block) is not None for block in self.blocks)
             lookahead = raster.Lookahead(
                 weights,
                 activated,
                 like,
                 in_place=[unseen and i - 1 not in kept for i in range(len(self.blocks))],
-                prepares=not (torch.is_grad_enabled() and any(_recomputed(block) is not None for block in self.blocks)),
+                prepares=not again,
+                gathers=None not in weights and not again and gathers(),
             )
             lookahead.begin()
             with beside(activated):

@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -28,6 +29,7 @@ from dig.ops.condition import MOST_IMAGES, condition
 from dig.ops.side_stream import mark, on_side_stream, uses_side_stream, wait
 from dig.ops.weights import matrix_vector
 from dig.raster_block import folds_gates
+from dig.raster_gradients import gathered
 from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, adaln, modulations_of, prepare_block
 from dig.untouched import untouched, untouched_adaln, untouched_layer_norm, untouched_linear
 
@@ -135,21 +137,33 @@ class Lookahead:
         c: (B, D), the condition after its SiLU.
         x: Like the tokens (B, T, D); not read.
         in_place: As of `Ahead`, for every block.
+        gathers: Whether the blocks' gradients meet in one node (`dig.raster_gradients`); all weights are given then.
         prepares: Whether anything is prepared. Not for blocks that are run again in the backward pass: what is handed
             to them is kept until then.
     """
 
     def __init__(
-        self, weights: list[BlockWeights | None], c: Tensor, x: Tensor, *, in_place: list[bool], prepares: bool
+        self,
+        weights: list[BlockWeights | None],
+        c: Tensor,
+        x: Tensor,
+        *,
+        in_place: list[bool],
+        prepares: bool,
+        gathers: bool = False,
     ) -> None:
-        self._weights, self._c, self._dtype, self._in_place = weights, c, x.dtype, in_place
+        self._c, self._dtype, self._in_place = c, x.dtype, in_place
+        self._weights: Sequence[BlockWeights | None] = weights
+        self._conditions, self._across = [c] * len(weights), None
+        if gathers:
+            self._weights, self._conditions, self._across = gathered([w for w in weights if w is not None], c)
         self._prepares = prepares
         self._fold_gates = folds_gates(x)
         self._programs = programs_beside(x.shape[0] * x.shape[1])
         self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
         self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None
-        known = [w for w in weights if w is not None]
+        known = [w for w in self._weights if w is not None]
         whole = len(known) == len(weights) and self._fold_gates and not torch.compiler.is_compiling()
         if whole and all(FusedCast.fits(w.products, x) for w in known):
             # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
@@ -175,10 +189,11 @@ class Lookahead:
             prepared = self._prepare(i, None)
         return Ahead(
             weights=weights,
-            activated=self._c,
+            activated=self._conditions[i],
             prepared=prepared,
             fused_cast=self._fused_cast,
             in_place=self._in_place[i],
+            across=self._across,
         )
 
     def _begin(self, i: int) -> None:

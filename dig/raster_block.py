@@ -17,6 +17,7 @@ Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.library import unseen
 from dig.ops.linear import as_rows, weight_gradient
-from dig.ops.side_stream import mark, on_side_stream, side_work, wait
+from dig.ops.side_stream import Across, mark, on_side_stream, side_work, wait
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weights import gated_weight_gradient
@@ -119,15 +120,21 @@ def _add_and_convolve(
 class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order, for `train_block`, which names the arguments.
 
-    Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings and
-    the modulation (B, 6D) come `Products` (None where it is the parameter itself) and `BlockWeights`, field by field.
-    Of the modulation and the products nothing is differentiated: gradients go to the parameters and to c.
-    Differentiable once (`dig.ops.derivatives`).
+    Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
+    the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come `Products` (None
+    where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the products nothing is
+    differentiated: gradients go to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, c: Tensor, settings: Settings, modulation: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        c: Tensor,
+        settings: Settings,
+        across: Across | None,
+        modulation: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
         w = BlockWeights._make(tensors[_PRODUCTS:])
@@ -163,7 +170,7 @@ class RasterBlock(torch.autograd.Function):
             c=c,
         )
         ctx.save_for_backward(*kept, *tensors[_PRODUCTS:])
-        ctx.settings = settings
+        ctx.settings, ctx.across = settings, across
         return out
 
     @staticmethod
@@ -171,11 +178,11 @@ class RasterBlock(torch.autograd.Function):
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
         refuse_second_derivatives()
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
-        with side_work(dout.device):
+        with side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device):
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
         found = zip(gradients, needed, strict=True)
         weights = (gradient if asked else None for gradient, asked in found)
-        return dx, dc, None, None, *(None,) * _PRODUCTS, *weights
+        return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
 
 
 class Kept(NamedTuple):
@@ -221,17 +228,18 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         # Unless the graph is kept, each tensor can go when the last kernel that reads it has been launched.
         ctx.maybe_clear_saved_tensors()
     settings: Settings = ctx.settings
+    across: Across | None = ctx.across
     norm, grid, order = settings.norm, settings.grid, settings.order
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = x.shape[0] == 1
     ops = _operations(dout)
-    with on_side_stream():
+    with on_side_stream(ahead=True):
         p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
-    weights_ready = mark()
-    with on_side_stream(projected):
+    weights_ready = mark(ahead=True)
+    with on_side_stream(projected, ahead=True):
         # Of the recurrence's backward pass the first kernel waits for no gradient.
         sums = ops.mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
-    sums_ready = mark()
+    sums_ready = mark(ahead=True)
 
     # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
     # because the gate is in the weight.
@@ -250,6 +258,8 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     wait(weights_ready)
     dgate_up, hidden = ops.down_backward(d_branch, p.down_proj, gate_up)
     del gate_up
+    if across is not None:
+        across.catch_up()
     ddown = do_proj = dgate_proj = din_proj = None
     with on_side_stream(d_branch, hidden):
         if one_image:
@@ -283,11 +293,13 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     )
     dc = dadaln_weight = dadaln_bias = None
     if ctx.needs_input_grad[1] or needed.adaln_weight or needed.adaln_bias:
-        with on_side_stream(dgate1, dgate2):
+        with on_side_stream(dgate1, dgate2, c):
             dmodulation = torch.cat([dshift1, dscale1, dgate1, dshift2, dscale2, dgate2], dim=1)
             dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
     if needed.in_proj:
-        din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
+        # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
+        with nullcontext() if across is None else on_side_stream(dprojected, h):
+            din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
     products = {
         "in_proj": din_proj,
         "decay_weight": ddecay_weight,
@@ -309,7 +321,9 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     return dx, dc, gradients
 
 
-def train_block(x: Tensor, c: Tensor, prepared: Prepared, weights: BlockWeights, settings: Settings) -> Tensor:
+def train_block(
+    x: Tensor, c: Tensor, prepared: Prepared, weights: BlockWeights, settings: Settings, across: Across | None = None
+) -> Tensor:
     """`RasterBlock` by names.
 
     Args:
@@ -318,6 +332,7 @@ def train_block(x: Tensor, c: Tensor, prepared: Prepared, weights: BlockWeights,
         prepared: Without folded gates.
         weights: The block's.
         settings: Its settings.
+        across: As of `Ahead`.
 
     Returns:
         (B, T, D) in x's dtype.
@@ -325,7 +340,7 @@ def train_block(x: Tensor, c: Tensor, prepared: Prepared, weights: BlockWeights,
     # A parameter that is its own copy goes in once, so that it has one gradient.
     pairs = zip(prepared.products, weights.products, strict=True)
     copies = (None if copy is weight else copy for copy, weight in pairs)
-    out: Tensor = RasterBlock.apply(x, c, settings, prepared.modulation, *copies, *weights)
+    out: Tensor = RasterBlock.apply(x, c, settings, across, prepared.modulation, *copies, *weights)
     return out
 
 
@@ -401,7 +416,7 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     if prepared is None:
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)
     if torch.is_grad_enabled():
-        return train_block(x, activated, prepared, weights, settings)
+        return train_block(x, activated, prepared, weights, settings, None if ahead is None else ahead.across)
     if not fold_gates:
         return infer_images(x, prepared, weights, settings)
     fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)

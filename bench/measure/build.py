@@ -17,7 +17,7 @@ def keep_no_tuning() -> None:
     """
     from torch._inductor.runtime.autotune_cache import AutotuneCache
 
-    # By this name: compiled graphs are kept with their kernels' methods, which are looked up by name when they are read.
+    # By this name: compiled graphs are kept with their kernels' methods, which are looked up by name later.
     def save(self: object, *choice: Any, **named: Any) -> None:
         return None
 

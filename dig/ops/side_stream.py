@@ -6,6 +6,10 @@ is captured, `on_side_stream` puts such work on a second stream, so that the gra
 the SMs that a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is what a
 step of batch 1 waits for, and two streams would only give it more to do: everything runs in order.
 
+A backward pass is many parts, block by block. `Across` lets the side stream run on from one into the next, which then
+need not wait for the gradients of the weights before it; what a part needs soon after it begins goes to a third stream
+(``ahead``), where it doesn't queue behind those.
+
 The same kernels add up the same numbers either way, so the results are the same bits.
 
 **Memory.** PyTorch's allocator hands a freed tensor's memory out again to the stream that it came from, at once. What
@@ -16,7 +20,7 @@ on it, which begins by waiting for all that was launched before it, gets that me
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -34,26 +38,32 @@ class _Scopes(threading.local):
 
 
 class _Scope:
-    """The two streams of a capture, and what the second still reads."""
+    """The streams of a capture, and what those beside the first still read."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, third: bool = False) -> None:
         self.main = torch.cuda.current_stream(device)
-        self.side = _side_stream(device)
+        self.side = _beside(device, "side")
+        self.ahead = _beside(device, "ahead") if third else self.side
         self.held: list[Tensor | None] = []
         self.launch = launch_context(device)
         # What the stream did before is not known here.
         self.launch.stream_waits(self.main)
-        self.fork()
+        for stream in self._others():
+            self.fork(stream)
 
-    def fork(self) -> None:
-        """Let what comes next on the side stream wait for all that has been launched so far."""
-        self.side.wait_stream(self.main)
-        self.launch.stream_waits(self.side)
+    def _others(self) -> Iterable[torch.cuda.Stream]:
+        return dict.fromkeys((self.side, self.ahead))
+
+    def fork(self, stream: torch.cuda.Stream) -> None:
+        """Let what comes next on a stream beside the main one wait for all that has been launched on that so far."""
+        stream.wait_stream(self.main)
+        self.launch.stream_waits(stream)
 
     def join(self, point: torch.cuda.Event | None = None) -> None:
-        """Let what comes next on the main stream wait for this point of the side stream, or for all of it so far."""
+        """Let what comes next on the main stream wait for a point of another one, or for all of them so far."""
         if point is None:
-            self.main.wait_stream(self.side)
+            for stream in self._others():
+                self.main.wait_stream(stream)
         else:
             self.main.wait_event(point)
         self.launch.stream_waits(self.main)
@@ -61,21 +71,24 @@ class _Scope:
 
 _scopes = _Scopes()
 _IN_ORDER: AbstractContextManager[None] = nullcontext()
-_side_streams: dict[int, torch.cuda.Stream] = {}
+_streams: dict[tuple[int, str], torch.cuda.Stream] = {}
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    index = gpu_index(device)
-    if index not in _side_streams:
-        _side_streams[index] = torch.cuda.Stream(index)
-    return _side_streams[index]
+def _beside(device: torch.device, name: str) -> torch.cuda.Stream:
+    key = gpu_index(device), name
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(key[0])
+    return _streams[key]
+
+
+def _may_fork(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, by nobody who compiles."""
+    return not torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def side_work(device: torch.device) -> AbstractContextManager[None]:
     """Let there be a side stream within, where a CUDA graph is being captured; all of it is joined at the end."""
-    if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return _IN_ORDER
-    return _open_scope(device)
+    return _open_scope(device) if _may_fork(device) else _IN_ORDER
 
 
 @contextmanager
@@ -89,7 +102,53 @@ def _open_scope(device: torch.device) -> Iterator[None]:
         scope.join()
 
 
-def on_side_stream(*reads: Tensor | None) -> AbstractContextManager[None]:
+class Across:
+    """Side work of a backward pass that is gone back through part by part, as autograd's nodes are.
+
+    Each part begins while the side stream still does what the one before left to it. Nobody may read that before
+    `join`; where the pass ends without, its end joins.
+    """
+
+    def __init__(self) -> None:
+        self._scope: _Scope | None = None
+        self._before: tuple[torch.cuda.Event, list[Tensor | None]] | None = None
+
+    def part(self, device: torch.device) -> AbstractContextManager[None]:
+        """`side_work` of one part, within a node's backward pass."""
+        return self._part(device) if _may_fork(device) else _IN_ORDER
+
+    @contextmanager
+    def _part(self, device: torch.device) -> Iterator[None]:
+        if self._scope is None:
+            self._scope = _Scope(device, third=True)
+            torch.autograd.Variable._execution_engine.queue_callback(self.join)
+        self.catch_up()
+        scope = self._scope
+        self._before = scope.side.record_event(), scope.held
+        scope.held = []
+        _scopes.open.append(scope)
+        try:
+            yield
+        finally:
+            _scopes.open.remove(scope)
+
+    def catch_up(self) -> None:
+        """Go on after all that the part before this one left to the side stream, whose tensors are then let go.
+
+        To be called in each part once, where that has long been done: until then the memory is not free.
+        """
+        if self._scope is not None and self._before is not None:
+            self._scope.join(self._before[0])
+            self._before = None
+
+    def join(self) -> None:
+        """Go on after all of it."""
+        scope, self._scope, self._before = self._scope, None, None
+        if scope is not None:
+            scope.join()
+
+
+def on_side_stream(*reads: Tensor | None, ahead: bool = False) -> AbstractContextManager[None]:
     """Launch what is within beside the critical path, after all that has been launched so far.
 
     Nothing outside may read its results before `wait`, or before the end of `side_work`.
@@ -97,17 +156,19 @@ def on_side_stream(*reads: Tensor | None) -> AbstractContextManager[None]:
     Args:
         *reads: The tensors that it reads or writes and that were allocated outside; they are held until the end of
             `side_work`.
+        ahead: Whether something soon waits for it: in a part of `Across` it then has a stream of its own.
     """
     if not uses_side_stream():
         return _IN_ORDER
-    return _fork(_scopes.open[-1], reads)
+    scope = _scopes.open[-1]
+    return _fork(scope, scope.ahead if ahead else scope.side, reads)
 
 
 @contextmanager
-def _fork(scope: _Scope, reads: tuple[Tensor | None, ...]) -> Iterator[None]:
+def _fork(scope: _Scope, stream: torch.cuda.Stream, reads: tuple[Tensor | None, ...]) -> Iterator[None]:
     scope.held.extend(reads)
-    scope.fork()
-    with torch.cuda.stream(scope.side):
+    scope.fork(stream)
+    with torch.cuda.stream(stream):
         yield
 
 
@@ -116,11 +177,16 @@ def uses_side_stream() -> bool:
     return not torch.compiler.is_compiling() and bool(_scopes.open)
 
 
-def mark() -> torch.cuda.Event | None:
-    """A point that `wait` can wait for: the end of all that is on the side stream so far. None where nothing is."""
+def mark(*, ahead: bool = False) -> torch.cuda.Event | None:
+    """A point that `wait` can wait for: the end of all that is on the side stream so far. None where nothing is.
+
+    Args:
+        ahead: As of `on_side_stream`: of what was launched there.
+    """
     if not uses_side_stream():
         return None
-    return _scopes.open[-1].side.record_event()
+    scope = _scopes.open[-1]
+    return (scope.ahead if ahead else scope.side).record_event()
 
 
 def wait(point: torch.cuda.Event | None) -> None:
