@@ -26,7 +26,7 @@ from dig.layers import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, 
 from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
 from dig.ops.condition import MOST_IMAGES, condition
-from dig.ops.side_stream import mark, on_side_stream, uses_side_stream, wait
+from dig.ops.side_stream import Point, mark, on_side_stream, uses_side_stream, wait
 from dig.ops.weights import matrix_vector
 from dig.raster_block import folds_gates
 from dig.raster_gradients import gathered
@@ -160,7 +160,7 @@ class Lookahead:
         self._prepares = prepares
         self._fold_gates = folds_gates(x)
         self._programs = programs_beside(x.shape[0] * x.shape[1])
-        self._upcoming: tuple[Prepared, torch.cuda.Event | None] | None = None
+        self._upcoming: tuple[Prepared, Point | None] | None = None
         self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None
         known = [w for w in self._weights if w is not None]

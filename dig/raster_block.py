@@ -30,7 +30,7 @@ from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums, order_code
 from dig.ops.library import unseen
 from dig.ops.linear import as_rows, weight_gradient
-from dig.ops.side_stream import Across, mark, on_side_stream, side_work, wait
+from dig.ops.side_stream import Across, let_go, mark, on_side_stream, side_work, wait
 from dig.ops.srem.fused import srem_backward, srem_forward
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weights import gated_weight_gradient
@@ -258,8 +258,6 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     wait(weights_ready)
     dgate_up, hidden = ops.down_backward(d_branch, p.down_proj, gate_up)
     del gate_up
-    if across is not None:
-        across.catch_up()
     ddown = do_proj = dgate_proj = din_proj = None
     with on_side_stream(d_branch, hidden):
         if one_image:
@@ -274,9 +272,12 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     if needed.gate_proj:
         with on_side_stream(dgate_up, h):
             dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h))
+    second_half = mark()
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
     wait(sums_ready)
+    if across is not None:
+        across.catch_up()
     dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = ops.mixer_backward(
         projected, p.decay_weight, w.decay_bias, w.head_norm, states, sums, _linear_backward(d_branch, p.o_proj),
         settings.heads, *grid, order_code(order), EPS, True,
@@ -293,13 +294,16 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     )
     dc = dadaln_weight = dadaln_bias = None
     if ctx.needs_input_grad[1] or needed.adaln_weight or needed.adaln_bias:
-        with on_side_stream(dgate1, dgate2, c):
-            dmodulation = torch.cat([dshift1, dscale1, dgate1, dshift2, dscale2, dgate2], dim=1)
+        parts = [dshift1, dscale1, dgate1, dshift2, dscale2, dgate2]
+        with on_side_stream(*parts, c):
+            dmodulation = torch.cat(parts, dim=1)
             dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
     if needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
         with nullcontext() if across is None else on_side_stream(dprojected, h):
             din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
+    # Done by now; the most of what is held.
+    let_go(second_half)
     products = {
         "in_proj": din_proj,
         "decay_weight": ddecay_weight,

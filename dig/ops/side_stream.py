@@ -22,6 +22,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ class Across:
     def catch_up(self) -> None:
         """Go on after all that the part before this one left to the side stream, whose tensors are then let go.
 
-        To be called in each part once, where that has long been done: until then the memory is not free.
+        To be called in each part once, where that has been done: until then the memory is not free.
         """
         if self._scope is not None and self._before is not None:
             self._scope.join(self._before[0])
@@ -177,7 +178,14 @@ def uses_side_stream() -> bool:
     return not torch.compiler.is_compiling() and bool(_scopes.open)
 
 
-def mark(*, ahead: bool = False) -> torch.cuda.Event | None:
+class Point(NamedTuple):
+    """The end of all that is on a stream beside the main one so far, and how many tensors are held by then."""
+
+    event: torch.cuda.Event
+    held: int
+
+
+def mark(*, ahead: bool = False) -> Point | None:
     """A point that `wait` can wait for: the end of all that is on the side stream so far. None where nothing is.
 
     Args:
@@ -186,10 +194,18 @@ def mark(*, ahead: bool = False) -> torch.cuda.Event | None:
     if not uses_side_stream():
         return None
     scope = _scopes.open[-1]
-    return (scope.ahead if ahead else scope.side).record_event()
+    return Point((scope.ahead if ahead else scope.side).record_event(), len(scope.held))
 
 
-def wait(point: torch.cuda.Event | None) -> None:
+def wait(point: Point | None) -> None:
     """Go on after this point: what was on the side stream before it may be read."""
     if point is not None:
-        _scopes.open[-1].join(point)
+        _scopes.open[-1].join(point.event)
+
+
+def let_go(point: Point | None) -> None:
+    """`wait`, and hold no longer what the side stream read before this point; nothing else may read that beside it."""
+    if point is not None:
+        wait(point)
+        scope = _scopes.open[-1]
+        scope.held[: point.held] = [None] * point.held
