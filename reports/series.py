@@ -55,6 +55,8 @@ DOUBTS: Mapping[Mark, tuple[str, str]] = {
     "small-parity": ("p", "its operation was compared with a truth on a small input only"),
     "not-rechecked": ("c", "what was timed was not run again on other inputs"),
     "l2-warm": ("l", "its data may have stayed in the L2 cache from step to step"),
+    "host-shared": ("h", "launched by the host step by step while another case ran on a neighbouring GPU"),
+    "beside-another": ("b", "another case ran on a neighbouring GPU"),
 }
 """Letter and meaning of each mark that is a reason to doubt a row's times."""
 ASSUMED_NOTE = "* DiS-XL is assumed (1152 wide, 48 deep): the published DiS has no XL."

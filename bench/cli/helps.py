@@ -8,6 +8,7 @@ WHAT = "What is measured"
 HOW = "How it runs"
 LIMITS = "Limits and files"
 VERDICT = "Verdict"
+GPUS = "Several GPUs"
 
 FIRST = (
     "python -m bench list",
@@ -20,6 +21,7 @@ HELPS = {
             WHAT: "suite models sizes patch resolutions modes batch",
             HOW: "executions compile_scope max_autotune dtype weights device launches",
             LIMITS: "out resume ahead prepare_limit time_limit dry_run quiet",
+            GPUS: "gpus alone spread",
         },
         examples=(
             "python -m bench run --suite auto --resume",

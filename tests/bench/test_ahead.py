@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,6 +14,7 @@ from bench.cases.jobs import Limits
 from bench.measure import build as building
 from bench.run import ahead
 from bench.run.ahead import build_ahead, gains
+from bench.run.gpus import Card
 
 COMPILED = Case(model="DiT-S/8", resolution=64, execution="compile", dtype="fp32", device="cpu", mode="forward")
 
@@ -29,8 +30,11 @@ class FakeWorker:
 
     alive = most = 0
 
-    def __init__(self, entry: str, job: Any) -> None:
+    given: ClassVar[list[Any]] = []
+
+    def __init__(self, entry: str, job: Any, *, variables: Any) -> None:
         self.case, self.began = job.case, time.monotonic()
+        FakeWorker.given.append(variables)
         FakeWorker.alive += 1
         FakeWorker.most = max(FakeWorker.most, FakeWorker.alive)
 
@@ -53,7 +57,10 @@ def test_so_many_run_at_once_and_a_slow_or_failing_one_stops_nobody(monkeypatch:
     monkeypatch.setattr(ahead, "Worker", FakeWorker)
     cases = [replace(COMPILED, resolution=64 * n) for n in (1, 2, 3, 4, 8)]
     began: list[Case] = []
-    went = build_ahead(cases, at_once=2, limits=Limits(prepare=0.4), on_start=began.append)
+    FakeWorker.given.clear()
+    cards = (Card(index=0, uuid="GPU-a"), Card(index=1, uuid="GPU-b"))
+    went = build_ahead(cases, at_once=2, limits=Limits(prepare=0.4), on_start=began.append, cards=cards)
+    assert FakeWorker.given == [{"CUDA_VISIBLE_DEVICES": f"GPU-{which}"} for which in "ababa"]
     assert began == cases
     assert [went[case] for case in cases] == ["ok", "ok", "ok", "oom", "timeout"]
     assert (FakeWorker.most, FakeWorker.alive) == (2, 0)

@@ -386,12 +386,12 @@ def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch:
     monkeypatch.setattr(runner, "run_job", answer)
     referee = Referee(limits=Limits())
     for mode in ("forward", "train", "forward", "train"):
-        assert referee._agreement(small(mode=mode)) == (answers["train"] if "train" in asked else answers["forward"])
+        assert referee.agreement(small(mode=mode)) == (answers["train"] if "train" in asked else answers["forward"])
     assert asked == ["forward", "train"]
     answers["train"] = {"status": "error", "message": "gradients"}
     referee = Referee(limits=Limits())
-    assert "message" in referee._agreement(small(mode="train"))
-    assert "message" not in referee._agreement(small(mode="forward"))
+    assert "message" in referee.agreement(small(mode="train"))
+    assert "message" not in referee.agreement(small(mode="forward"))
 
 
 def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
