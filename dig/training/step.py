@@ -25,6 +25,7 @@ from dig.graphs import Captured, CaptureError, capture
 from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
 from dig.training.average import moving_average
+from dig.training.blocks import blocks_of
 from dig.training.config import TrainConfig
 from dig.training.freezing import freeze
 from dig.training.inputs import StepInputs
@@ -66,8 +67,6 @@ def _strictly_deterministic() -> Iterator[None]:
 def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     """Make every block of a model keep its inputs only, and compute the rest again in the backward pass.
 
-    A block is a member of a `ModuleList` whose name ends in ``blocks``, or a module whose name ends in ``block``.
-
     Args:
         model: Parameters keep their names. Its blocks' ``forward`` is replaced, but for DiG, which does it itself
             (`dig.model.DiG.recompute_blocks`).
@@ -82,14 +81,7 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     if isinstance(model, DiG):
         model.recompute_blocks(preserve_rng_state=preserve_rng_state)
         return len(model.blocks)
-    blocks: list[nn.Module] = []
-    for name, child in model.named_children():
-        if name.endswith("blocks") and isinstance(child, nn.ModuleList):
-            blocks += list(child)
-        elif name.endswith("block"):
-            blocks.append(child)
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no blocks whose activations could be left out")
+    blocks = blocks_of(model)
     for block in blocks:
         block.forward = _checkpointed(block.forward, preserve_rng_state)
     return len(blocks)
