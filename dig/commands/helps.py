@@ -23,11 +23,12 @@ HELPS = {
             "Optimisation": "batch accumulate lr schedule warmup clip weight_decay",
             "Loss and averages": "loss label_dropout ema ema_warmup",
             "Logging and saving": "log_every save_every keep grid_every grid_steps grid_cfg log",
-            MACHINE: "device dtype execution deterministic",
+            MACHINE: "device dtype execution deterministic parallel hang_timeout",
         },
         examples=(
             "python -m dig train --model DiG-S/2 --data images --image-size 64 --out run",
             "python -m dig train --init run --data others --out tuned --lr 1e-5",
+            "torchrun --nproc-per-node 8 -m dig train --data latents --out run --parallel fsdp",
         ),
     ),
     "sample": Help(

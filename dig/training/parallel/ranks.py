@@ -6,10 +6,12 @@ gloo group of its own, so that it never waits for a GPU.
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,6 +25,8 @@ HANG_SECONDS = 600.0
 """How long a job may stand still, unless it is told: longer than any kernel takes to compile, or a grid to draw."""
 AFTER = 60.0
 """Seconds that PyTorch's own time-outs come after that: the message of `dig.training.parallel.watching` says more."""
+MEETING_SECONDS = 0.05
+"""Between two looks whether all ranks have come."""
 START_SECONDS = 300.0
 """How long ranks wait for each other at the start."""
 
@@ -73,6 +77,7 @@ class Ranks:
     control: dist.ProcessGroup
     saving: dist.ProcessGroup
     hang_seconds: float
+    _meetings: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def leads(self) -> bool:
@@ -97,9 +102,12 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
-    def wait_for_all(self) -> None:
-        """Return once every rank has come here."""
-        dist.barrier(group=self.control)
+    def meet(self) -> None:
+        """Return once every rank has come here, however long that takes: that some are gone, the watch sees."""
+        key = f"meeting/{next(self._meetings)}"
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.world_size:
+            time.sleep(MEETING_SECONDS)
 
     def mean_(self, values: Tensor) -> None:
         """Make a small tensor, on any device, its mean over the ranks: the same bits on all of them."""
@@ -145,7 +153,7 @@ class Votes:
 
 
 @contextmanager
-def joined(device: str, *, hang_seconds: float = HANG_SECONDS) -> Iterator[Ranks]:
+def joined(device: str, *, hang_seconds: float = HANG_SECONDS, trains: bool = True) -> Iterator[Ranks]:
     """Make this process one of its job, for as long as the block lasts.
 
     A process that no launcher started is a job of its own.
@@ -153,6 +161,7 @@ def joined(device: str, *, hang_seconds: float = HANG_SECONDS) -> Iterator[Ranks
     Args:
         device: ``cuda``, of which each process takes the GPU of its rank on the machine, or ``cpu``.
         hang_seconds: After how long a collective that not all ranks come to is an error.
+        trains: Whether the ranks exchange what is on their GPUs, over NCCL.
 
     Raises:
         ValueError: There is no GPU for this process, or no other process answers.
@@ -169,14 +178,15 @@ def joined(device: str, *, hang_seconds: float = HANG_SECONDS) -> Iterator[Ranks
         # Before anything else touches CUDA: "cuda" is this process' GPU from here on.
         torch.cuda.set_device(where)
     store = _find_store(rank, world_size)
+    over_nccl = device == "cuda" and trains
     timeout = timedelta(seconds=hang_seconds + AFTER)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if over_nccl else "gloo",
         store=PrefixStore("groups", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=where if device == "cuda" else None,
+        device_id=where if over_nccl else None,
     )
     try:
         control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -139,15 +139,3 @@ def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None
     # What is left, embeddings and the head, is gathered once for a forward and backward pass.
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor that may be sharded: a view, so that what is written there is written in it."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, gathered: all ranks must ask for it."""
-    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return found
