@@ -315,7 +315,10 @@ def read_sweep(paths: list[Path]) -> Sweep:
                 raise ResultError(
                     f"{path}: {row.case.model!r:.80} is no model name; expected family, size and patch, such as DiG-S/2"
                 )
-        rows += results.rows
+        several = sum(bool(row.case.parallel) for row in results.rows)
+        if several:
+            warnings.append(f"{path}: {several} rows of several GPUs left out; python -m reports.scaling shows them")
+        rows += [row for row in results.rows if not row.case.parallel]
         if results.torn:
             warnings.append(
                 f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"

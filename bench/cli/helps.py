@@ -41,6 +41,18 @@ HELPS = {
             "python -m reports.sampling out/sampling.jsonl",
         ),
     ),
+    "scaling": Help(
+        groups={
+            WHAT: "models size patch resolution batch",
+            GPUS: "gpus processes parallel",
+            HOW: "executions dtype device",
+            LIMITS: "out resume prepare_limit time_limit",
+        },
+        examples=(
+            "python -m bench scaling --gpus 0,1",
+            "python -m bench scaling --models DiT --size S --device cpu",
+        ),
+    ),
     "compare": Help(
         groups={"Files": "base change out", VERDICT: "least_effect least_memory noise across_machines"},
         examples=(

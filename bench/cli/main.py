@@ -27,6 +27,7 @@ from bench.cli.options import numbers, one_of, words
 from bench.cli.profile import profile
 from bench.cli.regression import regression
 from bench.cli.sampling import sampling
+from bench.cli.scaling import scaling
 from bench.cli.waiting import Waiting
 from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
 from bench.run.ahead import build_ahead
@@ -319,6 +320,7 @@ for command in (
     run,
     list_models,
     sampling,
+    scaling,
     compare,
     export,
     regression,

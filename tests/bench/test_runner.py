@@ -367,11 +367,11 @@ def test_the_share_of_launches_is_what_a_graph_saves(
     eager_ms: float, graph_ms: float | None, share: float | None
 ) -> None:
     case = small(execution="eager")
-    timing = worker._timing(case, sampled(eager_ms), eager=None, graph_ms=graph_ms, flushed=False)
+    timing = worker.timing_of(case, sampled(eager_ms), eager=None, graph_ms=graph_ms, flushed=False)
     assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
     if graph_ms is not None:
         graph = replace(case, execution="graph", device="cuda")
-        timing = worker._timing(graph, sampled(graph_ms), eager=sampled(eager_ms), graph_ms=None, flushed=True)
+        timing = worker.timing_of(graph, sampled(graph_ms), eager=sampled(eager_ms), graph_ms=None, flushed=True)
         assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
 
 

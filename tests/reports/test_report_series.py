@@ -154,6 +154,14 @@ def test_a_model_without_a_patch_is_refused(make_row, write_rows):
         read_sweep([write_rows([make_row("DiG-S")])])
 
 
+def test_rows_of_several_gpus_are_another_reports(make_row, write_rows):
+    rows = [make_row(), make_row(processes=2, parallel="ddp")]
+    path = write_rows(rows)
+    sweep = read_sweep([path])
+    assert sweep.rows == (rows[0],)
+    assert sweep.warnings == (f"{path}: 1 rows of several GPUs left out; python -m reports.scaling shows them",)
+
+
 def test_span():
     assert span([20, 20]) == "20"
     assert span([100, 9]) == "9 to 100"
