@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -22,6 +26,8 @@ from bench.run.process import Worker, WorkerError
 from bench.run.runner import Launch, Referee, Sweep, finished_launches
 from bench.store.ledgers import Clocks, Placement
 from bench.store.rows import ResultsWriter, Row, read_results
+from dig.environment import ROOT
+from tests.bench.test_runner import alive, children
 
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
 H100 = {"gpu_name": "H100", "gpu_power_limit": 700.0, "gpu_ecc": True}
@@ -367,6 +373,51 @@ def test_two_real_cases_side_by_side(tmp_path: Path) -> None:
         (1, "GPU-1"),
     }
     assert all(Row.from_json(row.to_json()) == row for row in rows)
+
+
+INTERRUPTED = """
+import signal
+import sys
+from pathlib import Path
+
+from bench.run.lanes import Plan, run_on_cards
+from bench.run.runner import Sweep
+from bench.store.rows import ResultsWriter
+from tests.bench.test_gpus import CARDS, small
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cases = tuple(small("DiT-S/2", resolution=side, mode="train") for side in (512, 768, 1024))
+    plan = Plan(sweep=Sweep(cases=cases), cards=CARDS, alone="none")
+    try:
+        with ResultsWriter(Path(sys.argv[1])) as writer:
+            for row in run_on_cards(plan, writer, on_start=lambda case, doing: print(doing, flush=True)):
+                print(row.status, flush=True)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_no_lane_at_work(how: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    command = [sys.executable, str(script), str(tmp_path / "r.jsonl")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    harness = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert harness.stdout is not None
+    while "GPU 0" not in (line := harness.stdout.readline()) or "kernels" not in line:
+        assert line, "it ended before both lanes were at work"
+    descendants = children(harness.pid)
+    harness.send_signal(how)
+    rest, _ = harness.communicate(timeout=60)
+    assert ("stopped" in rest) == (how == signal.SIGINT)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(alive(pid) for pid in descendants):
+        time.sleep(0.1)
+    assert len(descendants) >= 3
+    assert [pid for pid in descendants if alive(pid)] == []
 
 
 def test_one_card_is_the_plain_run_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,8 @@ from bench.run.ranks import merge_ranks, rank_variables, run_ranks
 from bench.run.runner import Sweep
 from bench.store.ledgers import Memory, Rank, Scaling
 from bench.store.rows import Row, read_results
+from dig.environment import ROOT
+from tests.bench.test_runner import alive, children
 
 QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=6, target_s=0.0, max_samples=6)
 TWO_MINUTES = Limits(prepare=120, measure=120)
@@ -153,6 +157,41 @@ def test_the_first_word_of_a_failure_may_be_a_neighbours(tmp_path: Path, monkeyp
     case = Case(model="DiT-S/8", resolution=64, processes=3, parallel="ddp", device="cpu")
     with pytest.raises(WorkerError, match="rank 1 of 3: ValueError: the mistake"):
         run_ranks(job(case), cards=(), limits=TWO_MINUTES, entry="talking_ranks:begin")
+
+
+STUCK = """
+import sys
+
+from bench.cases.jobs import Limits
+from bench.run.ranks import run_ranks
+from dig.registry import load_source
+from tests.bench.test_scaling import job, tiny_case
+
+if __name__ == "__main__":
+    load_source(sys.argv[1])
+    case = tiny_case(sys.argv[1], "stuck")
+    run_ranks(job(case), cards=(), limits=Limits(), on_phase=lambda phase: print(phase, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_harness_that_is_killed(tiny: str, tmp_path: Path) -> None:
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, str(script), tiny]
+    harness = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert harness.stdout is not None
+    while (said := harness.stdout.readline().strip()) != "compiling":
+        assert said, "it ended before its ranks were at work"
+    descendants = children(harness.pid)
+    harness.kill()
+    harness.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(alive(pid) for pid in descendants):
+        time.sleep(0.1)
+    assert len(descendants) >= 3
+    assert [pid for pid in descendants if alive(pid)] == []
 
 
 def test_each_rank_sees_its_own_card_first_and_multicast_stays_off() -> None:
