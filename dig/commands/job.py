@@ -90,6 +90,8 @@ def working_together(
     if parallel == "auto" and place_in_job()[1] == 1:
         yield None
         return
+    # Before torch is imported: what is to be said of a lost connection is said here, without a stack of C++ calls.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dig.training.parallel import joined
     from dig.training.parallel.watching import Watch
 
