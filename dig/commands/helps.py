@@ -28,7 +28,6 @@ HELPS = {
         examples=(
             "python -m dig train --model DiG-S/2 --data images --image-size 64 --out run",
             "python -m dig train --init run --data others --out tuned --lr 1e-5",
-            "torchrun --nproc-per-node 8 -m dig train --data latents --out run --parallel fsdp",
         ),
     ),
     "sample": Help(
@@ -54,6 +53,13 @@ HELPS = {
         examples=(
             "python -m dig export run --out model.safetensors",
             "python -m dig export run --out pipeline --format diffusers --vae VAE",
+        ),
+    ),
+    "consolidate": Help(
+        groups={"Checkpoint": "run out"},
+        examples=(
+            "python -m dig consolidate run",
+            "python -m dig consolidate run --out checkpoint.safetensors",
         ),
     ),
     "evaluate": Help(

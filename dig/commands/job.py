@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from dig.commands.common import explain, one_device
+from dig.launched import follows, place_in_job
 
 if TYPE_CHECKING:
+    from dig.sampling.sharing import Sharing
     from dig.training.parallel import Kind, Ranks
     from dig.training.parallel.watching import Watch
 
@@ -38,11 +40,6 @@ END_SECONDS = 8.0
 """After SIGTERM, for another rank's end to be noticed: torchrun sends it to those that are left."""
 
 
-def follows() -> bool:
-    """Whether this process is one of several and not the first, which speaks for all."""
-    return os.environ.get("RANK", "0") != "0"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Several processes at one command, of which this is one.
@@ -56,6 +53,17 @@ class Job:
     ranks: Ranks
     kind: Kind
     watch: Watch
+
+
+def shared(job: Job | None) -> Sharing:
+    """What of a command's work is this process': all of it where it is alone."""
+    from dig.sampling.sharing import ALONE
+
+    if job is None:
+        return ALONE
+    from dig.training.parallel.sharing import SharedWork
+
+    return SharedWork(job.ranks, job.watch)
 
 
 @contextmanager
@@ -79,9 +87,11 @@ def working_together(
         raise ValueError(f"parallel must be auto, ddp or fsdp; got {parallel!r}")
     if not (math.isfinite(hang_seconds) and hang_seconds >= 1):
         raise ValueError(f"hang-timeout must be at least 1 second; got {hang_seconds}")
-    if parallel == "auto" and os.environ.get("WORLD_SIZE", "1") == "1":
+    if parallel == "auto" and place_in_job()[1] == 1:
         yield None
         return
+    # Before torch is imported: what is to be said of a lost connection is said here, without a stack of C++ calls.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dig.training.parallel import joined
     from dig.training.parallel.watching import Watch
 

@@ -26,9 +26,10 @@ from dig.commands.common import (
     refusing,
 )
 from dig.commands.dry_run import rehearse_training
-from dig.commands.job import HANG_SECONDS, HangOption, ParallelOption, follows, working_together
+from dig.commands.job import HANG_SECONDS, HangOption, ParallelOption, working_together
 from dig.commands.places import find_place
 from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option_types, write_options
+from dig.launched import follows
 from dig.memory import peak_memory
 from dig.progress import following, open_console
 from dig.registry import ModelSpec

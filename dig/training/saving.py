@@ -120,18 +120,32 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], abou
         raise CheckpointError(f"{wrong} is not finite after step {step}: no checkpoint is made of it")
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    header = {HEADER: json.dumps({"schema": SCHEMA, "step": step, **about})}
     make_way(path)
-    with _unfinished(folder) as made:
+    digest = write_file(path, held, {"schema": SCHEMA, "step": step, **about})
+    write_record(path, {"sha256": digest}, keep)
+    return path
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> str:
+    """Write a checkpoint's file, whole or not at all; its SHA-256.
+
+    Args:
+        path: Where; its folder must be there.
+        tensors: On the CPU.
+        about: What the header says, with ``schema`` and ``step``.
+
+    Raises:
+        OSError: The disk is full, or the folder can't be written to.
+    """
+    with _unfinished(path.parent) as made:
         try:
-            save_file(held, made / "file", header)
+            save_file(tensors, made / "file", {HEADER: json.dumps(about)})
         except SafetensorError as error:
             raise _as_os_error(error, path) from None
         digest = sha256_of(made / "file")
         with replacing(path) as temporary:
             os.replace(made / "file", temporary)
-    write_record(path, {"sha256": digest}, keep)
-    return path
+    return digest
 
 
 def make_way(path: Path) -> None:

@@ -6,7 +6,7 @@ here exchanges a gradient itself: DistributedDataParallel or FSDP2 (``fully_shar
 
 from __future__ import annotations
 
-from dig.training.parallel.ranks import Ranks, joined, launched
+from dig.training.parallel.ranks import Ranks, joined
 from dig.training.parallel.wrapping import Kind, Parallel, shard, wrap
 
-__all__ = ["Kind", "Parallel", "Ranks", "joined", "launched", "shard", "wrap"]
+__all__ = ["Kind", "Parallel", "Ranks", "joined", "shard", "wrap"]

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from dig.launched import launched, place_in_job
+
 HANG_SECONDS = 600.0
 """How long a job may stand still, unless it is told: longer than any kernel takes to compile, or a grid to draw."""
 AFTER = 60.0
@@ -29,31 +31,6 @@ MEETING_SECONDS = 0.05
 """Between two looks whether all ranks have come."""
 START_SECONDS = 300.0
 """How long ranks wait for each other at the start."""
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun) started this process as one of several, or as the only one of a job."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def place_in_job() -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine), as torchrun says; (0, 1, 0) of a process that nobody launched.
-
-    Raises:
-        ValueError: The environment says something else than numbers.
-    """
-    if not launched():
-        return 0, 1, 0
-    found = []
-    for name, default in (("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default) or ""
-        if not (text.isascii() and text.isdigit()):
-            raise ValueError(f"the environment variable {name} must be a number, as torchrun sets it; got {text!r}")
-        found.append(int(text))
-    rank, world_size, local_rank = found
-    if not rank < world_size:
-        raise ValueError(f"RANK must be below WORLD_SIZE, as torchrun sets it; got {rank} and {world_size}")
-    return rank, world_size, local_rank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,11 +24,13 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from dig.messages import describe, one_line
-from dig.training.parallel.ranks import Ranks
+from dig.training.parallel.ranks import MEETING_SECONDS, Ranks
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 20.0
 """A rank of which nothing was heard for so long is gone, or its machine or network is."""
+LEAVE_SECONDS = 10.0
+"""How long the first rank waits at the end for the others to be done with the store."""
 GRACE_SECONDS = 2.0
 """For a rank that ends to say why, before others say that it is gone."""
 STATUS = 2
@@ -126,6 +128,12 @@ class Watch:
         self._thread.join()
         with suppress(dist.DistError, RuntimeError):
             self._send()
+            # Its process may hold the store, which the others still read.
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while self._ranks.leads and not all(beat.left for beat in self._beats().values()):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(MEETING_SECONDS)
 
     def fail(self, error: BaseException, message: str | None) -> None:
         """End this process because of an error: with a message, if no other rank has one that comes before.
@@ -200,12 +208,12 @@ class Watch:
         who = f"rank {rank} (process {beat.process} on {beat.host})"
         if sign == "gone":
             return (
-                f"{who} is gone {beat.where()}: its process ended without a word, as one does that is killed, for want "
-                "of memory perhaps"
+                f"{who} is gone, last heard of {beat.where()}: its process ended without a word, as one does that is "
+                "killed, for want of memory perhaps"
             )
         return (
-            f"{who} is silent {beat.where()}: nothing was heard of it for {LOST_SECONDS:.0f} s; its process is "
-            "stopped, or its machine or network is down"
+            f"{who} is silent, last heard of {beat.where()}: nothing came of it for {LOST_SECONDS:.0f} s; its process "
+            "is stopped, or its machine or network is down"
         )
 
     def _hung(self, beats: dict[int, Beat]) -> str:
