@@ -209,14 +209,18 @@ def test_what_the_page_says_of_its_tables() -> None:
     small, large = (work_of(rows, resolution=resolution, assumed=assumed) for resolution in scaling.RESOLUTIONS)
     weak, strong = scaling.steps_of(large, 1024, assumed)
     assert all(step.exposed_s == 0 for step in weak)
-    assert stops_at([step for step in strong if step.kind == "ddp"], assumed) >= 8 * 16
-    fsdp, ddp = ([step for step in strong if step.kind == kind and 8 <= step.gpus <= 128] for kind in ("fsdp", "ddp"))
-    sooner = [a.gpus for a, b in zip(fsdp, ddp, strict=True) if a.step_s < b.step_s]
-    assert 8 in sooner
+    assert stops_at([step for step in strong if step.kind == "ddp"], assumed) == 128
+    fsdp, ddp = ([step for step in strong if step.kind == kind and step.gpus > 1] for kind in ("fsdp", "ddp"))
+    sooner = {a.images for a, b in zip(fsdp, ddp, strict=True) if a.step_s < b.step_s}
+    assert {images for images in (8, 16, 32) if images in sooner} == {8, 16, 32}
+    assert large.image_s / work_of(rows, resolution=256, assumed=assumed).image_s == pytest.approx(16, rel=0.01)
     weak, strong = scaling.steps_of(small, 256, assumed)
     assert {step.gpus for step in weak if step.kind == "ddp" and step.exposed_s} == {1024}
+    assert step_of("ddp", small, images=32, gpus=64, assumed=assumed).exposed_s == 0
+    assert step_of("ddp", small, images=32, gpus=128, assumed=assumed).exposed_s > 0
     assert stops_at([step for step in strong if step.kind == "ddp"], assumed) == 16
-    assert all(step.communication_s > step.compute_s for step in strong if step.kind == "ddp" and step.gpus >= 32)
+    sends = {step.gpus for step in strong if step.kind == "ddp" and step.communication_s > step.compute_s}
+    assert sends == {32, 64, 128, 256}
     assert small.launch_s > small.pass_s(32, assumed)
 
 
