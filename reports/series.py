@@ -307,7 +307,7 @@ def read_sweep(paths: list[Path]) -> Sweep:
         ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.
     """
     rows: list[Row] = []
-    warnings = []
+    warnings, left_for_others = [], False
     for path in paths:
         results = read_results(path)
         for row in results.rows:
@@ -317,12 +317,15 @@ def read_sweep(paths: list[Path]) -> Sweep:
                 )
         several = sum(bool(row.case.parallel) for row in results.rows)
         if several:
+            left_for_others = True
             warnings.append(f"{path}: {several} rows of several GPUs left out; python -m reports.scaling shows them")
         rows += [row for row in results.rows if not row.case.parallel]
         if results.torn:
             warnings.append(
                 f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
             )
+    if not rows and left_for_others:
+        raise ResultError("; ".join(warnings))
     if not rows:
         raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
     chosen = newest(rows)

@@ -159,6 +159,8 @@ def test_rows_of_several_gpus_are_another_reports(make_row, write_rows):
     path = write_rows(rows)
     sweep = read_sweep([path])
     assert sweep.rows == (rows[0],)
+    with pytest.raises(ResultError, match=r"1 rows of several GPUs left out; python -m reports\.scaling"):
+        read_sweep([write_rows(rows[1:], "b.jsonl")])
     assert sweep.warnings == (f"{path}: 1 rows of several GPUs left out; python -m reports.scaling shows them",)
 
 
