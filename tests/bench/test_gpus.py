@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cases.case import Case
-from bench.cases.jobs import Budget, CaseJob, Limits
+from bench.cases.jobs import Budget, CaseJob, Limits, ParityJob
 from bench.cli import main as cli
 from bench.run import gpus, lanes
 from bench.run.gpus import Card, choose_cards, visible_cards
@@ -166,6 +166,23 @@ def test_referees_watch_their_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
     Referee(limits=Limits(), card=CARDS[1])
     Referee(limits=Limits())
     assert opened == ["GPU-1", None]
+
+
+def test_everything_that_a_referee_asks_for_runs_on_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, Any]] = []
+
+    def answer(job: Any, *, limits: Limits, variables: Any = None, **more: Any) -> Any:
+        given.append((type(job).__name__, variables))
+        if isinstance(job, CaseJob):
+            return Row(case=job.case, status="error", started_at="").to_json()
+        return {} if isinstance(job, ParityJob) else 1e12
+
+    monkeypatch.setattr("bench.run.runner.run_job", answer)
+    jobs = ["CeilingJob", "ParityJob", "CaseJob"]
+    for own in (CARDS[1], None):
+        Referee(limits=Limits(), card=own).measure(Sweep(cases=()).job(Launch(case=small()), own))
+        assert given == [(name, None if own is None else {"CUDA_VISIBLE_DEVICES": "GPU-1"}) for name in jobs]
+        given.clear()
 
 
 def test_a_board_keeps_a_comparison_on_one_card() -> None:
