@@ -128,7 +128,7 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
     if found.warmup == "bound":
         marks.append("unsteady")
     marks += doubts(case, names)
-    if flush is None and _fits_in_l2(case, memory.allocator_peak):
+    if flush is None and fits_in_l2(case, memory.allocator_peak):
         marks.append("l2-warm")
     graph_ms = _graph_ms(step.run) if case.device == "cuda" and case.execution == "eager" else None
     flops, uncounted = count_flops(case, step.model)
@@ -234,7 +234,7 @@ def _l2_flush(working_set: int | None) -> Callable[[], object] | None:
     return torch.empty(2 * cache, dtype=torch.int8, device="cuda").zero_
 
 
-def _fits_in_l2(case: Case, working_set: int | None) -> bool:
+def fits_in_l2(case: Case, working_set: int | None) -> bool:
     """Whether a step's data may stay in the L2 cache until the next."""
     if case.device == "cpu":
         return False

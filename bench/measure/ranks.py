@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from bench.cases.case import Case
 from bench.cases.jobs import Budget, Phase, RankJob
-from bench.measure.case import count_flops, prepare, stay_near, timing_of
+from bench.measure.case import count_flops, fits_in_l2, prepare, stay_near, timing_of
 from bench.measure.clocks import Watch
 from bench.measure.failures import failure
 from bench.measure.memory import MemoryMeter
@@ -66,6 +66,21 @@ def measure_rank(job: RankJob, tell: Callable[[Phase], None], answer: Callable[[
     """
     case, started_at = job.case, utc_now()
     environment = {**job.job.environment, **versions(case.device)}
+
+    def failed(error: Exception) -> Row:
+        traceback.print_exc()
+        status, message = failure(error)
+        return Row(
+            case=case,
+            status=status,
+            started_at=started_at,
+            message=message,
+            environment=environment,
+            launch=job.job.launch,
+            key=job.job.key,
+        )
+
+    answered = False
     try:
         gpu = Gpu.open() if case.device == "cuda" else None
         if cpus := stay_near(gpu):
@@ -75,24 +90,17 @@ def measure_rank(job: RankJob, tell: Callable[[Phase], None], answer: Callable[[
         watch = Watch(gpu)  # Before CUDA starts here, as is the meter.
         meter = MemoryMeter(case.device, gpu)
         with joined(case.device, hang_seconds=job.patience) as ranks:
-            row = _measure(job, ranks, _Kept(started_at, environment, watch, meter), tell)
-            ranks.gather(None)  # All of them are done.
-            # Before the group is taken down, which may take its time where a graph has sent over it.
+            try:
+                row = _measure(job, ranks, _Kept(started_at, environment, watch, meter), tell)
+                ranks.gather(None)  # All of them are done.
+            except Exception as error:
+                row = failed(error)
+            # Before the group is taken down, which waits where others wait for this one, or a graph has sent over it.
             answer(row)
+            answered = True
     except Exception as error:
-        traceback.print_exc()
-        status, message = failure(error)
-        answer(
-            Row(
-                case=case,
-                status=status,
-                started_at=started_at,
-                message=message,
-                environment=environment,
-                launch=job.job.launch,
-                key=job.job.key,
-            )
-        )
+        if not answered:
+            answer(failed(error))
 
 
 class _Kept(NamedTuple):
@@ -143,8 +151,10 @@ def _measure(job: RankJob, ranks: Ranks, kept: _Kept, tell: Callable[[Phase], No
         marks.append("unsteady")
     # The parity check compared a model of one process; what was compared here is the gradient.
     marks += [*doubts(case, names), "small-parity", "not-rechecked"]
+    if fits_in_l2(case, memory.allocator_peak):
+        marks.append("l2-warm")
     flops, uncounted = count_flops(case, model)
-    backend = dist.get_backend().rpartition(":")[2] if case.device == "cuda" else "gloo"
+    backend = str(dist.distributed_c10d._get_default_group()._get_backend(ranks.device).name())
     return Row(
         case=case,
         status="ok",

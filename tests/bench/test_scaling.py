@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,28 @@ def test_the_first_word_of_a_failure_may_be_a_neighbours(tmp_path: Path, monkeyp
     case = Case(model="DiT-S/8", resolution=64, processes=3, parallel="ddp", device="cpu")
     with pytest.raises(WorkerError, match="rank 1 of 3: ValueError: the mistake"):
         run_ranks(job(case), cards=(), limits=TWO_MINUTES, entry="talking_ranks:begin")
+
+
+def test_a_failure_is_told_before_the_group_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To leave a group may take for ever where the others wait in it."""
+    from bench.measure import ranks
+
+    happened: list[str] = []
+
+    @contextlib.contextmanager
+    def joined(device: str, *, hang_seconds: float) -> Iterator[None]:
+        yield
+        happened.append("left")
+        raise RuntimeError("the group is gone")
+
+    def measure(*given: Any) -> Row:
+        raise ValueError("the mistake")
+
+    monkeypatch.setattr(ranks, "joined", joined)
+    monkeypatch.setattr(ranks, "_measure", measure)
+    case = Case(model="DiT-S/8", resolution=64, processes=2, parallel="ddp", device="cpu")
+    ranks.measure_rank(job(case), lambda phase: None, lambda row: happened.append(row.message))
+    assert happened == ["ValueError: the mistake", "left"]
 
 
 STUCK = """
