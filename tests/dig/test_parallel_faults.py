@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from dig.training.saving import checkpoint_files, damage, step_of
+from dig.training.saving import checkpoint_files, damage, read_checkpoint, step_of
 from tests.dig.parallel_job import at_step, end, free_port, printed, start
 from tests.dig.tiny import TINY, app, make_fashion, using
 
@@ -109,6 +110,18 @@ def test_a_rank_that_dies_ends_the_job_and_it_goes_on(tmp_path: Path, data: Path
         result = CliRunner().invoke(app, train(data, tmp_path / "one", steps=9))
     assert result.exit_code == 0, result.output
     assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_with_the_same_bits(tmp_path: Path, data: Path) -> None:
+    """Three numbers have sums that depend on their order, and that on where in a message they lie."""
+    options = ["--batch", "9"]
+    commands = [train(data, tmp_path / "whole", *options, steps=4)]
+    commands += [train(data, tmp_path / "run", *options, steps=steps) for steps in (2, 4)]
+    assert end(start(tmp_path, commands, ranks=3)) == [0, 0, 0], printed(tmp_path, 0)
+    ours, theirs = (read_checkpoint(checkpoint_files(tmp_path / run / "checkpoints")[0]) for run in ("run", "whole"))
+    assert (ours.about["step"], ours.about["ranks"]) == (4, 3)
+    assert not [name for name in theirs.tensors if not torch.equal(ours.tensors[name], theirs.tensors[name])]
 
 
 @pytest.mark.slow
