@@ -166,6 +166,8 @@ class TrainingStep:
         self.sums = torch.zeros(len(loss.terms) + 1, dtype=torch.float64, device=self.device)
         self._captured: Captured[None] | None = None
         self._strict = config.deterministic
+        # Warm-up does it for a graph; of one process, and of what is sharded, there are none.
+        self._laid = parallel != "ddp" or config.execution == "graph"
         # Ranks can't try a step and take it back: `build_step` has tried it for them.
         self._tried = parallel is not None
 
@@ -203,11 +205,30 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.config.execution != "graph":
-            self._step(inputs.to(self.device))
+            there = inputs.to(self.device)
+            if not self._laid:
+                self._lay_buckets(there)
+            self._step(there)
             return
         if self._captured is None:
             self._captured = self._capture(inputs)
         self._captured(inputs)
+
+    def _lay_buckets(self, inputs: StepInputs) -> None:
+        """Let DistributedDataParallel see in which order gradients come, after which it lays them out in its buckets.
+
+        A gradient's place there decides in which order ranks are added up, and so on last bits. Before the first step,
+        all steps have the same places, of a run that is gone on with too. It moves nothing.
+        """
+        self._laid = True
+        cuda = self.device.type == "cuda"
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
+        values = self.loss(self._model_fn, inputs.x[0], inputs.y[0], t=inputs.t[0], noise=inputs.noise[0])
+        values["loss"].mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(random[0])
+        if random[1] is not None:
+            torch.cuda.set_rng_state(random[1], self.device)
 
     def _model_fn(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         bf16 = self.config.dtype == "bf16"

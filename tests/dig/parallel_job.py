@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,20 @@ def free_port() -> int:
         return port
 
 
-def start(folder: Path, commands: Sequence[Sequence[str]], *, ranks: int = 2, setup: str = "") -> list[Any]:
-    """Processes, one a rank, that do the commands; ``setup`` is Python that each runs first.
+def start(
+    folder: Path, commands: Sequence[Sequence[str]], *, ranks: int = 2, setup: str = "", tiny: bool = True
+) -> list[Any]:
+    """Processes, one a rank, that do the commands; ``setup`` is Python that each runs first, ``tiny`` makes DiG small.
 
     What a rank prints is in ``rank-N.log`` in the folder; the commands' exit statuses, in the end, in ``rank-N.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"ports": [free_port() for _ in commands], "commands": [list(words) for words in commands], "setup": setup}
+    plan: dict[str, Any] = {
+        "ports": [free_port() for _ in commands],
+        "commands": [list(words) for words in commands],
+        "setup": setup,
+    }
+    plan["tiny"] = tiny
     (folder / "plan.json").write_text(json.dumps(plan))
     started = []
     for rank in range(ranks):
@@ -85,7 +93,7 @@ def main(folder: Path) -> None:
     exec(plan["setup"], {"__name__": "setup"})
     for port, words in zip(plan["ports"], plan["commands"], strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        with using(TINY):
+        with using(TINY) if plan["tiny"] else nullcontext():
             try:
                 app(words, prog_name="dig")
             except SystemExit as stopped:
