@@ -199,6 +199,23 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def scaling(session: nox.Session) -> None:
+    """Train one model on 1, 2, 4 GPUs and more, as many as there are, and print what each gives: -- --gpus 0,1.
+
+    It goes on where it was, in out/scaling.jsonl.
+    """
+    if may_install(session):
+        install(session, gpu=HAS_GPU)
+    results = "out/scaling.jsonl"
+    status = status_of(session, "python", "-m", "bench", "scaling", "--out", results, "--resume", *session.posargs)
+    if status not in (2, STOPPED):
+        published = [f"results/h100/{name}.jsonl" for name in ("rows", "extra", "best")]
+        session.run("python", "-m", "reports.scaling", *published, results)
+    if status:
+        raise SystemExit(status)
+
+
+@nox.session
 def bench_ops(session: nox.Session) -> None:
     """Time every operation alone on a GPU against its reference and its peer, beside the card's copy rate."""
     if may_install(session):

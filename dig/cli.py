@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from dig.command_line import OneLineGroup, root
+from dig.commands.consolidate import consolidate_command
 from dig.commands.evaluate import classifier_command, evaluate_command
 from dig.commands.export import export_command
 from dig.commands.helps import FIRST, HELPS
@@ -21,5 +22,6 @@ app.command("sample")(sample_command)
 app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("classifier")(classifier_command)
+app.command("consolidate")(consolidate_command)
 app.command("encode")(encode_command)
 add_help(app, HELPS, FIRST)

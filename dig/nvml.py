@@ -46,22 +46,40 @@ def _quietly(question: Callable[..., T], *arguments: Any) -> T | None:
         return None
 
 
+def count_gpus() -> int:
+    """How many GPUs the driver knows, whatever this process may see; 0 without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return 0
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except (pynvml.NVMLError, OSError):
+        return 0
+
+
 class Gpu:
-    """The GPU that CUDA calls device 0 in this process's environment."""
+    """A GPU: the one that CUDA calls device 0 in this process's environment, or one that is named."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     @classmethod
-    def open(cls) -> Gpu | None:
-        """The GPU, or None where there is no driver, no card, or a MIG slice (whose clocks are its card's)."""
+    def open(cls, device: str | None = None) -> Gpu | None:
+        """The GPU, or None where there is no driver, no card, or a MIG slice (whose clocks are its card's).
+
+        Args:
+            device: A UUID (``GPU-...``) or a number of NVML's; the first of this process's ``CUDA_VISIBLE_DEVICES``
+                if not given.
+        """
         try:
             import pynvml
         except ImportError:
             return None
         try:
             pynvml.nvmlInit()
-            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+            first = device or os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
             if first.startswith("GPU-"):
                 return cls(pynvml.nvmlDeviceGetHandleByUUID(first.encode()))
             return cls(pynvml.nvmlDeviceGetHandleByIndex(int(first))) if first.isdecimal() else None
@@ -81,6 +99,13 @@ class Gpu:
             "gpu_power_limit": None if watts is None else watts / 1000,
             "gpu_ecc": None if checked is None else bool(checked[0]),
         }
+
+    def is_divided(self) -> bool:
+        """Whether the card is split into MIG slices."""
+        import pynvml
+
+        mode = _quietly(pynvml.nvmlDeviceGetMigMode, self._handle)
+        return mode is not None and mode[0] == 1
 
     def _memory(self) -> Any:
         import pynvml

@@ -55,6 +55,8 @@ DOUBTS: Mapping[Mark, tuple[str, str]] = {
     "small-parity": ("p", "its operation was compared with a truth on a small input only"),
     "not-rechecked": ("c", "what was timed was not run again on other inputs"),
     "l2-warm": ("l", "its data may have stayed in the L2 cache from step to step"),
+    "host-shared": ("h", "launched by the host step by step while another case ran on a neighbouring GPU"),
+    "beside-another": ("b", "another case ran on a neighbouring GPU"),
 }
 """Letter and meaning of each mark that is a reason to doubt a row's times."""
 ASSUMED_NOTE = "* DiS-XL is assumed (1152 wide, 48 deep): the published DiS has no XL."
@@ -305,7 +307,7 @@ def read_sweep(paths: list[Path]) -> Sweep:
         ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.
     """
     rows: list[Row] = []
-    warnings = []
+    warnings, left_for_others = [], False
     for path in paths:
         results = read_results(path)
         for row in results.rows:
@@ -313,11 +315,17 @@ def read_sweep(paths: list[Path]) -> Sweep:
                 raise ResultError(
                     f"{path}: {row.case.model!r:.80} is no model name; expected family, size and patch, such as DiG-S/2"
                 )
-        rows += results.rows
+        several = sum(bool(row.case.parallel) for row in results.rows)
+        if several:
+            left_for_others = True
+            warnings.append(f"{path}: {several} rows of several GPUs left out; python -m reports.scaling shows them")
+        rows += [row for row in results.rows if not row.case.parallel]
         if results.torn:
             warnings.append(
                 f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
             )
+    if not rows and left_for_others:
+        raise ResultError("; ".join(warnings))
     if not rows:
         raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
     chosen = newest(rows)

@@ -155,3 +155,27 @@ def test_another_place_is_refused(noxfile, words):
     with pytest.raises(RuntimeError, match="writes into out/"):
         noxfile.bench(session)
     assert not session.ran
+
+
+@pytest.mark.parametrize(
+    ("ends", "printed", "status"),
+    [(None, True, 0), (CommandFailed("exit code 1"), True, 1), (CommandFailed("exit code 2"), False, 2)],
+)
+def test_scaling_prints_what_each_number_of_gpus_gave(
+    noxfile: ModuleType, ends: Exception | None, printed: bool, status: int
+) -> None:
+    def measure() -> None:
+        if ends is not None:
+            raise ends
+
+    session = Session("--gpus", "0,1", measure=measure)
+    session.does["reports.scaling"] = lambda: True
+    if status:
+        with pytest.raises(SystemExit) as raised:
+            noxfile.scaling(session)
+        assert raised.value.code == status
+    else:
+        noxfile.scaling(session)
+    assert session.ran[0] == ("bench", "scaling", "--out", "out/scaling.jsonl", "--resume", "--gpus", "0,1")
+    assert [command[0] for command in session.ran[1:]] == (["reports.scaling"] if printed else [])
+    assert all((ROOT / path).exists() for command in session.ran[1:] for path in command[1:-1])

@@ -98,6 +98,13 @@ def test_shell(body: str) -> None:
         match words:
             case ["python", "-m", module, *rest]:
                 parse(module_command(module), rest)
+            case ["torchrun", *rest]:
+                from torch.distributed.run import get_args_parser
+
+                # Its own options are read as it reads them: it takes abbreviations of them wherever they stand.
+                launched = get_args_parser().parse_args(rest)
+                assert launched.module
+                parse(module_command(launched.training_script), launched.training_script_args)
             case ["nox", *rest]:
                 check_nox(rest)
             case ["pip", "install", *rest]:

@@ -23,9 +23,13 @@ Dtype = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
 
 
+Parallel = Literal["", "ddp", "fsdp"]
+
+
 MOST_COUNT = 2**31 - 1
 _WORDS: Mapping[str, Any] = {
     "mode": Mode, "execution": Execution, "scope": Scope, "dtype": Dtype, "weights": Weights, "device": Device,
+    "parallel": Parallel,
 }  # fmt: skip
 
 
@@ -37,7 +41,7 @@ class Case:
         model: Family, size and patch: ``DiG-S/2``.
         options: Of the family, sorted by name: ``(("backend", "fla"),)``; see `dig.registry.create_model`.
         resolution: Side of the square image in pixels; the latent is an eighth of it.
-        batch: Images a step.
+        batch: Images a step; of several processes, of each.
         mode: ``train`` (forward, backward, fused AdamW) or ``forward`` (no gradients).
         execution: ``eager``; ``compile`` (torch.compile); ``graph`` (the whole step replayed as one CUDA graph); or
             ``compiled-graph``, both together.
@@ -48,6 +52,9 @@ class Case:
         weights: ``fp32`` (under autocast where dtype is bf16), or ``bf16``: a forward pass of a model that was cast.
         device: ``cuda`` or ``cpu``.
         source: The family's import path, where no installed package declares it: a worker finds it by that.
+        processes: How many train one model together, each with a device of its own.
+        parallel: How they do: ``ddp`` (every one has the whole model, gradients are averaged) or ``fsdp`` (each has a
+            share of weights, gradients and moments); empty for one process.
     """
 
     model: str
@@ -62,6 +69,8 @@ class Case:
     weights: Weights = "fp32"
     device: Device = "cuda"
     source: str = ""
+    processes: int = 1
+    parallel: Parallel = ""
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no row may have."""
@@ -76,10 +85,16 @@ class Case:
             raise ValueError(f"scope and max_autotune are of compiled executions; this one is {self.execution}")
         if self.weights == "bf16" and (self.mode, self.dtype) != ("forward", "bf16"):
             raise ValueError("weights bf16 are for a forward pass in bf16; training keeps fp32 weights")
-        for name in ("batch", "resolution"):
+        for name in ("batch", "resolution", "processes"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_COUNT:
                 raise ValueError(f"{name} must be a whole number from 1 to {MOST_COUNT}; got {value!r:.40}")
+        if (self.processes > 1) != bool(self.parallel):
+            raise ValueError("several processes are parallel by ddp or fsdp, and one is by neither")
+        if self.parallel and self.mode != "train":
+            raise ValueError(f"{self.parallel} is of training; mode is {self.mode}")
+        if self.parallel == "fsdp" and self.captures:
+            raise ValueError("fsdp allocates and frees what it gathers as it runs, and is in no CUDA graph")
 
     @property
     def family(self) -> str:
@@ -120,7 +135,8 @@ class Case:
     def describe(self) -> str:
         """One line for people: ``DiG-S/2 (backend=fla) 1024px train graph bf16 batch 1``."""
         options = f" ({', '.join(f'{k}={v}' for k, v in self.options)})" if self.options else ""
+        several = f", {self.processes} processes by {self.parallel}" if self.parallel else ""
         return (
             f"{self.model}{options} {self.resolution}px {self.mode} {self.way} {self.precision} "
-            f"batch {self.batch} on {self.device}"
+            f"batch {self.batch} on {self.device}{several}"
         )

@@ -84,6 +84,27 @@ class CaseJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankJob:
+    """Be one of the processes that train a case's model together; the answer is a row as of `CaseJob`, as this one
+    sees it. Where it stands among them, the environment says (`bench.run.ranks`).
+
+    Attributes:
+        job: The case, and what its row holds.
+        run: As of `bench.store.ledgers.Scaling`.
+        patience: Seconds that a rank waits for the others.
+    """
+
+    job: CaseJob
+    run: str
+    patience: float
+
+    @property
+    def case(self) -> Case:
+        """What they train."""
+        return self.job.case
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParityJob:
     """Compare a case's model with its reference on a small input; the answer is an `Agreement` of
     `bench.parity.reference`, as a dict.

@@ -200,6 +200,12 @@ def _ways(*, mode: Mode, size: str, resolution: int, batch: int) -> list[Case]:
     return cases
 
 
+def best_way(case: Case) -> Case | None:
+    """The suite `best`'s first way of a case's model, in its mode, size, resolution and batch; None of others."""
+    ways = _ways(mode=case.mode, size=case.size, resolution=case.resolution, batch=case.batch)
+    return next((way for way in ways if (way.model, way.options) == (case.model, case.options)), None)
+
+
 def best_suite() -> list[Case]:
     """Every family in every honest best way: compiled, in a graph, weights in bf16 for a forward pass."""
     points = [("train", *point) for point in BEST_TRAINING] + [("forward", *point) for point in BEST_FORWARD]

@@ -8,6 +8,7 @@ WHAT = "What is measured"
 HOW = "How it runs"
 LIMITS = "Limits and files"
 VERDICT = "Verdict"
+GPUS = "Several GPUs"
 
 FIRST = (
     "python -m bench list",
@@ -20,6 +21,7 @@ HELPS = {
             WHAT: "suite models sizes patch resolutions modes batch",
             HOW: "executions compile_scope max_autotune dtype weights device launches",
             LIMITS: "out resume ahead prepare_limit time_limit dry_run quiet",
+            GPUS: "gpus alone spread",
         },
         examples=(
             "python -m bench run --suite auto --resume",
@@ -37,6 +39,18 @@ HELPS = {
         examples=(
             "python -m bench sampling --models DiG,DiT --resolutions 64 --steps 10",
             "python -m reports.sampling out/sampling.jsonl",
+        ),
+    ),
+    "scaling": Help(
+        groups={
+            WHAT: "models size patch resolution batch",
+            GPUS: "gpus processes parallel",
+            HOW: "executions dtype device",
+            LIMITS: "out resume prepare_limit time_limit",
+        },
+        examples=(
+            "python -m bench scaling --gpus 0,1",
+            "python -m bench scaling --models DiT --size S --device cpu",
         ),
     ),
     "compare": Help(

@@ -24,13 +24,16 @@ from bench.cli.first_step import first_step
 from bench.cli.kernels import kernels
 from bench.cli.list import list_models
 from bench.cli.ops import ops
-from bench.cli.options import numbers, words
+from bench.cli.options import numbers, one_of, words
 from bench.cli.profile import profile
 from bench.cli.regression import regression
 from bench.cli.sampling import sampling
+from bench.cli.scaling import scaling
 from bench.cli.waiting import Waiting
 from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
 from bench.run.ahead import build_ahead
+from bench.run.gpus import Card, choose_cards, visible_cards
+from bench.run.lanes import ALONE, SPREAD, Alone, Plan, Spread, comparison, run_on_cards
 from bench.run.process import expect_compiling
 from bench.run.runner import Sweep, finished_launches, run_sweep
 from bench.store.identity import code_hash
@@ -133,6 +136,27 @@ def run(
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No progress, no line a case: only warnings, errors and the last line.")
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs to spread the cases over, a case a GPU at a time, by index, separated by commas: 0,1. "
+            "Default: the first one alone."
+        ),
+    ] = None,
+    alone: Annotated[
+        str,
+        typer.Option(
+            help="Of several GPUs, what is measured while the others rest: eager (cases that the host launches step by "
+            "step: eager, compile) or none. What ran beside another is marked."
+        ),
+    ] = "eager",
+    spread: Annotated[
+        str,
+        typer.Option(
+            help="What stays on one of several GPUs: comparisons (all models of a size, resolution, batch and mode) or "
+            "cases."
+        ),
+    ] = "comparisons",
 ) -> None:
     """Measure cases and append a row for each to the results file.
 
@@ -148,8 +172,13 @@ def run(
     check_positive(time_limit, "--time-limit")
     check_positive(prepare_limit, "--prepare-limit")
     check_count(ahead, "--build-ahead", least=0, most=MOST_AHEAD)
+    one_of(alone, "--alone", ALONE)
+    one_of(spread, "--spread", SPREAD)
     where = choose_device(device, present=gpu_present())
     try:
+        if gpus is not None and device == "cpu":
+            refuse("--gpus is of GPUs, and --device cpu measures on none; leave one of them out")
+        cards = () if gpus is None else choose_cards(gpus, visible_cards() if where == "cuda" else [])
         if suite is not None:
             name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
             selected = case_lists.suite(name)
@@ -182,7 +211,8 @@ def run(
         if dry_run:
             tell_sweep(selected, out=out, resume=resume, launches=launches, limits=limits)
             return
-        _run(selected, out=out, resume=resume, limits=limits, launches=launches, ahead=ahead, quiet=quiet)
+        where_to: dict[str, Any] = {"cards": cards, "alone": alone, "spread": spread}
+        _run(selected, out=out, resume=resume, limits=limits, launches=launches, ahead=ahead, quiet=quiet, **where_to)
     except (ValueError, ResultError) as error:
         refuse(str(error))
 
@@ -195,25 +225,38 @@ def _require_packages(selected: list[Case]) -> None:
 
 
 def _run(
-    selected: list[Case], *, out: Path, resume: bool, limits: Limits, launches: int, ahead: int, quiet: bool
+    selected: list[Case],
+    *,
+    out: Path,
+    resume: bool,
+    limits: Limits,
+    launches: int,
+    ahead: int,
+    quiet: bool,
+    cards: tuple[Card, ...],
+    alone: Alone,
+    spread: Spread,
 ) -> None:
     loud = Console(stderr=True, soft_wrap=True)
     console = Console(stderr=True, soft_wrap=True, quiet=True) if quiet else loud
     with ResultsWriter(out) as writer:
         if said := writer.said_of_torn_line:
             loud.print(visible(said), style="yellow", markup=False)
-        environment = describe_environment()
+        before = read_results(out).rows if resume else ()
         sweep = Sweep(
             cases=tuple(selected),
             launches=launches,
-            done=finished_launches(read_results(out).rows) if resume else frozenset(),
+            done=finished_launches(before),
             limits=limits,
             code=code_hash(ROOT),
-            environment=environment,
+            environment={**describe_environment(), **(cards[0].environment if cards else {})},
+            card=cards[0] if cards else None,
         )
         skipped = len(selected) * launches - len(sweep.remaining)
-        before = f", {skipped} done before" if skipped else ""
-        console.print(visible(f"{len(sweep.remaining)} cases to measure into {out}{before}"), markup=False)
+        done = f", {skipped} done before" if skipped else ""
+        console.print(visible(f"{len(sweep.remaining)} cases to measure into {out}{done}"), markup=False)
+        if len(cards) > 1:
+            _tell_idle(sweep, cards, spread, loud)
         if any(launch.case.compiles for launch in sweep.remaining):
             expect_compiling()
         measured = 0
@@ -228,13 +271,18 @@ def _run(
                         at_once=ahead,
                         limits=limits,
                         on_start=lambda case: waiting.show(f"{case.describe()}: building ahead"),
+                        cards=cards,
                     )
                     sweep = replace(sweep, built=frozenset(case for case, status in went.items() if status == "ok"))
-                rows = run_sweep(
-                    sweep,
-                    writer,
-                    on_start=lambda case, doing: waiting.show(f"{case.describe()}: {doing}"),
-                )
+
+                def tell(case: Case, doing: str) -> None:
+                    waiting.show(f"{case.describe()}: {doing}")
+
+                if len(cards) > 1:
+                    plan = Plan(sweep=sweep, cards=cards, alone=alone, spread=spread, before=before)
+                    rows = run_on_cards(plan, writer, on_start=tell)
+                else:
+                    rows = run_sweep(sweep, writer, on_start=tell)
                 for row in rows:
                     measured += 1
                     if "measured-again" not in row.marks:
@@ -249,6 +297,14 @@ def _run(
     loud.print(visible(f"done: {measured} rows in {out}"), markup=False)
 
 
+def _tell_idle(sweep: Sweep, cards: tuple[Card, ...], spread: Spread, console: Console) -> None:
+    """Say so, where there is less to spread than there are GPUs."""
+    apart = len({comparison(launch.case, spread) for launch in sweep.remaining})
+    if 0 < apart < len(cards):
+        hint = "; --spread cases uses more" if spread == "comparisons" else ""
+        console.print(f"{apart} of {len(cards)} GPUs will be used: no {spread[:-1]} is spread over several{hint}")
+
+
 def _line(row: Row) -> str:
     """One measured row for people."""
     if row.median_ms is None:
@@ -258,13 +314,15 @@ def _line(row: Row) -> str:
     marks = f" [{', '.join(row.marks)}]" if row.marks else ""
     share = f", {row.ceiling_share:.0%} of the matmul ceiling" if row.ceiling_share else ""
     speed = f"{row.median_ms:.3g} ms (n={len(row.samples_ms)}), {row.fps:.3g} img/s"
-    return f"{row.case.describe()}: {speed}, {memory}{share}{marks}"
+    where = f" on GPU {row.placement.gpu}" if row.placement is not None else ""
+    return f"{row.case.describe()}{where}: {speed}, {memory}{share}{marks}"
 
 
 for command in (
     run,
     list_models,
     sampling,
+    scaling,
     compare,
     export,
     regression,

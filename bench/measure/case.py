@@ -131,10 +131,10 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
     if found.warmup == "bound":
         marks.append("unsteady")
     marks += doubts(case, names)
-    if flush is None and _fits_in_l2(case, memory.allocator_peak):
+    if flush is None and fits_in_l2(case, memory.allocator_peak):
         marks.append("l2-warm")
     graph_ms = _graph_ms(step.run) if case.device == "cuda" and case.execution == "eager" else None
-    flops, uncounted = _flops(case, step.model)
+    flops, uncounted = count_flops(case, step.model)
     start, compiling, warmup, measure = (after - before for before, after in pairwise(clock))
     model, implementations = step.model, step.model.implementations
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -176,14 +176,14 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
         launch=job.launch,
         key=job.key,
         marks=tuple(marks),
-        timing=_timing(case, found, eager=eager, graph_ms=graph_ms, flushed=flush is not None),
+        timing=timing_of(case, found, eager=eager, graph_ms=graph_ms, flushed=flush is not None),
         clocks=watch.clocks() if case.device == "cuda" else None,
         checks=checks,
         look=parse_name(case.model)[0].look,
     )
 
 
-def _flops(case: Case, model: Backbone) -> tuple[int | None, str]:
+def count_flops(case: Case, model: Backbone) -> tuple[int | None, str]:
     """FLOPs of the step, or why nobody counted them; the times are good without."""
     spec = ModelSpec(
         name=case.model,
@@ -237,7 +237,7 @@ def _l2_flush(working_set: int | None) -> Callable[[], object] | None:
     return torch.empty(2 * cache, dtype=torch.int8, device="cuda").zero_
 
 
-def _fits_in_l2(case: Case, working_set: int | None) -> bool:
+def fits_in_l2(case: Case, working_set: int | None) -> bool:
     """Whether a step's data may stay in the L2 cache until the next."""
     if case.device == "cpu":
         return False
@@ -262,7 +262,15 @@ def _graph_ms(run: Callable[[], Tensor]) -> float | None:
         return None
 
 
-def _timing(case: Case, found: Sampled, *, eager: Sampled | None, graph_ms: float | None, flushed: bool) -> Timing:
+def timing_of(
+    case: Case,
+    found: Sampled,
+    *,
+    eager: Sampled | None = None,
+    graph_ms: float | None = None,
+    flushed: bool = False,
+) -> Timing:
+    """How a case was sampled, with what is known of its step in the other execution."""
     interval = found.interval
     eager_ms = interval.median if case.execution == "eager" else (eager.interval.median if eager else None)
     graph_ms = interval.median if case.captures else graph_ms

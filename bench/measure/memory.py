@@ -106,4 +106,6 @@ class MemoryMeter:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    # Of a tensor that ranks share, what lies here.
+    here = (x.to_local() if hasattr(x, "to_local") else x for x in tensors)
+    return sum(x.numel() * x.element_size() for x in here)

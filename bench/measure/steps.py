@@ -119,29 +119,70 @@ def build_step(case: Case) -> Step:
 
 def step_of(model: Backbone, case: Case) -> Step:
     """`build_step` of a model that is there, on the case's device; it is changed: compiled, trained."""
-    device, cast = torch.device(case.device), DTYPES[case.weights]
-    values, digest = make_inputs(model, case.batch)
-    x, noise, t, y = tensors = (
-        values[0].to(device, cast), values[1].to(device), values[2].to(device), values[3].to(device),
-    )  # fmt: skip
-    refuse_zeros([("x", x), ("the noise", noise)])
+    given = given_to(model, case)
     if case.compiles:
         compile_parts(model, scope=case.scope, max_autotune=case.max_autotune)
+    if case.mode == "train":
+        return training_step(model, model, case, given)
+    model.eval()
+    x, _, t, y = given.tensors
 
-    def autocast() -> contextlib.AbstractContextManager[object]:
-        if case.dtype == "fp32" or case.weights == "bf16":
-            return contextlib.nullcontext()
-        return torch.autocast(case.device, dtype=torch.bfloat16)
+    def forward() -> Tensor:
+        with torch.no_grad(), _autocast(case):
+            return check_output(model(x, t, y), x)
 
-    if case.mode == "forward":
-        model.eval()
+    return Step(model=model, run=forward, tensors=given.tensors, inputs=given.digest)
 
-        def forward() -> Tensor:
-            with torch.no_grad(), autocast():
-                return check_output(model(x, t, y), x)
 
-        return Step(model=model, run=forward, tensors=tensors, inputs=digest)
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a step reads: x, noise, t and y on its device, and their SHA-256."""
 
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    digest: str
+
+
+def given_to(model: Backbone, case: Case, *, seed: int = SEED) -> Given:
+    """Inputs of a case's step, drawn with a seed: ranks of one job have one each.
+
+    Raises:
+        ParityError: They are mostly zeros.
+    """
+    device, cast = torch.device(case.device), DTYPES[case.weights]
+    values, digest = make_inputs(model, case.batch, seed=seed)
+    x, noise, t, y = values[0].to(device, cast), values[1].to(device), values[2].to(device), values[3].to(device)
+    refuse_zeros([("x", x), ("the noise", noise)])
+    return Given(tensors=(x, noise, t, y), digest=digest)
+
+
+def _autocast(case: Case) -> contextlib.AbstractContextManager[object]:
+    if case.dtype == "fp32" or case.weights == "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(case.device, dtype=torch.bfloat16)
+
+
+def loss_of(network: Callable[..., Tensor], case: Case, given: Given) -> Callable[[], Tensor]:
+    """The loss of a training step, with its graph; it reads every output channel, so that no gradient is zero."""
+    x, noise, t, y = given.tensors
+
+    def loss() -> Tensor:
+        with _autocast(case):
+            output = check_output(network(x, t, y), x)
+        predicted, covariance = output.float().chunk(2, dim=1)
+        return F.mse_loss(predicted, noise) + covariance.square().mean()
+
+    return loss
+
+
+def training_step(model: Backbone, network: Callable[..., Tensor], case: Case, given: Given) -> Step:
+    """The training step of a model that is compiled already, where the case compiles.
+
+    Args:
+        model: Whose parameters the optimizer moves.
+        network: What is called: the model, or what several processes wrap it in.
+        case: A training case.
+        given: What the step reads.
+    """
     model.train()
     optimizer = torch.optim.AdamW(
         # Capturable also where the case is eager: its step is replayed as a graph beside it, by the same fused kernel.
@@ -152,11 +193,7 @@ def step_of(model: Backbone, case: Case) -> Step:
         capturable=case.device == "cuda" and case.execution != "compile",
     )
 
-    def loss() -> Tensor:
-        with autocast():
-            output = check_output(model(x, t, y), x)
-        predicted, covariance = output.float().chunk(2, dim=1)
-        return F.mse_loss(predicted, noise) + covariance.square().mean()
+    loss = loss_of(network, case, given)
 
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -165,7 +202,7 @@ def step_of(model: Backbone, case: Case) -> Step:
         optimizer.step()
         return total.detach()
 
-    return Step(model=model, run=train, loss=loss, optimizer=optimizer, tensors=tensors, inputs=digest)
+    return Step(model=model, run=train, loss=loss, optimizer=optimizer, tensors=given.tensors, inputs=given.digest)
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -13,6 +13,8 @@ from bench.cases.jobs import Budget
 from bench.measure.intervals import CONFIDENCE, MedianInterval
 from bench.parity.error import ParityError
 
+Block = tuple[int, bool]
+"""Steps of a block, and whether they are samples."""
 _perf_counter = time.perf_counter
 """Bound before any model's code is imported: a clock that it replaces is not this one."""
 _elapsed = torch.cuda.Event.elapsed_time
@@ -138,6 +140,8 @@ def sample(
     budget: Budget,
     watch: Callable[[], None] | None = None,
     flush: Callable[[], object] | None = None,
+    fewest: int = 1,
+    announce: Callable[[Block | None], object] = lambda block: None,
 ) -> Sampled:
     """Run a step until it is steady, then time it until the median is known well enough.
 
@@ -147,15 +151,23 @@ def sample(
         budget: When it is steady, and when to stop.
         watch: Called once a block, with steps in flight on a GPU.
         flush: Called before every timed step, outside its time: overwrites the L2 cache.
+        fewest: Steps of a block, at least.
+        announce: Told of each block before it begins, and of the end by None: processes that must run the same steps
+            `follow` it.
     """
     blocks = _Blocks(run, device, watch, flush)
+
+    def block(steps: int, *, timed: bool) -> list[float]:
+        announce((steps, timed))
+        return blocks.block(steps)
+
     begin = _perf_counter()
-    first = blocks.block(1)[0]
-    steps = max(1, min(20, int(1000 * BLOCK_S / first))) if first > 0 else 20
+    first = block(1, timed=False)[0]
+    steps = max(fewest, min(20, int(1000 * BLOCK_S / first))) if first > 0 else 20
     warmup, done = "none", 1
     recent: list[float] = []
     while budget.settle_max_s > 0:
-        recent = [*recent[1 - STEADY_BLOCKS :], median(blocks.block(steps))]
+        recent = [*recent[1 - STEADY_BLOCKS :], median(block(steps, timed=False))]
         done += steps
         elapsed = _perf_counter() - begin
         steady = max(recent) <= min(recent) * (1 + budget.steady)
@@ -168,10 +180,11 @@ def sample(
     samples: list[float] = []
     begin = _perf_counter()
     while True:
-        samples += blocks.block(min(steps, budget.max_samples - len(samples)))
+        samples += block(min(steps, budget.max_samples - len(samples)), timed=True)
         elapsed = _perf_counter() - begin
         reason = _why_stop(samples, elapsed, budget)
         if reason:
+            announce(None)
             return Sampled(
                 samples_ms=tuple(samples),
                 host_ms=median(blocks.host_ms),
@@ -179,6 +192,38 @@ def sample(
                 warmup=warmup,
                 warmup_steps=done,
             )
+
+
+def follow(
+    run: Callable[[], object],
+    *,
+    device: str,
+    hear: Callable[[], Block | None],
+    watch: Callable[[], None] | None = None,
+) -> Sampled:
+    """Run the steps that another process' `sample` announces, and time them too.
+
+    Args:
+        run: One step.
+        device: As of `sample`.
+        hear: Waits for the next announcement.
+        watch: As of `sample`.
+    """
+    blocks, samples, untimed = _Blocks(run, device, watch, None), list[float](), 0
+    while (told := hear()) is not None:
+        steps, timed = told
+        if timed and not samples:
+            blocks.host_ms.clear()
+        found = blocks.block(steps)
+        samples += found if timed else []
+        untimed += 0 if timed else steps
+    return Sampled(
+        samples_ms=tuple(samples),
+        host_ms=median(blocks.host_ms),
+        stop_reason="followed",
+        warmup="followed",
+        warmup_steps=untimed,
+    )
 
 
 def _why_stop(samples: list[float], elapsed: float, budget: Budget) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from bench.cases.case import Case
 from bench.cases.jobs import BuildJob, Limits
+from bench.run.gpus import Card
 from bench.run.process import Worker
 from dig.registry import find_family
 
@@ -24,7 +25,12 @@ def gains(case: Case) -> bool:
 
 
 def build_ahead(
-    cases: Iterable[Case], *, at_once: int, limits: Limits, on_start: Callable[[Case], None]
+    cases: Iterable[Case],
+    *,
+    at_once: int,
+    limits: Limits,
+    on_start: Callable[[Case], None],
+    cards: Sequence[Card] = (),
 ) -> dict[Case, str]:
     """Build the kernels of cases side by side, each in a process of its own, and time nothing.
 
@@ -35,6 +41,7 @@ def build_ahead(
         at_once: Processes.
         limits: After ``prepare`` seconds a process is killed.
         on_start: Told each case as it begins.
+        cards: GPUs that take turns; CUDA's first if not given.
 
     Returns:
         How each went: ``ok``, or a status.
@@ -43,15 +50,18 @@ def build_ahead(
     threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
     running: dict[Worker, tuple[Case, float]] = {}
     went: dict[Case, str] = {}
+    begun = 0
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 case = waiting.pop(0)
                 on_start(case)
-                running[Worker("bench.run.worker:worker_main", BuildJob(case=case, threads=threads))] = (
-                    case,
-                    time.monotonic(),
+                variables = cards[begun % len(cards)].variables if cards else None
+                worker = Worker(
+                    "bench.run.worker:worker_main", BuildJob(case=case, threads=threads), variables=variables
                 )
+                running[worker] = case, time.monotonic()
+                begun += 1
             for worker, (case, since) in list(running.items()):
                 late = time.monotonic() - since > limits.prepare
                 if late or worker.answered():

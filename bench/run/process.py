@@ -5,13 +5,14 @@ No torch here; it is in the server that processes fork from.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -66,9 +67,10 @@ class Worker:
         entry: ``module:function``, imported in the process; it is called with its end of a connection, then
             ``arguments``.
         *arguments: For the function.
+        variables: Environment variables that the process is given before it imports anything more.
     """
 
-    def __init__(self, entry: str, *arguments: Any) -> None:
+    def __init__(self, entry: str, *arguments: Any, variables: Mapping[str, str] | None = None) -> None:
         # With what the process prints to stderr, for the message of a crash.
         self._folder = tempfile.TemporaryDirectory(dir=scratch_folder())
         self._errors = Path(self._folder.name) / "stderr"
@@ -76,9 +78,11 @@ class Worker:
         context = _context()
         self._connection, theirs = context.Pipe()
         target: Callable[..., None] = _enter
-        self._process = context.Process(target=target, args=(theirs, str(self._errors), entry, arguments), daemon=False)
+        given = (theirs, str(self._errors), entry, arguments, dict(variables or {}))
+        self._process = context.Process(target=target, args=given, daemon=False)
         try:
             self._process.start()
+            _living.add(self)
         except BaseException:
             self._connection.close()
             self._folder.cleanup()
@@ -129,8 +133,18 @@ class Worker:
         self._process.join()
         return WorkerError("error", _post_mortem(self._process.exitcode, _tail(self._errors)))
 
+    def kill(self) -> None:
+        """Kill the process with its children and wait for nothing; whoever waits for its answer is told of its death.
+
+        From another thread than the one that waits.
+        """
+        if self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def end(self) -> None:
         """Kill the process with its children, so that their memory is free, and wait until they are gone."""
+        _living.discard(self)
         end_group(self._process)
         self._connection.close()
         self._folder.cleanup()
@@ -142,8 +156,20 @@ class Worker:
         self.end()
 
 
-def _enter(connection: Connection, errors: str, entry: str, arguments: tuple[Any, ...]) -> None:
+_living: set[Worker] = set()
+
+
+def kill_workers() -> None:
+    """Kill every worker of this process that has not ended (`Worker.kill`)."""
+    for worker in tuple(_living):
+        worker.kill()
+
+
+def _enter(
+    connection: Connection, errors: str, entry: str, arguments: tuple[Any, ...], variables: dict[str, str]
+) -> None:
     """Where the process begins."""
+    os.environ.update(variables)  # CUDA reads its own when it starts, which is later; nothing before has started it.
     end_with_parent()  # In a group of its own, which a time limit ends too.
     die_with_parent()
     give_way()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, Budget, CaseJob, CeilingJob, Limits, ParityJob, Phase
+from bench.run.gpus import Card
 from bench.run.process import Worker, WorkerError
 from bench.store.identity import measurement_key
-from bench.store.ledgers import Checks
+from bench.store.ledgers import Checks, Placement
 from bench.store.lines import LinesWriter
 from bench.store.rows import Row, utc_now
 from dig.nvml import POWER_CAP, Gpu
@@ -42,6 +45,7 @@ def run_job(
     limits: Limits,
     on_phase: Callable[[Phase], None] = lambda phase: None,
     entry: str = "bench.run.worker:worker_main",
+    variables: Mapping[str, str] | None = None,
 ) -> Any:
     """Do a job in a process of its own.
 
@@ -50,6 +54,7 @@ def run_job(
         limits: After which the process and its children are killed.
         on_phase: Told what the worker does, as it begins.
         entry: Where the process begins; it says what it does and answers as `bench.run.worker.worker_main` does.
+        variables: Environment variables of the process, beside those that it inherits.
 
     Returns:
         The worker's answer.
@@ -57,7 +62,7 @@ def run_job(
     Raises:
         WorkerError: Time ran out, or the process died; the message holds the end of its stderr.
     """
-    with Worker(entry, job) as worker:
+    with Worker(entry, job, variables=variables) as worker:
         return _wait(worker, limits, on_phase)
 
 
@@ -97,6 +102,7 @@ class Sweep:
         environment: By `dig.environment.describe_environment`.
         built: Cases whose kernels were built ahead.
         again_s: Seconds after which no throttled launch is measured again (`run_sweep`).
+        card: The GPU to measure on; CUDA's first where none is named.
     """
 
     cases: tuple[Case, ...]
@@ -108,10 +114,24 @@ class Sweep:
     environment: Mapping[str, Any] = field(default_factory=dict)
     built: frozenset[Case] = frozenset()
     again_s: float = 30.0
+    card: Card | None = None
 
     def budget_of(self, case: Case) -> Budget:
         """How long a case is sampled."""
         return self.budget or BUDGETS[case.device]
+
+    def job(self, launch: Launch, card: Card | None) -> CaseJob:
+        """What a worker is told of a launch on a card."""
+        case = launch.case
+        return CaseJob(
+            case=case,
+            budget=self.budget_of(case),
+            environment={**self.environment, **(card.environment if card is not None else {})},
+            matmul_ceiling=None,
+            launch=launch.number,
+            key=self.key(case),
+            built=case in self.built,
+        )
 
     def key(self, case: Case) -> str:
         """The case's content address."""
@@ -151,32 +171,43 @@ def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Cas
     held down by heat come first, for a card that is at its power cap under a case will be there again. A second look
     that fails leaves the first row as it was.
     """
-    referee = Referee(limits=sweep.limits)
+    referee = Referee(limits=sweep.limits, card=sweep.card)
 
     def measure(launch: Launch) -> Row:
         referee.on_phase = lambda phase: on_start(launch.case, phase)
-        return referee.measure(
-            CaseJob(
-                case=launch.case,
-                budget=sweep.budget_of(launch.case),
-                environment=sweep.environment,
-                matmul_ceiling=None,
-                launch=launch.number,
-                key=sweep.key(launch.case),
-                built=launch.case in sweep.built,
-            )
-        )
+        return referee.measure(sweep.job(launch, sweep.card))
 
-    throttled: list[tuple[bool, Launch]] = []
+    throttled: list[tuple[Row, Launch]] = []
     for launch in sweep.remaining:
         row = measure(launch)
         writer.write(row)
         if "throttled" in row.marks:
-            reasons = row.clocks.throttled if row.clocks is not None else {}
-            throttled.append((set(reasons) == {POWER_CAP}, launch))
+            throttled.append((row, launch))
         yield row
-    deadline = time.monotonic() + sweep.again_s
-    for _, launch in sorted(throttled, key=lambda entry: entry[0]):
+    yield from measure_again(throttled, measure, writer, within=sweep.again_s)
+
+
+L = TypeVar("L")
+
+
+def measure_again(
+    throttled: Iterable[tuple[Row, L]], measure: Callable[[L], Row], writer: LinesWriter[Row], *, within: float
+) -> Iterator[Row]:
+    """Measure throttled launches once more, one after the other, as `run_sweep` says.
+
+    Args:
+        throttled: Each row, and what it was measured by.
+        measure: Measures it.
+        writer: Gets the rows before they are yielded.
+        within: Seconds after which none is begun.
+    """
+
+    def at_the_cap(entry: tuple[Row, L]) -> bool:
+        clocks = entry[0].clocks
+        return clocks is not None and set(clocks.throttled) == {POWER_CAP}
+
+    deadline = time.monotonic() + within
+    for _, launch in sorted(throttled, key=at_the_cap):
         if time.monotonic() >= deadline:
             return
         row = measure(launch)
@@ -186,21 +217,48 @@ def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Cas
             yield row
 
 
-class Referee:
-    """Measures launches, and checks that their numbers compare.
+class Findings:
+    """What was found once for all launches of a run, whichever card they run on; threads may share it."""
 
-    Keeps what was found once for all launches of a run: ceilings, agreement with the references, each comparison's
-    inputs, and the memory that the GPU had in use before anything ran.
+    def __init__(self) -> None:
+        self.agreements: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.inputs: dict[tuple[Any, ...], tuple[Case, str, int]] = {}
+        self._first = threading.Lock()
+        self._locks: defaultdict[tuple[Any, ...], threading.Lock] = defaultdict(threading.Lock)
+
+    def lock_of(self, key: tuple[Any, ...]) -> threading.Lock:
+        """Held by whoever finds out about an agreement, so that nobody does it twice."""
+        with self._first:
+            return self._locks[key]
+
+
+class Referee:
+    """Measures launches on one GPU, and checks that their numbers compare.
+
+    Keeps the card's ceilings, and the memory that it had in use before anything ran.
+
+    Args:
+        limits: How long a worker may take.
+        ceilings: Whether the matmul ceiling is measured.
+        card: The GPU; CUDA's first if not given.
+        findings: Agreement with the references and each comparison's inputs, where several referees share them.
     """
 
-    def __init__(self, *, limits: Limits, ceilings: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        ceilings: bool = True,
+        card: Card | None = None,
+        findings: Findings | None = None,
+    ) -> None:
         self.limits = limits
         self.on_phase: Callable[[str], None] = lambda phase: None
         self._with_ceilings = ceilings
         self._ceilings: dict[tuple[str, str], float | None] = {}
-        self._agreements: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._inputs: dict[tuple[Any, ...], tuple[Case, str, int]] = {}
-        self._gpu = Gpu.open()
+        self._findings = findings or Findings()
+        self._card = card
+        self._gpu = Gpu.open() if card is None else Gpu.open(card.uuid)
         self._idle = self._gpu.used() if self._gpu is not None else None
 
     def measure(self, job: CaseJob) -> Row:
@@ -209,7 +267,7 @@ class Referee:
         key = (case.device, case.dtype)
         if key not in self._ceilings:
             self.on_phase("measuring the matmul ceiling")
-            self._ceilings[key] = _ceiling(case, self.limits) if self._with_ceilings else None
+            self._ceilings[key] = self._ceiling(case) if self._with_ceilings else None
 
         def failed(status: Any, message: str) -> Row:
             return Row(
@@ -220,16 +278,17 @@ class Referee:
                 environment=dict(job.environment),
                 launch=job.launch,
                 key=job.key,
+                placement=self._placement,
             )
 
-        parity = self._agreement(case)
+        parity = self.agreement(case)
         if "message" in parity:
             missing = parity["status"] == "unsupported"
             return failed(parity["status"], parity["message"] if missing else f"parity: {parity['message']}")
         try:
             self.on_phase(STARTING)
             job = replace(job, matmul_ceiling=self._ceilings[key])
-            row = Row.from_json(run_job(job, limits=self.limits, on_phase=self._told))
+            row = replace(Row.from_json(self._run(job, on_phase=self._told)), placement=self._placement)
         except WorkerError as error:
             row = failed(error.status, str(error))
         returned = self.wait_for_memory()
@@ -249,26 +308,44 @@ class Referee:
     def _told(self, phase: Phase) -> None:
         self.on_phase(PHASES[phase])
 
-    def _agreement(self, case: Case) -> dict[str, Any]:
+    @property
+    def _placement(self) -> Placement | None:
+        return None if self._card is None else Placement(gpu=self._card.index)
+
+    def _run(self, job: Any, **more: Any) -> Any:
+        """`run_job` on this referee's card."""
+        if self._card is not None:
+            more["variables"] = self._card.variables
+        return run_job(job, limits=self.limits, **more)
+
+    def _ceiling(self, case: Case) -> float | None:
+        try:
+            return float(self._run(CeilingJob(device=case.device, dtype=case.dtype)))
+        except WorkerError:
+            return None  # Rows then say null: no share of a ceiling that was not measured.
+
+    def agreement(self, case: Case) -> dict[str, Any]:
         """What the parity check found for this model and mode; a training step's comparison holds the outputs' too."""
         model = (case.model, case.options, case.dtype, case.device)
-        trained = self._agreements.get((*model, "train"))
-        if trained is not None and "message" not in trained:
-            return trained
-        key = (*model, case.mode)
-        if key not in self._agreements:
-            try:
-                self.on_phase("comparing with its reference")
-                self._agreements[key] = run_job(ParityJob(case=case), limits=self.limits)
-            except WorkerError as error:
-                self._agreements[key] = {"status": error.status, "message": str(error)}
-            self.wait_for_memory()
-        return self._agreements[key]
+        with self._findings.lock_of(model):
+            known = self._findings.agreements
+            trained = known.get((*model, "train"))
+            if trained is not None and "message" not in trained:
+                return trained
+            key = (*model, case.mode)
+            if key not in known:
+                try:
+                    self.on_phase("comparing with its reference")
+                    known[key] = self._run(ParityJob(case=case))
+                except WorkerError as error:
+                    known[key] = {"status": error.status, "message": str(error)}
+                self.wait_for_memory()
+            return known[key]
 
     def _other_inputs(self, case: Case, checks: Checks) -> str:
         """Why this row does not compare with the first of its comparison; empty where it does."""
         key = (case.resolution, case.batch, case.patch, case.dtype, case.device)
-        first, inputs, tokens = self._inputs.setdefault(key, (case, checks.inputs, checks.tokens))
+        first, inputs, tokens = self._findings.inputs.setdefault(key, (case, checks.inputs, checks.tokens))
         if checks.inputs != inputs:
             return f"its latents, noise, timesteps or labels are not those of {first.describe()}"
         return "" if checks.tokens == tokens else f"{checks.tokens} tokens; {first.describe()} has {tokens}"
@@ -284,10 +361,3 @@ class Referee:
                 return False
             time.sleep(0.1)
         return True
-
-
-def _ceiling(case: Case, limits: Limits) -> float | None:
-    try:
-        return float(run_job(CeilingJob(device=case.device, dtype=case.dtype), limits=limits))
-    except WorkerError:
-        return None  # Rows then say null: no share of a ceiling that was not measured.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.cases.jobs import BuildJob, CaseJob, CeilingJob, Job, ParityJob, Phase, ProbeJob
+from bench.cases.jobs import BuildJob, CaseJob, CeilingJob, Job, ParityJob, Phase, ProbeJob, RankJob
 from bench.measure.build import build
 from bench.measure.case import measure_case
 from bench.measure.ceiling import measure_ceiling
@@ -43,6 +43,20 @@ def _answer(job: Job, tell: Callable[[Phase], None]) -> Any:
     if isinstance(job, ParityJob):
         return check_parity(job)
     return probe(job) if isinstance(job, ProbeJob) else measure_ceiling(job)
+
+
+def rank_main(connection: Connection, job: RankJob) -> None:
+    """Entry of one of the processes that train a model together; it says and answers what `worker_main` does."""
+    # Only here: torch.distributed's sharding takes a second to import, which no other worker needs.
+    from bench.measure.ranks import measure_rank
+
+    load_source(job.case.source)
+    measure_rank(
+        job,
+        lambda phase: connection.send(("phase", phase)),
+        lambda row: connection.send(("answer", row.to_json())),
+    )
+    connection.close()
 
 
 def worker_main(connection: Connection, job: Job) -> None:

@@ -104,6 +104,68 @@ class Clocks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a launch of a run over several GPUs was measured, and what ran beside it.
+
+    Attributes:
+        gpu: Index of the GPU, as ``--gpus`` counts; its UUID is ``environment.gpu_uuid``.
+        beside: Phase of the launch → on how many other GPUs of the host the run was at work meanwhile, at most. Phases
+            are those of `bench.cases.jobs.Phase`, ``starting``, and ``preparing`` (parity check, matmul ceiling).
+    """
+
+    gpu: int
+    beside: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on numbers that count nothing."""
+        require(self.gpu >= 0, f"placement.gpu must not be negative; got {self.gpu}")
+        require(all(count >= 0 for count in self.beside.values()), "placement.beside must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One process of several that train one model together.
+
+    Attributes:
+        median_ms: Its median step.
+        peak: Bytes at most, as `Memory.peak`; None where the device has no such counter.
+        gpu_uuid: Its GPU.
+    """
+
+    median_ms: float
+    peak: int | None = None
+    gpu_uuid: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Of a launch of ``bench scaling``.
+
+    Attributes:
+        run: When the run began: throughputs of one run compare.
+        backend: What communicates, ``nccl`` or ``gloo``; empty for one process.
+        ranks: Each process.
+        silent_ms: The same step on every rank with nothing sent: every timed one, the slowest rank's; what the step
+            takes beyond it is communication that nothing hides.
+        gradient_error: How far the step's gradient is off the mean of the gradients that the ranks compute alone, by
+            projections of every parameter's.
+        gradient_bound: What that may be.
+    """
+
+    run: str
+    backend: str = ""
+    ranks: tuple[Rank, ...] = ()
+    silent_ms: tuple[float, ...] = ()
+    gradient_error: float | None = None
+    gradient_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on times that are none."""
+        times = (*self.silent_ms, *(rank.median_ms for rank in self.ranks))
+        require(all(1e-6 <= ms <= 1e12 for ms in times), "scaling's times must lie between 1 ns and 31 years")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checks:
     """What the parity check found.
 

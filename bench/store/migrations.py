@@ -36,6 +36,16 @@ checks.operation_error,
 .operation_bound,
 .recheck_error            None: only a small input was compared, and nothing after the timed steps
 ========================= ==========================================================================================
+
+Schema 5 (2026-11) knows several GPUs:
+
+========================= ==========================================================================================
+field                     in a row that was written as schema 1 to 4
+========================= ==========================================================================================
+case.processes            1
+case.parallel             empty
+placement, scaling        None: a run had one GPU, and every model one process
+========================= ==========================================================================================
 """
 
 from __future__ import annotations
@@ -43,7 +53,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA = 4
+SCHEMA = 5
 FORMER_BACKEND = {"DiG": "recurrence", "DiT": "attention", "Flash-DiT": "attention", "DiS": "mixer"}
 """Family → what ``backend`` was called until schema 2, and in sampling rows and training runs of that time."""
 
@@ -74,8 +84,19 @@ def _from_3(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "case": {**case, "scope": "model"}}
 
 
-_STEPS = {1: _from_1, 2: _from_2, 3: _from_3}
-_NEW_IN = {2: frozenset({"launch", "key", "marks", "timing", "clocks", "checks"}), 3: frozenset({"look"})}
+def _from_4(record: dict[str, Any]) -> dict[str, Any]:
+    case = record.get("case")
+    if isinstance(case, dict) and (alien := {"processes", "parallel"} & case.keys()):
+        raise ValueError(f"a row of schema 4 has no field 'case.{min(alien)}'")
+    return record
+
+
+_STEPS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+_NEW_IN = {
+    2: frozenset({"launch", "key", "marks", "timing", "clocks", "checks"}),
+    3: frozenset({"look"}),
+    5: frozenset({"placement", "scaling"}),
+}
 """Version → the fields that it brought."""
 
 

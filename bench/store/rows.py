@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from bench.cases.case import Case
 from bench.store.decoding import decode_dataclass, parse_json, require, with_options
-from bench.store.ledgers import Checks, Clocks, Memory, Timing
+from bench.store.ledgers import Checks, Clocks, Memory, Placement, Scaling, Timing
 from bench.store.lines import LinesWriter, ResultError, Results, read_lines
 from bench.store.migrations import SCHEMA, to_present
 from dig.family import Look
@@ -40,6 +40,9 @@ Mark = Literal[
     "small-parity",
     "not-rechecked",
     "l2-warm",
+    "host-shared",
+    "beside-another",
+    "built-beside",
 ]
 """What a reader should know before trusting a row's times: the clock was held down in most readings; another process
 was on the GPU; warm-up did not settle; NVML could not be asked; which kernels ran was not checked, for the profiler saw
@@ -47,7 +50,9 @@ none or nobody said which they should be; the case before it had not given its m
 the model does, so that its outputs were compared with nothing; the launch was throttled before, and is here once more
 (and throttled again where it carries that mark too); the family's operation was compared on a small input only, not at
 the case's own shape; the timed step was not run again on other inputs, for want of memory; its data may have stayed in
-the L2 cache from step to step.
+the L2 cache from step to step; another case ran on a neighbouring GPU of the host while this one's steps were launched
+one by one by the host; the same of a CUDA graph's replays, which ask little of the host (what its row says of eager
+steps and launches was taken then too); the same while its kernels were built, whose seconds say less.
 """
 
 LEAST_MS, MOST_MS = 1e-6, 1e12
@@ -99,6 +104,8 @@ class Row:
         clocks: SM clock, throttling and other processes during the samples; None without NVML.
         checks: What the parity check found.
         look: What the family says of its look in figures, by `dig.family.Look`.
+        placement: On which of several GPUs it ran, and beside what; None where a run has one.
+        scaling: Of several processes that train one model, and of the one that they are compared with.
     """
 
     case: Case
@@ -121,6 +128,8 @@ class Row:
     clocks: Clocks | None = None
     checks: Checks | None = None
     look: Look | None = None
+    placement: Placement | None = None
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError where status and samples contradict each other."""
@@ -145,9 +154,9 @@ class Row:
 
     @property
     def fps(self) -> float | None:
-        """Images a second: batch over the median step."""
+        """Images a second, of all processes together: their batches over the median step."""
         ms = self.median_ms
-        return None if ms is None else 1000 * self.case.batch / ms
+        return None if ms is None else 1000 * self.case.batch * self.case.processes / ms
 
     @property
     def ceiling_share(self) -> float | None:

@@ -79,10 +79,11 @@ class Beginning:
             return first.sha256
         if self.begun is None or (self.path is None and not resuming):
             return ""
-        if self.path is not None and self.path.is_file() and not resuming:
-            from dig.training.data.files import sha256_of
+        from dig.training.saving import SHARDS, checkpoint_sha256
 
-            return sha256_of(self.path)
+        a_file = self.path is not None and (self.path.is_file() or self.path.suffix == SHARDS)
+        if self.path is not None and a_file and not resuming:
+            return checkpoint_sha256(self.path)
         # A folder may hold later checkpoints by now, and a file may have gone.
         return self.begun.init
 

@@ -47,28 +47,35 @@ def refusing() -> Iterator[None]:
     """End with exit status 2 and one clear message on input that can't be used, and on a full disk or device."""
     try:
         yield
-    except (ValueError, MissingPackageError, OSError) as error:
-        message = describe(error)
-    except MemoryError:
-        message = f"the host's memory is not enough; {_SMALLER}"
-    except RuntimeError as error:
-        from torch import OutOfMemoryError
-
-        from dig.graphs import CaptureError
-        from dig.training.watch import TrainingError
-
-        if isinstance(error, OutOfMemoryError):
-            message = f"the GPU's memory is not enough; {_SMALLER}"
-        elif isinstance(error, (TrainingError, CaptureError)):
-            message = str(error)
-        elif "can't allocate memory" in str(error):  # torch's allocator of the host has no class of its own
-            message = f"the host's memory is not enough; {_SMALLER}"
-        else:
-            raise
-    else:
         return
+    except (ValueError, MissingPackageError, OSError, MemoryError, RuntimeError) as error:
+        message = explain(error)
+        if message is None:
+            raise
     typer.echo(f"error: {one_line(message)}", err=True)
     raise typer.Exit(2) from None
+
+
+def explain(error: BaseException) -> str | None:
+    """What to say of an error that input, a full disk or a full device made; None of a fault of the program."""
+    if isinstance(error, (ValueError, MissingPackageError, OSError)):
+        return describe(error)
+    if isinstance(error, MemoryError):
+        return f"the host's memory is not enough; {_SMALLER}"
+    if not isinstance(error, RuntimeError):
+        return None
+    from torch import OutOfMemoryError
+
+    from dig.graphs import CaptureError
+    from dig.training.watch import TrainingError
+
+    if isinstance(error, OutOfMemoryError):
+        return f"the GPU's memory is not enough; {_SMALLER}"
+    if isinstance(error, (TrainingError, CaptureError)):
+        return str(error)
+    if "can't allocate memory" in str(error):  # torch's allocator of the host has no class of its own
+        return f"the host's memory is not enough; {_SMALLER}"
+    return None
 
 
 def choose_device(device: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dig.sampling.decoder import Decoder
     from dig.sampling.runner import BatchSampler, SamplePlan
+    from dig.sampling.sharing import Sharing
     from dig.sampling.weights import Weights
 
 
@@ -172,17 +173,26 @@ def prepare(asked: Asked, console: Console) -> Drawing:
     )
 
 
-def draw_folder(drawing: Drawing, runner: BatchSampler, folder: Path, console: Console) -> None:
-    """Samples into a folder of PNG files, with a bar, and a line at the end."""
+def draw_folder(
+    drawing: Drawing, runner: BatchSampler, folder: Path, console: Console, sharing: Sharing | None = None
+) -> None:
+    """Samples into a folder of PNG files, with a bar, and a line at the end; ``sharing`` them with other processes."""
     from dig.sampling.folder import sample_to_folder
+    from dig.sampling.sharing import ALONE
+
+    sharing = sharing or ALONE
 
     plan, started = drawing.plan, time.perf_counter()
     memory = partial(peak_memory, drawing.device)
     with following(console, f"sampling into {folder}", total=plan.count, unit="sample", memory=memory) as told:
         runner.report = told.advance
-        for progress in sample_to_folder(runner, folder, about=drawing.about(), class_names=drawing.found.class_names):
+        for progress in sample_to_folder(
+            runner, folder, about=drawing.about(), class_names=drawing.found.class_names, sharing=sharing
+        ):
             told.update(progress.done)
         runner.report = None
+    if not sharing.leads:
+        return
     made, seconds = progress.done - progress.skipped, time.perf_counter() - started
     before = f" ({progress.skipped} made before)" if progress.skipped else ""
     typer.echo(f"{plan.count} samples{before} in {folder}: {made / seconds:.3g} a second")

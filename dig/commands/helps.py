@@ -23,7 +23,7 @@ HELPS = {
             "Optimisation": "batch accumulate lr schedule warmup clip weight_decay",
             "Loss and averages": "loss label_dropout ema ema_warmup",
             "Logging and saving": "log_every save_every keep grid_every grid_steps grid_cfg log",
-            MACHINE: "device dtype execution deterministic",
+            MACHINE: "device dtype execution deterministic parallel hang_timeout",
         },
         examples=(
             "python -m dig train --model DiG-S/2 --data images --image-size 64 --out run",
@@ -53,6 +53,13 @@ HELPS = {
         examples=(
             "python -m dig export run --out model.safetensors",
             "python -m dig export run --out pipeline --format diffusers --vae VAE",
+        ),
+    ),
+    "consolidate": Help(
+        groups={"Checkpoint": "run out"},
+        examples=(
+            "python -m dig consolidate run",
+            "python -m dig consolidate run --out checkpoint.safetensors",
         ),
     ),
     "evaluate": Help(

@@ -14,6 +14,8 @@ import typer
 from dig.commands.common import DeviceOption, DryRunOption, QuietOption, refusing
 from dig.commands.drawing import Asked, Drawing, draw_folder, prepare
 from dig.commands.dry_run import rehearse_sampling
+from dig.commands.job import shared, working_together
+from dig.launched import follows
 from dig.memory import peak_memory
 from dig.messages import describe
 from dig.progress import following, open_console
@@ -111,10 +113,13 @@ def sample_command(
     """Sample images from a trained model, with its averaged weights unless told otherwise.
 
     Interrupted, it goes on with the same command: finished images are kept, and batches beside the npz file until all
-    are there. The same seed gives the same images, bit for bit, whatever --samples, --first and --batch are.
+    are there. The same seed gives the same images, bit for bit, whatever --samples, --first and --batch are, and
+    however many processes share them under torchrun.
     """
-    console = open_console(quiet=quiet)
-    with refusing():
+    console = open_console(quiet=quiet or follows())
+    with refusing(), working_together(device) as job:
+        if job is not None and dry_run:
+            raise ValueError("--dry-run is of one process: leave out torchrun")
         if npz is None and grid is None and images is None and not dry_run:
             raise ValueError("nothing to write: give --images, --npz or --grid")
         if npz is not None and images is not None:
@@ -157,6 +162,7 @@ def sample_command(
         from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
         from dig.sampling.folder import first_images, open_folder
 
+        sharing = shared(job)
         plan = drawing.plan
         if dry_run:
             runner = drawing.runner(None)
@@ -171,22 +177,25 @@ def sample_command(
         runner = drawing.runner(console)
         memory = partial(peak_memory, drawing.device)
         with ExitStack() as stack:
-            if grid is not None:
+            if grid is not None and sharing.leads:
                 stack.enter_context(only_writer(grid))
             if npz is not None:
                 name: Literal["arr_0", "latents"] = "latents" if latents else "arr_0"
                 started = time.perf_counter()
                 with following(console, f"sampling into {npz}", total=plan.count, unit="sample", memory=memory) as told:
                     runner.report = told.advance
-                    for progress in sample_to_npz(runner, npz, batch=batch, about=drawing.about(), name=name):
+                    for progress in sample_to_npz(
+                        runner, npz, batch=batch, about=drawing.about(), name=name, sharing=sharing
+                    ):
                         told.update(progress.done)
                     runner.report = None
-                made, seconds = progress.done - progress.skipped, time.perf_counter() - started
-                before = f" ({progress.skipped} made before)" if progress.skipped else ""
-                typer.echo(f"{plan.count} samples{before} in {npz}: {made / seconds:.3g} a second")
+                if sharing.leads:
+                    made, seconds = progress.done - progress.skipped, time.perf_counter() - started
+                    before = f" ({progress.skipped} made before)" if progress.skipped else ""
+                    typer.echo(f"{plan.count} samples{before} in {npz}: {made / seconds:.3g} a second")
             if images is not None:
-                draw_folder(drawing, runner, images, console)
-            if grid is not None:
+                draw_folder(drawing, runner, images, console, sharing)
+            if grid is not None and sharing.leads:
                 shown = range(first, first + min(plan.count, GRID_IMAGES))
                 if npz is not None:
                     pixels = first_samples(npz, len(shown))

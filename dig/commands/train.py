@@ -26,14 +26,17 @@ from dig.commands.common import (
     refusing,
 )
 from dig.commands.dry_run import rehearse_training
+from dig.commands.job import HANG_SECONDS, HangOption, ParallelOption, working_together
 from dig.commands.places import find_place
 from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option_types, write_options
+from dig.launched import follows
 from dig.memory import peak_memory
 from dig.progress import following, open_console
 from dig.registry import ModelSpec
 
 if TYPE_CHECKING:
     from dig.training.config import TrainConfig
+    from dig.training.team import Team
 
 
 class _Received:
@@ -199,6 +202,8 @@ def train_command(
             "every block."
         ),
     ] = None,
+    parallel: ParallelOption = "auto",
+    hang_timeout: HangOption = HANG_SECONDS,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -208,9 +213,16 @@ def train_command(
     same command, bit for bit as if it had not been stopped. --steps may then be raised (with a constant learning rate),
     and whatever has to do with logs, grids and checkpoints may be changed. SIGUSR1 makes it save a checkpoint and go
     on.
+
+    Under torchrun, several processes train as one would at the same --batch, which is of all of them together.
     """
-    console = open_console(quiet=quiet)
-    with refusing():
+    console = open_console(quiet=quiet or follows())
+    with (
+        refusing(),
+        working_together(device, parallel=parallel, hang_seconds=hang_timeout, trains=True) as job,
+    ):
+        if job is not None and dry_run:
+            raise ValueError("--dry-run is of one process: leave out torchrun and --parallel")
         if resume is not None and config is not None:
             raise ValueError("--resume takes the run's own options; --config begins another run")
         if resume is not None and out.resolve() != resume.resolve():
@@ -252,6 +264,12 @@ def train_command(
         asked = place.asked["execution"]
         redraws = checkpoint_blocks and where == "cuda" and asked == "auto" and draws_in_training(spec)
         chosen, reason = choose_execution(asked, device=where, begun=begun, redraws=redraws)
+        team: Team | None = None
+        if job is not None:
+            from dig.training.parallel.team import Together
+
+            team = Together(job.ranks, job.kind, job.watch)
+            chosen, reason = team.execution(chosen, reason, asked=asked)
         data_spec = DataSpec.of(dataset)
         first = beginning.weights(spec, data_spec, device=where, loss=loss, seed=seed)
         run = TrainConfig(
@@ -311,9 +329,12 @@ def train_command(
         decode = decoder.decode if decoder is not None else None
         with _interrupts() as received:
             elsewhere = resume is not None
-            trainer = Trainer(run, dataset, out, decode=decode, workers=workers, first=state, elsewhere=elsewhere)
+            trainer = Trainer(
+                run, dataset, out, decode=decode, workers=workers, first=state, elsewhere=elsewhere, team=team
+            )
             del first, state
-            _write_options(context, out, run, {**place.asked, "init": beginning.path})
+            if not follows():
+                _write_options(context, out, run, {**place.asked, "init": beginning.path})
             finished = trainer.step >= steps
             if trainer.step and not finished:
                 console.print(f"going on from step {trainer.step} of {steps} in {out}")
@@ -330,6 +351,8 @@ def train_command(
                     progress.update(status.step, figures="" if math.isnan(status.loss) else f"loss {status.loss:.4f}")
 
                 done = trainer.run(stop=lambda: received.stop, save=received.take_save, report=report)
+    if follows():
+        raise typer.Exit(130 if done < steps else 0)
     if done < steps:
         how = f"go on with the same command, or --resume {out}"
         typer.echo(f"stopped: {done} of {steps} steps are in {out}; {how}", err=True)

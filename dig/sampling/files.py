@@ -10,7 +10,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from dig.locks import only_process
 from dig.memory import check_disk, check_memory
 from dig.sampling.runner import BatchSampler
+from dig.sampling.sharing import ALONE, Sharing
 from dig.training.data.files import replacing, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def sample_to_npz(
     batch: int,
     about: dict[str, Any],
     name: Literal["arr_0", "latents"] = "arr_0",
+    sharing: Sharing = ALONE,
 ) -> Iterator[Progress]:
     """Sample the plan into an npz file. An iterator: works while it is iterated, and yields after each batch.
 
@@ -90,6 +92,7 @@ def sample_to_npz(
         batch: Samples that are saved at a time.
         about: What the samples are of; samples of something else are never mixed in.
         name: Under which the samples lie in the file.
+        sharing: Of several processes that call this alike, each makes some of the batches, and the first one the file.
 
     Raises:
         ValueError: The folder of the batches is of other samples, or of something else.
@@ -100,45 +103,57 @@ def sample_to_npz(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
-    with only_writer(path):
+    with only_writer(path) if sharing.leads else nullcontext():
         try:
-            yield from _sample_to_npz(sampler, path, batch=batch, about=about, name=name)
+            yield from _sample_to_npz(sampler, path, batch=batch, about=about, name=name, sharing=sharing)
         finally:
-            _tidy(path.with_name(path.name + ".parts"))
+            if sharing.leads:
+                _tidy(path.with_name(path.name + ".parts"))
 
 
 def _sample_to_npz(
-    sampler: BatchSampler, path: Path, *, batch: int, about: dict[str, Any], name: str
+    sampler: BatchSampler, path: Path, *, batch: int, about: dict[str, Any], name: str, sharing: Sharing
 ) -> Iterator[Progress]:
     plan = sampler.plan
     about = {**about, "plan": dataclasses.asdict(plan)}
     parts = path.with_name(path.name + ".parts")
-    # The same samples cut otherwise are other files.
-    _open_parts(parts, (json.dumps({**about, "batch": batch, "name": name}, indent=1) + "\n").encode())
-    start, stop = plan.first, plan.first + plan.count
-    if not (parts / _part(start)).exists():
-        # One of each size shows what all need; the model's batch that it is of is kept for the first part.
-        size = sampler.samples(range(start, start + 1)).nbytes
-        check_memory({"a part": 2 * size * min(batch, plan.count)}, device="cpu", advice="try a smaller --batch")
-        # Parts and the file that they are joined in.
-        check_disk(parts, 2 * size * plan.count, f"{plan.count:,} samples", "try fewer --samples")
-    done = skipped = 0
-    files = []
-    for start in range(plan.first, stop, batch):
-        indices = range(start, min(start + batch, stop))
-        file = parts / _part(start)
-        if _holds(file, len(indices)):
-            skipped += len(indices)
-        else:
-            with replacing(file) as temporary, temporary.open("wb") as stream:
-                np.save(stream, sampler.samples(indices))
-        files.append(file)
+    stop = plan.first + plan.count
+    starts = range(plan.first, stop, batch)
+
+    def cut(start: int) -> range:
+        return range(start, min(start + batch, stop))
+
+    def begin() -> list[int]:
+        """Open the folder of the parts; where those start that are missing."""
+        # The same samples cut otherwise are other files.
+        _open_parts(parts, (json.dumps({**about, "batch": batch, "name": name}, indent=1) + "\n").encode())
+        start = plan.first
+        if not (parts / _part(start)).exists():
+            # One of each size shows what all need; the model's batch that it is of is kept for the first part.
+            size = sampler.samples(range(start, start + 1)).nbytes
+            check_memory({"a part": 2 * size * min(batch, plan.count)}, device="cpu", advice="try a smaller --batch")
+            # Parts and the file that they are joined in.
+            check_disk(parts, 2 * size * plan.count, f"{plan.count:,} samples", "try fewer --samples")
+        return [start for start in starts if not _holds(parts / _part(start), len(cut(start)))]
+
+    missing = sharing.from_leader(begin)
+    done = skipped = plan.count - sum(len(cut(start)) for start in missing)
+    for start in sharing.mine(missing):
+        indices = cut(start)
+        sharing.begins(f"sampling {indices[0]} to {indices[-1]}")
+        with replacing(parts / _part(start)) as temporary, temporary.open("wb") as stream:
+            np.save(stream, sampler.samples(indices))
         done += len(indices)
         yield Progress(done=done, skipped=skipped, total=plan.count)
+    sharing.meet()
+    if not sharing.leads:
+        return
     labels = np.array(plan.labels(range(plan.first, stop)), dtype=np.int64)
+    files = [parts / _part(start) for start in starts]
     _join(path, files, name, {"arr_1": labels, "about": np.array(json.dumps(about))})
     for file in files:
         file.unlink(missing_ok=True)
+    yield Progress(done=plan.count, skipped=skipped, total=plan.count)
 
 
 def _tidy(parts: Path) -> None:

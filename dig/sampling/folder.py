@@ -9,8 +9,8 @@ import dataclasses
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -24,6 +24,7 @@ from dig.memory import check_disk
 from dig.sampling.files import ABOUT, Progress
 from dig.sampling.images import write_png
 from dig.sampling.runner import BatchSampler, SamplePlan
+from dig.sampling.sharing import ALONE, Sharing
 from dig.sampling.trained import Trained
 from dig.training.data.files import write_atomically
 
@@ -69,7 +70,12 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def sample_to_folder(
-    sampler: BatchSampler, folder: Path, *, about: dict[str, Any], class_names: Sequence[str] = ()
+    sampler: BatchSampler,
+    folder: Path,
+    *,
+    about: dict[str, Any],
+    class_names: Sequence[str] = (),
+    sharing: Sharing = ALONE,
 ) -> Iterator[Progress]:
     """Make a plan's samples that the folder has not yet, each a PNG file; ``about.json`` says what they are of.
 
@@ -78,6 +84,7 @@ def sample_to_folder(
         folder: By `open_folder`.
         about: What the samples are of; samples of something else are never mixed in.
         class_names: Of the labels, where they are known.
+        sharing: Of several processes that call this alike, each makes some of the samples.
 
     Raises:
         ValueError: The folder holds other samples.
@@ -89,7 +96,18 @@ def sample_to_folder(
     plan, model_batch = sampler.plan, sampler.plan.model_batch
     described = {name: value for name, value in dataclasses.asdict(plan).items() if name not in _FREE}
     manifest = (json.dumps({**about, "plan": described}, indent=1) + "\n").encode()
-    with _only_writer(folder):
+    stop = plan.first + plan.count
+    drawn: dict[int, NDArray[Any]] = {}
+    numbers = range(plan.first // model_batch, -(-stop // model_batch))
+
+    def names_of(number: int) -> dict[int, str]:
+        """Names of the wanted samples of one of the model's batches, by index."""
+        indices = range(max(plan.first, number * model_batch), min(stop, (number + 1) * model_batch))
+        labelled = zip(indices, plan.labels(indices), strict=True)
+        return {index: sample_name(index, label, class_names, sampler.num_classes) for index, label in labelled}
+
+    def begin() -> list[tuple[int, list[int]]]:
+        """Say what the folder holds; the model's batches of which samples are missing, and which those are."""
         # What a kill left before the first picture is of nobody.
         begun = any(_NAME.fullmatch(path.name) for path in folder.iterdir())
         if begun and (folder / ABOUT).read_bytes() != manifest:
@@ -97,26 +115,38 @@ def sample_to_folder(
                 f"{folder} holds other samples; repeat their options to go on with them, or choose another folder"
             )
         write_atomically(folder / ABOUT, manifest)
-        stop = plan.first + plan.count
-        done = skipped = 0
-        checked = False
-        for number in range(plan.first // model_batch, -(-stop // model_batch)):
-            indices = range(max(plan.first, number * model_batch), min(stop, (number + 1) * model_batch))
-            names = [
-                sample_name(index, label, class_names, sampler.num_classes)
-                for index, label in zip(indices, plan.labels(indices), strict=True)
-            ]
-            missing = [place for place, name in enumerate(names) if not _is_whole(folder / name)]
-            if missing:
-                images = sampler.samples(indices)
-                if not checked:
-                    check_disk(folder, images[0].nbytes * plan.count, f"{plan.count:,} images", "try fewer --samples")
-                    checked = True
-                for place in missing:
-                    write_png(folder / names[place], images[place])
+        missing: list[tuple[int, list[int]]] = []
+        for number in numbers:
+            if indices := _lacking(folder, names_of(number)):
+                if not missing:
+                    # One of each shows what all need.
+                    names = names_of(number)
+                    drawn[number] = sampler.samples(range(min(names), max(names) + 1))
+                    needs = drawn[number][0].nbytes * plan.count
+                    check_disk(folder, needs, f"{plan.count:,} images", "try fewer --samples")
+                missing.append((number, indices))
+        return missing
+
+    with _only_writer(folder) if sharing.leads else nullcontext():
+        missing = sharing.from_leader(begin)
+        skipped = plan.count - sum(len(indices) for _, indices in missing)
+        done = skipped
+        for number, indices in sharing.mine(missing):
+            sharing.begins(f"sampling {indices[0]} to {indices[-1]}")
+            names = names_of(number)
+            found = drawn.pop(number) if number in drawn else sampler.samples(range(min(names), max(names) + 1))
+            images = dict(zip(names, found, strict=True))
+            for index in indices:
+                write_png(folder / names[index], images[index])
             done += len(indices)
-            skipped += len(indices) - len(missing)
             yield Progress(done=done, skipped=skipped, total=plan.count)
+        sharing.meet()
+        yield Progress(done=plan.count, skipped=skipped, total=plan.count)
+
+
+def _lacking(folder: Path, names: Mapping[int, str]) -> list[int]:
+    """Indices of the samples, by name, that the folder has not, or not whole."""
+    return [index for index, name in names.items() if not _is_whole(folder / name)]
 
 
 def first_images(folder: Path, plan: SamplePlan, indices: range, trained: Trained) -> NDArray[np.uint8]:

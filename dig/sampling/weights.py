@@ -29,6 +29,7 @@ from dig.training.saving import (
     FOLDER,
     CheckpointError,
     checkpoint_files,
+    checkpoint_sha256,
     damage,
     newest_checkpoint,
     read_about,
@@ -121,7 +122,8 @@ def load_weights(
     choice = read_choice(choice)
     if is_hub_name(str(path)):
         path = fetch(str(path), patterns=HUB_FILES, needed=HUB_NEEDED, what="the checkpoint")
-    if path.is_dir():
+    shards = path.is_dir() and path in checkpoint_files(path.parent)
+    if path.is_dir() and not shards:
         run = path
         newest = newest_checkpoint(path / FOLDER) or newest_checkpoint(path)
         if newest is None:
@@ -131,11 +133,11 @@ def load_weights(
             raise CheckpointError(f"{path} holds no checkpoint; python -m dig train --out {path} writes them")
         path = newest
         _check_run(run, path)
-    elif not path.is_file():
+    elif not (path.is_file() or shards):
         raise CheckpointError(f"{path} does not exist")
     elif path in checkpoint_files(path.parent) and (wrong := damage(path)):
         raise CheckpointError(f"{wrong}; name another checkpoint, or the run's folder for the newest whole one")
-    if file_kind(path) == "safetensors":
+    if path.is_dir() or file_kind(path) == "safetensors":
         if read_about(path) is not None:
             _refuse_extras(path, published, None)
             return _own(path, device, backend, choice or "averaged")
@@ -189,7 +191,7 @@ def _own(path: Path, device: str, backend: str | None, choice: WeightsChoice) ->
             raise CheckpointError(f"{path} does not hold adapters as it says: {describe(error)[:200]}") from None
     return Weights(
         path=checkpoint.path,
-        sha256=sha256_of(checkpoint.path),
+        sha256=checkpoint_sha256(checkpoint.path),
         spec=spec,
         state=state,
         class_names=config.data.class_names,

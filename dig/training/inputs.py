@@ -60,13 +60,14 @@ class StepInputs:
 register_dataclass(StepInputs)
 
 
-def step_inputs(config: TrainConfig, loss: Loss, batch: Batch, null_label: int) -> StepInputs:
-    """The inputs of the batch's step, on the CPU; ``null_label`` is the model's."""
-    numbers = np.arange(batch.step * config.batch, (batch.step + 1) * config.batch, dtype=np.int64)
+def step_inputs(config: TrainConfig, loss: Loss, batch: Batch, null_label: int, rank: int = 0) -> StepInputs:
+    """The inputs of the batch's step, on the CPU; ``null_label`` is the model's, ``rank`` that of a batch's part."""
+    first = batch.step * config.batch + rank * len(batch.y)
+    numbers = np.arange(first, first + len(batch.y), dtype=np.int64)
     t = loss.times(torch.from_numpy(draw_uniform(config.seed, "time", numbers)))
     dropped = torch.from_numpy(draw_uniform(config.seed, "label", numbers) < config.label_dropout)
     noise = training_noise(config.seed, numbers.tolist(), config.data.shape)
-    parts = (config.accumulate, config.batch // config.accumulate)
+    parts = (config.accumulate, len(batch.y) // config.accumulate)
     return StepInputs(
         x=batch.x.unflatten(0, parts),
         y=torch.where(dropped, null_label, batch.y).unflatten(0, parts),
@@ -85,6 +86,7 @@ class InputStream:
         null_label: The model's, which stands for a dropped label.
         first_step: The first step to deliver.
         workers: Processes that read the data, as in `Loader`.
+        order: Which samples each step takes; None for all of them, in this process.
 
     Attributes:
         loader: Counts the files that could not be read.
@@ -99,18 +101,21 @@ class InputStream:
         null_label: int,
         first_step: int,
         workers: int | None = None,
+        order: DataOrder | None = None,
     ) -> None:
         self._config = config
         self._loss = loss
         self._null_label = null_label
-        order = DataOrder(length=len(dataset), batch_size=config.batch, seed=config.seed)
+        if order is None:
+            order = DataOrder(length=len(dataset), batch_size=config.batch, seed=config.seed)
+        self._rank = order.rank
         # Pinned here, once everything is in place; the loader's own pinning would be a second copy.
         self.loader = Loader(dataset, order, first_step=first_step, workers=workers, pin_memory=False)
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[Future[StepInputs]] = deque()
 
     def _make(self) -> StepInputs:
-        inputs = step_inputs(self._config, self._loss, next(self.loader), self._null_label)
+        inputs = step_inputs(self._config, self._loss, next(self.loader), self._null_label, self._rank)
         return inputs.pin_memory() if self._config.device == "cuda" else inputs
 
     def __iter__(self) -> Iterator[StepInputs]:

@@ -26,14 +26,16 @@ class Meter:
     Args:
         config: The run. On a GPU, its matmul ceiling is measured now: before random states are restored, for the
             operands are random too.
+        devices: GPUs that a step is shared out among.
 
     Attributes:
         seconds: Time in training steps so far, over all of the run's processes.
         pending: Steps since the last line.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, devices: int = 1) -> None:
         self._config = config
+        self._devices = devices
         self._macs = _macs(config)
         self.seconds = 0.0
         self.pending = 0
@@ -91,7 +93,7 @@ class Meter:
         rate = self._pending_timed * self._config.batch / self._pending_seconds if self._pending_timed else None
         share = None
         if rate and self._ceiling and self._macs:
-            share = TRAINING_FLOPS_PER_MAC * self._macs * rate / self._ceiling
+            share = TRAINING_FLOPS_PER_MAC * self._macs * rate / (self._ceiling * self._devices)
         memory = torch.cuda.max_memory_allocated() / GIB if self._config.device == "cuda" else None
         return {"images_per_second": rate, "ceiling_share": share, "memory_gib": memory, "seconds": self.seconds}
 

@@ -137,28 +137,34 @@ def step_needs(model: Footprint, *, trained: int, at_once: int, number: int, wei
     return {name: size for name, size in needs.items() if size or trained}
 
 
-def training_needs(config: TrainConfig) -> dict[str, int]:
-    """What for → bytes that a run needs on its device at least, as of `step_needs`."""
+def training_needs(config: TrainConfig, *, ranks: int = 1, sharded: bool = False) -> dict[str, int]:
+    """What for → bytes that a run needs on each device at least, as of `step_needs`.
+
+    Args:
+        config: The run.
+        ranks: Devices that share a step's batch.
+        sharded: Whether they share the model's state too.
+    """
     model = Footprint.of(config.model)
     number = 2 if config.dtype == "bf16" else FP32
-    needs = step_needs(model, trained=model.parameters, at_once=config.batch // config.accumulate, number=number)
+    at_once = config.batch // config.accumulate // ranks
+    needs = step_needs(model, trained=model.parameters, at_once=at_once, number=number)
     if config.lora or config.freeze:
         # Of frozen weights there is neither; how many those are isn't known before the model is built.
         needs |= {"gradients": 0, "optimizer": 0}
-    return {
-        **needs,
-        "average": FP32 * (model.parameters + model.constants),
-        "a batch and its noise": 2 * FP32 * config.batch * model.values,
-    }
+    needs |= {"average": FP32 * (model.parameters + model.constants)}
+    if sharded:
+        needs |= {name: needs[name] // ranks for name in ("weights", "gradients", "optimizer", "average")}
+    return {**needs, "a batch and its noise": 2 * FP32 * config.batch // ranks * model.values}
 
 
-def check_training(config: TrainConfig) -> None:
-    """Raise `dig.memory.TooLargeError` where a run needs more memory than there is."""
+def check_training(config: TrainConfig, *, ranks: int = 1, sharded: bool = False) -> None:
+    """Raise `dig.memory.TooLargeError` where a run needs more memory than there is: see `training_needs`."""
     advice = "try a smaller model, image size or --batch, or a larger --accumulate"
-    check_memory(training_needs(config), device=config.device, advice=advice)
+    check_memory(training_needs(config, ranks=ranks, sharded=sharded), device=config.device, advice=advice)
     if config.device != "cpu":
         values = math.prod(config.model.sample_shape)
-        ahead = {"batches and their noise": (AHEAD + 1) * 2 * FP32 * config.batch * values}
+        ahead = {"batches and their noise": (AHEAD + 1) * 2 * FP32 * config.batch // ranks * values}
         check_memory(ahead, device="cpu", advice="try a smaller image size or --batch")
 
 

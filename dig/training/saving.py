@@ -4,6 +4,9 @@ A checkpoint is ``step-00001000.safetensors`` and its record ``step-00001000.jso
 counts when its record is there. The record holds the file's SHA-256. What the run is lies in the header of the file
 too, so that it can be used alone. Files are made in a folder ``.unfinished-*``, because safetensors writes under a
 temporary name of its own, which no one else could tell from a file that counts.
+
+What several ranks write together is a folder, ``step-00001000.shards``, with a record of the same kind
+(`dig.training.parallel.shards`). Here it is found and read like a file.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ DAMAGED = ".damaged"
 """What is added to the name of a damaged checkpoint that the run went back behind."""
 MAX_RECORD = 2**20
 """Bytes; a record takes about a hundred."""
-_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+SHARDS = ".shards"
+_NAME = re.compile(r"step-(\d{8,})\.(?:safetensors|shards)")
 
 
 class CheckpointError(ValueError):
@@ -52,7 +56,7 @@ class Checkpoint:
     """A checkpoint that was read.
 
     Attributes:
-        path: Its file.
+        path: Its file, or folder.
         about: What it holds beside tensors: ``step``, ``seconds``, ``config`` and so on.
         tensors: By name, on the CPU.
     """
@@ -72,8 +76,8 @@ def _record_path(path: Path) -> Path:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Files in the folder that are checkpoints with a record, newest first."""
-    found = [path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+    """Files in the folder, and folders of several ranks, that are checkpoints with a record, newest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return [path for path in sorted(found, key=step_of, reverse=True) if _record_path(path).exists()]
 
 
@@ -116,23 +120,63 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], abou
         raise CheckpointError(f"{wrong} is not finite after step {step}: no checkpoint is made of it")
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    header = {HEADER: json.dumps({"schema": SCHEMA, "step": step, **about})}
-    # A record of an earlier attempt at this step must not speak for the new file.
-    _record_path(path).unlink(missing_ok=True)
-    with _unfinished(folder) as made:
+    make_way(path)
+    digest = write_file(path, held, {"schema": SCHEMA, "step": step, **about})
+    write_record(path, {"sha256": digest}, keep)
+    return path
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> str:
+    """Write a checkpoint's file, whole or not at all; its SHA-256.
+
+    Args:
+        path: Where; its folder must be there.
+        tensors: On the CPU.
+        about: What the header says, with ``schema`` and ``step``.
+
+    Raises:
+        OSError: The disk is full, or the folder can't be written to.
+    """
+    with _unfinished(path.parent) as made:
         try:
-            save_file(held, made / "file", header)
+            save_file(tensors, made / "file", {HEADER: json.dumps(about)})
         except SafetensorError as error:
             raise _as_os_error(error, path) from None
         digest = sha256_of(made / "file")
         with replacing(path) as temporary:
             os.replace(made / "file", temporary)
-    record = {"schema": SCHEMA, "step": step, "sha256": digest}
+    return digest
+
+
+def make_way(path: Path) -> None:
+    """Remove what an earlier attempt at a step left, whose record must not speak for the new checkpoint."""
+    _record_path(path).unlink(missing_ok=True)
+    for suffix in {".safetensors", SHARDS} - {path.suffix}:
+        _remove(path.with_suffix(suffix))
+
+
+def write_record(path: Path, checksums: Mapping[str, Any], keep: int) -> None:
+    """Write the record that makes a file or folder count, then remove the oldest before it so that ``keep`` are left.
+
+    Args:
+        path: The checkpoint, whole on the disk.
+        checksums: ``sha256`` of a file, or ``files`` of a folder, name by name.
+        keep: How many stay, this one among them.
+    """
+    step = step_of(path)
+    record = {"schema": SCHEMA, "step": step, **checksums}
     write_atomically(_record_path(path), (json.dumps(record, indent=1) + "\n").encode())
-    for old in [found for found in checkpoint_files(folder) if step_of(found) <= step][keep:]:
+    for old in [found for found in checkpoint_files(path.parent) if step_of(found) <= step][keep:]:
         _record_path(old).unlink(missing_ok=True)
-        old.unlink(missing_ok=True)
-    return path
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint's file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:
@@ -155,11 +199,11 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a kill left of a checkpoint that never counted. Only the process that writes there may call this."""
-    for path in folder.glob("step-*.safetensors"):
+    for path in folder.glob("step-*"):
         if _NAME.fullmatch(path.name) and not _record_path(path).exists():
-            path.unlink()
+            _remove(path)
     for path in folder.glob("step-*.json"):
-        if not path.with_suffix(".safetensors").exists():
+        if not any(path.with_suffix(suffix).exists() for suffix in (".safetensors", SHARDS)):
             path.unlink()
     for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -191,12 +235,16 @@ def damage(path: Path) -> str | None:
     try:
         with _record_path(path).open("rb") as file:
             record = json.loads(file.read(MAX_RECORD))
-        expected = record["sha256"]
+        expected = record["files" if path.suffix == SHARDS else "sha256"]
     except OSError as error:
         return f"{_record_path(path)} cannot be read ({error.strerror})"
     # JSON that is nested deeply enough is a RecursionError.
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"{_record_path(path)} is damaged"
+    if path.suffix == SHARDS:
+        from dig.training.parallel.shards import folder_damage
+
+        return folder_damage(path, expected)
     try:
         return None if sha256_of(path) == expected else f"{path} is damaged: its checksum is not the recorded one"
     except OSError as error:
@@ -227,18 +275,27 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint file says of itself; None if it is not one of this project's.
+    """What a checkpoint says of itself; None if it is not one of this project's.
 
     Raises:
         CheckpointError: It is no safetensors file, or of a later version of the project.
     """
+    header: str | None
     try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
+        if path.is_dir():
+            from dig.training.parallel.shards import read_folder_about
+
+            header = read_folder_about(path)
+        else:
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get(HEADER)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    if header is None:
-        return None
+    return None if header is None else _parsed(path, header)
+
+
+def _parsed(path: Path, header: str) -> dict[str, Any]:
+    """The header of a checkpoint, as a dictionary of this schema."""
     about: Any = None
     with suppress(ValueError, RecursionError):
         about = json.loads(header)
@@ -260,13 +317,24 @@ def read_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
         raise CheckpointError(f"{path} is no checkpoint of python -m dig train")
     tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                if name.startswith(prefix):
-                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+        if path.is_dir():
+            from dig.training.parallel.shards import read_folder
+
+            found = read_folder(path, lambda name: name.startswith(prefix))
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        else:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    if name.startswith(prefix):
+                        tensors[name.removeprefix(prefix)] = file.get_tensor(name)
     # A hostile header names dtypes and sizes that torch doesn't have.
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
     if wrong := not_finite(tensors):
         raise CheckpointError(f"{path} holds {prefix}{wrong}, which is not finite; use another checkpoint")
     return Checkpoint(path=path, about=about, tensors=tensors)
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """What tells a checkpoint from every other: of a file its SHA-256, of a folder that of its record of all files."""
+    return sha256_of(_record_path(path) if path.is_dir() else path)

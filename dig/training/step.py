@@ -13,8 +13,8 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from dig.diffusion import Loss, build_loss
 from dig.graphs import Captured, CaptureError, capture
+from dig.graphs.capturing import WARMUP
 from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
 from dig.training.average import moving_average
+from dig.training.blocks import blocks_of
 from dig.training.config import TrainConfig
 from dig.training.freezing import freeze
 from dig.training.inputs import StepInputs
 from dig.training.lora import attach
+from dig.training.shares import local, whole
+
+if TYPE_CHECKING:
+    from dig.training.parallel.wrapping import Kind, Parallel
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +72,6 @@ def _strictly_deterministic() -> Iterator[None]:
 def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     """Make every block of a model keep its inputs only, and compute the rest again in the backward pass.
 
-    A block is a member of a `ModuleList` whose name ends in ``blocks``, or a module whose name ends in ``block``.
-
     Args:
         model: Parameters keep their names. Its blocks' ``forward`` is replaced, but for DiG, which does it itself
             (`dig.model.DiG.recompute_blocks`).
@@ -82,14 +86,7 @@ def checkpoint_blocks(model: Backbone, *, preserve_rng_state: bool) -> int:
     if isinstance(model, DiG):
         model.recompute_blocks(preserve_rng_state=preserve_rng_state)
         return len(model.blocks)
-    blocks: list[nn.Module] = []
-    for name, child in model.named_children():
-        if name.endswith("blocks") and isinstance(child, nn.ModuleList):
-            blocks += list(child)
-        elif name.endswith("block"):
-            blocks.append(child)
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no blocks whose activations could be left out")
+    blocks = blocks_of(model)
     for block in blocks:
         block.forward = _checkpointed(block.forward, preserve_rng_state)
     return len(blocks)
@@ -117,6 +114,7 @@ class TrainingStep:
         model: On its device, with its first weights. Its own dropping of labels is turned off: inputs come with
             labels dropped already.
         loss: With its constants on the device.
+        parallel: How ranks of a job share the model, which is then a part of this one's batch; None for one process.
 
     Attributes:
         ema: The model with averaged weights, in eval mode.
@@ -124,17 +122,30 @@ class TrainingStep:
         sums: (terms + 1,) fp64 sums over steps of the loss's terms and of the gradient's norm.
     """
 
-    def __init__(self, config: TrainConfig, model: Backbone, loss: Loss) -> None:
+    def __init__(self, config: TrainConfig, model: Backbone, loss: Loss, parallel: Kind | None = None) -> None:
         self.config = config
         self.model = model
         self.loss = loss
         self.adapted: Any = None
-        self.device = next(model.parameters()).device
         stop_dropping_labels(model)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         model.train()
         if config.checkpoint_blocks:
             checkpoint_blocks(model, preserve_rng_state=config.execution != "graph")
+        compiled = config.execution == "compile"
+        self._parallel: Parallel | None = None
+        self._network: Callable[..., Tensor]
+        if parallel is None:
+            self._network = torch.compile(model) if compiled else model
+        else:
+            from dig.training.parallel.wrapping import shard, wrap
+
+            captured = config.execution == "graph"
+            self._parallel = wrap(model, parallel, dtype=config.dtype, captured=captured, compiled=compiled)
+            self._network = self._parallel.network
+            if parallel == "fsdp":
+                shard(self.ema)
+        self.device = next(model.parameters()).device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._ema_parameters = [
             average
@@ -153,10 +164,12 @@ class TrainingStep:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         self.sums = torch.zeros(len(loss.terms) + 1, dtype=torch.float64, device=self.device)
-        self._network: Callable[..., Tensor] = torch.compile(model) if config.execution == "compile" else model
         self._captured: Captured[None] | None = None
         self._strict = config.deterministic
-        self._tried = False
+        # Warm-up does it for a graph; of one process, and of what is sharded, there are none.
+        self._laid = parallel != "ddp" or config.execution == "graph"
+        # Ranks can't try a step and take it back: `build_step` has tried it for them.
+        self._tried = parallel is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the run's future depends on, by name; not copies."""
@@ -192,11 +205,30 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.config.execution != "graph":
-            self._step(inputs.to(self.device))
+            there = inputs.to(self.device)
+            if not self._laid:
+                self._lay_buckets(there)
+            self._step(there)
             return
         if self._captured is None:
             self._captured = self._capture(inputs)
         self._captured(inputs)
+
+    def _lay_buckets(self, inputs: StepInputs) -> None:
+        """Let DistributedDataParallel see in which order gradients come, after which it lays them out in its buckets.
+
+        A gradient's place there decides in which order ranks are added up, and so on last bits. Before the first step,
+        all steps have the same places, of a run that is gone on with too. It moves nothing.
+        """
+        self._laid = True
+        cuda = self.device.type == "cuda"
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
+        values = self.loss(self._model_fn, inputs.x[0], inputs.y[0], t=inputs.t[0], noise=inputs.noise[0])
+        values["loss"].mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(random[0])
+        if random[1] is not None:
+            torch.cuda.set_rng_state(random[1], self.device)
 
     def _model_fn(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         bf16 = self.config.dtype == "bf16"
@@ -225,11 +257,15 @@ class TrainingStep:
             reason = str(error).split("\n")[0][:200]
         # It came before the optimizer, so no weight has moved; if it was something else, it comes again. Not in the
         # handler, where the error would keep the attempt's activations.
-        self._strict = False
+        self.forgo_determinism(reason)
         torch.set_rng_state(random[0])
         if random[1] is not None:
             torch.cuda.set_rng_state(random[1], self.device)
         self._update(inputs)
+
+    def forgo_determinism(self, reason: str) -> None:
+        """Do without deterministic algorithms where there are none, and say so."""
+        self._strict = False
         logger.warning(
             "%s can't be trained by deterministic algorithms alone (%s): a run that is gone on with may differ from "
             "one that wasn't stopped",
@@ -243,22 +279,29 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         terms = torch.zeros_like(self.sums[:-1])
         for i in range(parts):
-            values = self.loss(self._model_fn, inputs.x[i], inputs.y[i], t=inputs.t[i], noise=inputs.noise[i])
-            (values["loss"].mean() / parts).backward()
+            with self._part(last=i == parts - 1):
+                values = self.loss(self._model_fn, inputs.x[i], inputs.y[i], t=inputs.t[i], noise=inputs.noise[i])
+                (values["loss"].mean() / parts).backward()
             terms += torch.stack([values[name].detach().double().mean() for name in self.loss.terms]) / parts
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = whole(nn.utils.get_total_norm(gradients))
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         self.optimizer.step()
         with torch.no_grad():
-            self._average(self._ema_parameters, self.parameters, self.optimizer.state[self.parameters[0]]["step"])
+            averages, weights = ([local(one) for one in held] for held in (self._ema_parameters, self.parameters))
+            self._average(averages, weights, self.optimizer.state[self.parameters[0]]["step"])
             self.sums += torch.cat([terms, norm.double().reshape(1)])
+
+    def _part(self, *, last: bool) -> AbstractContextManager[None]:
+        """What one part of a batch runs in: of several ranks, they meet at the last one alone."""
+        return nullcontext() if self._parallel is None else self._parallel.accumulating(last=last)
 
     def _capture(self, inputs: StepInputs) -> Captured[None]:
         """Capture the step, which moves nothing."""
         try:
-            captured = capture(self._step, inputs, optimizer=self.optimizer)
+            warmup = WARMUP if self._parallel is None else max(WARMUP, self._parallel.warmup)
+            captured = capture(self._step, inputs, optimizer=self.optimizer, warmup=warmup)
         except CaptureError as error:
             raise CaptureError(f"{error}; or train with execution eager") from error
         if self.config.checkpoint_blocks and captured.draws:
@@ -269,17 +312,44 @@ class TrainingStep:
         return captured
 
 
-def build_step(config: TrainConfig, first: Mapping[str, Tensor] | None = None) -> TrainingStep:
+def _undetermined(config: TrainConfig) -> str | None:
+    """Why a model can't be trained by deterministic algorithms alone: found on one sample, apart from any run."""
+    device = torch.device(config.device)
+    model, loss = config.model.build().to(device).train(), build_loss(config.loss, device=device)
+    stop_dropping_labels(model)
+    x = torch.zeros(1, *config.data.shape, device=device)
+    t = loss.times(torch.zeros(1, dtype=torch.float64)).to(device)
+    bf16 = config.dtype == "bf16"
+
+    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext():
+            return model(x, t, y)
+
+    try:
+        with _strictly_deterministic():
+            loss(run, x, torch.zeros(1, dtype=torch.int64, device=device), t=t, noise=x)["loss"].mean().backward()
+    except RuntimeError as error:  # that the memory doesn't take it among them
+        return str(error).split("\n")[0][:200]
+    return None
+
+
+def build_step(
+    config: TrainConfig, first: Mapping[str, Tensor] | None = None, parallel: Kind | None = None
+) -> TrainingStep:
     """The training step of a run, on its device.
 
     Args:
         config: The run.
         first: State dict of its first weights; None where they are drawn, or a checkpoint follows.
+        parallel: How the ranks of the job that this process has joined share the model; None for one process.
 
     Raises:
         ValueError: A pattern of names fits nothing of the model.
         MissingPackageError: Adapters need peft, which is not installed.
     """
+    # PyTorch's operations on a CPU repeat themselves.
+    tries = parallel is not None and config.deterministic and config.device == "cuda"
+    reason = _undetermined(config) if tries else None
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
     # Made on the CPU: its generator gives the same weights on every device.
@@ -291,6 +361,10 @@ def build_step(config: TrainConfig, first: Mapping[str, Tensor] | None = None) -
         freeze(model, config.freeze)
     if config.lora:
         adapted = attach(model, rank=config.lora, targets=config.lora_targets, whole=config.lora_whole)
-    step = TrainingStep(config, model.to(device), build_loss(config.loss, device=device))
+    # One that is sharded goes to its device share by share: all of it may not fit there.
+    model = model if parallel == "fsdp" else model.to(device)
+    step = TrainingStep(config, model, build_loss(config.loss, device=device), parallel)
     step.adapted = adapted
+    if reason is not None:
+        step.forgo_determinism(reason)
     return step

@@ -7,12 +7,11 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dig.environment import describe_environment
@@ -29,7 +28,7 @@ from dig.training.data.loader import check_workers
 from dig.training.grids import draw_grid
 from dig.training.inputs import InputStream
 from dig.training.loggers import check_loggers
-from dig.training.logs import RunLog
+from dig.training.logs import NoLog, RunLog
 from dig.training.lora import write_adapter
 from dig.training.meter import Meter
 from dig.training.needs import check_training
@@ -39,12 +38,11 @@ from dig.training.saving import (
     CheckpointError,
     checkpoint_files,
     newest_checkpoint,
-    read_checkpoint,
     remove_unfinished,
-    save_checkpoint,
     set_aside,
 )
-from dig.training.step import build_step, use_deterministic_algorithms
+from dig.training.step import use_deterministic_algorithms
+from dig.training.team import Team
 from dig.training.watch import NotFiniteLossError, StepWatch, TrainingError
 
 __all__ = ["CONFIG_NAME", "NotFiniteLossError", "Status", "Trainer", "TrainingError"]
@@ -86,6 +84,7 @@ class Trainer:
             checkpoint follows.
         elsewhere: Whether a run that began on another device, backend or execution may go on here, with other last
             bits.
+        team: The processes that train together; each has a trainer of the same run and folder.
 
     Attributes:
         step: Steps that lie behind.
@@ -110,8 +109,10 @@ class Trainer:
         workers: int | None = None,
         first: Mapping[str, Tensor] | None = None,
         elsewhere: bool = False,
+        team: Team | None = None,
     ) -> None:
         self._elsewhere = elsewhere
+        self._team = team = Team() if team is None else team
         self.config = config
         self.folder = folder
         self._dataset = dataset
@@ -119,19 +120,19 @@ class Trainer:
         self._workers = workers
         check_workers(workers)
         check_loggers(config.log)
-        check_training(config)
+        team.begin(config, folder)
+        check_training(config, ranks=team.size, sharded=team.sharded)
         folder.mkdir(parents=True, exist_ok=True)
         message = f"another process is training into {folder}; wait for it, or choose another folder"
-        self._lock = lock_file(folder / ".lock", message)
-        try:
+        with ExitStack() as stack:
+            if team.leads:
+                stack.enter_context(lock_file(folder / ".lock", message))
             self._prepare(first)
-        except BaseException:
-            self._lock.close()
-            raise
+            self._held = stack.pop_all()
 
     def _prepare(self, first: Mapping[str, Tensor] | None) -> None:
         """Build the model, load the newest checkpoint, open the logs."""
-        config, folder = self.config, self.folder
+        config, folder, team = self.config, self.folder, self._team
         environment = describe_environment()
         check_folder(config, folder, environment, elsewhere=self._elsewhere)
         # What can't be made should be known now, and not when there is something to write.
@@ -143,16 +144,21 @@ class Trainer:
             raise ValueError(
                 f"{folder} has no checkpoint yet, and begins with the weights of a file: name it by --init"
             )
-        self._step = build_step(config, first)
+        self._step = team.build(config, first)
         self._watch = StepWatch((*self._step.loss.terms, "grad_norm"), config.device)
         self._whole = True  # whether all of the state is of the same step
         self.step = 0
-        self._meter = Meter(config)
+        self._meter = Meter(config, team.size)
         self._resume()
-        if self.step:
+        if self.step and team.leads:
             self._write_adapter()
+        state = self._state()
+        self.log: RunLog = NoLog()
+        self.status = Status(step=self.step)
+        if not team.leads:
+            return
         remove_unfinished(folder / FOLDER)
-        check_room(config, folder, self.step, self._state())
+        check_room(config, folder, self.step, state)
         share = share_of_first_weights(config.steps, config.ema, warmup=config.ema_warmup)
         if share > AVERAGE_WARNING:
             logger.warning(
@@ -167,8 +173,8 @@ class Trainer:
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
         self.log = RunLog(folder, self.step, config.log, config.to_json())
-        self.log.event("resumed" if self.step else "started", step=self.step, environment=environment)
-        self.status = Status(step=self.step)
+        about = {"ranks": team.size, "parallel": team.kind} if team.kind else {}
+        self.log.event("resumed" if self.step else "started", step=self.step, **about, environment=environment)
 
     @property
     def model(self) -> Backbone:
@@ -182,36 +188,37 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest checkpoint that is whole, if there is one."""
-        path = newest_checkpoint(self.folder / FOLDER)
+        self._team.doing("loading the checkpoint")
+        path = self._team.from_leader(lambda: newest_checkpoint(self.folder / FOLDER))
         if path is None:
             return
-        checkpoint = read_checkpoint(path)
+        state = self._state()
+        checkpoint = self._team.read(path, state)
         check_same_run(self.config, path, checkpoint.about)
         tensors, about = checkpoint.tensors, checkpoint.about
         if about["config"]["device"] != self.config.device:
             # Of another device, on which a model's own draws went on elsewhere.
             tensors.pop("random.cuda", None)
-            tensors |= {name: state for name, state in self._state().items() if name == "random.cuda"}
-        check_state(checkpoint, self._state())
-        torch.set_rng_state(tensors.pop("random.cpu"))
-        if "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("random.cuda"))
-        self._step.load(tensors)
+            tensors |= {name: tensor for name, tensor in state.items() if name == "random.cuda"}
+        check_state(checkpoint, state)
+        self._team.set_random({name: tensors.pop(name) for name in list(tensors) if name.startswith("random.")})
+        self._team.load(self._step, checkpoint)
         self.step = about["step"]
         self._meter.load(about)
+        if not self._team.leads:
+            return
         # Left under their names, they would count among those to keep, and push out the new ones.
         for moved in set_aside(self.folder / FOLDER, self.step):
             logger.warning("a damaged checkpoint of a later step is now called %s", moved)
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, by name."""
-        random = {"random.cpu": torch.get_rng_state()}
-        if self.config.device == "cuda":
-            random["random.cuda"] = torch.cuda.get_rng_state()
-        return self._step.tensors() | random
+        return self._step.tensors() | self._team.random(self.config.device)
 
     def save(self, folder: Path | None = None) -> Path:
         """Write a checkpoint of this moment, into the run's folder of them or another one.
+
+        Of several processes all must, and it may still be on its way to the disk when this returns.
 
         Raises:
             TrainingError: The loss of a step, or a weight, is not finite.
@@ -220,6 +227,8 @@ class Trainer:
         self._watch.drain()
         if folder is None:
             self.log.sync()
+        self._team.doing("saving", self.step)
+        self._team.average(self._step.sums)
         # The data's position is the step: which samples it takes is a function of that and the seed.
         about = {
             **self._meter.state(),
@@ -227,12 +236,12 @@ class Trainer:
             "config": self.config.to_json(),
         }
         try:
-            path = save_checkpoint(
+            path = self._team.save(
                 folder or self.folder / FOLDER, self.step, self._state(), about, keep=self.config.keep
             )
         except CheckpointError as error:
             raise NotFiniteLossError(str(error)) from None
-        if folder is None:
+        if folder is None and self._team.leads:
             self._write_adapter()
         return path
 
@@ -276,11 +285,13 @@ class Trainer:
                 null_label=self.model.null_label,
                 first_step=self.step,
                 workers=self._workers,
+                order=self._team.order(self.config, len(self._dataset)),
             )
             self._catch_up(stream, stop)
             self._train(stream, stop, save, report)
             if self.step != self._saved:
                 self.save()
+            self._team.saved()
             outcome = {"what": "finished" if self.step >= self.config.steps else "stopped"}
         except Exception as error:
             outcome = {"what": "failed", "reason": describe(error)}
@@ -297,7 +308,7 @@ class Trainer:
                 self.log.event(**outcome, step=self.step)
             with suppress(OSError):
                 self.log.close()
-            self._lock.close()
+            self._held.close()
         return self.step
 
     def _train(
@@ -307,21 +318,23 @@ class Trainer:
         save: Callable[[], bool],
         report: Callable[[Status], object] | None,
     ) -> None:
-        config = self.config
+        config, team = self.config, self._team
         self._meter.begin()
-        while self.step < config.steps and not stop():
+        while self.step < config.steps and not team.stops(stop):
+            team.doing("waiting for data", self.step + 1)
             # The host may run ahead of the device, but not by more inputs than are worth their memory.
             self._watch.wait()
-            inputs = stream.take(stop)
+            inputs = stream.take(team.waits(stop))
             if inputs is None:
                 break
+            team.doing("training", self.step + 1)
             self._whole = False
             self._step.run(inputs, config.learning_rate_at(self.step))
             self.step += 1
             self._meter.pending += 1
             self._whole = True
             self._watch.passed(self.step, self._step.sums, self._meter.pending)
-            asked = save()
+            asked = team.saves(stop, save)
             logs, saves = self.step % config.log_every == 0, asked or self.step % config.save_every == 0
             grids = self._grid_is_due()
             self._meter.stepped()
@@ -336,6 +349,7 @@ class Trainer:
                 self.save()
                 self._saved = self.step
                 if asked:
+                    team.saved()
                     self.log.event("saved", step=self.step)
             if logs or saves or grids:
                 self._meter.skip()
@@ -348,7 +362,7 @@ class Trainer:
         """Do what the process before could not after its last step: a line that couldn't be written, a grid."""
         if self._meter.pending and self.step % self.config.log_every == 0:
             self._log(len(stream.loader.unreadable))
-        if self.step and self._grid_is_due() and not self._grid_path().exists():
+        if self.step and self._grid_is_due() and not self._team.from_leader(self._grid_path().exists):
             self._draw_grid(stop)
 
     def _keep(self) -> str | None:
@@ -356,7 +370,7 @@ class Trainer:
 
         A state in the middle of a step is none: the steps since the last checkpoint are done again.
         """
-        if not self._whole or self.step == self._saved:
+        if not self._whole or self.step == self._saved or not self._team.keeps:
             return None
         try:
             self.save()
@@ -379,6 +393,7 @@ class Trainer:
         """Write the line of the steps since the last one."""
         sums, steps = self._step.sums, self._meter.pending
         self._watch.drain()
+        self._team.average(sums)
         means = [value / steps for value in sums.tolist()]
         names = (*self._step.loss.terms, "grad_norm")
         figures = self._meter.figures()
@@ -412,7 +427,8 @@ class Trainer:
 
         If the run is to stop meanwhile, the grid is left to the process that goes on with it.
         """
-        decoded = draw_grid(self.config, self._step.ema, decode=self._decode, stop=stop)
-        if decoded is not None:
+        self._team.doing("drawing a grid", self.step)
+        decoded = draw_grid(self.config, self._step.ema, decode=self._decode, stop=lambda: self._team.any(stop()))
+        if decoded is not None and self._team.leads:
             write_png(self._grid_path(), decoded)
             self.log.image(self.step, decoded)

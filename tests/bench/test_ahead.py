@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,6 +17,7 @@ from bench.measure import build as building
 from bench.measure.case import measure_case
 from bench.run import ahead
 from bench.run.ahead import build_ahead, gains
+from bench.run.gpus import Card
 
 COMPILED = Case(model="DiT-S/8", resolution=64, execution="compile", dtype="fp32", device="cpu", mode="forward")
 SHORT = Budget(settle_s=0, settle_max_s=0, min_samples=3, least_s=0, target_s=0, max_samples=3)
@@ -33,8 +34,11 @@ class FakeWorker:
 
     alive = most = 0
 
-    def __init__(self, entry: str, job: Any) -> None:
+    given: ClassVar[list[Any]] = []
+
+    def __init__(self, entry: str, job: Any, *, variables: Any) -> None:
         self.case, self.began = job.case, time.monotonic()
+        FakeWorker.given.append(variables)
         FakeWorker.alive += 1
         FakeWorker.most = max(FakeWorker.most, FakeWorker.alive)
 
@@ -61,7 +65,10 @@ def test_so_many_run_at_once_and_a_slow_or_failing_one_stops_nobody(monkeypatch:
     monkeypatch.setattr(ahead, "Worker", FakeWorker)
     cases = [replace(COMPILED, resolution=64 * n) for n in (1, 2, 3, 4, 8)]
     began: list[Case] = []
-    went = build_ahead(cases, at_once=2, limits=Limits(prepare=0.4), on_start=began.append)
+    FakeWorker.given.clear()
+    cards = (Card(index=0, uuid="GPU-a"), Card(index=1, uuid="GPU-b"))
+    went = build_ahead(cases, at_once=2, limits=Limits(prepare=0.4), on_start=began.append, cards=cards)
+    assert FakeWorker.given == [{"CUDA_VISIBLE_DEVICES": f"GPU-{which}"} for which in "ababa"]
     assert began == cases
     assert [went[case] for case in cases] == ["ok", "ok", "ok", "oom", "timeout"]
     assert (FakeWorker.most, FakeWorker.alive) == (2, 0)
@@ -111,8 +118,8 @@ def test_cases_built_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatc
     jobs: list[BuildJob] = []
 
     class Told(FakeWorker):
-        def __init__(self, entry: str, job: Any) -> None:
-            super().__init__(entry, job)
+        def __init__(self, entry: str, job: Any, variables: Any = None) -> None:
+            super().__init__(entry, job, variables)
             jobs.append(job)
 
     monkeypatch.setattr(ahead, "Worker", Told)

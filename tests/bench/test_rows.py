@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bench.cases.case import Case
 from bench.store.files import write_file
-from bench.store.ledgers import Checks, Clocks, Memory, Timing
+from bench.store.ledgers import Checks, Clocks, Memory, Placement, Rank, Scaling, Timing
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.family import Look
 
@@ -107,15 +107,15 @@ def test_a_damaged_row_is_an_error_or_the_same_row(position: int, junk: str) -> 
 
 
 def test_newer_schema_is_refused() -> None:
-    line = make_row().to_json().replace('"schema":4', '"schema":5')
-    with pytest.raises(ResultError, match=r"schema 5 is newer than .* \(4\); update the project"):
+    line = make_row().to_json().replace('"schema":5', '"schema":6')
+    with pytest.raises(ResultError, match=r"schema 6 is newer than .* \(5\); update the project"):
         Row.from_json(line)
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "true", "1.0", '"2"', "null"])
 def test_what_is_no_version_is_refused(version: str) -> None:
     with pytest.raises(ResultError, match="is no version of a result row"):
-        Row.from_json(make_row().to_json().replace('"schema":4', f'"schema":{version}'))
+        Row.from_json(make_row().to_json().replace('"schema":5', f'"schema":{version}'))
 
 
 def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
@@ -159,12 +159,51 @@ def test_every_published_row_can_be_read(path: Path, count: int, backends: set[s
     assert {dict(row.case.options)["backend"] for row in rows} >= backends
 
 
+def older(line: str, version: int) -> str:
+    """A line of the present schema as an older one had it, as far as nothing was said that it knew no word for."""
+    record = json.loads(line)
+    new = {3: ("look",), 5: ("placement", "scaling")}
+    for name in (name for schema, names in new.items() if schema > version for name in names):
+        assert record.pop(name) is None
+    if version < 5:
+        assert (record["case"].pop("processes"), record["case"].pop("parallel")) == (1, "")
+    return json.dumps({**record, "schema": version}, separators=(",", ":"))
+
+
 def test_a_row_of_schema_2_calls_the_backend_as_its_family_did() -> None:
     line = make_row(case=Case(model="DiS-S/2", options=(("backend", "mamba-ssm"),), resolution=64)).to_json()
-    old = line.replace('"schema":4', '"schema":2').replace('"backend"', '"mixer"').replace(',"look":null', "")
-    assert Row.from_json(old) == Row.from_json(line)
+    assert Row.from_json(older(line, 2).replace('"backend"', '"mixer"')) == Row.from_json(line)
     with pytest.raises(ResultError, match="a row of schema 2 has no field 'look'"):
-        Row.from_json(line.replace('"schema":4', '"schema":2'))
+        Row.from_json(older(line, 3).replace('"schema":3', '"schema":2'))
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_rows_before_schema_5_know_one_process_and_one_gpu(version: int) -> None:
+    line = make_row().to_json()
+    row = Row.from_json(older(line, version))
+    assert row == Row.from_json(line)
+    assert (row.case.processes, row.case.parallel, row.placement, row.scaling) == (1, "", None, None)
+    with pytest.raises(ResultError, match=f"a row of schema {version} has no field '(placement|scaling)'"):
+        Row.from_json(line.replace('"schema":5', f'"schema":{version}'))
+    alien = older(line, version).replace('"batch":1', '"batch":1,"processes":2')
+    with pytest.raises(ResultError, match=r"has no field 'case\.processes'"):
+        Row.from_json(alien)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"processes": 2},
+        {"parallel": "ddp"},
+        {"processes": 2, "parallel": "ddp", "mode": "forward"},
+        {"processes": 2, "parallel": "fsdp", "execution": "graph"},
+        {"processes": 0},
+        {"processes": 2, "parallel": "pipeline"},
+    ],
+)
+def test_processes_that_nothing_trains_by_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"process|fsdp|ddp"):
+        Case(**{"model": "DiG-S/2", "resolution": 64, **wrong})
 
 
 WHOLE = make_row(
@@ -175,6 +214,10 @@ WHOLE = make_row(
     timing=Timing(warmup="steady", warmup_steps=9, ci_low=1.9, ci_high=2.1, eager_ms=3.0),
     clocks=Clocks(readings=4, sm_mhz_min=1, throttled={"hw-thermal": 0.5}),
     checks=Checks(inputs="00", tokens=4096, kernels=("flash_fwd",), reference_error=0.01),
+    placement=Placement(gpu=1, beside={"measuring": 1}),
+    scaling=Scaling(
+        run="2026", backend="nccl", ranks=(Rank(median_ms=2.0, peak=3, gpu_uuid="GPU-1"),), silent_ms=(1.0,)
+    ),
 )
 
 

@@ -367,11 +367,11 @@ def test_the_share_of_launches_is_what_a_graph_saves(
     eager_ms: float, graph_ms: float | None, share: float | None
 ) -> None:
     case = small(execution="eager")
-    timing = worker._timing(case, sampled(eager_ms), eager=None, graph_ms=graph_ms, flushed=False)
+    timing = worker.timing_of(case, sampled(eager_ms), eager=None, graph_ms=graph_ms, flushed=False)
     assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
     if graph_ms is not None:
         graph = replace(case, execution="graph", device="cuda")
-        timing = worker._timing(graph, sampled(graph_ms), eager=sampled(eager_ms), graph_ms=None, flushed=True)
+        timing = worker.timing_of(graph, sampled(graph_ms), eager=sampled(eager_ms), graph_ms=None, flushed=True)
         assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
 
 
@@ -386,12 +386,12 @@ def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch:
     monkeypatch.setattr(runner, "run_job", answer)
     referee = Referee(limits=Limits())
     for mode in ("forward", "train", "forward", "train"):
-        assert referee._agreement(small(mode=mode)) == (answers["train"] if "train" in asked else answers["forward"])
+        assert referee.agreement(small(mode=mode)) == (answers["train"] if "train" in asked else answers["forward"])
     assert asked == ["forward", "train"]
     answers["train"] = {"status": "error", "message": "gradients"}
     referee = Referee(limits=Limits())
-    assert "message" in referee._agreement(small(mode="train"))
-    assert "message" not in referee._agreement(small(mode="forward"))
+    assert "message" in referee.agreement(small(mode="train"))
+    assert "message" not in referee.agreement(small(mode="forward"))
 
 
 def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

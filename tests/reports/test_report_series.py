@@ -154,12 +154,22 @@ def test_a_model_without_a_patch_is_refused(make_row, write_rows):
         read_sweep([write_rows([make_row("DiG-S")])])
 
 
+def test_rows_of_several_gpus_are_another_reports(make_row, write_rows):
+    rows = [make_row(), make_row(processes=2, parallel="ddp")]
+    path = write_rows(rows)
+    sweep = read_sweep([path])
+    assert sweep.rows == (rows[0],)
+    with pytest.raises(ResultError, match=r"1 rows of several GPUs left out; python -m reports\.scaling"):
+        read_sweep([write_rows(rows[1:], "b.jsonl")])
+    assert sweep.warnings == (f"{path}: 1 rows of several GPUs left out; python -m reports.scaling shows them",)
+
+
 def test_span():
     assert span([20, 20]) == "20"
     assert span([100, 9]) == "9 to 100"
 
 
 def test_every_mark_that_is_a_reason_to_doubt_has_a_letter_of_its_own():
-    assert set(get_args(Mark)) - set(DOUBTS) == {"measured-again"}
+    assert set(get_args(Mark)) - set(DOUBTS) == {"measured-again", "built-beside"}
     letters = [letter for letter, _ in DOUBTS.values()]
     assert len(set(letters)) == len(letters)

@@ -121,6 +121,20 @@ def test_doubtful_times_carry_letters_and_what_all_share_is_said_once(make_row):
     assert "letter" not in tables(Sweep(rows=(make_row("DiG-S/2", 512, 2.0),)))
 
 
+def test_what_ran_beside_another_says_so(make_row):
+    rows = (
+        make_row("DiG-S/2", 512, 2.0, gib=0.5, marks=("beside-another", "built-beside")),
+        make_row("DiG-S/2", 512, 9.0, gib=0.5, execution="eager", marks=("host-shared",)),
+    )
+    text = tables(Sweep(rows=rows))
+    assert "| 512 | 2.00<sup>b</sup> · 0.500 |" in text
+    assert "| 512 | 9.00<sup>h</sup> · 0.500 |" in text
+    legend = (
+        "h: launched by the host step by step while another case ran on a neighbouring GPU; b: another case ran on a"
+    )
+    assert legend in text
+
+
 def test_sizes_and_resolutions_are_in_their_own_order(make_row):
     rows = tuple(make_row(f"DiG-{s}/2", r, mode="forward") for s in ("XL", "B", "S", "L") for r in (1024, 512))
     table = tables(Sweep(rows=rows)).partition("### All sizes")[2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -10,7 +11,10 @@ import typer
 
 from dig.commands.common import DryRunOption, QuietOption, choose_device, refusing
 from dig.commands.dry_run import NOTHING, tell
-from dig.progress import following, open_console
+from dig.commands.job import shared, working_together
+from dig.launched import follows, from_environment
+from dig.progress import Follower, following, open_console
+from dig.sampling.sharing import Sharing
 from dig.training.data.encoding import Progress, encode
 from dig.training.data.files import shown
 
@@ -40,12 +44,19 @@ def encode_command(
     Interrupted, it goes on with the same command: finished shards are verified and skipped. Several processes share
     the work with --rank and --world-size (or under torchrun), each writing shards of its own.
     """
-    console = open_console(quiet=quiet)
+    # Ranks that are named by options are strangers, and speak for themselves.
+    launched = rank is None and world_size is None
+    console = open_console(quiet=quiet or (launched and follows()))
     last = Progress(shards=0)
     try:
-        with refusing(), following(console, f"encoding into {out}", total=None, unit="image") as progress:
-            rank = _from_environment("RANK", 0) if rank is None else rank
-            world_size = _from_environment("WORLD_SIZE", 1) if world_size is None else world_size
+        with (
+            refusing(),
+            working_together(device) if launched else nullcontext() as job,
+            following(console, f"encoding into {out}", total=None, unit="image") as progress,
+        ):
+            sharing = shared(job)
+            rank = from_environment("RANK", 0) if rank is None else rank
+            world_size = from_environment("WORLD_SIZE", 1) if world_size is None else world_size
             where = choose_device(device)
             if dry_run:
                 _tell(images, image_size, shard_size, dtype, f"{where}, process {rank} of {world_size}")
@@ -60,17 +71,20 @@ def encode_command(
                 dtype=cast(Any, dtype),
                 seed=seed,
                 # Under torchrun, each process of a machine has a GPU of its own.
-                device=f"cuda:{_from_environment('LOCAL_RANK', 0)}" if where == "cuda" else where,
+                device=f"cuda:{from_environment('LOCAL_RANK', 0)}" if where == "cuda" else where,
                 rank=rank,
                 world_size=world_size,
                 workers=workers,
-                report=lambda done, total: progress.update(done, total=total),
+                report=partial(_tell_progress, progress, sharing),
+                meet=sharing.meet,
             ):
                 last = told
     except KeyboardInterrupt:
         # A path is no markup, whatever brackets it has.
         console.print(f"stopped: {last.done} shards are in {out}; go on with the same command", markup=False)
         raise typer.Exit(130) from None
+    if launched and follows():
+        return
     typer.echo(shown(_summary(last, out, world_size or 1)))
 
 
@@ -88,12 +102,10 @@ def _tell(images: Path, image_size: int, shard_size: int, dtype: str, where: str
     typer.echo(NOTHING)
 
 
-def _from_environment(name: str, default: int) -> int:
-    """What torchrun says, as a number."""
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"the environment variable {name} must be a number, as torchrun sets it; got {text!r}")
-    return int(text)
+def _tell_progress(progress: Follower, sharing: Sharing, done: int, total: int) -> None:
+    """After every batch, to whoever follows and whoever watches."""
+    progress.update(done, total=total)
+    sharing.begins(f"encoding, {done} of {total} images of its share behind it")
 
 
 def _summary(last: Progress, out: Path, world_size: int) -> str:

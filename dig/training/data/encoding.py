@@ -221,6 +221,7 @@ def encode(
     world_size: int = 1,
     workers: int | None = None,
     report: Callable[[int, int], object] = lambda done, total: None,
+    meet: Callable[[], object] = lambda: None,
 ) -> Iterator[Progress]:
     """Encode a folder of class folders. An iterator: it works while it is iterated, and yields after each shard.
 
@@ -244,6 +245,7 @@ def encode(
         world_size: How many processes share the work.
         workers: Threads that decode images. Default: one for each processor that this process may use, 16 at most.
         report: Called after every batch with this rank's images that lie behind, and all of them.
+        meet: Called when this rank's shards are made; may wait for the other ranks, and rank 0 then finds all of them.
 
     Raises:
         DataError: The images, the VAE or the folder of the shards cannot be used, or no image can be read.
@@ -318,6 +320,7 @@ def encode(
             count += record.count
             unreadable |= record.unreadable
             yield Progress(shards=len(numbers), done=done, skipped=skipped, images=count, unreadable=dict(unreadable))
+        meet()
         if rank == 0:
             joined = _join(out)
             yield Progress(

@@ -1,0 +1,139 @@
+"""Commands as one of several processes that torchrun started: one voice, one end. No torch before it is needed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from dig.commands.common import explain, one_device
+from dig.launched import follows, place_in_job
+
+if TYPE_CHECKING:
+    from dig.sampling.sharing import Sharing
+    from dig.training.parallel import Kind, Ranks
+    from dig.training.parallel.watching import Watch
+
+ParallelOption = Annotated[
+    str,
+    typer.Option(
+        help="Under torchrun: ddp (each GPU holds the model), fsdp (the GPUs share weights, gradients and moments), or "
+        "auto: ddp where there are several processes."
+    ),
+]
+HangOption = Annotated[
+    float, typer.Option(help="Seconds that several processes may stand still before that is an error.")
+]
+HANG_SECONDS = 600.0
+LONG_SECONDS = 3600.0
+"""The same where a process works alone for longer: sampling and encoding."""
+END_SECONDS = 8.0
+"""After SIGTERM, for another rank's end to be noticed: torchrun sends it to those that are left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Several processes at one command, of which this is one.
+
+    Attributes:
+        ranks: All of them.
+        kind: How they share a model in training.
+        watch: Ends this process where another one is gone or hangs.
+    """
+
+    ranks: Ranks
+    kind: Kind
+    watch: Watch
+
+
+def shared(job: Job | None) -> Sharing:
+    """What of a command's work is this process': all of it where it is alone."""
+    from dig.sampling.sharing import ALONE
+
+    if job is None:
+        return ALONE
+    from dig.training.parallel.sharing import SharedWork
+
+    return SharedWork(job.ranks, job.watch)
+
+
+@contextmanager
+def working_together(
+    device: str, *, parallel: str = "auto", hang_seconds: float = LONG_SECONDS, trains: bool = False
+) -> Iterator[Job | None]:
+    """Be one of the job's processes within; None where this process is alone.
+
+    An error within ends the whole job with one message (`dig.training.parallel.watching`).
+
+    Args:
+        device: As typed.
+        parallel: Likewise; ``ddp`` and ``fsdp`` make a job of one process alone, too.
+        hang_seconds: Likewise.
+        trains: Whether gradients are exchanged, over NCCL.
+
+    Raises:
+        ValueError: An option or the environment says what can't be.
+    """
+    if parallel not in ("auto", "ddp", "fsdp"):
+        raise ValueError(f"parallel must be auto, ddp or fsdp; got {parallel!r}")
+    if not (math.isfinite(hang_seconds) and hang_seconds >= 1):
+        raise ValueError(f"hang-timeout must be at least 1 second; got {hang_seconds}")
+    if parallel == "auto" and place_in_job()[1] == 1:
+        yield None
+        return
+    # Before torch is imported: what is to be said of a lost connection is said here, without a stack of C++ calls.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dig.training.parallel import joined
+    from dig.training.parallel.watching import Watch
+
+    if follows():
+        # What each of them would say is said once; what one alone knows, of its own data, it says.
+        logging.getLogger("dig").setLevel(logging.ERROR)
+        logging.getLogger("dig.training.data").setLevel(logging.WARNING)
+    with joined(one_device(device), hang_seconds=hang_seconds, trains=trains) as ranks:
+        watch = Watch(ranks, remedy="the same command goes on with what is finished")
+        kind = cast(Literal["ddp", "fsdp"], "ddp" if parallel == "auto" else parallel)
+        with _patient():
+            try:
+                yield Job(ranks=ranks, kind=kind, watch=watch)
+                watch.doing("waiting for the others to end", waits=True)
+                ranks.meet()
+            except (typer.Exit, SystemExit, GeneratorExit):
+                raise
+            except KeyboardInterrupt:
+                watch.stop(130)
+            except BaseException as error:
+                watch.fail(error, explain(error))
+            watch.leave()
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """At SIGTERM, let the watch see first whether another rank is gone: then that is what there is to say."""
+
+    def end() -> None:
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGTERM)
+
+    def receive(_number: int, _frame: object) -> None:
+        timer = threading.Timer(END_SECONDS, end)
+        timer.daemon = True
+        timer.start()
+
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

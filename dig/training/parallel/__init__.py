@@ -1,0 +1,12 @@
+"""Training, sampling and encoding by several processes, a GPU each, on PyTorch's own engine.
+
+`joined` makes the processes that torchrun started one job. `wrap` makes a model that trains in all of them. Nothing
+here exchanges a gradient itself: DistributedDataParallel or FSDP2 (``fully_shard``) does.
+"""
+
+from __future__ import annotations
+
+from dig.training.parallel.ranks import Ranks, joined
+from dig.training.parallel.wrapping import Kind, Parallel, shard, wrap
+
+__all__ = ["Kind", "Parallel", "Ranks", "joined", "shard", "wrap"]

@@ -1,0 +1,45 @@
+"""Sampling and encoding shared out among ranks, which need nothing of each other but that all come to an end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from dig.sampling.sharing import Sharing
+from dig.training.parallel.ranks import Ranks
+from dig.training.parallel.watching import Watch
+
+T = TypeVar("T")
+
+
+class SharedWork(Sharing):
+    """A job's ranks at work that they share out.
+
+    Args:
+        ranks: The job.
+        watch: Told what this rank does.
+    """
+
+    def __init__(self, ranks: Ranks, watch: Watch) -> None:
+        self.rank = ranks.rank
+        self.size = ranks.world_size
+        self._ranks = ranks
+        self._watch = watch
+
+    def from_leader(self, ask: Callable[[], T]) -> T:
+        """What asking gives on rank 0, on all ranks."""
+        if self.leads:
+            value = ask()
+        self._watch.doing("waiting for the first rank", waits=not self.leads)
+        self._ranks.meet()
+        found: T = self._ranks.from_leader(value if self.leads else None)
+        return found
+
+    def begins(self, what: str) -> None:
+        """Tell the watch."""
+        self._watch.doing(what)
+
+    def meet(self) -> None:
+        """Wait for the others, who may have more to do."""
+        self._watch.doing("waiting for the others", waits=True)
+        self._ranks.meet()

@@ -1,0 +1,141 @@
+"""A model that trains in all ranks: DistributedDataParallel, or FSDP2 by block.
+
+Shapes: B samples of one rank's part of a batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dig.graphs import on_capture_stream
+from dig.training.blocks import blocks_of
+
+Kind = Literal["ddp", "fsdp"]
+Precision = Literal["bf16", "fp32"]
+M = TypeVar("M", bound=nn.Module)
+
+GRAPH_WARMUP = 11
+"""Runs before a step with DistributedDataParallel is captured, as PyTorch's notes on CUDA graphs ask for: over the
+first ten it times itself with events, which a capture can't hold, and in the second it lays its buckets anew."""
+_CONSTANT_BUFFERS: dict[str, Any] = {
+    name: False
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # its name of today, and before torch 2.13
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+}
+if len(_CONSTANT_BUFFERS) > 1:
+    del _CONSTANT_BUFFERS["broadcast_buffers"]
+NO_GRAPH = "FSDP gathers and frees weights on streams of its own, which PyTorch doesn't capture as a CUDA graph"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parallel:
+    """A model in training on all ranks. Made by `wrap`.
+
+    Attributes:
+        kind: How.
+        model: The model, with the names of its parameters as they were; with FSDP they are DTensors, sharded.
+        network: What is called with ``(x, t, y)`` of this rank's B samples; its backward pass leaves gradients that are
+            means over the ranks.
+        why_eager: Why a step with it can't be captured as a CUDA graph; None where it can.
+        warmup: Runs that a capture needs before (`dig.capture`).
+    """
+
+    kind: Kind
+    model: nn.Module
+    network: Callable[..., Any]
+    why_eager: str | None
+    warmup: int
+
+    @contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Run one part of a batch, forward and backward: only the last one's gradients go to the other ranks."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_is_last_backward(last)
+            self.model.set_requires_gradient_sync(last)
+            yield
+            return
+        inner = getattr(self.network, "_orig_mod", self.network)  # what torch.compile wrapped
+        assert isinstance(inner, DistributedDataParallel)
+        with nullcontext() if last else inner.no_sync():
+            yield
+
+
+def wrap(
+    model: nn.Module,
+    kind: Kind,
+    *,
+    dtype: Precision = "bf16",
+    captured: bool = False,
+    compiled: bool = False,
+    mesh: DeviceMesh | None = None,
+) -> Parallel:
+    """Make a model train in all ranks of the job that this process has joined (`dig.training.parallel.joined`).
+
+    Run the step as ever: autocast around ``network``'s call where ``dtype`` is bf16, and one optimizer over
+    ``model.parameters()``, made after this. Average the ranks' losses where they are shown.
+
+    Args:
+        model: On this rank's device, with the same weights on all ranks, in training mode.
+        kind: ``ddp`` keeps all of the model on every rank and averages gradients. ``fsdp`` shards weights, gradients
+            and moments by block: each block is gathered when it is called.
+        dtype: With ``fsdp``: ``bf16`` gathers weights in bf16, computes with them, and reduces gradients in fp32;
+            ``fp32`` does all in fp32. With ``ddp`` weights and gradients are fp32, and autocast says what computes.
+        captured: Whether the step is to be a CUDA graph: see `Parallel.why_eager`.
+        compiled: Whether it goes through torch.compile: the whole model with ``ddp``, block by block with ``fsdp``.
+        mesh: Of one dimension, with ``fsdp``; all ranks if not given.
+
+    Raises:
+        ValueError: There is no such kind, or it has no blocks to shard.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"parallel must be {' or '.join(get_args(Kind))}; got {kind!r}")
+    if kind == "fsdp":
+        if compiled:
+            for block in blocks_of(model):
+                block.compile()
+        shard(model, dtype=dtype, mesh=mesh)
+        return Parallel(kind=kind, model=model, network=model, why_eager=NO_GRAPH, warmup=0)
+    device = next(model.parameters()).device
+    # For a graph, its gradients' accumulators have to be made on the stream of the capture.
+    with on_capture_stream(device) if captured else nullcontext():
+        network: Any = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # Those of the models here are constants.
+            **_CONSTANT_BUFFERS,
+        )
+    if compiled:
+        network = torch.compile(network)
+    return Parallel(kind=kind, model=model, network=network, why_eager=None, warmup=GRAPH_WARMUP)
+
+
+def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None) -> M:
+    """FSDP2 by block, in place: parameters become DTensors, each rank holding a share of every one.
+
+    Args:
+        model: On this rank's device, the same on all ranks.
+        dtype: See `wrap`.
+        mesh: See `wrap`.
+    """
+    if mesh is None:
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    # Inputs stay as they are: times of flow matching lose by bf16, and autocast casts what a layer computes with.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # What is left, embeddings and the head, is gathered once for a forward and backward pass.
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model

@@ -1,0 +1,306 @@
+"""The parts that ranks are made of, in one process: a job of one, and ranks that are made up."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dig.diffusion import build_loss
+from dig.launched import place_in_job
+from dig.training.config import DataSpec, TrainConfig
+from dig.training.data import IdxImages
+from dig.training.inputs import step_inputs
+from dig.training.needs import training_needs
+from dig.training.parallel import Ranks, joined, wrap
+from dig.training.parallel.agreement import RanksDifferError, check_alike, facts
+from dig.training.parallel.team import Together
+from dig.training.parallel.watching import Beat, Watch
+from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
+from dig.training.step import TrainingStep
+from dig.training.trainer import Trainer
+from tests.dig.fake_graph import capture_fake
+from tests.dig.test_training_step import batch_of, config
+from tests.dig.tiny import TINY, make_fashion, using
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    with using(TINY):
+        yield
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A job of one."""
+    with joined("cpu", hang_seconds=30) as found:
+        yield found
+
+
+@contextmanager
+def watching(ranks: Ranks) -> Iterator[Watch]:
+    watch = Watch(ranks, remedy="go on", leave=lambda _status: None)
+    try:
+        yield watch
+    finally:
+        watch.leave()
+
+
+@pytest.fixture
+def watch(ranks: Ranks) -> Iterator[Watch]:
+    with watching(ranks) as found:
+        yield found
+
+
+def stepped(kind: Any, steps: int, **fields: Any) -> TrainingStep:
+    run = config(**fields)
+    torch.manual_seed(0)
+    model = run.model.build()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    step = TrainingStep(run, model, build_loss("hybrid", device="cpu"), kind)
+    torch.manual_seed(2)
+    for number in range(steps):
+        step.run(step_inputs(run, step.loss, batch_of(number), 10), run.learning_rate_at(number))
+    return step
+
+
+def whole(step: TrainingStep) -> dict[str, torch.Tensor]:
+    tensors = step.tensors()
+    return {name: getattr(one, "full_tensor", lambda one=one: one)().detach() for name, one in tensors.items()}
+
+
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_job_of_one_takes_the_steps_of_a_process(kind: str) -> None:
+    fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "learning_rate": 1e-3}
+    ours, theirs = whole(stepped(kind, 3, **fields)), whole(stepped(None, 3, **fields))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("ranks")
+def test_a_captured_step_with_ddp_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reducer takes part in the warm-up, and the capture has moved nothing."""
+    warmups = []
+
+    def capturing(*arguments: Any, **options: Any) -> Any:
+        warmups.append(options["warmup"])
+        return capture_fake(*arguments, **options)
+
+    monkeypatch.setattr("dig.training.step.capture", capturing)
+    fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "learning_rate": 2.0**-7}
+    graph = stepped("ddp", 3, execution="graph", device="cuda", **fields)
+    # PyTorch's notes on CUDA graphs: at least eleven with DistributedDataParallel.
+    assert warmups == [11]
+    ours, theirs = whole(graph), whole(stepped("ddp", 3, **fields))
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.usefixtures("ranks")
+def test_parts_of_a_batch_are_not_sent_one_by_one() -> None:
+    reduced = []
+    step = stepped("ddp", 0, accumulate=4)
+    network: Any = step._network
+
+    def count(_state, bucket):  # type: ignore[no-untyped-def]  # annotations as text are none that it takes
+        reduced.append(bucket.index())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    network.register_comm_hook(None, count)
+    for number in range(2):
+        step.run(step_inputs(step.config, step.loss, batch_of(number), 10), 1e-4)
+    assert len(reduced) == 2 * len(set(reduced))
+    asked = []
+    step = stepped("fsdp", 0, accumulate=4)
+    model: Any = step.model
+    before = model.set_requires_gradient_sync
+    model.set_requires_gradient_sync = lambda sync: (asked.append(sync), before(sync))
+    step.run(step_inputs(step.config, step.loss, batch_of(0), 10), 1e-4)
+    assert asked == [False, False, False, True]
+
+
+def test_what_can_not_be_wrapped() -> None:
+    with pytest.raises(ValueError, match=r"parallel must be ddp or fsdp; got 'pipeline'"):
+        wrap(torch.nn.Linear(1, 1), "pipeline")  # type: ignore[arg-type]
+
+
+def trainer(folder: Path, ranks: Ranks, watch: Watch, kind: Any = "fsdp", **fields: Any) -> Trainer:
+    data = IdxImages(make_fashion(folder.parent / "data", train=20, test=4))
+    name = replace(config().model, input_size=(32, 32))
+    run = TrainConfig(
+        **{"model": name, "data": DataSpec.of(data), "device": "cpu", "steps": 2, "batch": 4, "dtype": "fp32",
+           "save_every": 1, "log": ("jsonl",), **fields}
+    )  # fmt: skip
+    return Trainer(run, data, folder, workers=0, team=Together(ranks, kind, watch))
+
+
+def test_shards_that_are_damaged(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:
+    run = tmp_path / "run"
+    assert trainer(run, ranks, watch).run() == 2
+    newest, before = checkpoint_files(run / "checkpoints")
+    assert (newest.name, before.name) == ("step-00000002.shards", "step-00000001.shards")
+    assert damage(newest) is None
+    (shard,) = newest.glob("*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "is damaged: its checksum is not the recorded one" in str(damage(newest))
+    assert newest_checkpoint(run / "checkpoints") == before
+    shard.write_bytes(content)
+    (newest / "more.safetensors").write_bytes(content)
+    assert "holds more.safetensors, which is none of its own" in str(damage(newest))
+    (newest / "more.safetensors").unlink()
+    shard.unlink()
+    assert f"lacks {shard.name}" in str(damage(newest))
+    # Nothing of a pickle is ever looked into.
+    shard.write_bytes(pickle.dumps({"model.x": 1}))
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_checkpoint(newest)
+    newest.with_suffix(".json").write_text('{"files": {"../about.json": "0"}}')
+    assert "the record of" in str(damage(newest))
+    (before / "about.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="its header is no object of JSON"):
+        read_checkpoint(before)
+    # What a kill leaves is gone at the next start, and what is damaged stands aside.
+    (run / "checkpoints" / ".unfinished-step-00000003.shards").mkdir()
+    shard.write_bytes(content)
+    newest.with_suffix(".json").unlink()
+    before.with_suffix(".json").unlink()
+    again = trainer(run, ranks, watch)
+    assert again.step == 0
+    assert list((run / "checkpoints").iterdir()) == []
+    again.run()
+
+
+def test_a_part_that_is_missing_is_seen(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:
+    """The reader takes what it finds, and would leave the rest of a tensor as it was in memory."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    run = tmp_path / "run"
+    trainer(run, ranks, watch).run()
+    newest = checkpoint_files(run / "checkpoints")[0]
+    (shard,) = newest.glob("*.safetensors")
+    with safe_open(shard, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = dict(file.metadata())
+    places = json.loads(header["DCP_SHARDING_INFO"])
+    name = "model.blocks.0.attn.in_proj.weight"
+    # As if it began at row 3.
+    places[name]["saved_offsets"] = [3, 0]
+    save_file(tensors, shard, {**header, "DCP_SHARDING_INFO": json.dumps(places)})
+    with pytest.raises(CheckpointError, match=rf"parts of {name} are missing"):
+        read_checkpoint(newest)
+
+
+def test_what_ranks_refuse(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:
+    team = Together(ranks, "fsdp", watch)
+    assert team.execution("graph", "the default", asked="auto")[0] == "eager"
+    assert team.execution("compile", "asked for", asked="compile") == ("compile", "asked for")
+    with pytest.raises(ValueError, match=r"PyTorch doesn't capture .*: use --execution eager or compile"):
+        team.execution("graph", "asked for", asked="graph")
+    team.size = 3
+    with pytest.raises(ValueError, match=r"a batch of 8 does not divide into 3 ranks of 2 parts each"):
+        team.begin(config(accumulate=2), tmp_path)
+    team.size = 1
+    with pytest.raises(ValueError, match=r"adapters of --lora .* use --parallel ddp"):
+        team.begin(config(lora=2, init="0" * 64), tmp_path)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:
+    team = Together(ranks, "ddp", watch)
+    with pytest.raises(CheckpointError, match=r"model\.x is not finite after step 3"):
+        team.save(tmp_path, 3, {"model.x": torch.tensor([1.0, float("nan")])}, {}, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_said(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:
+    team = Together(ranks, "ddp", watch)
+    (tmp_path / "file").write_text("")
+    team.save(tmp_path / "file", 3, {"model.x": torch.ones(2)}, {}, keep=1)
+    with pytest.raises((OSError, CheckpointError), match=r"Not a directory|could not write the checkpoint of step 3"):
+        team.saved()
+
+
+class Told:
+    """Ranks that are made up: what each of them says."""
+
+    def __init__(self, *said: dict[str, str]) -> None:
+        self._said = list(said)
+
+    def gather(self, _mine: dict[str, str]) -> list[dict[str, str]]:
+        return self._said
+
+
+def test_what_differs_is_named() -> None:
+    mine = facts(config())
+    check_alike(Told(mine, mine), mine)  # type: ignore[arg-type]
+    for other, words in (
+        (facts(config(seed=1)), r"ranks 1, 2 has other option seed than rank 0 \(1, 0\)"),
+        (mine | {"torch": "2.0"}, r"ranks 1, 2 has other torch than rank 0"),
+        (mine | {"data": "0" * 64}, r"ranks 1, 2 has other data than rank 0"),
+    ):
+        with pytest.raises(RanksDifferError, match=words):
+            check_alike(Told(mine, other, other), mine)  # type: ignore[arg-type]
+
+
+def test_a_job_that_stands_still_is_ended(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
+    left: list[int] = []
+    watch = Watch(replace(ranks, hang_seconds=1.0), remedy="go on with the same command", leave=left.append)
+    watch.doing("training", 7)
+    deadline = time.monotonic() + 20
+    while not left and time.monotonic() < deadline:
+        time.sleep(0.1)
+    watch.leave()
+    assert set(left) == {2}
+    message = capfd.readouterr().err.splitlines()[0]
+    assert message.startswith("error: rank 0 hangs at step 7, training: for ")
+    assert message.endswith("give a larger --hang-timeout; go on with the same command")
+
+
+def test_whom_the_others_wait_for(watch: Watch) -> None:
+    beat = Beat(tick=9, count=20, doing="training", step=7, seconds=61.0, host="a", process=1, waits=False, left=False)
+    behind = replace(beat, count=19, doing="waiting for data", seconds=62.0)
+    assert watch._hung({0: beat, 1: behind, 2: beat}).startswith(
+        "rank 1 hangs at step 7, waiting for data: for 62 s, and 2 wait for it"
+    )
+    assert watch._hung({0: beat, 1: beat}).startswith("ranks 0, 1 hang at step 7")
+    # One that is done has less behind it than those that still work, and keeps nobody waiting.
+    done = replace(beat, count=3, doing="waiting for the others", waits=True)
+    assert watch._hung({0: done, 1: beat}).startswith("rank 1 hangs")
+
+
+def test_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert place_in_job() == (0, 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert place_in_job() == (0, 1, 0)  # of another launcher's, which says no rank
+    monkeypatch.setenv("RANK", "3")
+    assert place_in_job() == (3, 4, 0)
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(ValueError, match="RANK must be below WORLD_SIZE"):
+        place_in_job()
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="the environment variable RANK must be a number"):
+        place_in_job()
+
+
+def test_shares_take_less_memory() -> None:
+    run = config()
+    alone, shared = training_needs(run), training_needs(run, ranks=4, sharded=True)
+    for name in ("weights", "optimizer", "gradients", "average", "a batch and its noise", "activations"):
+        assert alone[name] // 4 == shared[name]
+    assert training_needs(run, ranks=4)["weights"] == alone["weights"]
