@@ -118,8 +118,8 @@ def test_cases_built_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatc
     jobs: list[BuildJob] = []
 
     class Told(FakeWorker):
-        def __init__(self, entry: str, job: Any, variables: Any = None) -> None:
-            super().__init__(entry, job, variables)
+        def __init__(self, entry: str, job: Any, *, variables: Any) -> None:
+            super().__init__(entry, job, variables=variables)
             jobs.append(job)
 
     monkeypatch.setattr(ahead, "Worker", Told)
