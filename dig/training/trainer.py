@@ -292,6 +292,7 @@ class Trainer:
             if self.step != self._saved:
                 self.save()
             self._team.saved()
+            self._team.end()
             outcome = {"what": "finished" if self.step >= self.config.steps else "stopped"}
         except Exception as error:
             outcome = {"what": "failed", "reason": describe(error)}

@@ -18,6 +18,7 @@ from dig.diffusion import build_loss
 from dig.launched import place_in_job
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
+from dig.training.data.loader import default_workers
 from dig.training.inputs import step_inputs
 from dig.training.needs import training_needs
 from dig.training.parallel import Ranks, joined, wrap
@@ -296,6 +297,18 @@ def test_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(ValueError, match="the environment variable RANK must be a number"):
         place_in_job()
+
+
+def test_ranks_of_a_machine_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDisk:
+        in_memory = False
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(12)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers(OnDisk()) == 8  # type: ignore[arg-type]
+    for ranks, workers in ((4, 3), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert default_workers(OnDisk()) == workers  # type: ignore[arg-type]
 
 
 def test_shares_take_less_memory() -> None:
