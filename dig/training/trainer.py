@@ -128,7 +128,7 @@ class Trainer:
             if team.leads:
                 stack.enter_context(lock_file(folder / ".lock", message))
             self._prepare(first)
-            self._held = stack.pop_all()
+            self._lock = stack.pop_all()
 
     def _prepare(self, first: Mapping[str, Tensor] | None) -> None:
         """Build the model, load the newest checkpoint, open the logs."""
@@ -309,7 +309,7 @@ class Trainer:
                 self.log.event(**outcome, step=self.step)
             with suppress(OSError):
                 self.log.close()
-            self._held.close()
+            self._lock.close()
         return self.step
 
     def _train(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dig.diffusion import build_loss
 from dig.launched import place_in_job
@@ -30,7 +31,7 @@ from dig.training.step import TrainingStep
 from dig.training.trainer import Trainer
 from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training_step import batch_of, config
-from tests.dig.tiny import TINY, make_fashion, using
+from tests.dig.tiny import TINY, app, make_fashion, using
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,8 +122,10 @@ def test_parts_of_a_batch_are_not_sent_one_by_one() -> None:
         return future
 
     network.register_comm_hook(None, count)
-    for number in range(2):
+    for number in range(3):
         step.run(step_inputs(step.config, step.loss, batch_of(number), 10), 1e-4)
+        if not number:
+            reduced.clear()  # of the run before the first step, in which buckets are laid, too
     assert len(reduced) == 2 * len(set(reduced))
     asked = []
     step = stepped("fsdp", 0, accumulate=4)
@@ -317,3 +320,14 @@ def test_shares_take_less_memory() -> None:
     for name in ("weights", "optimizer", "gradients", "average", "a batch and its noise", "activations"):
         assert alone[name] // 4 == shared[name]
     assert training_needs(run, ranks=4)["weights"] == alone["weights"]
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "1e308", "-3"])
+def test_a_time_out_that_is_none(value: str, tmp_path: Path) -> None:
+    words = ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--hang-timeout", value]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "error: hang-timeout must be 1 to 2,592,000 seconds; got " in result.output
+    result = CliRunner().invoke(app, [*words[:-2], "--parallel", "pipeline"])
+    assert result.exit_code == 2
+    assert "error: parallel must be auto, ddp or fsdp; got 'pipeline'" in result.output
