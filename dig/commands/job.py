@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import sys
@@ -34,6 +33,7 @@ HangOption = Annotated[
     float, typer.Option(help="Seconds that several processes may stand still before that is an error.")
 ]
 HANG_SECONDS = 600.0
+MOST_SECONDS = 30 * 24 * 3600
 LONG_SECONDS = 3600.0
 """The same where a process works alone for longer: sampling and encoding."""
 END_SECONDS = 8.0
@@ -85,8 +85,8 @@ def working_together(
     """
     if parallel not in ("auto", "ddp", "fsdp"):
         raise ValueError(f"parallel must be auto, ddp or fsdp; got {parallel!r}")
-    if not (math.isfinite(hang_seconds) and hang_seconds >= 1):
-        raise ValueError(f"hang-timeout must be at least 1 second; got {hang_seconds}")
+    if not 1 <= hang_seconds <= MOST_SECONDS:
+        raise ValueError(f"hang-timeout must be 1 to {MOST_SECONDS:,} seconds; got {hang_seconds}")
     if parallel == "auto" and place_in_job()[1] == 1:
         yield None
         return

@@ -138,13 +138,14 @@ class TrainingStep:
         if parallel is None:
             self._network = torch.compile(model) if compiled else model
         else:
-            from dig.training.parallel.wrapping import shard, wrap
+            from dig.training.parallel.wrapping import mesh_of_all, shard, wrap
 
+            mesh = mesh_of_all(config.device) if parallel == "fsdp" else None
             captured = config.execution == "graph"
-            self._parallel = wrap(model, parallel, dtype=config.dtype, captured=captured, compiled=compiled)
+            self._parallel = wrap(model, parallel, dtype=config.dtype, captured=captured, compiled=compiled, mesh=mesh)
             self._network = self._parallel.network
             if parallel == "fsdp":
-                shard(self.ema)
+                shard(self.ema, mesh=mesh)
         self.device = next(model.parameters()).device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._ema_parameters = [

@@ -107,6 +107,9 @@ class Team:
     def saved(self) -> None:
         """Return once a checkpoint that is being written counts."""
 
+    def end(self) -> None:
+        """The run is over: nothing is under way any more."""
+
 
 def _own_random(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Checkpoint:
     """A checkpoint of several ranks for one process: their generators are none of its own, and begin anew."""

@@ -128,7 +128,7 @@ class Trainer:
             if team.leads:
                 stack.enter_context(lock_file(folder / ".lock", message))
             self._prepare(first)
-            self._held = stack.pop_all()
+            self._lock = stack.pop_all()
 
     def _prepare(self, first: Mapping[str, Tensor] | None) -> None:
         """Build the model, load the newest checkpoint, open the logs."""
@@ -292,6 +292,7 @@ class Trainer:
             if self.step != self._saved:
                 self.save()
             self._team.saved()
+            self._team.end()
             outcome = {"what": "finished" if self.step >= self.config.steps else "stopped"}
         except Exception as error:
             outcome = {"what": "failed", "reason": describe(error)}
@@ -308,7 +309,7 @@ class Trainer:
                 self.log.event(**outcome, step=self.step)
             with suppress(OSError):
                 self.log.close()
-            self._held.close()
+            self._lock.close()
         return self.step
 
     def _train(

@@ -68,6 +68,7 @@ COMMANDS: dict[str, Callable[[Bed], dict[str, str]]] = {
         **{"--samples": str(bed.samples), "--data": str(bed.data), "--classifier": str(bed.classifier)},
         **{"--append": str(bed.folder / "rows.jsonl"), "--device": "cpu"},
     },
+    "consolidate": lambda bed: {"": str(bed.run), "--out": str(bed.folder / "c.safetensors")},
     "encode": lambda bed: {
         **{"": str(bed.images), "--out": str(bed.folder / "out"), "--vae": str(bed.vae), "--image-size": "16"},
         **{"--device": "cpu"},

@@ -250,3 +250,34 @@ def test_torchrun_whose_rank_is_killed_says_why(tmp_path: Path, data: Path) -> N
     assert messages[0].startswith("error: rank 1 (process ")
     assert job.process.returncode == 1
     assert all(damage(path) is None for path in checkpoint_files(run / "checkpoints"))
+
+
+@pytest.mark.slow
+def test_the_example_of_two_gpus_runs(tmp_path: Path, data: Path) -> None:
+    """Here two processes of a CPU: that it runs is all that it shows."""
+    script = Path(__file__).parents[2] / "examples" / "two-gpus.sh"
+    tiny = tmp_path / "python"
+    # The launcher's word for the module is its last: any DiG is a tiny one.
+    tiny.write_text(f'#!/bin/bash\n[ "$2" = dig ] && set -- -m tests.dig.tiny "${{@:3}}"\nexec {sys.executable} "$@"\n')
+    launch = tmp_path / "torchrun"
+    launch.write_text(
+        "#!/bin/bash\n"
+        "# --nproc-per-node N -m -- dig ...\n"
+        f'exec {sys.executable} -m torch.distributed.run --master-port {free_port()} "${{@:1:4}}" '
+        'tests.dig.tiny "${@:6}"\n'
+    )
+    for path in (tiny, launch):
+        path.chmod(0o755)
+    settings = {"MODEL": "DiG-S/8", "STEPS": "4", "BATCH": "2", "DEVICE": "cpu", "LOG_EVERY": "1"}
+    result = subprocess.run(
+        ["bash", str(script), str(data), str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": str(tiny), "TORCHRUN": str(launch), **settings},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()[-3:]
+    assert [line.split(":")[0] for line in lines] == ["one", "ddp", "fsdp"]
+    assert all("of 2 times one" in line for line in lines[1:])

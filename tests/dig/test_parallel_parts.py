@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dig.diffusion import build_loss
 from dig.launched import place_in_job
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
+from dig.training.data.loader import default_workers
 from dig.training.inputs import step_inputs
 from dig.training.needs import training_needs
 from dig.training.parallel import Ranks, joined, wrap
@@ -29,7 +31,7 @@ from dig.training.step import TrainingStep
 from dig.training.trainer import Trainer
 from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training_step import batch_of, config
-from tests.dig.tiny import TINY, make_fashion, using
+from tests.dig.tiny import TINY, app, make_fashion, using
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,8 +122,10 @@ def test_parts_of_a_batch_are_not_sent_one_by_one() -> None:
         return future
 
     network.register_comm_hook(None, count)
-    for number in range(2):
+    for number in range(3):
         step.run(step_inputs(step.config, step.loss, batch_of(number), 10), 1e-4)
+        if not number:
+            reduced.clear()  # of the run before the first step, in which buckets are laid, too
     assert len(reduced) == 2 * len(set(reduced))
     asked = []
     step = stepped("fsdp", 0, accumulate=4)
@@ -298,9 +302,32 @@ def test_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
         place_in_job()
 
 
+def test_ranks_of_a_machine_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDisk:
+        in_memory = False
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(12)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers(OnDisk()) == 8  # type: ignore[arg-type]
+    for ranks, workers in ((4, 3), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert default_workers(OnDisk()) == workers  # type: ignore[arg-type]
+
+
 def test_shares_take_less_memory() -> None:
     run = config()
     alone, shared = training_needs(run), training_needs(run, ranks=4, sharded=True)
     for name in ("weights", "optimizer", "gradients", "average", "a batch and its noise", "activations"):
         assert alone[name] // 4 == shared[name]
     assert training_needs(run, ranks=4)["weights"] == alone["weights"]
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "1e308", "-3"])
+def test_a_time_out_that_is_none(value: str, tmp_path: Path) -> None:
+    words = ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--hang-timeout", value]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "error: hang-timeout must be 1 to 2,592,000 seconds; got " in result.output
+    result = CliRunner().invoke(app, [*words[:-2], "--parallel", "pipeline"])
+    assert result.exit_code == 2
+    assert "error: parallel must be auto, ddp or fsdp; got 'pipeline'" in result.output

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dig.launched import from_environment
 from dig.memory import check_memory
 from dig.training.data.base import DataError, DataSet
 from dig.training.data.files import shown
@@ -125,8 +126,12 @@ def check_workers(workers: int | None) -> None:
 
 
 def default_workers(dataset: DataSet) -> int:
-    """No worker for data in RAM; else one for each processor that this process may use, 8 at most."""
-    return 0 if dataset.in_memory else min(8, len(os.sched_getaffinity(0)))
+    """No worker for data in RAM; else one for each processor that this process may use, 8 at most.
+
+    Ranks of one machine share its processors.
+    """
+    processors = len(os.sched_getaffinity(0)) // max(1, from_environment("LOCAL_WORLD_SIZE", 1))
+    return 0 if dataset.in_memory else max(1, min(8, processors))
 
 
 class Loader:

@@ -7,6 +7,6 @@ here exchanges a gradient itself: DistributedDataParallel or FSDP2 (``fully_shar
 from __future__ import annotations
 
 from dig.training.parallel.ranks import Ranks, joined
-from dig.training.parallel.wrapping import Kind, Parallel, shard, wrap
+from dig.training.parallel.wrapping import Kind, Parallel, mesh_of_all, shard, wrap
 
-__all__ = ["Kind", "Parallel", "Ranks", "joined", "shard", "wrap"]
+__all__ = ["Kind", "Parallel", "Ranks", "joined", "mesh_of_all", "shard", "wrap"]

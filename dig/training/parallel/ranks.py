@@ -146,10 +146,11 @@ def joined(device: str, *, hang_seconds: float = HANG_SECONDS, trains: bool = Tr
     rank, world_size, local_rank = place_in_job()
     where = torch.device("cpu")
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
             raise ValueError(
-                f"rank {rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; start as many "
-                "processes as there are GPUs (torchrun --nproc-per-node)"
+                f"rank {rank} has no GPU of its own: this machine has {count}; start as many processes as there are "
+                "GPUs (torchrun --nproc-per-node)"
             )
         where = torch.device("cuda", local_rank)
         # Before anything else touches CUDA: "cuda" is this process' GPU from here on.

@@ -86,7 +86,8 @@ def wrap(
     ``model.parameters()``, made after this. Average the ranks' losses where they are shown.
 
     Args:
-        model: On this rank's device, with the same weights on all ranks, in training mode.
+        model: On this rank's device, with the same weights on all ranks, in training mode. One that a device can't
+            hold may lie on the host with ``fsdp`` and a mesh of GPUs: it goes there share by share.
         kind: ``ddp`` keeps all of the model on every rank and averages gradients. ``fsdp`` shards weights, gradients
             and moments by block: each block is gathered when it is called.
         dtype: With ``fsdp``: ``bf16`` gathers weights in bf16, computes with them, and reduces gradients in fp32;
@@ -120,16 +121,21 @@ def wrap(
     return Parallel(kind=kind, model=model, network=network, why_eager=None, warmup=GRAPH_WARMUP)
 
 
+def mesh_of_all(device: str) -> DeviceMesh:
+    """All ranks in a row, on their ``cuda`` or ``cpu`` devices."""
+    return init_device_mesh(device, (dist.get_world_size(),))
+
+
 def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None) -> M:
     """FSDP2 by block, in place: parameters become DTensors, each rank holding a share of every one.
 
     Args:
-        model: On this rank's device, the same on all ranks.
+        model: The same on all ranks, on this one's device or on the host: see `wrap`.
         dtype: See `wrap`.
         mesh: See `wrap`.
     """
     if mesh is None:
-        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+        mesh = mesh_of_all(next(model.parameters()).device.type)
     # Inputs stay as they are: times of flow matching lose by bf16, and autocast casts what a layer computes with.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype == "bf16":
