@@ -30,7 +30,7 @@ from reports.scaling_model import (
 )
 from reports.series import DOUBTS, STATUS_NAMES, doubts
 
-ROWS = tuple(ROOT / "results" / "h100" / f"{name}.jsonl" for name in ("rows", "extra", "best"))
+ROWS = tuple(ROOT / "results" / "h100" / f"{name}.jsonl" for name in ("rows", "extra", "best", "scaling"))
 RESOLUTIONS = (256, 1024)
 IMAGES = {256: 32, 1024: 8}
 """Of a GPU, where each gets as many whatever their number."""
@@ -148,6 +148,11 @@ def as_measured(found: Sequence[Point]) -> str:
     return f"### Measured\n\n{table}" + (f"\n\nOf times with a letter: {legend}." if legend else "")
 
 
+def told(rows: Sequence[Row], assumed: Assumed) -> str:
+    """What the command prints: the estimates from these rows, then what was measured of several GPUs."""
+    return "\n\n".join(part for part in (on_paper(rows, assumed), as_measured(points(rows))) if part)
+
+
 def into_page(page: str, text: str) -> str:
     """A page with what stands between its two marks replaced.
 
@@ -185,7 +190,7 @@ def report(
     assumed = _assumed(assume or [])
     with refusing(ResultError, MissingRowError, folder=page or Path()):
         rows = [row for path in files or ROWS for row in read_results(path).rows]
-        text = "\n\n".join(part for part in (on_paper(rows, assumed), as_measured(points(rows))) if part)
+        text = told(rows, assumed)
         if page is None:
             typer.echo(text)
             return

@@ -146,7 +146,8 @@ ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
     ("path", "count", "backends"),
     [
         (H100 / "rows.jsonl", 167, ALL),
-        (H100 / "extra.jsonl", 47, {"triton", "sdpa-cudnn", "flash-attn-4-padded"}),
+        (H100 / "extra.jsonl", 51, {"triton", "sdpa-cudnn", "flash-attn-4-padded"}),
+        (H100 / "scaling.jsonl", 4, {"triton"}),
         (H100 / "best.jsonl", 23, {"triton", "sdpa-cudnn", "flash-attn-4", "mamba-ssm"}),
         (ROOT / "tests" / "data" / "schema-1.jsonl", 132, ALL),
     ],

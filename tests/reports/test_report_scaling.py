@@ -180,7 +180,7 @@ def test_the_estimate_is_near_what_was_measured() -> None:
 
 def test_the_page_is_what_the_command_prints() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert scaling.into_page(text, scaling.on_paper(published(), Assumed())) == text
+    assert scaling.into_page(text, scaling.told(published(), Assumed())) == text
     printed = runner.invoke(scaling.app, [])
     assert printed.exit_code == 0, printed.output
     assert printed.stdout.strip() in text
@@ -215,12 +215,19 @@ def test_what_the_page_says_of_its_tables() -> None:
     assert {images for images in (8, 16, 32) if images in sooner} == {8, 16, 32}
     assert large.image_s / work_of(rows, resolution=256, assumed=assumed).image_s == pytest.approx(16, rel=0.01)
     weak, strong = scaling.steps_of(small, 256, assumed)
-    assert {step.gpus for step in weak if step.kind == "ddp" and step.exposed_s} == {1024}
-    assert step_of("ddp", small, images=32, gpus=64, assumed=assumed).exposed_s == 0
-    assert step_of("ddp", small, images=32, gpus=128, assumed=assumed).exposed_s > 0
+    assert {step.gpus for step in weak if step.kind == "ddp" and step.exposed_s} == {64, 1024}
+    assert step_of("ddp", small, images=32, gpus=32, assumed=assumed).exposed_s == 0
+    assert step_of("ddp", small, images=32, gpus=40, assumed=assumed).exposed_s > 0
     assert stops_at([step for step in strong if step.kind == "ddp"], assumed) == 16
     sends = {step.gpus for step in strong if step.kind == "ddp" and step.communication_s > step.compute_s}
     assert sends == {32, 64, 128, 256}
+    graph, eager = (point for point in points(rows) if point.row.case.processes == 2)
+    assert graph.efficiency is not None
+    assert graph.exposed_ms is not None
+    assert eager.efficiency is not None
+    text = PAGE.read_text(encoding="utf-8")
+    assert f"{graph.efficiency.median:.0%} of twice one GPU, and {graph.exposed_ms.median:.1f} ms" in text
+    assert f"Eagerly it is {eager.efficiency.median:.0%}" in text
     assert small.launch_s > small.pass_s(32, assumed)
 
 
@@ -260,7 +267,7 @@ def test_rows_that_say_too_little_and_pages_without_marks(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "old" not in page.read_text()
     assert page.read_text().endswith(f"\n{scaling.END}\nafter\n")
-    assert page.read_text() != scaling.into_page(page.read_text(), scaling.on_paper(published(), Assumed()))
+    assert page.read_text() != scaling.into_page(page.read_text(), scaling.told(published(), Assumed()))
 
 
 def test_what_was_measured_stands_below(tmp_path: Path) -> None:
