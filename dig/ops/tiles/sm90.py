@@ -23,8 +23,8 @@ from dig.ops.tiles.choices import (
     WeightTiles,
 )
 
-# Nothing of the walk has been timed, and over several chunks it has run in the interpreter alone: until both are done
-# only single chunks take it. Heads of 36 leave room for one such program an SM (182 registers at 8 warps), and what
+# Nothing of the walk has been timed, and over several chunks it has run in tests alone: until it is, only single chunks
+# take it. Heads of 36 leave room for one such program an SM (182 registers at 8 warps), and what
 # three launches would do beside each other it does one after the other.
 _ONE_CHUNK = {"walk_chunks": 1}
 _EIGHT_WARPS = {
