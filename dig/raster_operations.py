@@ -1,0 +1,65 @@
+"""What a block's passes call: the operations between its GEMMs, the GEMMs, and its second half's end.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
+from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums
+from dig.ops.library import unseen
+from dig.ops.srem.fused import srem_backward, srem_forward
+from dig.ops.swiglu.products import project_down_backward, project_up
+from dig.ops.weights import gated_weight_gradient
+from dig.raster_weights import BlockWeights, Settings
+
+
+class Operations(NamedTuple):
+    """What a block's passes call between their GEMMs."""
+
+    norm: Any = norm_modulate_forward
+    residual_norm: Any = residual_norm_modulate_forward
+    norm_backward: Any = norm_modulate_backward
+    mixer: Any = mixer_forward
+    mixer_sums: Any = mixer_sums
+    mixer_backward: Any = mixer_backward
+    up: Any = project_up
+    down_backward: Any = project_down_backward
+    srem: Any = srem_forward
+    srem_backward: Any = srem_backward
+    gated_gradient: Any = gated_weight_gradient
+
+
+_REGISTERED = Operations()
+_DIRECT = Operations._make(operation.function for operation in _REGISTERED)
+
+
+def operations_for(x: Tensor) -> Operations:
+    """Those to call for tokens x: where nobody asks PyTorch about them, the functions, asked for once and not each."""
+    return _DIRECT if unseen(x) else _REGISTERED
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, T, M) times (N, M) transposed: (B, T, N)."""
+    return F.linear(x, weight)
+
+
+def linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
+    """(B, T, N) times (N, M): the gradient of `linear`'s x."""
+    return torch.matmul(dy, weight)
+
+
+def add_and_convolve(
+    ops: Operations, x: Tensor, branch: Tensor, gate: Tensor, w: BlockWeights, settings: Settings
+) -> Tensor:
+    """The second half's gated residual, and SREM where there is one."""
+    if w.conv_weight is None or w.conv_bias is None:
+        return torch.addcmul(x, gate.unsqueeze(1).to(x.dtype), branch)
+    out: Tensor = ops.srem(x, branch, gate, w.conv_weight, w.conv_bias, *settings.grid, *settings.order)
+    return out

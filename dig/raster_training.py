@@ -1,0 +1,277 @@
+"""One DiG block that trains, on this project's kernels and tokens in raster order: both passes written out.
+
+Autograd would keep what each operation read and add gradients up in passes of their own. Here a block keeps five
+tensors a token (its input, the fused projection, the sum between its halves, SwiGLU's input, the second half's output)
+and the recurrence's states. What else its weights' gradients need is written again by kernels that pass over the inputs
+anyway: the modulated inputs of both halves by the norms' backward pass, SwiGLU's and the mixer's outputs by theirs.
+
+What no later kernel of the pass waits for goes to a side stream (`dig.ops.side_stream`): the weights' gradients, the
+modulation's, and in `dig.raster` the next block's modulation and weights.
+
+**One image.** A gate is then the same for all tokens, and ``gate ⊙ (W x)`` is ``(diag(gate) W) x``. With d the gradient
+of the sum that the branch is added to, ``P = d^T x`` gives ``dW = diag(gate) P`` and ``dgate_i = sum_j W_ij P_ij``: no
+gradient of the branch is ever formed. Without gradients, the product adds to x in place.
+
+Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dig.config import EPS
+from dig.ops.derivatives import refuse_second_derivatives
+from dig.ops.gla.mixer import order_code
+from dig.ops.linear import as_rows, weight_gradient
+from dig.ops.side_stream import Across, let_go, mark, on_side_stream, side_work, wait
+from dig.raster_operations import Operations, add_and_convolve, linear, linear_backward, operations_for
+from dig.raster_weights import (
+    BlockWeights,
+    Prepared,
+    Products,
+    Settings,
+    adaln_backward,
+    cast_products,
+    gates_of_one_image,
+)
+
+
+class RasterBlock(torch.autograd.Function):
+    """`dig.model.DiGBlock` in raster order, for `train_block`, which names the arguments.
+
+    Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
+    the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come `Products` (None
+    where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the products nothing is
+    differentiated: gradients go to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        c: Tensor,
+        settings: Settings,
+        across: Across | None,
+        modulation: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """(B, T, D) in x's dtype."""
+        w = BlockWeights._make(tensors[_PRODUCTS:])
+        copies = zip(tensors[:_PRODUCTS], w.products, strict=True)
+        p = Products._make(weight if copy is None else copy for copy, weight in copies)
+        norm, grid, order = settings.norm, settings.grid, settings.order
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        ops = operations_for(x)
+        h, stats1 = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
+        projected = linear(h, p.in_proj)
+        y, states = ops.mixer(
+            projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, True
+        )
+        branch1 = linear(y, p.o_proj)
+        x1, h, stats2 = ops.residual_norm(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
+        hidden, gate_up = ops.up(h, p.gate_proj, True)
+        branch2 = linear(hidden, p.down_proj)
+        del hidden
+        out = add_and_convolve(ops, x1, branch2, gate2, w, settings)
+        # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for
+        # the gates anyway: their copies would take half as much as the weights.
+        kept = Kept(
+            x=x,
+            projected=projected,
+            states=states,
+            x1=x1,
+            gate_up=gate_up,
+            branch1=None if x.shape[0] == 1 else branch1,
+            branch2=branch2,
+            stats1=stats1,
+            stats2=stats2,
+            modulation=modulation,
+            c=c,
+        )
+        ctx.save_for_backward(*kept, *tensors[_PRODUCTS:])
+        ctx.settings, ctx.across = settings, across
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, c and the parameters; None for a parameter that is frozen."""
+        refuse_second_derivatives()
+        needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
+        with side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device):
+            dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
+        found = zip(gradients, needed, strict=True)
+        weights = (gradient if asked else None for gradient, asked in found)
+        return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
+
+
+class Kept(NamedTuple):
+    """What a block keeps for its backward pass beside its parameters; shapes as of the operations it comes from.
+
+    Attributes:
+        x: Its input.
+        projected: q, k, v, output gate and the decay gate's first factor.
+        states: The recurrence's, before each chunk.
+        x1: The sum between the halves.
+        gate_up: SwiGLU's input.
+        branch1: The first half's output; None with one image.
+        branch2: The second half's.
+        stats1: Statistics of the first norm.
+        stats2: Of the second.
+        modulation: adaLN's output.
+        c: The condition after its SiLU.
+    """
+
+    x: Tensor
+    projected: Tensor
+    states: Tensor
+    x1: Tensor
+    gate_up: Tensor
+    branch1: Tensor | None
+    branch2: Tensor
+    stats1: Tensor
+    stats2: Tensor
+    modulation: Tensor
+    c: Tensor
+
+
+_PRODUCTS, _WEIGHTS, _KEPT = (len(record._fields) for record in (Products, BlockWeights, Kept))
+
+
+def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Tensor | None, BlockWeights]:
+    """Gradients of x, of c and of the parameters; ``needed`` says by name which of these are asked for."""
+    saved = ctx.saved_tensors
+    w = BlockWeights._make(saved[_KEPT:])
+    x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept._make(saved[:_KEPT])
+    del saved
+    if not torch.compiler.is_compiling():
+        # Unless the graph is kept, each tensor can go when the last kernel that reads it has been launched.
+        ctx.maybe_clear_saved_tensors()
+    settings: Settings = ctx.settings
+    across: Across | None = ctx.across
+    norm, grid, order = settings.norm, settings.grid, settings.order
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+    one_image = x.shape[0] == 1
+    ops = operations_for(dout)
+    with on_side_stream(ahead=True):
+        p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
+    weights_ready = mark(ahead=True)
+    with on_side_stream(projected, ahead=True):
+        # Of the recurrence's backward pass the first kernel waits for no gradient.
+        sums = ops.mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
+    sums_ready = mark(ahead=True)
+
+    # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
+    # because the gate is in the weight.
+    dconv_weight = dconv_bias = None
+    if w.conv_weight is None or w.conv_bias is None:
+        d = dout
+        if not one_image:
+            d_branch = dout * gate2.unsqueeze(1).to(x.dtype)
+            dgate2 = (dout.float() * branch2.float()).sum(1).to(gate2.dtype)
+    else:
+        d, d_branch, dgate2, dconv_weight, dconv_bias = ops.srem_backward(
+            x1, branch2, gate2, w.conv_weight, w.conv_bias, dout, *grid, *order, one_image
+        )
+    d_branch = d if one_image else d_branch
+    del branch2
+    wait(weights_ready)
+    dgate_up, hidden = ops.down_backward(d_branch, p.down_proj, gate_up)
+    del gate_up
+    ddown = do_proj = dgate_proj = din_proj = None
+    with on_side_stream(d_branch, hidden):
+        if one_image:
+            ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2)
+        elif needed.down_proj:
+            ddown = weight_gradient(as_rows(d_branch), as_rows(hidden))
+    del hidden, d_branch
+    dh = linear_backward(dgate_up, p.gate_proj)
+    d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
+        x1, branch1, None if one_image else gate1, shift2, scale2, w.norm2, stats2, d, dh, norm
+    )
+    if needed.gate_proj:
+        with on_side_stream(dgate_up, h):
+            dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h))
+    second_half = mark()
+    del dgate_up, dh, h, x1, branch1
+    d_branch = d if one_image else d_branch
+    wait(sums_ready)
+    if across is not None:
+        across.catch_up()
+    dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = ops.mixer_backward(
+        projected, p.decay_weight, w.decay_bias, w.head_norm, states, sums, linear_backward(d_branch, p.o_proj),
+        settings.heads, *grid, order_code(order), EPS, True,
+    )  # fmt: skip
+    del projected, states, sums
+    with on_side_stream(d_branch, y):
+        if one_image:
+            do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1)
+        elif needed.o_proj:
+            do_proj = weight_gradient(as_rows(d_branch), as_rows(y))
+    del y, d_branch
+    dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
+        x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm
+    )
+    dc = dadaln_weight = dadaln_bias = None
+    if ctx.needs_input_grad[1] or needed.adaln_weight or needed.adaln_bias:
+        parts = [dshift1, dscale1, dgate1, dshift2, dscale2, dgate2]
+        with on_side_stream(*parts, c):
+            dmodulation = torch.cat(parts, dim=1)
+            dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
+    if needed.in_proj:
+        # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
+        with nullcontext() if across is None else on_side_stream(dprojected, h):
+            din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
+    # Done by now; the most of what is held.
+    let_go(second_half)
+    products = {
+        "in_proj": din_proj,
+        "decay_weight": ddecay_weight,
+        "gate_proj": dgate_proj,
+        "o_proj": do_proj,
+        "down_proj": ddown,
+    }
+    gradients = BlockWeights(
+        **{name: None if g is None else g.to(getattr(w, name).dtype) for name, g in products.items()},  # type: ignore[arg-type]
+        decay_bias=ddecay_bias,
+        head_norm=dhead_norm,
+        norm1=None if w.norm1 is None else dnorm1,
+        norm2=None if w.norm2 is None else dnorm2,
+        conv_weight=dconv_weight,
+        conv_bias=dconv_bias,
+        adaln_weight=dadaln_weight,  # type: ignore[arg-type]
+        adaln_bias=dadaln_bias,  # type: ignore[arg-type]
+    )
+    return dx, dc, gradients
+
+
+def train_block(
+    x: Tensor, c: Tensor, prepared: Prepared, weights: BlockWeights, settings: Settings, across: Across | None = None
+) -> Tensor:
+    """`RasterBlock` by names.
+
+    Args:
+        x: (B, T, D) in raster order, in the dtype of the products.
+        c: (B, D), the condition after its SiLU.
+        prepared: Without folded gates.
+        weights: The block's.
+        settings: Its settings.
+        across: As of `Ahead`.
+
+    Returns:
+        (B, T, D) in x's dtype.
+    """
+    # A parameter that is its own copy goes in once, so that it has one gradient.
+    pairs = zip(prepared.products, weights.products, strict=True)
+    copies = (None if copy is weight else copy for copy, weight in pairs)
+    out: Tensor = RasterBlock.apply(x, c, settings, across, prepared.modulation, *copies, *weights)
+    return out
+
+
+def _gated_gradients(ops: Operations, d: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and gate (1, N) of ``gate ⊙ (weight x)`` of one image, from its gradient d."""
+    dweight, dgate = ops.gated_gradient(weight_gradient(as_rows(d), as_rows(x)), weight, gate[0])
+    return dweight, dgate.unsqueeze(0)
