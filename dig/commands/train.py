@@ -104,7 +104,7 @@ def train_command(
         ),
     ] = "DiG-S/2",
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 400_000,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    batch: Annotated[int | None, typer.Option(help="Images a step. Default: 256; on a CPU 8.")] = None,
     accumulate: Annotated[int, typer.Option(help="Equal parts that a step's batch goes through the model in.")] = 1,
     loss: Annotated[str, typer.Option(help="hybrid (noise and learned variance) or flow-matching.")] = "hybrid",
     lr: Annotated[float, typer.Option(help="Learning rate at its highest.")] = 1e-4,
@@ -234,13 +234,14 @@ def train_command(
         where = place.device
         precision = choose_precision(dtype, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
-        from dig.training.config import DataSpec, TrainConfig, choose_execution
+        from dig.training.config import DataSpec, TrainConfig, choose_execution, default_batch
         from dig.training.lora import TARGETS
         from dig.training.needs import draws_in_training
         from dig.training.resuming import steps_behind
         from dig.training.trainer import Status, Trainer
 
         begun = beginning.begun
+        batch = default_batch(where, begun) if batch is None else batch
         spec = ModelSpec(
             name=place.name,
             options=place.options,
@@ -347,7 +348,7 @@ def _write_options(context: typer.Context, out: Path, run: TrainConfig, found: M
 
     # In one order, whatever was given.
     values = {name: context.params.get(name) for name in option_types(train_command)}
-    values |= {**found, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
+    values |= {**found, "batch": run.batch, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
     if run.data.latent_scale is None:
         values |= {"image_size": run.data.shape[1], "channels": run.data.shape[0]}
     comments = {

@@ -23,6 +23,8 @@ LearningRateSchedule = Literal["constant", "cosine"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["cuda", "cpu"]
 Logger = Literal["tensorboard", "jsonl", "wandb"]
+BATCH = {"cuda": 256, "cpu": 8}
+"""Images a step by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +266,13 @@ class TrainConfig:
             for name, word in _WHERE.items()
             if ours.get(name) != theirs.get(name)
         ]
+
+
+def default_batch(device: str, begun: TrainConfig | None) -> int:
+    """Images a step where nobody says: as the run began, else DiT's 256 on a GPU, and on a CPU what fits into one."""
+    if begun is not None:
+        return begun.batch
+    return BATCH["cuda" if device == "cuda" else "cpu"]
 
 
 def choose_execution(asked: str, *, device: str, begun: TrainConfig | None, redraws: bool = False) -> tuple[str, str]:
