@@ -14,12 +14,12 @@ import typer
 from dig.commands.beginning import Beginning
 from dig.commands.common import (
     ChannelsOption,
-    DataOption,
     DeviceOption,
     DryRunOption,
     ImageSizeOption,
     QuietOption,
     WorkersOption,
+    check_folder_name,
     choose_precision,
     open_data,
     open_decoder,
@@ -90,10 +90,20 @@ def _resume(context: typer.Context, value: Path | None) -> Path | None:
 
 def train_command(
     context: typer.Context,
-    data: DataOption,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class folders (cat/1.jpg), idx files (Fashion-MNIST's), or latent shards from encode. Needed "
+            "without --resume."
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder of the run. With checkpoints in it, the run goes on from the newest whole one.")
-    ],
+        Path | None,
+        typer.Option(
+            help="Folder of the run; with checkpoints in it, the run goes on from the newest whole one. Needed "
+            "without --resume."
+        ),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -211,6 +221,13 @@ def train_command(
     """
     console = open_console(quiet=quiet)
     with refusing():
+        if data is None or out is None:
+            missing = [option for option, value in (("--data", data), ("--out", out)) if value is None]
+            raise ValueError(
+                f"give {' and '.join(missing)}: a run needs --data IMAGES and --out RUN; --resume RUN goes on with one "
+                "that has begun, and needs neither"
+            )
+        check_folder_name("--out", out)
         if resume is not None and config is not None:
             raise ValueError("--resume takes the run's own options; --config begins another run")
         if resume is not None and out.resolve() != resume.resolve():
