@@ -14,6 +14,7 @@ from dig.commands.common import (
     ImageSizeOption,
     QuietOption,
     WorkersOption,
+    check_file_name,
     interruptible,
     one_device,
     open_data,
@@ -55,7 +56,6 @@ def classifier_command(
             train_classifier,
         )
         from dig.memory import check_disk
-        from dig.sampling.files import check_name
         from dig.training.data import IdxImages, open_dataset
         from dig.training.data.files import prepare_output, shown, write_or_keep
         from dig.training.data.idx import find_idx
@@ -64,7 +64,7 @@ def classifier_command(
         where = one_device(device)
         check_workers(workers)
         # All that may be wrong is looked at before the training, which it would cost.
-        check_name(out, ".safetensors")
+        check_file_name("--out", out, ".safetensors")
         prepare_output(out)
         if out.exists() and read_spec(out) is None:
             raise ValueError(f"{out} exists and is no classifier; choose another file, or remove it")

@@ -57,6 +57,12 @@ def check_folder_name(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} names a folder, and {path} would be a file's name: leave out {path.suffix}")
 
 
+def check_file_name(option: str, path: Path, suffix: str) -> None:
+    """Raise ValueError where a file's name says that it holds something else; one without a suffix says nothing."""
+    if path.suffix.lower() != suffix and path.suffix and path.suffix.lower() in _OF_FILES.split():
+        raise ValueError(f"{option} writes a file in {suffix}, and {path} has the name of another: give it that suffix")
+
+
 @contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[None]:
     """End with exit status 130 and a line on what is kept, on SIGINT, SIGTERM or SIGHUP.

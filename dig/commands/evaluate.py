@@ -18,6 +18,7 @@ from dig.commands.common import (
     DryRunOption,
     ImageSizeOption,
     QuietOption,
+    check_file_name,
     interruptible,
     one_device,
     open_data,
@@ -99,6 +100,8 @@ def evaluate_command(
                     f"{name} must be at least {NEEDED}, for the third neighbour of each image; got {value}"
                 )
         if append is not None:
+            if not append.exists():
+                check_file_name("--append", append, ".jsonl")
             _check_rows(append)
         import torch
 

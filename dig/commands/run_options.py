@@ -16,8 +16,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from dig.commands.common import refusing
-from dig.family import BACKEND, closest
+from dig.family import BACKEND, closest, nearest
 from dig.fields import expected, fits
+from dig.helping import LIBRARY
 from dig.messages import describe
 from dig.registry import ModelSpec, parse_name
 
@@ -57,7 +58,9 @@ def read_options(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
                     f"{path}: [{key:.80}] begins a table; options stand in none, as: lr = 3e-4. Leave that line out"
                 )
             known = [option.replace("_", "-") for option in types]
-            raise ValueError(f"{path}: there is no option {key!r:.80}: {closest(key.replace('_', '-'), known)}")
+            # What the library calls some of them is meant too.
+            meant = LIBRARY.get(nearest(name, LIBRARY) or "", key).replace("_", "-")
+            raise ValueError(f"{path}: there is no option {key!r:.80}: {closest(meant, known)}")
         if not _takes(value, types[name]):
             raise ValueError(f"{path}: {key} must be {expected(types[name])}; got {_as_toml(value):.80}")
         found[name] = value
