@@ -147,6 +147,10 @@ class DropPath(nn.Module):
         super().__init__()
         self.probability = probability
 
+    def work_state(self) -> bool:
+        """What decides on its work (`dig.flops`): how often it drops a branch does not."""
+        return self.training and self.probability > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, …) to (B, …)."""
         if not self.training or self.probability == 0:

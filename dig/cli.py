@@ -5,8 +5,9 @@ from __future__ import annotations
 import typer
 
 from dig.command_line import OneLineGroup, root
+from dig.commands.classifier import classifier_command
 from dig.commands.consolidate import consolidate_command
-from dig.commands.evaluate import classifier_command, evaluate_command
+from dig.commands.evaluate import evaluate_command
 from dig.commands.export import export_command
 from dig.commands.helps import FIRST, HELPS
 from dig.commands.sample import sample_command

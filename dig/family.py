@@ -34,12 +34,21 @@ class FamilyError(ValueError):
     """A family cannot be had, or is no family; the message is one line."""
 
 
+NEAR = 0.6
+"""How alike names are of which one may be meant for the other, 0 to 1; below, a hint is a riddle."""
+
+
+def nearest(value: str, choices: Mapping[str, Any] | Sequence[str]) -> str | None:
+    """The one among these that a wrong name is likely to stand for; None where none is near."""
+    folded = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(str(value).lower(), list(folded), n=1, cutoff=NEAR)
+    return folded[near[0]] if near else None
+
+
 def closest(value: str, choices: Mapping[str, Any] | Sequence[str]) -> str:
     """The end of a message about a wrong name: the closest right one, and all of them."""
-    folded = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(str(value).lower(), list(folded), n=1, cutoff=0.4)
-    hint = f"did you mean {folded[near[0]]}? " if near else ""
-    return f"{hint}Known: {', '.join(choices)}"
+    near = nearest(value, choices)
+    return f"{f'did you mean {near}? ' if near is not None else ''}Known: {', '.join(choices)}"
 
 
 def _check_types(said: Any, owner: str) -> None:

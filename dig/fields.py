@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import types
 from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 INTEGERS = 2**63
@@ -35,3 +38,55 @@ def fits(value: Any, hint: Any) -> bool:
         number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
         return number and abs(value) < (INTEGERS if isinstance(value, int) else math.inf)
     return isinstance(value, hint)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An argument that is a whole number, NumPy's and torch's too, as Python's.
+
+    Raises:
+        TypeError: It is something else; the message names the argument.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError):  # torch's error of a tensor of several is a ValueError
+        raise TypeError(f"{name} must be a whole number; got {value!r:.80}") from None
+
+
+def real_number(name: str, value: Any) -> float:
+    """An argument that is a number, NumPy's and torch's too, as Python's. Raises TypeError on anything else."""
+    try:
+        if isinstance(value, bool | str | bytes | None) or not (isinstance(value, Real) or hasattr(value, "item")):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} must be a number; got {value!r:.80}") from None
+
+
+def check_word(name: str, value: Any) -> None:
+    """Raise TypeError unless an argument is a text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text; got {value!r:.80}")
+
+
+def expected(hint: Any) -> str:
+    """What an annotated type takes, in words: ``a whole number``."""
+    origin, parts = get_origin(hint), [part for part in get_args(hint) if part is not type(None)]
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(expected, parts)))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (list, tuple, frozenset):
+        return f"a list of {_SEVERAL.get(parts[0], 'values')}"
+    return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text in quotes",
+    Path: "a text in quotes",
+}
+_SEVERAL: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts in quotes"}

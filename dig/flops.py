@@ -13,6 +13,7 @@ with `counts_as` what it needs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -108,21 +109,32 @@ def _counting() -> Iterator[list[int]]:
 
 
 def _state(value: Any) -> Hashable:
-    """What two blocks must have in common to do the same work: everything in them but the numbers in their tensors."""
+    """What two blocks must have in common to do the same work: everything in them but the numbers in their tensors.
+
+    A module whose fields say more than that has a method ``work_state``, which returns what does.
+    """
     if isinstance(value, Tensor):
         return tuple(value.shape), tuple(value.stride()), value.dtype
     if isinstance(value, nn.Module):
-        return type(value), _state(vars(value))
+        said = getattr(value, "work_state", None)
+        return type(value), said() if callable(said) else _state(vars(value))
     if isinstance(value, dict):
         return tuple((name, _state(entry)) for name, entry in value.items())
     if isinstance(value, tuple | list):
         return type(value), tuple(map(_state, value))
     if isinstance(value, set):
         return frozenset(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), _state(vars(value)) if hasattr(value, "__dict__") else id(value)
     return value if isinstance(value, int | float | str | None) else id(value)
 
 
-class _Blocks:
+def _another(tensor: Tensor) -> Tensor:
+    """One like it, which is differentiated where it is."""
+    return torch.empty_like(tensor).requires_grad_(tensor.requires_grad)
+
+
+class EqualBlocks:
     """Counts equal blocks of a model once: with equal arguments they need as much, and give tensors of equal shapes.
 
     Args:
@@ -136,7 +148,7 @@ class _Blocks:
         self._blocks = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
         self.repeated = 0
 
-    def __enter__(self) -> _Blocks:
+    def __enter__(self) -> EqualBlocks:
         # All states first: a block within a block has another forward by then.
         for block, state in [(block, _state(block)) for block in self._blocks]:
             block.forward = functools.partial(self._forward, block.forward, state)
@@ -155,7 +167,7 @@ class _Blocks:
             before = self._total() + self.repeated
             result = forward(*arguments, **named)
             self._known[key] = self._total() + self.repeated - before, result
-        return tree_map_only(Tensor, torch.empty_like, result)
+        return tree_map_only(Tensor, _another, result)
 
 
 def _count(model: Backbone, device: str) -> int:
@@ -171,7 +183,7 @@ def _count(model: Backbone, device: str) -> int:
             name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             for name, tensor in tensors.items()
         }
-        with counter, _Blocks(model, lambda: counter.get_total_flops() + sum(tally)) as blocks:
+        with counter, EqualBlocks(model, lambda: counter.get_total_flops() + sum(tally)) as blocks:
             torch.func.functional_call(model, weights, (x, t, y))
     if formulas.lacking:
         names = ", ".join(sorted(formulas.lacking))
@@ -185,8 +197,12 @@ def _count(model: Backbone, device: str) -> int:
 _counted: dict[Hashable, int] = {}
 
 
-def model_macs(spec: ModelSpec) -> int:
+def model_macs(spec: ModelSpec, model: Backbone | None = None) -> int:
     """Multiply-adds of a forward pass for one image, counted on the model's reference, which computes the same.
+
+    Args:
+        spec: The model.
+        model: It, where it is built already: counted if it is its own reference, and not built again.
 
     Raises:
         UncountedError: As of `forward_macs`.
@@ -197,8 +213,9 @@ def model_macs(spec: ModelSpec) -> int:
     family, size, patch = parse_name(twin.name)
     key = (family.build, size, patch, *twin.options.items(), twin.input_size, twin.in_channels)
     if key not in _counted:
-        with torch.device("meta"):
-            model = twin.build()
+        if model is None or twin != spec:
+            with torch.device("meta"):
+                model = twin.build()
         _counted[key] = forward_macs(model)
     return _counted[key]
 

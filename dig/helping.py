@@ -10,6 +10,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from dig.messages import naming
+
+LIBRARY = {"learning_rate": "lr", "batch_size": "batch", "lora_targets": "lora_target", "input_size": "image_size"}
+"""What the library calls some options."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Help:
@@ -52,6 +57,24 @@ def add_help(app: typer.Typer, helps: Mapping[str, Help], first: tuple[str, ...]
             info.epilog = examples_text(helps[name].examples)
 
 
+def names_of(context: Any) -> dict[str, str]:
+    """What arguments are called where their values came from: ``--log-every``, or ``log-every in run.toml``.
+
+    Args:
+        context: Of a command, whose parameters have been read.
+    """
+    file = context.params.get("config") or context.params.get("resume")
+    names = {}
+    for param in context.command.params:
+        if param.param_type_name != "option":
+            continue
+        source = context.get_parameter_source(param.name)
+        in_file = file is not None and source is not None and source.name == "DEFAULT_MAP"
+        names[param.name] = f"{param.name.replace('_', '-')} in {file}" if in_file else max(param.opts, key=len)
+    # The library's names for the same.
+    return names | {theirs: names[ours] for theirs, ours in LIBRARY.items() if ours in names}
+
+
 def _grouped(said: Help) -> type[TyperCommand]:
     """A command whose options stand in groups; those that nobody put into one stay under typer's heading."""
 
@@ -68,6 +91,11 @@ def _grouped(said: Help) -> type[TyperCommand]:
             self.params.sort(key=lambda param: order.index(param.name) if param.name in order else len(order))
             headings = [option.rich_help_panel for option in self.params if option in options]  # type: ignore[attr-defined]
             self._last = headings[-1] if headings else None
+
+        def invoke(self, ctx: Any) -> Any:
+            """Run it; messages about its arguments name its options."""
+            with naming(names_of(ctx)):
+                return super().invoke(ctx)
 
         def get_help_option(self, ctx: Any) -> Any:
             """Last, in the last group: a box of its own would stand above all others."""

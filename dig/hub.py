@@ -24,6 +24,24 @@ def is_hub_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text)) and not text.endswith(_FILES) and not Path(text).parent.exists()
 
 
+def in_cache(name: str, *, patterns: Sequence[str], needed: Sequence[str]) -> Path | None:
+    """The folder of a name in the hub's cache, if it is there with what is needed: see `fetch`.
+
+    Raises:
+        ValueError: It is no name, by the hub's rules.
+        MissingPackageError: The hub's client is not installed.
+    """
+    hub = require("huggingface_hub", f"{name!r} from the hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with quietly():
+            folder = Path(hub.snapshot_download(name, local_files_only=True, allow_patterns=list(patterns)))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any(next(folder.glob(pattern), None) for pattern in needed) else None
+
+
 def fetch(name: str, *, patterns: Sequence[str], needed: Sequence[str], what: str) -> Path:
     """The folder of a name, fetched where it isn't in the cache yet.
 
@@ -39,16 +57,12 @@ def fetch(name: str, *, patterns: Sequence[str], needed: Sequence[str], what: st
     """
     hub = require("huggingface_hub", f"{what} {name!r} from the hub")
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     instead = f"give the folder of a download instead, or run once where the hub can be reached: hf download {name}"
     try:
-        with quietly():
-            folder = Path(hub.snapshot_download(name, local_files_only=True, allow_patterns=list(patterns)))
-        if any(next(folder.glob(pattern), None) for pattern in needed):
+        if (folder := in_cache(name, patterns=patterns, needed=needed)) is not None:
             return folder
-    except LocalEntryNotFoundError:
-        pass
     except ValueError as error:  # No name at all, by the hub's rules.
         raise HubError(f"{what} {name!r} is neither a folder nor a name on the hub: {str(error)[:200]}") from None
     if constants.HF_HUB_OFFLINE:

@@ -46,19 +46,21 @@ def peak_memory(device: str) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
 
 
-def check_memory(needs: Mapping[str, int], *, device: str, advice: str) -> None:
+def check_memory(needs: Mapping[str, int], *, device: str, advice: str, estimate: bool = False) -> None:
     """Raise `TooLargeError` where the needs together are more than there is.
 
     Args:
         needs: What for, to bytes: a lower bound each.
         device: Where, ``cuda`` or ``cpu``.
         advice: What would need less.
+        estimate: Whether they are no bounds, but what it is likely to be.
     """
     there, total = available_memory(device), sum(needs.values())
     if total > there:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in needs.items() if size)
         where = "the host's memory" if device == "cpu" else "the GPU's memory"
-        raise TooLargeError(f"at least {_gib(total)} are needed ({parts}) of {where}, {_gib(there)} are free: {advice}")
+        least = "about" if estimate else "at least"
+        raise TooLargeError(f"{least} {_gib(total)} are needed ({parts}) of {where}, {_gib(there)} are free: {advice}")
 
 
 def check_disk(folder: Path, needed: int, what: str, advice: str) -> None:

@@ -28,7 +28,9 @@ HELPS = {
             "python -m bench run --models DiG,DiT --resolutions 64,128 --out out/a.jsonl",
         ),
     ),
-    "list": Help(groups={"Models": "names"}, examples=("python -m bench list", "python -m bench list DiG DiT-XL")),
+    "list": Help(
+        groups={"Models": "names count"}, examples=("python -m bench list", "python -m bench list DiG DiT-XL")
+    ),
     "sampling": Help(
         groups={
             WHAT: "models size patch resolutions batch repeats",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -20,24 +21,32 @@ def list_models(
     names: Annotated[
         list[str] | None, typer.Argument(help="Only models whose names begin like one of these: DiG, DiT-XL.")
     ] = None,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count the figures of all models, without names too: half a minute.")
+    ] = False,
 ) -> None:
-    """List models: parameters, and multiply-adds of a forward pass, counted in full and as the paper does.
+    """List models, and of those that are named parameters and multiply-adds of a forward pass.
 
-    All that there are, without names; counting them takes most of a minute.
+    Without names, all that there are, with their options; --count has their figures too. Multiply-adds are counted in
+    full and as the paper does.
     """
     chosen = [name for name in registry.list_models() if name.startswith(tuple(names or [""]))]
     for word in names or []:
         if not any(name.startswith(word) for name in chosen):
             known = [*families(), *(name.partition("/")[0] for name in registry.list_models())]
             refuse(f"no model begins with {word!r}: {closest(word, dict.fromkeys(known))}")
-    table = Table(title="256x256 images, 1000 classes, default options")
-    for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    with following(open_console(), "counting", total=len(chosen), unit="model", images=0) as told:
-        for name in told.counting(chosen, lambda _: 1):
-            table.add_row(*_figures(name))
     console = Console()
-    console.print(table)
+    if names or count:
+        console.print(_counted(chosen))
+    else:
+        # Counting costs a build of each.
+        sizes: dict[str, list[str]] = {}
+        for name in chosen:
+            sizes.setdefault(name.partition("/")[0], []).append(name)
+        for size, models in sizes.items():
+            mark = " (assumed)" if size.rpartition("-")[2] in parse_name(models[0])[0].assumed else ""
+            console.print(" ".join(models) + mark, highlight=False)
+        console.print("list NAME, or list --count, has parameters and multiply-adds", highlight=False)
     shown = [family for name, family in families().items() if any(parse_name(one)[0].name == name for one in chosen)]
     for family in shown:
         for option, values in family.options.items():
@@ -46,12 +55,23 @@ def list_models(
         console.print("assumed: nobody published this size")
 
 
+def _counted(names: Sequence[str]) -> Table:
+    """The table of these models' figures."""
+    table = Table(title="256x256 images, 1000 classes, default options")
+    for heading in ("model", "parameters", "GMAC in full", "GMAC as the DiG paper counts"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    with following(open_console(), "counting", total=len(names), unit="model", images=0) as told:
+        for name in told.counting(names, lambda _: 1):
+            table.add_row(*_figures(name))
+    return table
+
+
 def _figures(name: str) -> tuple[str, str, str, str]:
     """A model's row of the table."""
     import torch
 
     from bench.measure.flops import paper_macs
-    from dig.flops import UncountedError, forward_macs, model_macs
+    from dig.flops import UncountedError, model_macs
     from dig.model import DiG
 
     family, size, _ = parse_name(name)
@@ -60,7 +80,7 @@ def _figures(name: str) -> tuple[str, str, str, str]:
     try:
         with torch.device("meta"):
             model = spec.build()
-        macs = forward_macs(model) if spec.reference() == spec else model_macs(spec)
+        macs = model_macs(spec, model)
     except (UncountedError, MissingPackageError) as error:
         return name, "", str(error), ""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -8,10 +8,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from bench.cases.case import Device, Dtype, Execution, Mode
 from bench.store.rows import Row, read_results
 from dig.environment import ROOT
+from dig.fields import whole_number
 
 if TYPE_CHECKING:
     from bench.measure.here import Here
@@ -49,8 +51,20 @@ def measure(
         ValueError: It can't be measured so; the message says what to change.
         TypeError: It is neither a name, a backbone nor a function.
     """
+    batch = whole_number("batch", batch)
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
+    resolution = resolution if resolution is None else whole_number("resolution", resolution)
+    for name, word, words in (
+        ("mode", mode, get_args(Mode)),
+        ("dtype", dtype, (None, *get_args(Dtype))),
+        ("execution", execution, (None, *get_args(Execution))),
+        ("device", device, (None, *get_args(Device))),
+    ):
+        if word not in words:
+            raise ValueError(f"{name} must be one of {', '.join(filter(None, words))}; got {word!r:.80}")
+    if out is not None and not isinstance(out, str | Path):
+        raise TypeError(f"out must be a path; got {out!r:.80}")
     if isinstance(what, str):
         options = {"modes": mode, "resolutions": resolution or 256, "batch": batch, "dtype": dtype, "device": device}
         return _by_name(what, {**options, "executions": execution}, out)

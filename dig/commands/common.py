@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dig.messages import describe, one_line
+from dig.launched import launched
+from dig.messages import describe, in_words_of_the_command, one_line
 from dig.packages import MissingPackageError
 
 if TYPE_CHECKING:
@@ -37,6 +40,65 @@ DryRunOption = Annotated[
 ]
 
 
+_OF_FILES = (
+    ".bin .ckpt .csv .gif .gz .h5 .jpeg .jpg .json .jsonl .log .md .npy .npz .parquet .png .pt .pth .safetensors .tar "
+    ".tgz .toml .txt .webp .yaml .yml .zip"
+)
+"""Suffixes that no folder has on purpose; ``.v2`` and ``.final`` are some people's."""
+
+
+def check_folder_name(option: str, path: Path | None) -> None:
+    """Raise ValueError where a folder that isn't there yet has the name of a file: it would be made, and not expected.
+
+    Args:
+        option: That names it, ``--out``.
+        path: The folder.
+    """
+    if path is not None and not path.is_dir() and path.suffix and path.suffix.lower() in _OF_FILES.split():
+        raise ValueError(f"{option} names a folder, and {path} would be a file's name: leave out {path.suffix}")
+
+
+def check_file_name(option: str, path: Path, suffix: str) -> None:
+    """Raise ValueError where a file's name says that it holds something else; one without a suffix says nothing."""
+    if path.suffix.lower() != suffix and path.suffix and path.suffix.lower() in _OF_FILES.split():
+        raise ValueError(f"{option} writes a file in {suffix}, and {path} has the name of another: give it that suffix")
+
+
+@contextmanager
+def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """End with exit status 130 and a line on what is kept, on SIGINT, SIGTERM or SIGHUP.
+
+    Not one of several processes, which end together and with one message (`dig.commands.job`).
+
+    Args:
+        kept: Says so, once it is over: ``3 of 8 images are in DIR; go on with the same command``.
+    """
+
+    if launched():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        # Once: a scheduler sends more of them while files are closed.
+        for number in heeded:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    # One that is ignored, as SIGHUP under nohup, stays so. Only a process' first thread may set them.
+    first = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if first else ()
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: {one_line(kept())}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 MAX_SIDE = 2**16
 """Pixels along a side of an image; beyond are typing errors."""
 _SMALLER = "try a smaller --batch or --image-size, or in training a larger --accumulate"
@@ -52,7 +114,7 @@ def refusing() -> Iterator[None]:
         message = explain(error)
         if message is None:
             raise
-    typer.echo(f"error: {one_line(message)}", err=True)
+    typer.echo(f"error: {one_line(in_words_of_the_command(message))}", err=True)
     raise typer.Exit(2) from None
 
 
@@ -115,7 +177,7 @@ def choose_precision(dtype: str | None, device: str) -> str:
 def open_data(path: Path, *, image_size: int | None, channels: int | None, mirror: bool | None = None) -> DataSet:
     """Open a data set with the options that were given."""
     if image_size is not None and not 1 <= image_size <= MAX_SIDE:
-        raise ValueError(f"image-size must be 1 to {MAX_SIDE:,} pixels; got {image_size}")
+        raise ValueError(f"image_size must be 1 to {MAX_SIDE:,} pixels; got {image_size}")
     from dig.training.data import open_dataset
 
     return open_dataset(path, image_size=image_size, channels=channels, mirror=mirror)

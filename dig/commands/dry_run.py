@@ -55,7 +55,10 @@ def rehearse_training(
         steps=f"{config.steps:,}" + (f", {done:,} of them done" if done else ""),
         batch=f"{config.batch}{parts}",
         device=f"{config.device}, {config.dtype}, execution {config.execution} ({config.execution_reason})",
-        memory_at_least=", ".join(f"{name} {in_bytes(bytes_)}" for name, bytes_ in needs.items()),
+        **{
+            "memory_at_least" if config.device == "cuda" else "memory_estimated": f"{in_bytes(sum(needs.values()))}: "
+            + ", ".join(f"{name} {in_bytes(bytes_)}" for name, bytes_ in needs.items() if bytes_)
+        },
         # Weights, their average and two moments.
         a_checkpoint=f"{in_bytes(16 * parameters)}, {config.keep} of them kept",
     )

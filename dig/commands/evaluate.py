@@ -1,4 +1,4 @@
-"""The commands ``evaluate`` and ``classifier``: how good samples are."""
+"""The command ``evaluate``: how good samples are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from dig.commands.common import (
     DryRunOption,
     ImageSizeOption,
     QuietOption,
-    WorkersOption,
+    check_file_name,
+    interruptible,
     one_device,
     open_data,
     refusing,
@@ -88,7 +89,7 @@ def evaluate_command(
     halves of the data set are compared too, where there are images enough: what a perfect model would get.
     """
     console = open_console(quiet=quiet)
-    with refusing():
+    with interruptible(lambda: _kept(checkpoint)), refusing():
         if (classifier is None) == (inception is None):
             raise ValueError(
                 "choose the features: either --classifier, a file that python -m dig classifier makes, or --inception"
@@ -99,6 +100,8 @@ def evaluate_command(
                     f"{name} must be at least {NEEDED}, for the third neighbour of each image; got {value}"
                 )
         if append is not None:
+            if not append.exists():
+                check_file_name("--append", append, ".jsonl")
             _check_rows(append)
         import torch
 
@@ -229,6 +232,10 @@ def evaluate_command(
             raise ValueError(failed)
 
 
+def _kept(checkpoint: Path | None) -> str:
+    return "samples that were made are kept, and the same command goes on" if checkpoint else "nothing was written"
+
+
 def _how_many(samples: list[str]) -> int:
     """What --samples says beside --checkpoint."""
     if len(samples) != 1 or not (samples[0].isascii() and samples[0].isdecimal() and len(samples[0]) < 10):
@@ -314,90 +321,6 @@ def _other_size(
         f"{said}, and the classifier takes {takes} alone; train another with --image-size {size[0]} and evaluate with "
         f"the same, or measure samples of {takes}"
     )
-
-
-def classifier_command(
-    data: DataOption,
-    out: Annotated[Path, typer.Option(help="File of the classifier, .safetensors.")],
-    test_data: Annotated[
-        Path | None,
-        typer.Option(help="Images to test it with. Default: the test split, of idx files; else none."),
-    ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 4.0,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the weights and the order of the images.")] = 0,
-    image_size: ImageSizeOption = None,
-    channels: ChannelsOption = None,
-    device: DeviceOption = "auto",
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the small classifier whose features evaluate can measure samples with."""
-    console = open_console(quiet=quiet)
-    with refusing():
-        import dataclasses
-
-        from dig.evaluation.classifier import (
-            Classifier,
-            ClassifierSpec,
-            accuracy,
-            classifier_bytes,
-            read_spec,
-            train_classifier,
-        )
-        from dig.memory import check_disk
-        from dig.training.data import IdxImages, open_dataset
-        from dig.training.data.files import prepare_output, shown, write_or_keep
-        from dig.training.data.idx import find_idx
-        from dig.training.data.loader import check_workers
-
-        where = one_device(device)
-        check_workers(workers)
-        # All that may be wrong is looked at before the training, which it would cost.
-        prepare_output(out)
-        if out.exists() and read_spec(out) is None:
-            raise ValueError(f"{out} exists and is no classifier; choose another file, or remove it")
-        dataset = open_data(data, image_size=image_size, channels=channels)
-        if dataset.sample_shape[0] not in (1, 3):
-            raise ValueError("the data are latents; a classifier is trained on images")
-        test = None
-        if test_data is not None:
-            test = open_dataset(test_data, image_size=dataset.sample_shape[1], channels=dataset.sample_shape[0])
-        elif isinstance(dataset, IdxImages) and find_idx(data, "t10k-images-idx3-ubyte"):
-            channels_of, side, _ = dataset.sample_shape
-            test = IdxImages(data, split="test", image_size=side, channels=channels_of, class_names=dataset.class_names)
-        if test is not None and (test.sample_shape, test.class_names) != (dataset.sample_shape, dataset.class_names):
-            raise ValueError(
-                f"{test.name} cannot test a classifier of {dataset.name}: it has {_describe(test)}, that "
-                f"{_describe(dataset)}"
-            )
-        spec = ClassifierSpec(shape=dataset.sample_shape, class_names=dataset.class_names)
-        size = len(classifier_bytes(Classifier(spec), spec))
-        check_disk(out.parent, size, "the classifier's weights", "make room, or choose another place")
-        with following(console, f"training {out}", total=None, images=batch) as progress:
-            for trained in train_classifier(
-                dataset, epochs=epochs, batch=batch, seed=seed, device=where, workers=workers
-            ):
-                progress.update(trained.step, total=trained.steps)
-        model = trained.model
-        # Before it is tested: a test that fails costs the figure, not the classifier.
-        write_or_keep(out, classifier_bytes(model, model.spec))
-        tested, words = None, ", not tested: no --test-data"
-        if test is not None:
-            tested = accuracy(model, test)
-            write_or_keep(out, classifier_bytes(model, dataclasses.replace(model.spec, accuracy=tested.rate)))
-            words = f": {tested.rate:.2%} of {test.name} right"
-            if tested.unreadable:
-                words += f" ({len(tested.unreadable):,} unreadable)"
-        if trained.unreadable:
-            words += f"; {len(trained.unreadable):,} of {dataset.name} unreadable and replaced by others"
-    typer.echo(shown(f"classifier in {out}{words}"))
-
-
-def _describe(dataset: DataSet) -> str:
-    """Shape and classes of a data set, in short."""
-    names = ", ".join(dataset.class_names[:5]) + (" and more" if dataset.num_classes > 5 else "")
-    return f"samples of {'x'.join(map(str, dataset.sample_shape))} and {dataset.num_classes} classes ({names})"
 
 
 def _digits(distance: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from dig.commands.common import open_decoder, refusing
+from dig.commands.common import check_folder_name, open_decoder, refusing
 from dig.progress import open_console
 
 
@@ -51,7 +51,14 @@ def export_command(
     with refusing():
         if model is None and (image_size, num_classes) != (None, None):
             raise ValueError("--image-size and --num-classes describe a published file, together with --model")
-        from dig.sampling.exporting import export
+        from dig.sampling.exporting import SUFFIXES, export
+
+        if out.suffix.lower() not in SUFFIXES.get(format, ()):
+            try:
+                check_folder_name("--out", out)
+            except ValueError as error:
+                files = " or ".join(SUFFIXES.get(format, ()))
+                raise ValueError(f"{error}" + (f", or name a file in {files}" if files else "")) from None
         from dig.sampling.weights import Published, load_weights, read_choice
 
         published = None

@@ -16,8 +16,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from dig.commands.common import refusing
-from dig.family import BACKEND, closest
-from dig.fields import fits
+from dig.family import BACKEND, closest, nearest
+from dig.fields import expected, fits
+from dig.helping import LIBRARY
 from dig.messages import describe
 from dig.registry import ModelSpec, parse_name
 
@@ -49,13 +50,26 @@ def read_options(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
+        if name in UNWRITTEN and name not in types and name != "context":
+            raise ValueError(f"{path}: {key!r:.80} is of the command line alone; leave it out of the file")
         if name not in types:
+            if isinstance(value, dict):
+                raise ValueError(
+                    f"{path}: [{key:.80}] begins a table; options stand in none, as: lr = 3e-4. Leave that line out"
+                )
             known = [option.replace("_", "-") for option in types]
-            raise ValueError(f"{path}: there is no option {key!r:.80}: {closest(key.replace('_', '-'), known)}")
+            # What the library calls some of them is meant too.
+            meant = LIBRARY.get(nearest(name, LIBRARY) or "", key).replace("_", "-")
+            raise ValueError(f"{path}: there is no option {key!r:.80}: {closest(meant, known)}")
         if not _takes(value, types[name]):
-            raise ValueError(f"{path}: {key} can't be {value!r:.80}")
+            raise ValueError(f"{path}: {key} must be {expected(types[name])}; got {_as_toml(value):.80}")
         found[name] = value
     return found
+
+
+def _as_toml(value: Any) -> str:
+    """A value for a message, as the file has it."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _takes(value: Any, hint: Any) -> bool:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dig.commands.common import DeviceOption, DryRunOption, QuietOption, refusing
+from dig.commands.common import (
+    DeviceOption,
+    DryRunOption,
+    QuietOption,
+    check_folder_name,
+    interruptible,
+    refusing,
+)
 from dig.commands.drawing import Asked, Drawing, draw_folder, prepare
 from dig.commands.dry_run import rehearse_sampling
 from dig.commands.job import shared, working_together
@@ -117,7 +124,11 @@ def sample_command(
     however many processes share them under torchrun.
     """
     console = open_console(quiet=quiet or follows())
-    with refusing(), working_together(device) as job:
+    with (
+        interruptible(lambda: _kept(images, npz, samples)),
+        refusing(),
+        working_together(device) as job,
+    ):
         if job is not None and dry_run:
             raise ValueError("--dry-run is of one process: leave out torchrun")
         if npz is None and grid is None and images is None and not dry_run:
@@ -131,8 +142,11 @@ def sample_command(
         if grid is None and (labels or scale != 1):
             raise ValueError("--labels and --scale are of a grid: give --grid")
         if batch < 1 or not 1 <= scale <= MOST_SCALE:
-            what, value = ("batch", batch) if batch < 1 else (f"scale, which is {MOST_SCALE} at most,", scale)
-            raise ValueError(f"{what} must be at least 1; got {value}")
+            raise ValueError(
+                f"batch must be at least 1; got {batch}"
+                if batch < 1
+                else f"scale must be 1 to {MOST_SCALE}; got {scale}"
+            )
         asked = Asked(
             checkpoint=checkpoint,
             samples=samples,
@@ -158,20 +172,24 @@ def sample_command(
             execution=execution,
             adapter=adapter,
         )
-        drawing = prepare(asked, console)
-        from dig.sampling.files import check_output, first_samples, only_writer, sample_to_npz
+        from dig.sampling.files import check_name, check_output, first_samples, only_writer, sample_to_npz
         from dig.sampling.folder import first_images, open_folder
 
         sharing = shared(job)
+        outputs = [(path, suffix) for path, suffix in ((npz, ".npz"), (grid, ".png")) if path is not None]
+        # Before weights are read, which takes a while.
+        for path, suffix in outputs:
+            check_name(path, suffix)
+        check_folder_name("--images", images)
+        drawing = prepare(asked, console)
         plan = drawing.plan
         if dry_run:
             runner = drawing.runner(None)
             parameters = drawing.parameters()
             rehearse_sampling(runner, model=drawing.found.spec.describe(), parameters=parameters, device=drawing.device)
             return
-        for path, suffix in ((npz, ".npz"), (grid, ".png")):
-            if path is not None:
-                check_output(path, suffix)
+        for path, suffix in outputs:
+            check_output(path, suffix)
         if images is not None:
             open_folder(images)
         runner = drawing.runner(console)
@@ -207,6 +225,21 @@ def sample_command(
                         pixels = runner.samples(shown)
                 _write_grid(grid, _lay_out(pixels, drawing, shown, labels=labels, scale=scale))
                 typer.echo(f"{len(shown)} samples in {grid}")
+
+
+def _kept(images: Path | None, npz: Path | None, samples: int | None) -> str:
+    """What lies there after an interruption, and how it goes on."""
+    from dig.sampling.files import count_parts
+    from dig.sampling.folder import count_images
+
+    of = f" of {samples:,}" if samples is not None else ""
+    if images is not None and (count := count_images(images)):
+        return f"{count:,}{of} images are in {images}; the same command goes on"
+    if npz is not None and (count := count_parts(npz)):
+        return f"{count:,}{of} samples are in {npz}.parts; the same command goes on"
+    if npz is not None and npz.exists():
+        return f"the samples are in {npz}, as they were before"
+    return "nothing was saved yet; the same command begins again"
 
 
 def _lay_out(

@@ -14,12 +14,12 @@ import typer
 from dig.commands.beginning import Beginning
 from dig.commands.common import (
     ChannelsOption,
-    DataOption,
     DeviceOption,
     DryRunOption,
     ImageSizeOption,
     QuietOption,
     WorkersOption,
+    check_folder_name,
     choose_precision,
     open_data,
     open_decoder,
@@ -93,10 +93,20 @@ def _resume(context: typer.Context, value: Path | None) -> Path | None:
 
 def train_command(
     context: typer.Context,
-    data: DataOption,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class folders (cat/1.jpg), idx files (Fashion-MNIST's), or latent shards from encode. Needed "
+            "without --resume."
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder of the run. With checkpoints in it, the run goes on from the newest whole one.")
-    ],
+        Path | None,
+        typer.Option(
+            help="Folder of the run; with checkpoints in it, the run goes on from the newest whole one. Needed "
+            "without --resume."
+        ),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -107,7 +117,7 @@ def train_command(
         ),
     ] = "DiG-S/2",
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 400_000,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    batch: Annotated[int | None, typer.Option(help="Images a step. Default: 256; on a CPU 8.")] = None,
     accumulate: Annotated[int, typer.Option(help="Equal parts that a step's batch goes through the model in.")] = 1,
     loss: Annotated[str, typer.Option(help="hybrid (noise and learned variance) or flow-matching.")] = "hybrid",
     lr: Annotated[float, typer.Option(help="Learning rate at its highest.")] = 1e-4,
@@ -223,6 +233,13 @@ def train_command(
     ):
         if job is not None and dry_run:
             raise ValueError("--dry-run is of one process: leave out torchrun and --parallel")
+        if data is None or out is None:
+            missing = [option for option, value in (("--data", data), ("--out", out)) if value is None]
+            raise ValueError(
+                f"give {' and '.join(missing)}: a run needs --data IMAGES and --out RUN; --resume RUN goes on with one "
+                "that has begun, and needs neither"
+            )
+        check_folder_name("--out", out)
         if resume is not None and config is not None:
             raise ValueError("--resume takes the run's own options; --config begins another run")
         if resume is not None and out.resolve() != resume.resolve():
@@ -246,13 +263,14 @@ def train_command(
         where = place.device
         precision = choose_precision(dtype, where)
         # Only now: torch takes seconds to import, and a wrong name shouldn't.
-        from dig.training.config import DataSpec, TrainConfig, choose_execution
+        from dig.training.config import DataSpec, TrainConfig, choose_execution, default_batch
         from dig.training.lora import TARGETS
         from dig.training.needs import draws_in_training
         from dig.training.resuming import steps_behind
         from dig.training.trainer import Status, Trainer
 
         begun = beginning.begun
+        batch = default_batch(where, begun) if batch is None else batch
         spec = ModelSpec(
             name=place.name,
             options=place.options,
@@ -370,7 +388,7 @@ def _write_options(context: typer.Context, out: Path, run: TrainConfig, found: M
 
     # In one order, whatever was given.
     values = {name: context.params.get(name) for name in option_types(train_command)}
-    values |= {**found, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
+    values |= {**found, "batch": run.batch, "dtype": run.dtype, "mirror": run.data.mirror, "ema_warmup": run.ema_warmup}
     if run.data.latent_scale is None:
         values |= {"image_size": run.data.shape[1], "channels": run.data.shape[0]}
     comments = {

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dig.fields import check_word, real_number, whole_number
 from dig.layers import Backbone
 from dig.sampling.decoder import Decoder, open_decoder
 from dig.sampling.images import make_grid, to_pixels
@@ -63,7 +64,17 @@ def load(
     Raises:
         CheckpointError: There are no weights, or they can't be used.
         HubError: A name on the hub can't be fetched.
+        TypeError: An argument is of another type; the message names it.
     """
+    if not isinstance(source, str | PathLike) or not str(source):
+        raise TypeError(f"source must be a path or a name on the hub; got {source!r:.80}")
+    for name, word in (("device", device), ("weights", weights), ("model", model), ("backend", backend)):
+        if word is not None:
+            check_word(name, word)
+    image_size, num_classes = (
+        value if value is None else whole_number(name, value)
+        for name, value in (("image_size", image_size), ("num_classes", num_classes))
+    )
     where = _device(device)
     if model is None and (image_size, num_classes) != (None, None):
         raise ValueError("image_size and num_classes describe a published file, together with model")
@@ -164,10 +175,32 @@ def sample(
     Raises:
         ValueError: This model can't be sampled so; the message says what to change.
         NotFiniteError: The samples are not finite.
+        TypeError: An argument is of another type; the message names it.
     """
+    if not isinstance(getattr(model, "_orig_mod", model), Backbone):  # torch.compile's wrapper hands on what it wraps
+        raise TypeError(
+            f"model must be a dig.layers.Backbone, as dig.load and bench.models.create_model give; got "
+            f"{type(model).__name__}" + (": dig.load takes a path or name" if isinstance(model, str | PathLike) else "")
+        )
+    seed, first = whole_number("seed", seed), whole_number("first", first)
+    samples, steps, model_batch = (
+        value if value is None else whole_number(name, value)
+        for name, value in (("samples", samples), ("steps", steps), ("model_batch", model_batch))
+    )
+    cfg, eta = real_number("cfg", cfg), real_number("eta", eta)
+    check_word("cfg_channels", cfg_channels)
+    for name, word in (("sampler", sampler), ("dtype", dtype), ("execution", execution)):
+        if word is not None:
+            check_word(name, word)
+    if vae is not None and not isinstance(vae, str | PathLike):
+        raise TypeError(f"vae must be a folder or a name on the hub; got {vae!r:.80}")
+    if not isinstance(other_vae, bool):
+        raise TypeError(f"other_vae must be True or False; got {other_vae!r:.80}")
     where = next(model.parameters()).device
-    if dtype not in (None, "bf16", "fp32") or execution not in (None, "graph", "eager"):
-        raise ValueError(f"dtype is bf16 or fp32, execution graph or eager; got {dtype!r} and {execution!r}")
+    if dtype not in (None, "bf16", "fp32"):
+        raise ValueError(f"dtype must be bf16 or fp32; got {dtype!r}")
+    if execution not in (None, "graph", "eager"):
+        raise ValueError(f"execution must be graph or eager; got {execution!r}")
     if execution == "graph" and where.type != "cuda":
         raise ValueError("execution graph is a CUDA graph and needs an NVIDIA GPU; use eager")
     trained: Trained | None = getattr(model, TRAINED, None)

@@ -39,6 +39,12 @@ class Progress:
     total: int
 
 
+def check_name(path: Path, suffix: str) -> None:
+    """Raise ValueError unless a file's name has the suffix of its content's kind."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{path} would hold a {suffix.removeprefix('.').upper()} file: give it a name in {suffix}")
+
+
 def check_output(path: Path, suffix: str) -> None:
     """Make the folder of a file that is to be written, and write there, before there is anything to lose.
 
@@ -50,8 +56,7 @@ def check_output(path: Path, suffix: str) -> None:
         ValueError: The name has another suffix, or is a folder's.
         OSError: The folder can't be made or written to.
     """
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"{path} would hold a {suffix.removeprefix('.').upper()} file: give it a name in {suffix}")
+    check_name(path, suffix)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +173,15 @@ def _tidy(parts: Path) -> None:
 
 def _part(start: int) -> str:
     return f"part-{start:08d}.npy"
+
+
+def count_parts(path: Path) -> int:
+    """How many samples lie beside an npz file that is not whole yet."""
+    count = 0
+    for file in path.with_name(path.name + ".parts").glob("part-*.npy"):
+        with suppress(OSError, EOFError, ValueError, TypeError, SyntaxError):
+            count += len(np.load(file, mmap_mode="r"))
+    return count
 
 
 def _open_parts(parts: Path, manifest: bytes) -> None:

@@ -149,6 +149,13 @@ def _lacking(folder: Path, names: Mapping[int, str]) -> list[int]:
     return [index for index, name in names.items() if not _is_whole(folder / name)]
 
 
+def count_images(folder: Path) -> int:
+    """How many whole samples a folder holds."""
+    if not folder.is_dir():
+        return 0
+    return sum(bool(_NAME.fullmatch(path.name)) and _is_whole(path) for path in folder.iterdir())
+
+
 def first_images(folder: Path, plan: SamplePlan, indices: range, trained: Trained) -> NDArray[np.uint8]:
     """(N, H, W, 3) uint8 of samples that `sample_to_folder` wrote."""
     names = [

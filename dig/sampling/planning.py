@@ -50,7 +50,17 @@ def plan_samples(
         ValueError: There is no such class, or it can't be sampled so.
     """
     if classes is not None and not hasattr(classes, "__iter__"):
-        raise ValueError(f"classes are a list, [3, 7], or the command's text; got {classes!r}")
+        raise TypeError(
+            f"classes must be a list of indices and names, [3, 7], or the command's text; got {classes!r:.80}"
+        )
+    if classes is not None and not isinstance(classes, str):
+        kind = str(getattr(classes, "dtype", "int"))
+        if not any(word in kind for word in ("int", "object", "str", "<U")):
+            raise TypeError(f"classes must be whole numbers; got a {type(classes).__name__} of {kind}")
+        if getattr(classes, "ndim", 1) != 1:
+            raise ValueError(
+                f"classes must be a list, one label each; got {type(classes).__name__} of {classes.ndim} dimensions"
+            )
     text = classes if classes is None or isinstance(classes, str) else ",".join(map(_word, classes))
     labels = parse_classes(text, class_names, num_classes, num_classes)
     plan = SamplePlan(
@@ -78,7 +88,7 @@ def _word(label: int | str | None) -> str:
             raise TypeError
         index = operator.index(label)  # NumPy's and torch's whole numbers too
     except TypeError:
-        raise ValueError(f"classes are indices, names, or None for no class; got {label!r}") from None
+        raise TypeError(f"classes must be indices, names, or None for no class; got {label!r:.80}") from None
     return f"@{index}" if index >= 0 else str(index)
 
 

@@ -78,18 +78,21 @@ class SamplePlan:
 
     def __post_init__(self) -> None:
         """Raise ValueError on what cannot be sampled."""
-        for name in ("count", "model_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.first < 0 or not 0 <= self.seed < 2**64:
-            raise ValueError(f"first must be 0 or more, the seed 0 to 2^64 - 1; got {self.first} and {self.seed}")
+        # By the names that callers know them by: `dig.sample`'s.
+        for name, value in (("samples", self.count), ("model_batch", self.model_batch)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.first < 0:
+            raise ValueError(f"first must be 0 or more; got {self.first}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be 0 to 2^64 - 1; got {self.seed}")
         if max(self.first + self.count, self.model_batch) > MAX_INDEX:
             raise ValueError(f"samples are numbered to 2^62; got {self.count} from {self.first} on")
-        for name in ("cfg_scale", "eta"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a finite number, 0 or more; got {getattr(self, name)}")
+        for name, number in (("cfg", self.cfg_scale), ("eta", self.eta)):
+            if not (math.isfinite(number) and number >= 0):
+                raise ValueError(f"{name} must be a finite number, 0 or more; got {number}")
         if self.cfg_channels not in get_args(CfgChannels):
-            raise ValueError(f"cfg-channels must be {' or '.join(get_args(CfgChannels))}; got {self.cfg_channels!r}")
+            raise ValueError(f"cfg_channels must be {' or '.join(get_args(CfgChannels))}; got {self.cfg_channels!r}")
         if not self.classes:
             raise ValueError("no classes to sample")
         # Its steps and eta are checked where it is built: here, before any weight is read.

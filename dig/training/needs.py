@@ -17,14 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dig.family import BACKEND
 from dig.layers import Backbone
-from dig.memory import check_memory
+from dig.memory import available_memory, check_memory
 from dig.registry import ModelSpec, parse_name
+from dig.training.activations import Saved, count_saved, without_memory
 from dig.training.config import TrainConfig
 from dig.training.inputs import AHEAD
 from dig.training.step import stop_dropping_labels
 
 FP32 = 4
 MAX_CLASSES = 2**31
+WORKING_BLOCKS = 2
+"""How many blocks' saved tensors the backward pass' own results and the allocator's gaps come to."""
+PYTORCH = 2**27
+"""Bytes of libraries and threads that the first step brings."""
+MOST_SAVED = 1000
+"""How many times the floor of its activations a model may save: DiS' reference 240 times."""
+MOST_PARTS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +114,13 @@ class _Draws(TorchDispatchMode):
 
 def draws_in_training(spec: ModelSpec) -> bool:
     """Whether a model draws random numbers in training, beside labels to drop; found on its smallest sibling."""
-    with FakeTensorMode(allow_non_fake_inputs=True):  # No memory, as on ``meta``, but autocast works.
+    with torch.device("meta"):
         model = _sibling(spec).train()
-        stop_dropping_labels(model)
-        x = torch.empty(1, spec.in_channels, *model.input_size)
+    stop_dropping_labels(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # No memory, as on ``meta``, but autocast works.
+        inputs = torch.empty(1, spec.in_channels, *model.input_size), torch.empty(1), torch.empty(1, dtype=torch.int64)
         with _Draws() as draws, suppress(Exception):  # A model that reads values finds none here.
-            model(x, torch.empty(1), torch.empty(1, dtype=torch.int64))
+            torch.func.functional_call(model, without_memory(model), inputs)
     return draws.found
 
 
@@ -137,11 +146,18 @@ def step_needs(model: Footprint, *, trained: int, at_once: int, number: int, wei
     return {name: size for name, size in needs.items() if size or trained}
 
 
-def training_needs(config: TrainConfig, *, ranks: int = 1, sharded: bool = False) -> dict[str, int]:
-    """What for → bytes that a run needs on each device at least, as of `step_needs`.
+def training_needs(
+    config: TrainConfig, *, least: bool = False, ranks: int = 1, sharded: bool = False
+) -> dict[str, int]:
+    """What for → bytes that a run needs on each device: on a CPU an estimate, on a GPU a floor, as of `step_needs`.
+
+    A GPU says that its memory is full; a process that takes all of a host's is killed and says nothing. So there,
+    activations are what the model saves for its backward pass (`dig.training.activations`), with `WORKING_BLOCKS`
+    blocks' worth again for the backward pass' own results.
 
     Args:
         config: The run.
+        least: Whether a floor will do on a CPU too, which is quicker.
         ranks: Devices that share a step's batch.
         sharded: Whether they share the model's state too.
     """
@@ -152,20 +168,81 @@ def training_needs(config: TrainConfig, *, ranks: int = 1, sharded: bool = False
     if config.lora or config.freeze:
         # Of frozen weights there is neither; how many those are isn't known before the model is built.
         needs |= {"gradients": 0, "optimizer": 0}
-    needs |= {"average": FP32 * (model.parameters + model.constants)}
+    noise = 2 * FP32 * config.batch // ranks * model.values
+    needs |= {
+        "average": FP32 * (model.parameters + model.constants),
+        "batches and their noise": (AHEAD + 1) * noise,
+    }
     if sharded:
         needs |= {name: needs[name] // ranks for name in ("weights", "gradients", "optimizer", "average")}
-    return {**needs, "a batch and its noise": 2 * FP32 * config.batch // ranks * model.values}
+    if config.device != "cpu":
+        # There the others wait in the host's memory.
+        return {**needs, "batches and their noise": noise}
+    saved = None if least else _saved(config)
+    if saved is None:
+        return needs
+    block = saved.each * at_once // saved.blocks
+    if config.checkpoint_blocks:
+        activations = needs["activations"] + saved.once + block
+    else:
+        activations = saved.once + saved.each * at_once
+    return {**needs, "activations": activations, "working memory": WORKING_BLOCKS * block + PYTORCH}
+
+
+_saved_by: dict[str, Saved | None] = {}
+
+
+def _saved(config: TrainConfig) -> Saved | None:
+    """What the run's model saves, counted once a process."""
+    key = f"{config.model!r} {config.dtype}"
+    if key not in _saved_by:
+        _saved_by[key] = count_saved(config.model, bf16=config.dtype == "bf16")
+    return _saved_by[key]
 
 
 def check_training(config: TrainConfig, *, ranks: int = 1, sharded: bool = False) -> None:
-    """Raise `dig.memory.TooLargeError` where a run needs more memory than there is: see `training_needs`."""
+    """Raise `dig.memory.TooLargeError` where a run needs more memory than there is; it says which batch would fit.
+
+    Args:
+        config: The run.
+        ranks: As of `training_needs`.
+        sharded: Likewise.
+    """
+    if config.device == "cpu":
+        least = training_needs(config, least=True, ranks=ranks, sharded=sharded)
+        if sum(least.values()) + MOST_SAVED * least["activations"] <= available_memory("cpu"):
+            return  # Counting takes seconds.
+        needs = training_needs(config, ranks=ranks, sharded=sharded)
+        estimate = "working memory" in needs
+        check_memory(needs, device="cpu", advice=_what_fits(config, ranks, sharded), estimate=estimate)
+        return
     advice = "try a smaller model, image size or --batch, or a larger --accumulate"
     check_memory(training_needs(config, ranks=ranks, sharded=sharded), device=config.device, advice=advice)
-    if config.device != "cpu":
-        values = math.prod(config.model.sample_shape)
-        ahead = {"batches and their noise": (AHEAD + 1) * 2 * FP32 * config.batch // ranks * values}
-        check_memory(ahead, device="cpu", advice="try a smaller image size or --batch")
+    values = math.prod(config.model.sample_shape)
+    ahead = {"batches and their noise": (AHEAD + 1) * 2 * FP32 * config.batch // ranks * values}
+    check_memory(ahead, device="cpu", advice="try a smaller image size or --batch")
+
+
+def _what_fits(config: TrainConfig, ranks: int, sharded: bool) -> str:
+    """Which batch fits into the host's memory, in words."""
+    free = available_memory("cpu")
+
+    def fits(batch: int, parts: int = 1) -> bool:
+        changed = dataclasses.replace(config, batch=batch, accumulate=parts)
+        return sum(training_needs(changed, ranks=ranks, sharded=sharded).values()) <= free
+
+    smaller = "try a smaller model or image size"
+    if not fits(1):
+        return smaller if config.checkpoint_blocks else f"not even --batch 1 fits; {smaller}, or --checkpoint-blocks"
+    # What is needed rises with the batch.
+    low, high = 1, config.batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    parts = next(
+        (n for n in range(2, min(config.batch, MOST_PARTS) + 1) if config.batch % n == 0 and fits(config.batch, n)), 0
+    )
+    return f"--batch {low} would fit" + (f", or this --batch with --accumulate {parts}" if parts else "")
 
 
 def check_sampling(model: Footprint, *, device: str, at_once: int, noises: int = 0) -> None:

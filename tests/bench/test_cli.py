@@ -101,7 +101,7 @@ def test_a_real_run(tmp_path: Path) -> None:
 def test_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is counted for it."""
     monkeypatch.setenv("COLUMNS", "200")
-    listed = runner.invoke(cli.app, ["list"])
+    listed = runner.invoke(cli.app, ["list", "--count"])
     assert listed.exit_code == 0, listed.output
     assert "32,983,328" not in listed.stdout  # the default variant is the paper's
     assert "DiS-XL/2 (assumed)" in listed.stdout

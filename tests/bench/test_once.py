@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +90,23 @@ def test_what_cannot_be_measured_is_told() -> None:
             bench.measure(what, **options)
     with pytest.raises(TypeError, match="time a step"):
         bench.measure(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": None}, "batch must be a whole number; got None"),
+        ({"batch": 1.5}, "batch must be a whole number; got 1.5"),
+        ({"resolution": "256"}, "resolution must be a whole number; got '256'"),
+        ({"mode": "training"}, "mode must be one of train, forward; got 'training'"),
+        ({"mode": None}, "mode must be one of train, forward; got None"),
+        ({"dtype": torch.bfloat16}, "dtype must be one of bf16, fp32; got torch.bfloat16"),
+        ({"execution": "fast"}, "execution must be one of eager, compile, graph, compiled-graph; got 'fast'"),
+        ({"device": torch.device("cpu")}, "device must be one of cuda, cpu; got"),
+        ({"out": 3}, "out must be a path; got 3"),
+    ],
+)
+@pytest.mark.parametrize("what", ["DiG-S/8", "model"])
+def test_wrong_arguments_are_named(what: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        bench.measure(model() if what == "model" else what, **options)

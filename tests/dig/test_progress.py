@@ -241,7 +241,7 @@ def test_a_dry_run_measures_and_writes_nothing(run: Path, data: Path, tmp_path: 
     assert facts["parameters"] == f"{sum(p.numel() for p in TINY_MODEL.parameters()):,}"
     assert facts["steps"] == "6"
     assert "300 samples of 1x32x32" in facts["data"]
-    assert "weights " in facts["memory at least"]
+    assert "weights " in facts["memory estimated"]
     assert "for 6 steps" in facts["time"]
     assert not out.exists()
     assert sorted(path.name for path in data.iterdir()) == before

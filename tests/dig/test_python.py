@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,17 +117,54 @@ def test_what_cannot_be_sampled_is_told(run: Path) -> None:
         ({"classes": ["Snaker"]}, "did you mean Sneaker"),
         ({"classes": [12]}, "no class @12: this model has 0 to 2"),
         ({"classes": [-1]}, "no class -1"),
-        ({"classes": [1.5]}, "indices, names, or None for no class; got 1.5"),
-        ({"classes": [True]}, "indices, names, or None for no class; got True"),
-        ({"classes": 3}, "classes are a list"),
         ({"sampler": "euler"}, "trained with the loss hybrid"),
         ({"execution": "graph"}, "needs an NVIDIA GPU"),
-        ({"dtype": "fp16"}, "dtype is bf16 or fp32"),
+        ({"dtype": "fp16"}, "dtype must be bf16 or fp32; got 'fp16'"),
         ({"vae": "x"}, "needs no --vae"),
-        ({"samples": 0}, "count must be at least 1"),
+        ({"samples": 0}, "samples must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             dig.sample(model, **options)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"classes": [1.5]}, "classes must be indices, names, or None for no class; got 1.5"),
+        ({"classes": [True]}, "classes must be indices, names, or None for no class; got True"),
+        ({"classes": 3}, r"classes must be a list of indices and names, \[3, 7\].*; got 3"),
+        ({"classes": torch.tensor([1.0, 2.0])}, "classes must be whole numbers; got a Tensor of torch.float32"),
+        ({"classes": np.array([1.0])}, "classes must be whole numbers; got a ndarray of float64"),
+        ({"seed": None}, "seed must be a whole number; got None"),
+        ({"seed": 1.0}, "seed must be a whole number; got 1.0"),
+        ({"first": "2"}, "first must be a whole number; got '2'"),
+        ({"samples": True}, "samples must be a whole number; got True"),
+        ({"steps": 2.5}, "steps must be a whole number; got 2.5"),
+        ({"model_batch": [4]}, r"model_batch must be a whole number; got \[4\]"),
+        ({"cfg": "x"}, "cfg must be a number; got 'x'"),
+        ({"cfg": None}, "cfg must be a number; got None"),
+        ({"eta": torch.ones(2)}, r"eta must be a number; got tensor\(\[1., 1.\]\)"),
+        ({"sampler": 3}, "sampler must be a text; got 3"),
+        ({"cfg_channels": None}, "cfg_channels must be a text; got None"),
+        ({"dtype": torch.float32}, "dtype must be a text; got torch.float32"),
+        ({"execution": True}, "execution must be a text; got True"),
+        ({"vae": 3}, "vae must be a folder or a name on the hub; got 3"),
+        ({"other_vae": "yes"}, "other_vae must be True or False; got 'yes'"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            dig.sample(model, **options)
+    for value, message in (
+        ("run", "model must be a dig.layers.Backbone.*got str: dig.load takes"),
+        (torch.nn.Linear(1, 1), "model must be a dig.layers.Backbone.*got Linear"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            dig.sample(value)
+    for options, message in (
+        ({"source": None}, "source must be a path or a name on the hub; got None"),
+        ({"source": run, "weights": True}, "weights must be a text; got True"),
+        ({"source": run, "device": torch.device("cpu")}, "device must be a text"),
+        ({"source": run, "model": "DiG-S/2", "image_size": 2.0}, "image_size must be a whole number; got 2.0"),
+        ({"source": run, "model": "DiG-S/2", "num_classes": "3"}, "num_classes must be a whole number; got '3'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            dig.load(**options)
     with pytest.raises(ValueError, match="together with model"):
         dig.load(run, image_size=3)
     with pytest.raises(ValueError, match="averaged or raw"):

@@ -87,8 +87,8 @@ def test_the_same_command_still_goes_on(run: Path, data: Path) -> None:
     ("options", "what"),
     [
         (["--batch", "4"], "batch: 4, 8"),
-        (["--lr", "3e-4"], "learning_rate: 0.0003, 0.0001"),
-        (["--model", "DiG-S/8:variant=release"], "model.options.variant: release, paper"),
+        (["--lr", "3e-4"], "--lr: 0.0003, 0.0001"),
+        (["--model", "DiG-S/8:variant=release"], "variant: release, paper"),
         (["--dtype", "bf16"], "dtype: bf16, fp32"),
     ],
 )
@@ -214,17 +214,21 @@ def test_the_command_line_wins_over_the_file(data: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning-rat = 3e-4", "there is no option 'learning-rat': did you mean"),
+        ("learning-rat = 3e-4", "there is no option 'learning-rat': did you mean lr? Known: "),
+        ("xyzzy = 1", "there is no option 'xyzzy': Known: "),
         ("stepps = 3", "did you mean steps?"),
-        ("resume = 'run'", "there is no option 'resume'"),
-        ("steps = 3.5", "steps can't be 3.5"),
-        ("steps = true", "steps can't be True"),
-        ("lr = '3e-4'", "lr can't be '3e-4'"),
-        ("mirror = 1", "mirror can't be 1"),
-        ("model = 3", "model can't be 3"),
-        ("[train]\nsteps = 3", "there is no option 'train'"),
+        ("resume = 'run'", "'resume' is of the command line alone; leave it out of the file"),
+        ("steps = 3.5", "steps must be a whole number; got 3.5"),
+        ("steps = true", "steps must be a whole number; got true"),
+        ("lr = '3e-4'", "lr must be a number; got '3e-4'"),
+        ("mirror = 1", "mirror must be true or false; got 1"),
+        ("model = 3", "model must be a text in quotes; got 3"),
+        ("[train]\nsteps = 3", "[train] begins a table; options stand in none, as: lr = 3e-4. Leave that line out"),
         ("steps = ", "is no file of options in TOML"),
-        ("steps = 0", "steps must be at least 1"),
+        ("freeze = [1]", "freeze must be a list of texts in quotes; got [1]"),
+        ("steps = 0", "error: steps in {file} must be at least 1"),
+        ("log-every = 0", "error: log-every in {file} must be at least 1"),
+        ("lr = 0", "error: lr in {file} must be a finite number above 0"),
         ("\xff", "is no file of options in TOML"),
     ],
 )
@@ -233,7 +237,7 @@ def test_files_that_are_refused(text: str, message: str, data: Path, tmp_path: P
     file.write_bytes(text.encode("latin-1"))
     result = runner.invoke(app, ["train", "--config", str(file), "--data", str(data), "--out", str(tmp_path / "run")])
     assert result.exit_code == 2, result.output
-    assert message in said(result)
+    assert message.format(file=file) in said(result)
     assert result.output.count("error:") == 1
     missing = runner.invoke(app, ["train", "--config", str(tmp_path / "none.toml"), "--out", str(tmp_path / "run")])
     assert missing.exit_code == 2
@@ -274,3 +278,24 @@ def test_models_as_text(text: str) -> None:
     spec = ModelSpec(name=name, options=options, input_size=(32, 32), in_channels=1, num_classes=10, source=source)
     again = parse_model(model_text(spec, "cpu"), "cpu")
     assert again == (name, options, source)
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [([], "--data and --out"), (["--data", "x"], "--out"), (["--out", "run"], "--data")],
+)
+def test_what_a_new_run_needs_is_said_once(words: list[str], missing: str) -> None:
+    result = runner.invoke(app, ["train", *words])
+    assert result.exit_code == 2
+    assert f"error: give {missing}: a run needs --data IMAGES and --out RUN; --resume RUN goes on" in said(result)
+    shown = " ".join(runner.invoke(app, ["train", "--help"]).output.replace("│", " ").split())
+    assert shown.count("Needed without --resume.") == 2
+    assert "[required]" not in shown
+
+
+def test_a_run_is_no_file(data: Path, tmp_path: Path) -> None:
+    result = train(data, tmp_path / "run.pt", "--steps", "1")
+    assert result.exit_code == 2
+    assert "--out names a folder" in said(result)
+    assert not list(tmp_path.iterdir())
+    assert train(data, tmp_path / "run.final", "--steps", "1").exit_code == 0

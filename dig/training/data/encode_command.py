@@ -9,7 +9,14 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from dig.commands.common import DryRunOption, QuietOption, choose_device, refusing
+from dig.commands.common import (
+    DryRunOption,
+    QuietOption,
+    check_folder_name,
+    choose_device,
+    interruptible,
+    refusing,
+)
 from dig.commands.dry_run import NOTHING, tell
 from dig.commands.job import shared, working_together
 from dig.launched import follows, from_environment
@@ -48,55 +55,72 @@ def encode_command(
     launched = rank is None and world_size is None
     console = open_console(quiet=quiet or (launched and follows()))
     last = Progress(shards=0)
-    try:
-        with (
-            refusing(),
-            working_together(device) if launched else nullcontext() as job,
-            following(console, f"encoding into {out}", total=None, unit="image") as progress,
+    with (
+        interruptible(lambda: f"{last.done} shards are in {out}; the same command goes on"),
+        refusing(),
+        working_together(device) if launched else nullcontext() as job,
+        following(console, f"encoding into {out}", total=None, unit="image") as progress,
+    ):
+        sharing = shared(job)
+        rank = from_environment("RANK", 0) if rank is None else rank
+        world_size = from_environment("WORLD_SIZE", 1) if world_size is None else world_size
+        where = choose_device(device)
+        check_folder_name("--out", out)
+        if dry_run:
+            _tell(images, image_size, shard_size, dtype, f"{where}, process {rank} of {world_size}", vae)
+            return
+        for told in encode(
+            images,
+            out,
+            vae=vae,
+            image_size=image_size,
+            batch_size=batch,
+            shard_size=shard_size,
+            dtype=cast(Any, dtype),
+            seed=seed,
+            # Under torchrun, each process of a machine has a GPU of its own.
+            device=f"cuda:{from_environment('LOCAL_RANK', 0)}" if where == "cuda" else where,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            report=partial(_tell_progress, progress, sharing),
+            meet=sharing.meet,
         ):
-            sharing = shared(job)
-            rank = from_environment("RANK", 0) if rank is None else rank
-            world_size = from_environment("WORLD_SIZE", 1) if world_size is None else world_size
-            where = choose_device(device)
-            if dry_run:
-                _tell(images, image_size, shard_size, dtype, f"{where}, process {rank} of {world_size}")
-                return
-            for told in encode(
-                images,
-                out,
-                vae=vae,
-                image_size=image_size,
-                batch_size=batch,
-                shard_size=shard_size,
-                dtype=cast(Any, dtype),
-                seed=seed,
-                # Under torchrun, each process of a machine has a GPU of its own.
-                device=f"cuda:{from_environment('LOCAL_RANK', 0)}" if where == "cuda" else where,
-                rank=rank,
-                world_size=world_size,
-                workers=workers,
-                report=partial(_tell_progress, progress, sharing),
-                meet=sharing.meet,
-            ):
-                last = told
-    except KeyboardInterrupt:
-        # A path is no markup, whatever brackets it has.
-        console.print(f"stopped: {last.done} shards are in {out}; go on with the same command", markup=False)
-        raise typer.Exit(130) from None
+            last = told
     if launched and follows():
         return
     typer.echo(shown(_summary(last, out, world_size or 1)))
 
 
-def _tell(images: Path, image_size: int, shard_size: int, dtype: str, where: str) -> None:
-    """Print what would be encoded: the VAE, which may have to be fetched, is left alone."""
-    from dig.training.data.folder import ImageFolder
+def _tell(images: Path, image_size: int, shard_size: int, dtype: str, where: str, vae: str) -> None:
+    """Print what would be encoded. The VAE is read where it lies here; it is not fetched.
 
+    Raises:
+        ValueError: The images, the VAE or an option can't be used.
+    """
+    from dig.training.data.checks import check_whole
+    from dig.training.data.folder import ImageFolder
+    from dig.training.data.vae import downsampling, is_here, load_vae
+
+    check_whole("image_size", image_size, least=1)
+    check_whole("shard_size", shard_size, least=1)
     folder = ImageFolder(images, image_size=image_size)
+    said = f"{vae}, which is not here yet: it would be fetched from the hub"
+    if is_here(vae):
+        import torch
+
+        model = load_vae(vae, torch.device("cpu"))
+        if image_size % downsampling(model):
+            raise ValueError(
+                f"image_size must be a multiple of {downsampling(model)}, by the VAE {vae}; got {image_size}"
+            )
+        size = image_size // downsampling(model)
+        said = f"{vae}, {model.config.latent_channels}x{size}x{size} of {image_size}x{image_size} pixels"
     count = len(folder)
     tell(
         images=folder.describe(),
         latents=f"{2 * count:,} in {dtype}, as they are and mirrored, in {-(-count // shard_size):,} shards",
+        vae=said,
         device=where,
     )
     typer.echo(NOTHING)

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dig.hub import fetch, is_hub_name
+from dig.hub import fetch, in_cache, is_hub_name
 from dig.packages import quietly, require
 from dig.training.data.base import DataError, pixels_to_unit
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+FILES = [f"{folder}{file}" for folder in ("", "vae/") for file in (CONFIG, WEIGHTS)]
+"""Of a VAE on the hub."""
 
 
 def load_vae(name: str, device: torch.device) -> Any:
@@ -59,6 +61,13 @@ def load_vae(name: str, device: torch.device) -> Any:
     return vae.to(device).eval().requires_grad_(False)
 
 
+def is_here(name: str) -> bool:
+    """Whether `load_vae` needs nothing of the hub for a name that could be fetched; a missing folder it refuses."""
+    if not is_hub_name(name):
+        return True
+    return in_cache(name, patterns=FILES, needed=[file for file in FILES if file.endswith(WEIGHTS)]) is not None
+
+
 def _folder_of(name: str) -> Path:
     """Where a VAE lies, fetched from the hub if need be."""
     if not is_hub_name(name):
@@ -68,8 +77,7 @@ def _folder_of(name: str) -> Path:
                 "stabilityai/sd-vae-ft-ema"
             )
         return Path(name)
-    files = [f"{folder}{file}" for folder in ("", "vae/") for file in (CONFIG, WEIGHTS)]
-    return fetch(name, patterns=files, needed=[file for file in files if file.endswith(WEIGHTS)], what="the VAE")
+    return fetch(name, patterns=FILES, needed=[file for file in FILES if file.endswith(WEIGHTS)], what="the VAE")
 
 
 def weights_sha256(vae: torch.nn.Module) -> str:
