@@ -21,7 +21,8 @@ from dig.layers import Backbone
 from dig.model import DiG
 from dig.ops.gla.projection import GATE_RANK
 from dig.packages import is_installed
-from dig.registry import ModelSpec, create_model, find_family, parse_name
+from dig.registry import find_family, parse_name
+from dig.spec import ModelSpec, create_model
 from tests.helpers import example
 
 OWN = ("DiG", "DiT", "Flash-DiT", "DiS")

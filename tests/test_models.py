@@ -9,7 +9,8 @@ from torch import nn
 from bench.measure.flops import paper_macs
 from dig.family import UnknownModelError
 from dig.flops import forward_macs
-from dig.registry import create_model, list_models
+from dig.registry import list_models
+from dig.spec import create_model
 from tests.helpers import example, randomize
 
 FAMILIES = ("DiG", "DiT", "Flash-DiT", "DiS")

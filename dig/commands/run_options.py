@@ -19,7 +19,8 @@ from dig.commands.common import refusing
 from dig.family import BACKEND, closest
 from dig.fields import fits
 from dig.messages import describe
-from dig.registry import ModelSpec, parse_name
+from dig.registry import parse_name
+from dig.spec import ModelSpec
 
 OPTIONS_NAME = "config.toml"
 UNWRITTEN = ("context", "out", "config", "resume", "dry_run", "quiet")

@@ -13,7 +13,7 @@ import torch
 from dig.diffusion import build_loss
 from dig.graphs import CaptureError
 from dig.layers import Backbone
-from dig.registry import ModelSpec, create_model
+from dig.spec import ModelSpec, create_model
 from dig.training.config import DataSpec, TrainConfig, choose_execution
 from dig.training.data import Batch
 from dig.training.inputs import step_inputs
