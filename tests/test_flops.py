@@ -81,7 +81,11 @@ def built(spec: ModelSpec) -> Backbone:
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"{family}-{size}/2" for family in OWN for size in find_family(family).sizes),
+        *(
+            pytest.param(f"{family}-{size}/2", marks=() if size in ("S", "B") else pytest.mark.slow)
+            for family in OWN
+            for size in find_family(family).sizes
+        ),
         *(f"{family}-S/{patch}" for family in OWN for patch in (4, 8)),
     ],
 )

@@ -97,6 +97,7 @@ def test_multiply_adds_as_table_1_counts(name: str) -> None:
     assert round(paper_macs(model, forward_macs(model)) / 1e9, 3) == GMAC_TABLE_1[name]
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
 def test_output_shape_and_gradients(family: str, grid: tuple[int, int]) -> None:
@@ -110,6 +111,7 @@ def test_output_shape_and_gradients(family: str, grid: tuple[int, int]) -> None:
     assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_guidance(family: str) -> None:
     model = randomize(create_model(f"{family}-S/8", image_size=64)).eval()

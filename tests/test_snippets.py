@@ -36,6 +36,7 @@ def blocks(language: set[str]) -> list[Any]:
     return found
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("source", blocks({"python"}))
 def test_python(source: str) -> None:
     exec(compile(source, "<snippet>", "exec"), {})

@@ -66,9 +66,9 @@ PAPER = replace(CONFIG, variant="paper", skip="linear", depth=4)
         *((PAPER, name) for name in ("blocks.0.norm1", "blocks.1.norm2", "blocks.3.skip_linear", "blocks.2")),
     ],
 )
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_module_that_is_wrapped_is_called(config: DiGConfig, name: str, batch: int) -> None:
-    """With one image no gradients, and gates act on weights; with two all are asked for."""
+    """With one image no gradients, and gates act on weights; with two all are asked for, as hooks below see, too."""
     model, inputs, expected = plain_run(config, batch)
     model = copy.deepcopy(model)
     with torch.set_grad_enabled(batch > 1):
