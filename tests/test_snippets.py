@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import shlex
@@ -83,6 +84,7 @@ def take_without_reading(context: Any, _option: Any, value: Any) -> Any:
     return value
 
 
+@functools.cache
 def module_command(name: str) -> Any:
     """The typer app behind ``python -m name``."""
     module = importlib.import_module("dig.cli" if name == "dig" else name)
