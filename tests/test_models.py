@@ -85,7 +85,14 @@ def test_dit_sizes_without_a_published_count_follow_the_formula(size: str) -> No
     assert trainable(meta_model(f"DiT-{size}/2")) == depth * block + ends
 
 
-@pytest.mark.parametrize(("patch", "size"), [(patch, size) for patch in GMAC_IN_FULL for size in GMAC_IN_FULL[patch]])
+@pytest.mark.parametrize(
+    ("patch", "size"),
+    [
+        pytest.param(patch, size, marks=() if size in ("S", "B") else pytest.mark.slow)
+        for patch in GMAC_IN_FULL
+        for size in GMAC_IN_FULL[patch]
+    ],
+)
 def test_multiply_adds_in_full(patch: int, size: str) -> None:
     digits = 3 if (patch, size) in {(4, "S"), (4, "B")} else 2
     assert round(forward_macs(meta_model(f"DiG-{size}/{patch}")) / 1e9, digits) == GMAC_IN_FULL[patch][size]
