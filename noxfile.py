@@ -113,7 +113,9 @@ def types(session: nox.Session) -> None:
 
 def run_tests(session: nox.Session, *chosen: str) -> None:
     """Run tests side by side, those chosen or those that the command line names."""
-    session.run("pytest", *in_parallel(), *(session.posargs or chosen), env={"OMP_NUM_THREADS": "1"})
+    # Without bytecode on the disk every process would compile the tests anew, with pytest's rewriting of assertions.
+    env = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": None}
+    session.run("pytest", *in_parallel(), *(session.posargs or chosen), env=env)
 
 
 @nox.session
@@ -129,7 +131,15 @@ def tests_slow(session: nox.Session) -> None:
     """Run the slow tests: real processes, killed and gone on with; and those on drawn inputs, with more of them."""
     if may_install(session):
         install(session, "test", extras="train")
-    run_tests(session, "-m", "slow or hypothesis", "--hypothesis-profile", "many")
+    run_tests(session, "-m", "(slow or hypothesis) and not tables", "--hypothesis-profile", "many")
+
+
+@nox.session
+def tests_tables(session: nox.Session) -> None:
+    """Compile every kernel at every tile choice of every architecture, without a GPU: after a change of a table."""
+    if may_install(session):
+        install(session, "test", extras="train")
+    run_tests(session, "-m", "tables")
 
 
 @nox.session

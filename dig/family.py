@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BACKEND = "backend"
 """The option that says which implementation runs the family's heart, by one name in every family that has several."""
 _GIVEN = ("size", "input_size", "in_channels", "num_classes", "patch_size", "image_size", "device", "name")
-"""Arguments of a builder and of `dig.registry.create_model`, which no option can be called by."""
+"""Arguments of a builder and of `dig.spec.create_model`, which no option can be called by."""
 _WORD = re.compile(r"[\w.+-]+")
 """Of an option: what stands between colons on a command line."""
 

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 if TYPE_CHECKING:
     from dig.layers import Backbone
-    from dig.registry import ModelSpec
+    from dig.spec import ModelSpec
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -21,7 +21,8 @@ from dig.layers import Backbone
 from dig.model import DiG
 from dig.ops.gla.projection import GATE_RANK
 from dig.packages import is_installed
-from dig.registry import ModelSpec, create_model, find_family, parse_name
+from dig.registry import find_family, parse_name
+from dig.spec import ModelSpec, create_model
 from tests.helpers import example
 
 OWN = ("DiG", "DiT", "Flash-DiT", "DiS")
@@ -80,7 +81,11 @@ def built(spec: ModelSpec) -> Backbone:
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"{family}-{size}/2" for family in OWN for size in find_family(family).sizes),
+        *(
+            pytest.param(f"{family}-{size}/2", marks=() if size in ("S", "B") else pytest.mark.slow)
+            for family in OWN
+            for size in find_family(family).sizes
+        ),
         *(f"{family}-S/{patch}" for family in OWN for patch in (4, 8)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from typing import Any
@@ -28,6 +29,7 @@ COMMANDS = [
 ]
 
 
+@functools.cache
 def command_of(program: str, name: str) -> Any:
     return typer.main.get_command(APPS[program][0]).commands[name]
 

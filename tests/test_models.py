@@ -9,7 +9,8 @@ from torch import nn
 from bench.measure.flops import paper_macs
 from dig.family import UnknownModelError
 from dig.flops import forward_macs
-from dig.registry import create_model, list_models
+from dig.registry import list_models
+from dig.spec import create_model
 from tests.helpers import example, randomize
 
 FAMILIES = ("DiG", "DiT", "Flash-DiT", "DiS")
@@ -84,7 +85,14 @@ def test_dit_sizes_without_a_published_count_follow_the_formula(size: str) -> No
     assert trainable(meta_model(f"DiT-{size}/2")) == depth * block + ends
 
 
-@pytest.mark.parametrize(("patch", "size"), [(patch, size) for patch in GMAC_IN_FULL for size in GMAC_IN_FULL[patch]])
+@pytest.mark.parametrize(
+    ("patch", "size"),
+    [
+        pytest.param(patch, size, marks=() if size in ("S", "B") else pytest.mark.slow)
+        for patch in GMAC_IN_FULL
+        for size in GMAC_IN_FULL[patch]
+    ],
+)
 def test_multiply_adds_in_full(patch: int, size: str) -> None:
     digits = 3 if (patch, size) in {(4, "S"), (4, "B")} else 2
     assert round(forward_macs(meta_model(f"DiG-{size}/{patch}")) / 1e9, digits) == GMAC_IN_FULL[patch][size]
@@ -96,6 +104,7 @@ def test_multiply_adds_as_table_1_counts(name: str) -> None:
     assert round(paper_macs(model, forward_macs(model)) / 1e9, 3) == GMAC_TABLE_1[name]
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
 def test_output_shape_and_gradients(family: str, grid: tuple[int, int]) -> None:
@@ -109,6 +118,7 @@ def test_output_shape_and_gradients(family: str, grid: tuple[int, int]) -> None:
     assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_guidance(family: str) -> None:
     model = randomize(create_model(f"{family}-S/8", image_size=64)).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, Budget
@@ -20,6 +22,7 @@ from bench.run.checkouts import copy_tree
 from bench.run.side import Side
 from bench.store import identity
 from bench.store.rows import read_results
+from dig.cli import app
 from dig.environment import ROOT
 from dig.family import Family, FamilyError
 from dig.layers import Backbone
@@ -44,7 +47,9 @@ def test_a_family_of_ones_own_is_trained_and_sampled(own: str, tmp_path: Path) -
     assert (tmp_path / "out.npz").exists()
 
 
-def test_a_run_whose_package_cannot_be_imported_is_not_called_damaged(own: str, tmp_path: Path) -> None:
+def test_a_run_whose_package_cannot_be_imported_is_not_called_damaged(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither by its folder nor by its checkpoint alone; nor where an installed package declared the family."""
     from tests.dig.tiny import make_fashion
 
@@ -52,14 +57,14 @@ def test_a_run_whose_package_cannot_be_imported_is_not_called_damaged(own: str, 
     words = ["train", "--model", f"{own}:Plain-S/8", "--data", "data", "--out", "run", "--steps", "1", "--batch", "4"]
     done = run(*words, "--device", "cpu", "--grid-every", "0", folder=tmp_path, module="dig")
     assert done.returncode == 0, done.stderr
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    # As in a process that was started elsewhere: this one has not imported the family, and no longer finds it.
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
     for checkpoint in ("run", "run/checkpoints/step-00000001.safetensors"):
         record = tmp_path / (f"{checkpoint}/config.json" if checkpoint == "run" else checkpoint)
         words = ["sample", "--checkpoint", str(tmp_path / checkpoint), "--npz", "out.npz", "--device", "cpu"]
-        done = run(*words, folder=elsewhere, module="dig")
-        assert done.returncode == 2
-        assert done.stderr == (
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code == 2
+        assert refused.stderr == (
             f"error: the model of {record} cannot be had here: no module '{own}' for {own}:Plain; is its folder on "
             "PYTHONPATH?\n"
         )

@@ -21,7 +21,8 @@ from dig.declared import DIG
 from dig.environment import ROOT
 from dig.family import Family, FamilyError, Look, Signature, UnknownModelError
 from dig.layers import Backbone
-from dig.registry import ModelSpec, create_model, find_family, load_family, parse_family, parse_model, register
+from dig.registry import find_family, load_family, parse_family, parse_model, register
+from dig.spec import ModelSpec, create_model
 from tests.own_family import MODULE, run
 
 

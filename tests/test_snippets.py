@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import shlex
@@ -36,6 +37,7 @@ def blocks(language: set[str]) -> list[Any]:
     return found
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("source", blocks({"python"}))
 def test_python(source: str) -> None:
     exec(compile(source, "<snippet>", "exec"), {})
@@ -82,6 +84,7 @@ def take_without_reading(context: Any, _option: Any, value: Any) -> Any:
     return value
 
 
+@functools.cache
 def module_command(name: str) -> Any:
     """The typer app behind ``python -m name``."""
     module = importlib.import_module("dig.cli" if name == "dig" else name)

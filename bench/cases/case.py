@@ -39,7 +39,7 @@ class Case:
 
     Attributes:
         model: Family, size and patch: ``DiG-S/2``.
-        options: Of the family, sorted by name: ``(("backend", "fla"),)``; see `dig.registry.create_model`.
+        options: Of the family, sorted by name: ``(("backend", "fla"),)``; see `dig.spec.create_model`.
         resolution: Side of the square image in pixels; the latent is an eighth of it.
         batch: Images a step; of several processes, of each.
         mode: ``train`` (forward, backward, fused AdamW) or ``forward`` (no gradients).

@@ -9,7 +9,8 @@ from typing import Any, cast, get_args
 
 from bench.cases.case import CAPTURED, COMPILED, Case, Device, Dtype, Execution, Mode, Scope, Weights
 from dig.family import BACKEND, Family, UnknownModelError, closest
-from dig.registry import check_resolution, find_family, model_name, parse_family, source_of
+from dig.registry import find_family, model_name, parse_family, source_of
+from dig.spec import check_resolution
 
 PAPER_RESOLUTIONS = (256, 512, 768, 1024, 1280, 1536, 1792, 2048)
 PEERS = ("DiG:fla:variant=release", "DiT", "Flash-DiT:sdpa-cudnn", "Flash-DiT:flash-attn", "DiS:mamba-ssm")

@@ -19,7 +19,7 @@ from bench.store.rows import Row, read_results
 from dig.environment import ROOT, describe_environment
 from dig.memory import in_bytes
 from dig.progress import duration
-from dig.registry import VAE_FACTOR, ModelSpec
+from dig.spec import VAE_FACTOR, ModelSpec
 
 BYTES = {"fp32": 4, "bf16": 2}
 

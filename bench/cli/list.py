@@ -14,7 +14,8 @@ from dig import registry
 from dig.family import closest
 from dig.packages import MissingPackageError
 from dig.progress import following, open_console
-from dig.registry import VAE_FACTOR, ModelSpec, families, parse_name
+from dig.registry import families, parse_name
+from dig.spec import VAE_FACTOR, ModelSpec
 
 
 def list_models(

@@ -21,7 +21,8 @@ from bench.sampling.run import measure
 from bench.store.lines import ResultError
 from dig.environment import describe_environment
 from dig.family import closest
-from dig.registry import PATCHES, check_resolution
+from dig.registry import PATCHES
+from dig.spec import check_resolution
 
 MOST_REPEATS = 10_000
 DEFAULT_MODELS = {"cuda": "DiG:triton:variant=release,Flash-DiT:sdpa-cudnn", "cpu": "DiG:variant=release,Flash-DiT"}

@@ -15,7 +15,7 @@ from bench.cases.jobs import Limits, ProbeJob
 from bench.run.process import WorkerError
 from bench.run.runner import run_job
 from dig.nvml import Gpu
-from dig.registry import VAE_FACTOR
+from dig.spec import VAE_FACTOR
 
 CONTEXT = 600 << 20
 """About what CUDA takes of a GPU for a process, in bytes."""

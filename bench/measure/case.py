@@ -34,7 +34,8 @@ from bench.store.rows import Mark, Row, Status, utc_now
 from dig.flops import UncountedError
 from dig.layers import Backbone
 from dig.nvml import Gpu
-from dig.registry import ModelSpec, parse_name
+from dig.registry import parse_name
+from dig.spec import ModelSpec
 
 EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
 """How long the step is timed in the execution that is not the case's."""

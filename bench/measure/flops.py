@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dig.flops import model_macs
 from dig.model import DiG
-from dig.registry import ModelSpec
+from dig.spec import ModelSpec
 
 
 def paper_macs(model: DiG, macs: int) -> int:

@@ -15,7 +15,7 @@ from bench.cases.case import Case
 from bench.parity.inputs import SEED, check_output, fill_zeros, make_inputs, refuse_zeros
 from dig.graphs import on_capture_stream, record
 from dig.layers import Backbone
-from dig.registry import create_model
+from dig.spec import create_model
 
 WARMUP_STEPS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

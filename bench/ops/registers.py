@@ -5,9 +5,9 @@
     python -m bench ops registers --quick                   # one variant of each kernel
 
 compiles the kernels of `dig.ops` at the tile choices of an architecture (`dig.ops.tiles`), and reads the machine code
-with cuobjdump, both of which come with Triton. Exit status 1 if a kernel keeps registers in memory (spills) while it
-uses asynchronous matrix products, takes more shared memory than its tiles count with or the GPU has, touches memory
-before it has waited for the kernel before it, or if the code shows the following fault.
+(`bench.ops.listings`) with tools that come with Triton. Exit status 1 if a kernel keeps registers in memory (spills)
+while it uses asynchronous matrix products, takes more shared memory than its tiles count with or the GPU has, touches
+memory before it has waited for the kernel before it, or if the code shows the following fault.
 
 **The fault.** Hopper's asynchronous products (HGMMA) find their operands by 64-bit descriptors, which are computed in
 the 63 registers that a warp's threads share: the low word as a base and an offset, the high word as the carry and a
@@ -28,13 +28,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bench.ops.kernel_variants import Variant, kernel_variants
+from bench.ops.listings import listings
 from dig.ops.tiles import KIB, Architecture, architectures
+
+AT_ONCE = 12
+"""Kernels that are disassembled together, and so printed together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +112,8 @@ def hasty_accesses(sass: str) -> tuple[str, ...]:
     return ("it never waits",)
 
 
-def compile_variant(variant: Variant, architecture: Architecture) -> Compiled:
-    """The kernel as Triton compiles it for aligned arguments, which is how the models call it."""
+def compile_variant(variant: Variant, architecture: Architecture) -> Any:
+    """The kernel as Triton compiles it for aligned arguments, which is how the models call it: Triton's own object."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -116,8 +121,7 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Compiled:
     function, capability = variant.function, architecture.capability
     if capability is None:
         raise ValueError(f"there is no compiler for {architecture}")
-    early = {"EARLY": architecture.early_launch} if "EARLY" in function.arg_names else {}
-    constants = {**variant.constants, **early}
+    constants = {**variant.constants, **_early(variant, architecture)}
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -139,24 +143,48 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Compiled:
         if number is None or is_stride:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
-    given = {name: value for name, value in variant.options.items() if value is not None}
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    compiled = triton.compile(source, target=target, options=given)
-    cubin = compiled.asm["cubin"]
-    usage = re.search(r"REG:(\d+)", _listing(cubin, "-res-usage"))
-    sass = _listing(cubin, "-sass")
-    wrong = wrong_descriptors(sass) + (hasty_accesses(sass) if early.get("EARLY") else ())
-    return Compiled(
-        kernel=function.__name__,
-        sizes=variant.sizes,
-        dtype=variant.dtype,
-        warps=given["num_warps"],
-        registers=int(usage.group(1)) if usage else 0,
-        spills=sass.count("STL"),
-        shared=compiled.metadata.shared,
-        products=sass.count("HGMMA"),
-        wrong=wrong + too_much_shared(compiled.metadata.shared, variant, architecture),
-    )
+    return triton.compile(source, target=target, options=_options(variant))
+
+
+def inspect_variants(variants: Sequence[Variant], architecture: Architecture) -> list[Compiled]:
+    """What the compiler makes of each; all are compiled before their machine code is read."""
+    compiled = [compile_variant(variant, architecture) for variant in variants]
+    found = []
+    codes = listings([each.asm["cubin"] for each in compiled], _target(compiled[0].asm["ptx"]))
+    for variant, each, sass in zip(variants, compiled, codes, strict=True):
+        shared = each.metadata.shared
+        wrong = wrong_descriptors(sass) + (hasty_accesses(sass) if _early(variant, architecture).get("EARLY") else ())
+        found.append(
+            Compiled(
+                kernel=variant.function.__name__,
+                sizes=variant.sizes,
+                dtype=variant.dtype,
+                warps=_options(variant)["num_warps"],
+                registers=_registers(each.asm["cubin"]),
+                spills=sass.count("STL"),
+                shared=shared,
+                products=sass.count("HGMMA"),
+                wrong=wrong + too_much_shared(shared, variant, architecture),
+            )
+        )
+    return found
+
+
+def _early(variant: Variant, architecture: Architecture) -> dict[str, bool]:
+    return {"EARLY": architecture.early_launch} if "EARLY" in variant.function.arg_names else {}
+
+
+def _options(variant: Variant) -> dict[str, int]:
+    return {name: value for name, value in variant.options.items() if value is not None}
+
+
+def _target(ptx: str) -> str:
+    """``sm_90a``, as PTX names what it is for."""
+    match = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    if match is None:
+        raise ValueError("this PTX names no target")
+    return match.group(1)
 
 
 def too_much_shared(taken: int, variant: Variant, architecture: Architecture) -> tuple[str, ...]:
@@ -169,14 +197,17 @@ def too_much_shared(taken: int, variant: Variant, architecture: Architecture) ->
     )
 
 
-def _listing(cubin: bytes, option: str) -> str:
+def _registers(cubin: bytes) -> int:
+    """Of a thread, as the cubin's own table says."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, option, str(path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+)", usage)
+    return int(found.group(1)) if found else 0
 
 
 def by_capability() -> dict[str, Architecture]:
@@ -214,14 +245,15 @@ def report(capabilities: Iterable[str], kernels: Collection[str], *, quick: bool
     faulty = False
     for capability in capabilities:
         architecture = by_capability()[capability]
-        for variant in _chosen(kernel_variants(architecture), kernels, quick):
-            found = compile_variant(variant, architecture)
-            faulty = faulty or found.faulty
-            verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
-            print(
-                f"{capability:>4} {found.kernel:29} {found.sizes:18} {found.dtype} warps {found.warps:2} "
-                f"registers {found.registers:3} spills {found.spills:3} shared {found.shared / KIB:5.1f} KiB "
-                f"HGMMA {found.products:3} {verdict}",
-                flush=True,
-            )
+        variants = _chosen(kernel_variants(architecture), kernels, quick)
+        while group := list(islice(variants, AT_ONCE)):
+            for found in inspect_variants(group, architecture):
+                faulty = faulty or found.faulty
+                verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
+                print(
+                    f"{capability:>4} {found.kernel:29} {found.sizes:18} {found.dtype} warps {found.warps:2} "
+                    f"registers {found.registers:3} spills {found.spills:3} shared {found.shared / KIB:5.1f} KiB "
+                    f"HGMMA {found.products:3} {verdict}",
+                    flush=True,
+                )
     return not faulty

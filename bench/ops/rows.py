@@ -15,7 +15,8 @@ from bench.cases.jobs import Budget
 from bench.store.decoding import decode_dataclass, of_kind, require
 from bench.store.lines import ResultError
 from bench.store.rows import LEAST_MS, MOST_MS, Mark, Status, check_environment
-from dig.registry import check_resolution, parse_name
+from dig.registry import parse_name
+from dig.spec import check_resolution
 
 SCHEMA = 1
 KIND = "op"

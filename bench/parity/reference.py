@@ -15,7 +15,8 @@ from bench.parity.error import ParityError, relative_error
 from bench.parity.inputs import check_output, make_inputs
 from bench.parity.kernels import reference_of
 from dig.layers import Backbone
-from dig.registry import create_model, parse_name
+from dig.registry import parse_name
+from dig.spec import create_model
 
 PIXELS_PER_PATCH = 64
 """Side of the small image over the patch side: 8 × 8 tokens for every patch size."""

@@ -12,8 +12,8 @@ from dig.commands.common import one_device
 from dig.commands.run_options import given, model_text
 
 if TYPE_CHECKING:
-    from dig.registry import ModelSpec
     from dig.sampling.weights import Weights
+    from dig.spec import ModelSpec
     from dig.training.config import DataSpec
     from dig.training.initial import FirstWeights
 

@@ -12,7 +12,8 @@ from dig.commands.common import choose_device, one_device
 from dig.commands.run_options import given, model_text
 from dig.family import BACKEND
 from dig.packages import MissingPackageError
-from dig.registry import ModelSpec, parse_model
+from dig.registry import parse_model
+from dig.spec import ModelSpec
 
 if TYPE_CHECKING:
     from dig.training.config import TrainConfig

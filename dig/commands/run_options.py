@@ -20,7 +20,8 @@ from dig.family import BACKEND, closest, nearest
 from dig.fields import expected, fits
 from dig.helping import LIBRARY
 from dig.messages import describe
-from dig.registry import ModelSpec, parse_name
+from dig.registry import parse_name
+from dig.spec import ModelSpec
 
 OPTIONS_NAME = "config.toml"
 UNWRITTEN = ("context", "out", "config", "resume", "dry_run", "quiet")

@@ -32,7 +32,7 @@ from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option
 from dig.launched import follows
 from dig.memory import peak_memory
 from dig.progress import following, open_console
-from dig.registry import ModelSpec
+from dig.spec import ModelSpec
 
 if TYPE_CHECKING:
     from dig.training.config import TrainConfig

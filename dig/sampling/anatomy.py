@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dig.layers import Backbone
-from dig.registry import ModelSpec, list_variants
+from dig.registry import list_variants
+from dig.spec import ModelSpec
 from dig.training.saving import CheckpointError
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dig.registry import ModelSpec, families
+from dig.registry import families
 from dig.sampling.anatomy import models_of
 from dig.sampling.diffusers_names import CLASSES, EPS, depth_of, from_diffusers
 from dig.sampling.published import file_kind, read_published, read_state
 from dig.sampling.trained import HEADER, read_said
+from dig.spec import ModelSpec
 from dig.training.data.latents import LATENT_SCALE
 from dig.training.saving import CheckpointError
 

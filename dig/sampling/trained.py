@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dig.diffusion import LossName
 from dig.family import BACKEND
 from dig.fields import fits
-from dig.registry import VAE_FACTOR, ModelSpec
+from dig.spec import VAE_FACTOR, ModelSpec
 from dig.training.saving import CheckpointError
 
 SCHEMA = 1

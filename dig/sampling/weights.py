@@ -14,11 +14,12 @@ from dig.fields import INTEGERS
 from dig.hub import fetch, is_hub_name
 from dig.layers import Backbone
 from dig.messages import describe
-from dig.registry import VAE_FACTOR, ModelSpec, parse_model, parse_name
+from dig.registry import parse_model, parse_name
 from dig.sampling.anatomy import Anatomy, check_fit
 from dig.sampling.folders import HUB_FILES, HUB_NEEDED, read_folder, read_header, weights_in
 from dig.sampling.published import PublishedFile, file_kind, read_published
 from dig.sampling.trained import Trained, WeightsChoice
+from dig.spec import VAE_FACTOR, ModelSpec
 from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dig.flops import EqualBlocks
 from dig.layers import Backbone
-from dig.registry import ModelSpec, parse_name
+from dig.registry import parse_name
+from dig.spec import ModelSpec
 from dig.training.step import stop_dropping_labels
 
 SIDES = (4, 8, 12)

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from dig.diffusion import LossName, build_solver
 from dig.family import BACKEND, closest
 from dig.fields import INTEGERS, expected, fits
-from dig.registry import ModelSpec
+from dig.spec import ModelSpec
 from dig.training.data import DataSet, LatentShards
 from dig.training.identity import data_sha256
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dig.layers import Backbone, LabelEmbedder
-from dig.registry import ModelSpec, parse_name
+from dig.registry import parse_name
 from dig.sampling.anatomy import check_fit
 from dig.sampling.published import file_kind
 from dig.sampling.weights import Published, Weights, load_weights
+from dig.spec import ModelSpec
 from dig.training.saving import CheckpointError, read_about
 
 POSITIONS = "pos_embed"

@@ -121,7 +121,7 @@ def merged_state(model: Backbone, config: TrainConfig, state: Mapping[str, Tenso
     """The plain state dict of a model with adapters: each linear layer's weight with its adapter added.
 
     Args:
-        model: As `dig.registry.ModelSpec.build` gives it; changed.
+        model: As `dig.spec.ModelSpec.build` gives it; changed.
         config: The run.
         state: Of the model with adapters.
 

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dig.family import BACKEND
 from dig.layers import Backbone
 from dig.memory import available_memory, check_memory
-from dig.registry import ModelSpec, parse_name
+from dig.registry import parse_name
+from dig.spec import ModelSpec
 from dig.training.activations import Saved, count_saved, without_memory
 from dig.training.config import TrainConfig
 from dig.training.inputs import AHEAD

@@ -99,10 +99,12 @@ def test_a_real_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every model is counted for it."""
+    """Of every family; the counts of all sizes are looked at in test_flops."""
     monkeypatch.setenv("COLUMNS", "200")
-    listed = runner.invoke(cli.app, ["list", "--count"])
+    names = ["DiG-S", "DiT-S", "Flash-DiT-S", "DiS-S", "DiS-XL"]
+    listed = runner.invoke(cli.app, ["list", *names])
     assert listed.exit_code == 0, listed.output
+    assert all(f"{name}/{patch}" in listed.stdout for name in names for patch in (2, 4, 8))
     assert "32,983,328" not in listed.stdout  # the default variant is the paper's
     assert "DiS-XL/2 (assumed)" in listed.stdout
     assert "1.403" in listed.stdout

@@ -21,7 +21,7 @@ from bench.parity.error import ParityError
 from bench.parity.inputs import fill_zeros, refuse_zeros
 from bench.parity.operation import check_operation, compare
 from dig.operation import Operation
-from dig.registry import create_model
+from dig.spec import create_model
 
 FORWARD = Case(model="Flash-DiT-S/8", resolution=128, dtype="fp32", device="cpu", mode="forward")
 TRAIN = replace(FORWARD, mode="train")

@@ -33,6 +33,8 @@ from reports import fashion, follow
 from reports import sampling as sampling_report
 
 QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+DRAWN = settings(QUICK, max_examples=max(10, settings.default.max_examples // 4))
+"""Of inputs that figures are drawn of, which takes most of the time."""
 ROW = Row(
     case=Case(model="DiG-S/2", options=(("recurrence", "fla"),), resolution=256),
     status="ok",
@@ -123,7 +125,7 @@ def read_by_all(path: Path, folder: Path) -> None:
     clean(invoke(reports_main.app, path, "--out", folder / "report"), 0, 2)
 
 
-@QUICK
+@DRAWN
 @given(line=spoiled(json.loads(ROW.to_json())))
 def test_rows_with_anything_in_them(line: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
@@ -164,7 +166,7 @@ def write_logs(folder: Path, **files: list[str]) -> None:
         (own / "checkpoints" / "step-00000030.safetensors").write_bytes(checkpoint)
 
 
-@QUICK
+@DRAWN
 @given(
     spoilt=st.one_of(
         spoiled(RUN).map(lambda line: {"config_json": [line]}),

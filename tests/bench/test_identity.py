@@ -24,7 +24,7 @@ from bench.parity.reference import check_against_reference
 from bench.store.identity import MEASURING, VERSIONS, code_hash, measurement_key
 from dig.environment import CIRCUMSTANCES, ROOT, describe_environment, telling_variables
 from dig.flops import model_macs
-from dig.registry import create_model
+from dig.spec import create_model
 
 CASE = Case(model="DiT-S/8", resolution=64, device="cpu")
 KEY = """

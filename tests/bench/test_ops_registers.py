@@ -114,15 +114,24 @@ def test_the_compiler_has_tile_choices_for_every_architecture() -> None:
     assert {"8.0", "8.9", "9.0", "10.0", "12.0"} <= set(CAPABILITIES)
 
 
+MEASURED_ON = "9.0"
+"""Whose kernels are compiled each time; those of the other architectures, when slow tests run."""
+HERE = [pytest.param(each, marks=() if each == MEASURED_ON else pytest.mark.slow) for each in CAPABILITIES]
+TABLES = [
+    pytest.param(each, marks=pytest.mark.slow if each == MEASURED_ON else (pytest.mark.slow, pytest.mark.tables))
+    for each in CAPABILITIES
+]
+"""A whole table is minutes of compiling: nox -s tests_slow takes the one that rows were measured with."""
+
+
 @pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", HERE)
 def test_each_kernel_may_run(capability: str) -> None:
     """One variant of each; what an architecture's GPU would refuse, the compiler refuses or shows here."""
     assert len(compiled("--quick", "--capabilities", capability)) == QUICK + OTHERWISE.get(capability, (0, 0))[0]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", TABLES)
 def test_every_kernel_of_the_tables_may_run(capability: str) -> None:
     assert len(compiled("--capabilities", capability)) == ALL + OTHERWISE.get(capability, (0, 0))[1]

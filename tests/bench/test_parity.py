@@ -26,7 +26,8 @@ from bench.parity.kernels import _triton_kernels, check_kernels, reference_of, s
 from bench.parity.reference import check_against_reference
 from bench.parity.replay import check_replay
 from dig.environment import ROOT
-from dig.registry import create_model, find_family
+from dig.registry import find_family
+from dig.spec import create_model
 
 pytestmark = pytest.mark.usefixtures("shallow")
 

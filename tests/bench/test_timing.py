@@ -82,6 +82,7 @@ def test_a_budget_that_times_nothing_is_refused(change: dict) -> None:
         Budget(**change)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("family", ["DiG", "DiT", "Flash-DiT", "DiS"])
 def test_training_step_trains_every_parameter(family: str) -> None:
     case = Case(model=f"{family}-S/4", resolution=64, mode="train", dtype="fp32", device="cpu")
@@ -112,6 +113,7 @@ def test_a_training_step_is_the_loss_its_gradient_and_no_more() -> None:
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("mode", ["train", "forward"])
 @pytest.mark.parametrize(("dtype", "output"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_model_runs_in_the_precision_of_its_case(mode: str, dtype: str, output: torch.dtype) -> None:

@@ -142,7 +142,7 @@ def invoke(*words: Any) -> Any:
 @pytest.fixture(scope="module")
 def classifier(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("classifier") / "c.safetensors"
-    result = invoke("classifier", "--data", data, "--out", out, "--epochs", 6, "--batch", 50, "--device", "cpu")
+    result = invoke("classifier", "--data", data, "--out", out, "--epochs", 4, "--batch", 50, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "of idx files (test)" in result.output
     return out

@@ -22,10 +22,11 @@ import dig
 from baselines.declared import FLASH_DIT
 from dig.checkpoints import to_release
 from dig.cli import app
-from dig.registry import ModelSpec, create_model, parse_model
+from dig.registry import parse_model
 from dig.sampling.exporting import Format, export
 from dig.sampling.trained import HEADER
 from dig.sampling.weights import Published, Weights, load_weights
+from dig.spec import ModelSpec, create_model
 from dig.training.saving import CheckpointError
 from tests.dig.tiny import TINY, TINY_DIT, build_dit, using
 from tests.helpers import example, randomize, relative_error

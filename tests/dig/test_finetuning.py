@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from dig.cli import app
 from dig.layers import sincos_position_embedding
-from dig.registry import ModelSpec
 from dig.sampling.weights import load_weights
+from dig.spec import ModelSpec
 from dig.training.initial import fit_weights
 from dig.training.resuming import recorded_config
 from dig.training.saving import CheckpointError, checkpoint_files, checkpoint_path

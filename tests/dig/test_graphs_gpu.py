@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import dig
 from dig.graphs import record
-from dig.registry import create_model
+from dig.spec import create_model
 from tests.helpers import randomize, relative_error
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ from dig import progress
 from dig.cli import app
 from dig.memory import in_bytes
 from dig.progress import Follower, duration, following
-from dig.registry import ModelSpec
+from dig.spec import ModelSpec
 from tests.dig.test_training_identity import class_folders, make_vae
 from tests.dig.tiny import TINY, make_fashion, using
 

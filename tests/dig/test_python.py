@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import dig
 from dig.cli import app
 from dig.environment import ROOT
-from dig.registry import create_model
 from dig.sampling.exporting import export
 from dig.sampling.weights import load_weights
+from dig.spec import create_model
 from tests.dig.test_export import tiny_vae, weights_of
 from tests.dig.tiny import TINY, TINY_DIT, make_class_folders, using
 from tests.helpers import randomize

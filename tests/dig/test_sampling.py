@@ -23,11 +23,12 @@ from dig.diffusion import sample
 from dig.family import Family
 from dig.graphs import CaptureError
 from dig.layers import Backbone
-from dig.registry import create_model, list_variants, register
+from dig.registry import list_variants, register
 from dig.sampling import runner as runs
 from dig.sampling.classes import parse_classes
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.weights import load_weights
+from dig.spec import create_model
 from dig.training.saving import checkpoint_files
 from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training import damage_bytes
@@ -279,8 +280,8 @@ def test_wrong_published_files_are_told_from_their_shapes(
 
 def test_another_family_is_named(own: str, tmp_path: Path) -> None:
     """Among all models there are, by shapes alone; a family that can't be built is none of them."""
-    from dig.registry import ModelSpec
     from dig.sampling.anatomy import CheckpointError, check_fit
+    from dig.spec import ModelSpec
 
     def build(name: str, **options: str) -> tuple[Backbone, ModelSpec]:
         spec = ModelSpec(name=name, options=options, input_size=(4, 4), in_channels=4, num_classes=5)

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dig.diffusion import NotFiniteError, initial_noise, sample, step_noise, training_noise
-from dig.registry import create_model
 from dig.sampling import files
 from dig.sampling.published import file_kind
 from dig.sampling.runner import SamplePlan
+from dig.spec import create_model
 from dig.training.saving import checkpoint_files, read_about
 from tests.dig.test_sampling import draw, images, published, published_model, run
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dig.cli import app
-from dig.registry import ModelSpec
+from dig.spec import ModelSpec
 from dig.training.config import DataSpec
 from dig.training.logs import lines_until
 from dig.training.saving import checkpoint_files, checkpoint_path, read_checkpoint, save_checkpoint

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dig.registry import ModelSpec, create_model, parse_model
+from dig.registry import parse_model
 from dig.sampling.runner import BatchSampler, SamplePlan
+from dig.spec import ModelSpec, create_model
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
 from dig.training.saving import checkpoint_files, read_checkpoint

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from dig.cli import app
-from dig.registry import ModelSpec
+from dig.spec import ModelSpec
 from dig.training import needs as needed
 from dig.training.activations import _count, count_saved
 from dig.training.config import BATCH, DataSpec, TrainConfig

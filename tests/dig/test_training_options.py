@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from dig.cli import app
 from dig.commands.run_options import model_text, option_types, options_of, read_options, write_options
 from dig.commands.train import train_command
-from dig.registry import ModelSpec, parse_model
+from dig.registry import parse_model
+from dig.spec import ModelSpec
 from dig.training.resuming import recorded_config
 from tests.dig.test_training import lines, newest, train
 from tests.dig.tiny import make_fashion

@@ -13,7 +13,7 @@ import torch
 from dig.diffusion import build_loss
 from dig.graphs import CaptureError
 from dig.layers import Backbone
-from dig.registry import ModelSpec, create_model
+from dig.spec import ModelSpec, create_model
 from dig.training.config import DataSpec, TrainConfig, choose_execution
 from dig.training.data import Batch
 from dig.training.inputs import step_inputs
@@ -255,10 +255,11 @@ def test_execution_is_chosen_once(tmp_path: Path) -> None:
     assert config(execution_reason="asked for").differences(config()) == []
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(("name", "draws"), [("DiS-S/2", True), ("DiG-S/2", False), ("DiT-S/2", False)])
 def test_blocks_that_draw_are_computed_again_eagerly(name: str, draws: bool) -> None:
     """Under auto; who asks for a graph is told by it. Also in a folder where a graph came to no step."""
-    spec = ModelSpec(name=name, input_size=(32, 32), in_channels=4, num_classes=10)
+    spec = ModelSpec(name=name, input_size=(8, 8), in_channels=4, num_classes=10)
     assert draws_in_training(spec) == draws
     began = config(device="cuda", execution="graph")
     reason = "blocks that draw random numbers can't be computed again in a CUDA graph"

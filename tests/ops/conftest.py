@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 
 import pytest
@@ -177,6 +178,23 @@ def _patch_each_language_once() -> None:
     interpreter._patch_lang = patch_once
 
 
+def _find_functions_once() -> None:
+    """Make the interpreter look for a module's own functions once; it goes through all that it has at every launch."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def functions_of(package: object) -> list[tuple[str, object]]:
+        # Those of a module that is patched already are none: asked for before the first launch.
+        return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch(package, builder, scope) -> None:
+        for name, member in functions_of(package):
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
+
+
 def _check_overflow_at_once() -> None:
     """Make the interpreter look for integers beyond their type by NumPy; it takes a dozen operations of its own."""
     import numpy as np
@@ -267,6 +285,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _refuse_tensors_in_constants()
     _check_every_address()
     _patch_each_language_once()
+    _find_functions_once()
     _check_overflow_at_once()
     _look_dtypes_up()
     _remember_types()

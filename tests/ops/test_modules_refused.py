@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dig.model import DiG
 from tests.helpers import example, relative_error
-from tests.ops.test_modules import CONFIG, DEVICE, _whole_fp32, model_of, twin_of  # noqa: F401 - a fixture is among them
+from tests.ops.modules import CONFIG, DEVICE, _whole_fp32, model_of, twin_of  # noqa: F401 - a fixture is among them
 
 
 def test_what_does_not_fit_together_is_refused_before_a_kernel_reads_it() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import example, relative_error
-from tests.ops.test_modules import CONFIG, DEVICE, _whole_fp32, model_of, twin_of  # noqa: F401 - a fixture is among them
+from tests.ops.modules import CONFIG, DEVICE, _whole_fp32, model_of, twin_of  # noqa: F401 - a fixture is among them
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

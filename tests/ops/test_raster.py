@@ -44,10 +44,22 @@ def twins(config: DiGConfig) -> tuple[DiG, DiG]:
     return reference.to(DEVICE), kernels.to(DEVICE)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+ALSO_BATCHES = ("paper", "no convolution", "heads of 36", "skips as released")
+"""Cases whose two images are looked at each time; the others' when slow tests run."""
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        *((name, 1) for name in CASES),
+        *(pytest.param(name, 2, marks=() if name in ALSO_BATCHES else pytest.mark.slow) for name in CASES),
+    ],
+)
 def test_output_and_every_gradient_in_fp32(name: str, batch: int) -> None:
-    """With one image the gates act on the weights, with more on the tokens."""
+    """With one image the gates act on the weights, with more on the tokens.
+
+    The pass that overwrites its tokens gives what the one that keeps them gives, and leaves the input alone.
+    """
     reference, kernels = twins(CASES[name])
     inputs = example(reference, batch)
     truth = reference.double()(*(x.double() if x.is_floating_point() else x for x in inputs))
@@ -59,6 +71,12 @@ def test_output_and_every_gradient_in_fp32(name: str, batch: int) -> None:
     expected = dict(reference.named_parameters())
     errors = {n: relative_error(p.grad, expected[n].grad) for n, p in kernels.named_parameters()}
     assert max(errors.values()) < 2e-3, errors
+    before = inputs[0].clone()
+    with torch.no_grad():
+        output = kernels(*inputs)
+    # Gates multiply weights in one and tokens in the other, so roundings differ.
+    assert relative_error(output, actual) < 1e-5
+    assert torch.equal(inputs[0], before)
 
 
 def gradients_of(model: DiG, output: Tensor, weight: Tensor) -> Tensor:
@@ -94,19 +112,6 @@ def test_bf16_gradients(batch: int) -> None:
         rounded, actual = reference(*inputs), kernels(*inputs)
     expected = relative_error(gradients_of(reference, rounded, weight), true_gradients)
     assert relative_error(gradients_of(kernels, actual, weight), true_gradients) < 1.5 * expected
-
-
-@pytest.mark.parametrize(("name", "batch"), [*((name, 1) for name in CASES), *((name, 2) for name in list(CASES)[:3])])
-def test_without_gradients(name: str, batch: int) -> None:
-    """The pass that overwrites its tokens gives what the one that keeps them gives, and leaves the input alone."""
-    _, kernels = twins(CASES[name])
-    inputs = example(kernels, batch)
-    before = inputs[0].clone()
-    with torch.no_grad():
-        output = kernels(*inputs)
-    # Gates multiply weights in one and tokens in the other, so roundings differ.
-    assert relative_error(output, kernels(*inputs)) < 1e-5
-    assert torch.equal(inputs[0], before)
 
 
 class _Calls(TorchDispatchMode):
