@@ -54,13 +54,14 @@ def check_folder_name(option: str, path: Path | None) -> None:
         option: That names it, ``--out``.
         path: The folder.
     """
-    if path is not None and not path.is_dir() and path.suffix and path.suffix.lower() in _OF_FILES.split():
+    if path is not None and path.suffix and path.suffix.lower() in _OF_FILES.split() and not path.exists():
         raise ValueError(f"{option} names a folder, and {path} would be a file's name: leave out {path.suffix}")
 
 
 def check_file_name(option: str, path: Path, suffix: str) -> None:
-    """Raise ValueError where a file's name says that it holds something else; one without a suffix says nothing."""
-    if path.suffix.lower() != suffix and path.suffix and path.suffix.lower() in _OF_FILES.split():
+    """Raise ValueError where a new file's name says that it holds something else; without a suffix it says nothing."""
+    others = [other for other in _OF_FILES.split() if other != suffix]
+    if path.suffix.lower() in others and not path.exists():
         raise ValueError(f"{option} writes a file in {suffix}, and {path} has the name of another: give it that suffix")
 
 

@@ -100,8 +100,7 @@ def evaluate_command(
                     f"{name} must be at least {NEEDED}, for the third neighbour of each image; got {value}"
                 )
         if append is not None:
-            if not append.exists():
-                check_file_name("--append", append, ".jsonl")
+            check_file_name("--append", append, ".jsonl")
             _check_rows(append)
         import torch
 

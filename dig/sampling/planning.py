@@ -57,9 +57,9 @@ def plan_samples(
         kind = str(getattr(classes, "dtype", "int"))
         if not any(word in kind for word in ("int", "object", "str", "<U")):
             raise TypeError(f"classes must be whole numbers; got a {type(classes).__name__} of {kind}")
-        if getattr(classes, "ndim", 1) != 1:
+        if (dimensions := getattr(classes, "ndim", 1)) != 1:
             raise ValueError(
-                f"classes must be a list, one label each; got {type(classes).__name__} of {classes.ndim} dimensions"
+                f"classes must be a list, one label each; got {type(classes).__name__} of {dimensions} dimensions"
             )
     text = classes if classes is None or isinstance(classes, str) else ",".join(map(_word, classes))
     labels = parse_classes(text, class_names, num_classes, num_classes)

@@ -71,7 +71,8 @@ def count_saved(spec: ModelSpec, *, bf16: bool) -> Saved | None:
     """
     patch = parse_name(spec.name)[2]
     try:
-        points, once, blocks = [], 0, 1
+        points: list[tuple[int, int]] = []
+        once, blocks = 0, 1
         for side in SIDES:
             with torch.device("meta"):
                 model = dataclasses.replace(spec, input_size=(side * patch, side * patch)).build().train()

@@ -360,7 +360,7 @@ def test_specs_that_no_classifier_has() -> None:
         (
             (16, 16),
             [],
-            "the samples are 16x16, the data 32x32, which can't be read as 16x16 (.*larger than image_size 16",
+            "the samples are 16x16, the data 32x32, which can't be read as 16x16 (.*larger than --image-size 16",
         ),
         ((32, 48), [], "the samples are 32x48, the data 32x32, and always square; measure square samples"),
         (

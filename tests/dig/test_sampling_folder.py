@@ -113,7 +113,7 @@ def test_what_is_refused(run: Path, tmp_path: Path) -> None:
         (["--images", str(out), "--npz", "x.npz"], "choose --images or --npz"),
         (["--images", str(out), "--latents"], "are of images, not of latents"),
         (["--images", str(out), "--labels"], "are of a grid: give --grid"),
-        (["--grid", str(tmp_path / "g.png"), "--scale", "99"], "scale, which is 64 at most"),
+        (["--grid", str(tmp_path / "g.png"), "--scale", "99"], "--scale must be 1 to 64"),
     ):
         result = draw(run, "--samples", "2", *options)
         assert result.exit_code == 2, options
