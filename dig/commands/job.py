@@ -86,7 +86,7 @@ def working_together(
     if parallel not in ("auto", "ddp", "fsdp"):
         raise ValueError(f"parallel must be auto, ddp or fsdp; got {parallel!r}")
     if not 1 <= hang_seconds <= MOST_SECONDS:
-        raise ValueError(f"hang-timeout must be 1 to {MOST_SECONDS:,} seconds; got {hang_seconds}")
+        raise ValueError(f"--hang-timeout must be 1 to {MOST_SECONDS:,} seconds; got {hang_seconds}")
     if parallel == "auto" and place_in_job()[1] == 1:
         yield None
         return

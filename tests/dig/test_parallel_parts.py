@@ -317,7 +317,7 @@ def test_ranks_of_a_machine_share_its_processors(monkeypatch: pytest.MonkeyPatch
 def test_shares_take_less_memory() -> None:
     run = config()
     alone, shared = training_needs(run), training_needs(run, ranks=4, sharded=True)
-    for name in ("weights", "optimizer", "gradients", "average", "a batch and its noise", "activations"):
+    for name in ("weights", "optimizer", "gradients", "average", "batches and their noise", "activations"):
         assert alone[name] // 4 == shared[name]
     assert training_needs(run, ranks=4)["weights"] == alone["weights"]
 
@@ -327,7 +327,7 @@ def test_a_time_out_that_is_none(value: str, tmp_path: Path) -> None:
     words = ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--hang-timeout", value]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
-    assert "error: hang-timeout must be 1 to 2,592,000 seconds; got " in result.output
+    assert "error: --hang-timeout must be 1 to 2,592,000 seconds; got " in result.output
     result = CliRunner().invoke(app, [*words[:-2], "--parallel", "pipeline"])
     assert result.exit_code == 2
-    assert "error: parallel must be auto, ddp or fsdp; got 'pipeline'" in result.output
+    assert "error: --parallel must be auto, ddp or fsdp; got 'pipeline'" in result.output

@@ -79,7 +79,7 @@ def test_runs_of_earlier_versions_averaged_without_warmup(data: Path, tmp_path: 
     assert torch.equal(ours, theirs)
     result = train(data, run, "--ema-warmup", *options)
     assert result.exit_code == 2
-    assert "ema_warmup: True, False" in result.output
+    assert "--ema-warmup: True, False" in result.output
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:

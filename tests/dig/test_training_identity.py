@@ -118,7 +118,7 @@ def test_checkpoints_of_other_kinds_of_wrong(data: Path, tmp_path: Path) -> None
         (tensors, {**about, "seconds": "many"}, "seconds is many"),
         (tensors, {name: value for name, value in about.items() if name != "seconds"}, "'seconds'"),
         (tensors, {**about, "config": 3}, "describes no run"),
-        (tensors, {**about, "config": {**about["config"], "batch": "8"}}, "batch can't be '8'"),
+        (tensors, {**about, "config": {**about["config"], "batch": "8"}}, "batch must be a whole number; got '8'"),
         (tensors, {**about, "config": {**about["config"], "model": []}}, "must be an object"),
         (tensors, [], "its header is no object"),
         (without("random.cpu"), about, "random.cpu do not fit"),
