@@ -43,7 +43,12 @@ def peak_memory(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
+    try:
+        # Linux' ru_maxrss is never less than what the process had that started this one.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Bytes on macOS.
 
 
 def check_memory(needs: Mapping[str, int], *, device: str, advice: str, estimate: bool = False) -> None:

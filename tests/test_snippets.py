@@ -174,7 +174,7 @@ def test_a_lost_link_is_seen(tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_seen() -> None:
     """The parser is that of the commands: options that aren't there don't pass."""
-    for words in (["train", "--dat", "x"], ["trian"], ["sample", "--steps", "many", "--checkpoint", "run"], ["train"]):
+    for words in (["train", "--dat", "x"], ["trian"], ["sample", "--steps", "many", "--checkpoint", "run"], ["sample"]):
         with pytest.raises(USAGE_ERROR):
             parse(module_command("dig"), words)
     with pytest.raises(AssertionError):

@@ -131,6 +131,8 @@ class Samples:
 
     def grid(self, columns: int | None = None) -> Image.Image:
         """All of them in one picture, row by row; about square if not told otherwise."""
+        if columns is not None and whole_number("columns", columns) < 1:
+            raise ValueError(f"columns must be at least 1; got {columns}")
         return Image.fromarray(make_grid(self._drawn(), columns))
 
 

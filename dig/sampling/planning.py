@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from dig.diffusion import LossName
@@ -49,7 +49,7 @@ def plan_samples(
     Raises:
         ValueError: There is no such class, or it can't be sampled so.
     """
-    if classes is not None and not hasattr(classes, "__iter__"):
+    if classes is not None and (not hasattr(classes, "__iter__") or isinstance(classes, set | frozenset | Mapping)):
         raise TypeError(
             f"classes must be a list of indices and names, [3, 7], or the command's text; got {classes!r:.80}"
         )
@@ -61,6 +61,8 @@ def plan_samples(
             raise ValueError(
                 f"classes must be a list, one label each; got {type(classes).__name__} of {dimensions} dimensions"
             )
+        if not len(classes):
+            raise ValueError(f"classes must be one or more, or None for all; got {classes!r:.80}")
     text = classes if classes is None or isinstance(classes, str) else ",".join(map(_word, classes))
     labels = parse_classes(text, class_names, num_classes, num_classes)
     plan = SamplePlan(

@@ -11,7 +11,7 @@ from bench.cli import list as listing
 from bench.cli.main import app
 from dig import flops, registry
 from dig.flops import forward_macs
-from dig.registry import create_model
+from dig.spec import create_model
 
 runner = CliRunner()
 

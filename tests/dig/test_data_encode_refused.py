@@ -58,7 +58,7 @@ def test_refusals(tmp_path: Path, images: Path, vae: Path, monkeypatch: pytest.M
         ({"workers": 0}, "workers must be 1 to"),
         ({"workers": 10**9}, "workers must be 1 to"),
         ({"rank": -1}, "rank must be"),
-        ({"world_size": 0}, "rank must be"),
+        ({"world_size": 0}, "world_size must be a whole number, at least 1; got 0"),
         ({"dtype": "fp64"}, "dtype must be one of"),
         ({"image_size": 10**6}, r"GiB are needed \(an image of 1000000x1000000"),
     ],

@@ -52,6 +52,10 @@ def test_an_export_is_what_its_name_says(name: str, format: str, message: str, r
     ("words", "message"),
     [
         (["encode", "{images}", "--vae", "x", "--out", "l.npz"], "--out names a folder"),
+        (
+            ["encode", "{images}", "--vae", "x", "--out", "l", "--world-size", "0"],
+            "--world-size must be a whole number, at least 1; got 0",
+        ),
         (["classifier", "--data", "{images}", "--out", "c.pt"], "--out writes a file in .safetensors"),
         (
             ["evaluate", "--samples", "s.npz", "--data", "x", "--classifier", "c", "--append", "rows.png"],

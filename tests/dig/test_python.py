@@ -117,6 +117,7 @@ def test_what_cannot_be_sampled_is_told(run: Path) -> None:
         ({"classes": ["Snaker"]}, "did you mean Sneaker"),
         ({"classes": [12]}, "no class @12: this model has 0 to 2"),
         ({"classes": [-1]}, "no class -1"),
+        ({"classes": []}, r"classes must be one or more, or None for all; got \[\]"),
         ({"sampler": "euler"}, "trained with the loss hybrid"),
         ({"execution": "graph"}, "needs an NVIDIA GPU"),
         ({"dtype": "fp16"}, "dtype must be bf16 or fp32; got 'fp16'"),
@@ -131,6 +132,7 @@ def test_what_cannot_be_sampled_is_told(run: Path) -> None:
         ({"classes": 3}, r"classes must be a list of indices and names, \[3, 7\].*; got 3"),
         ({"classes": torch.tensor([1.0, 2.0])}, "classes must be whole numbers; got a Tensor of torch.float32"),
         ({"classes": np.array([1.0])}, "classes must be whole numbers; got a ndarray of float64"),
+        ({"classes": {1, 2}}, "classes must be a list of indices and names"),
         ({"seed": None}, "seed must be a whole number; got None"),
         ({"seed": 1.0}, "seed must be a whole number; got 1.0"),
         ({"first": "2"}, "first must be a whole number; got '2'"),
@@ -150,6 +152,11 @@ def test_what_cannot_be_sampled_is_told(run: Path) -> None:
     for options, message in wrong:
         with pytest.raises(TypeError, match=message):
             dig.sample(model, **options)
+    drawn = dig.sample(model, [1], samples=1, steps=1)
+    with pytest.raises(ValueError, match="columns must be at least 1; got 0"):
+        drawn.grid(columns=0)
+    with pytest.raises(TypeError, match="columns must be a whole number; got 'a'"):
+        drawn.grid(columns="a")  # type: ignore[arg-type]
     for value, message in (
         ("run", "model must be a dig.layers.Backbone.*got str: dig.load takes"),
         (torch.nn.Linear(1, 1), "model must be a dig.layers.Backbone.*got Linear"),

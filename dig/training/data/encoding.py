@@ -255,6 +255,7 @@ def encode(
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("image_size", image_size)):
         check_whole(name, value, least=1)
+    check_whole("world_size", world_size, least=1)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be at least 0 and below the world size {world_size}; got {rank} of {world_size}")
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
