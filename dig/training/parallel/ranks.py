@@ -157,6 +157,9 @@ def joined(device: str, *, hang_seconds: float = HANG_SECONDS, trains: bool = Tr
         torch.cuda.set_device(where)
     store = _find_store(rank, world_size)
     over_nccl = device == "cuda" and trains
+    if over_nccl:
+        # Else an exchange's few CTAs queue behind each kernel's thousands, and hardly run beside them.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     timeout = timedelta(seconds=hang_seconds + AFTER)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if over_nccl else "gloo",

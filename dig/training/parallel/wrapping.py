@@ -113,6 +113,8 @@ def wrap(
         network: Any = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
+            # Gradients lie in the buckets that are reduced: nothing is copied back, and nothing held twice.
+            gradient_as_bucket_view=True,
             # Those of the models here are constants.
             **_CONSTANT_BUFFERS,
         )
