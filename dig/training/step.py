@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dig.diffusion import Loss, build_loss
-from dig.graphs import Captured, CaptureError, capture
+from dig.graphs import Captured, CaptureError, capture, on_capture_stream
 from dig.graphs.capturing import WARMUP
 from dig.layers import Backbone, LabelEmbedder
 from dig.model import DiG
@@ -167,8 +167,8 @@ class TrainingStep:
         self.sums = torch.zeros(len(loss.terms) + 1, dtype=torch.float64, device=self.device)
         self._captured: Captured[None] | None = None
         self._strict = config.deterministic
-        # Warm-up does it for a graph; of one process, and of what is sharded, there are none.
-        self._laid = parallel != "ddp" or config.execution == "graph"
+        # Of one process, and of what is sharded, there are none.
+        self._laid = parallel != "ddp"
         # Ranks can't try a step and take it back: `build_step` has tried it for them.
         self._tried = parallel is not None
 
@@ -212,6 +212,11 @@ class TrainingStep:
             self._step(there)
             return
         if self._captured is None:
+            if not self._laid:
+                # The pass after it tells ranks about the places from the host, which can't be in a graph: then it is
+                # the first of those that warm up.
+                with on_capture_stream(self.device):
+                    self._lay_buckets(inputs.to(self.device))
             self._captured = self._capture(inputs)
         self._captured(inputs)
 
