@@ -147,8 +147,8 @@ ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
     [
         (H100 / "rows.jsonl", 167, ALL),
         (H100 / "extra.jsonl", 51, {"triton", "sdpa-cudnn", "flash-attn-4-padded"}),
-        (H100 / "scaling.jsonl", 4, {"triton"}),
-        (H100 / "best.jsonl", 23, {"triton", "sdpa-cudnn", "flash-attn-4", "mamba-ssm"}),
+        (H100 / "scaling.jsonl", 12, {"triton", "sdpa-cudnn"}),
+        (H100 / "best.jsonl", 74, ALL | {"flash-attn-4", "flash-attn-4-padded"}),
         (ROOT / "tests" / "data" / "schema-1.jsonl", 132, ALL),
     ],
     ids=lambda value: value.name if isinstance(value, Path) else "",

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from bench.cases.case import Case
 from bench.judge.scaling import points
+from bench.measure.intervals import MedianInterval
 from bench.store.ledgers import Memory, Scaling, Timing
 from bench.store.rows import Row, read_results
 from dig.config import SIZES
@@ -203,6 +204,12 @@ def test_the_page_names_every_assumption_with_its_value() -> None:
     assert "python -m reports.scaling" in text
 
 
+def said(found: MedianInterval | None, form: str) -> str:
+    """The middle of an interval, as the page writes it."""
+    assert found is not None
+    return format(found.median, form)
+
+
 def test_what_the_page_says_of_its_tables() -> None:
     """The sentences below the tables, held against them."""
     assumed, rows = Assumed(), published()
@@ -221,13 +228,20 @@ def test_what_the_page_says_of_its_tables() -> None:
     assert stops_at([step for step in strong if step.kind == "ddp"], assumed) == 16
     sends = {step.gpus for step in strong if step.kind == "ddp" and step.communication_s > step.compute_s}
     assert sends == {32, 64, 128, 256}
-    graph, eager = (point for point in points(rows) if point.row.case.processes == 2)
-    assert graph.efficiency is not None
-    assert graph.exposed_ms is not None
-    assert eager.efficiency is not None
-    text = PAGE.read_text(encoding="utf-8")
-    assert f"{graph.efficiency.median:.0%} of twice one GPU, and {graph.exposed_ms.median:.1f} ms" in text
-    assert f"Eagerly it is {eager.efficiency.median:.0%}" in text
+    two = {
+        (point.row.case.family, point.row.case.parallel, point.row.case.captures): point
+        for point in points(rows)
+        if point.row.case.processes == 2
+    }
+    dig, flash, sharded = (
+        two[key] for key in (("DiG", "ddp", True), ("Flash-DiT", "ddp", True), ("DiG", "fsdp", False))
+    )
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert f"`ddp` reaches {said(dig.efficiency, '.0%')} of twice one GPU with DiG-XL/2 and" in text
+    assert f"and {said(flash.efficiency, '.0%')} with Flash-DiT-XL/2, and" in text
+    assert f"{said(dig.exposed_ms, '.1f')} and {said(flash.exposed_ms, '.1f')} ms of sending are exposed" in text
+    gib = [point.row.memory.allocator_peak / 2**30 for point in (sharded, dig) if point.row.memory is not None]
+    assert f"takes {gib[0]:.1f} GiB a GPU instead of {gib[1]:.1f}" in text
     assert small.launch_s > small.pass_s(32, assumed)
 
 
