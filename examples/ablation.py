@@ -18,6 +18,7 @@ share the GPU, for nothing of them is timed.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -183,6 +184,7 @@ class Lane:
         """Train, measure; the run's line."""
         import torch
 
+        from dig.diffusion.samplers import NotFiniteError
         from dig.training.blocks import blocks_of
         from dig.training.step import build_step
 
@@ -194,8 +196,14 @@ class Lane:
         began = time.monotonic()
         steps, seconds = self._train(step, equal_seconds=arm.experiment == "seconds")
         ready = time.monotonic() - began - seconds
-        held = self._held_out(step.ema)
-        distance = self._distance(step.ema)
+        failed = ""
+        held: float | None = None
+        distance: float | None = None
+        try:
+            held = self._held_out(step.ema)
+            distance = self._distance(step.ema)
+        except NotFiniteError as error:
+            failed = str(error)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
         del step
         if self.device.type == "cuda":
@@ -215,6 +223,7 @@ class Lane:
             "ready_seconds": round(ready, 3),
             "images_per_second": round(steps * config.batch / seconds, 1) if seconds else None,
             "alone": arm.experiment == "seconds",
+            "failed": failed,
             "loss": held,
             "frechet": distance,
             "samples": self.setting.samples,
@@ -286,11 +295,16 @@ class Lane:
         """Mean squared error of the predicted noise on images that no run has seen."""
         import torch
 
+        from dig.diffusion.samplers import NotFiniteError
+
         errors = []
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             for x, y, t, noise in zip(*(tensor.split(512) for tensor in self.held), strict=True):
                 errors.append(self.loss(model, x, y, t=t, noise=noise)["mse"].double())
-        return float(torch.cat(errors).mean())
+        mean = float(torch.cat(errors).mean())
+        if not math.isfinite(mean):
+            raise NotFiniteError("the loss on held-out images is not finite: the run diverged")
+        return mean
 
     def _distance(self, model: Any) -> float:
         """Fréchet distance of samples, without guidance, to the training split."""
@@ -349,10 +363,12 @@ def main(
         began = time.monotonic()
         record = here.run(arm, seed)
         append_line(path, json.dumps(record))
+        numbers = ""
+        if not record["failed"]:
+            numbers = f"loss {record['loss']:.4f}, Fréchet distance {record['frechet']:.2f}"
         typer.echo(
-            f"{arm.experiment} {arm.name} seed {seed}: loss {record['loss']:.4f}, Fréchet distance "
-            f"{record['frechet']:.2f}, {record['steps']} steps in {record['seconds']:.1f} s, "
-            f"{time.monotonic() - began:.1f} s in all"
+            f"{arm.experiment} {arm.name} seed {seed}: {numbers or record['failed']}, {record['steps']} steps in "
+            f"{record['seconds']:.1f} s, {time.monotonic() - began:.1f} s in all"
         )
 
 
