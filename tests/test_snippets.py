@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_shell(body: str) -> None:
                 check_nox(rest)
             case ["pip", "install", *rest]:
                 check_extras(rest)
+            case ["python", script, *rest] if script.endswith(".py"):
+                parse(typer.main.get_command(runpy.run_path(str(ROOT / script))["app"]), rest)
             case ["bash", script, *_]:
                 assert (ROOT / script).is_file(), script
             case _:
