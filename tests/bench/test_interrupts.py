@@ -15,7 +15,7 @@ import pytest
 from bench.run import preload
 from bench.run.process import Worker
 from dig.environment import ROOT
-from tests.bench.test_runner import children
+from tests.bench.harness import children
 
 EARLY = """
 import signal

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.derivatives import once
+from dig.ops.gla.block_launches import run_block, run_block_backward
 from dig.ops.gla.launches import (
     DecayGate,
     Plan,
@@ -24,8 +25,6 @@ from dig.ops.gla.launches import (
     empty_sums,
     no_states,
     plan_of,
-    run_block,
-    run_block_backward,
 )
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import check_qkv
