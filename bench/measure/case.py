@@ -46,9 +46,9 @@ LEAST_CPUS = 4
 def stay_near(gpu: Gpu | None) -> int | None:
     """Run on the CPUs nearest to the GPU from now on; how many they are, None where nothing had to change.
 
-    On a host of several sockets a process may start far from its GPU and stay there: every launch and every word that
-    the GPU fetches from the host's memory would cross between the sockets, in that process and not in the next. Too few
-    CPUs would be worse. To be called before CUDA starts.
+    On a host of several sockets a process may start far from its GPU and stay there. Every launch, and all that the GPU
+    reads of the host's memory, then crosses between the sockets: in that process, and not in the next. Too few CPUs
+    would be worse. To be called before CUDA starts.
     """
     near = None if gpu is None else gpu.near_cpus()
     if not near:

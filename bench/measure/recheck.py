@@ -1,7 +1,7 @@
 """After the timed steps: what was timed, run once more on other inputs, against the same step run eagerly.
 
-A kernel that stops writing after some calls, an output kept from the inputs before, or a graph that reads memory which
-is another's by now would all be fast, and were right before the clock started.
+It finds a kernel that stops writing after some calls, an output kept from earlier inputs, and a graph that reads memory
+which is another tensor's by now. All of them are fast, and were right before the clock started.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ class Plan:
     def walks(self) -> bool:
         """Whether the forward pass is one launch, whose programs walk all chunks of a head, instead of three.
 
-        It moves the least and launches once, but what three launches do for all chunks beside each other its programs
-        do one after the other, each waiting for the one before: that takes as many of them as keep the card busy, and
-        the more, the more chunks there are. One chunk is a program in both.
+        One launch moves the fewest bytes, but its programs walk chunks one after the other; three launches do all
+        chunks at once. So one launch needs enough heads to keep the card busy, and the more, the more chunks there are.
+        Of a single chunk both ways have the same programs.
         """
         tiles = self.tiles
         few_chunks, many_heads = tiles.walk_chunks >= self.N, tiles.walk_programs * self.N <= self.B * self.H
@@ -75,7 +75,7 @@ class Plan:
 
 def tiles_for(q: Tensor, v: Tensor) -> GlaTiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V), fp32 or bf16."""
-    # As plain numbers: with dynamic shapes torch.compile counts in symbols, which no table can look up.
+    # Plain numbers: a table has no entry for torch.compile's symbols, which dynamic shapes have.
     return for_device(v.device).gla_tiles(int(q.shape[-1]), int(v.shape[-1]), v.dtype)
 
 
@@ -84,7 +84,7 @@ def plan_of(
 ) -> Plan:
     """The launch plan for queries (B, T, H, K) and values (B, T, H, V); order as `scan_tokens` takes it."""
     B, T, H, K = q.shape
-    # Symbols, in which torch.compile counts with dynamic shapes, are no keys to remember anything by.
+    # torch.compile's symbols, which dynamic shapes have, are no keys of a cache.
     plan = _plan if type(B) is int and type(T) is int else _plan.__wrapped__
     return plan(tiles_for(q, v), B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
 
@@ -128,7 +128,7 @@ def _plan(
 def _precision(dtype: torch.dtype) -> str:
     if not isinstance(output_kernel, triton.runtime.JITFunction):
         return "interpreter"
-    # Three tf32 products keep fp32's 24 bits of the operands and still run on the matrix units.
+    # Three tf32 products keep fp32's 24 bits of the operands and still run on the tensor cores.
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
