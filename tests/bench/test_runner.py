@@ -161,22 +161,15 @@ def _busy(process_id: int, seconds: float = 1.5) -> bool:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > seconds
 
 
+SEVERAL = [sys.executable, "-m", "bench", "run", "--models", "DiT,DiS", "--patch", "8", "--resolution", "64,128"]
+SEVERAL += ["--modes", "train"]
+"""A command of four cases, seconds each."""
+
+
 @pytest.mark.slow
 def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "run",
-        "--models",
-        "DiT,DiS",
-        "--resolution",
-        "64,128",
-        "--modes",
-        "train",
-    ]
-    command += ["--out", str(path), "--resume"]
+    command = [*SEVERAL, "--out", str(path), "--resume"]
     harness = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 2):
@@ -202,19 +195,7 @@ def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path)
 @pytest.mark.slow
 def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "run",
-        "--models",
-        "DiT,DiS",
-        "--resolution",
-        "64,128",
-        "--modes",
-        "train",
-    ]
-    harness = subprocess.Popen([*command, "--out", str(path)], stderr=subprocess.PIPE, text=True)
+    harness = subprocess.Popen([*SEVERAL, "--out", str(path)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not path.exists() or not path.read_bytes().count(b"\n")):
         time.sleep(0.05)
