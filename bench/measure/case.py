@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, Phase
 from bench.measure.build import compile_in
 from bench.measure.clocks import Watch
-from bench.measure.failures import failure
+from bench.measure.failures import failed_row, failure
 from bench.measure.flops import step_flops
 from bench.measure.memory import MemoryMeter
 from bench.measure.profiler import kernel_names
@@ -30,7 +31,7 @@ from bench.parity.kernels import check_kernels, doubts
 from bench.parity.operation import check_operation
 from bench.parity.replay import check_replay
 from bench.store.ledgers import Checks, Memory, Timing
-from bench.store.rows import Mark, Row, Status, utc_now
+from bench.store.rows import Mark, Row, utc_now
 from dig.flops import UncountedError
 from dig.layers import Backbone
 from dig.nvml import Gpu
@@ -70,18 +71,7 @@ def measure_case(job: CaseJob, tell: Callable[[Phase], None] = lambda phase: Non
     """
     case, started_at = job.case, utc_now()
     environment = {**job.environment, **versions(case.device)}
-
-    def failed(status: Status, message: str) -> Row:
-        return Row(
-            case=case,
-            status=status,
-            started_at=started_at,
-            message=message,
-            environment=environment,
-            launch=job.launch,
-            key=job.key,
-        )
-
+    failed = partial(failed_row, job, started_at=started_at, environment=environment)
     if missing := parse_name(case.model)[0].missing_packages(dict(case.options)):
         return failed("unsupported", missing)
     try:

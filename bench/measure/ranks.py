@@ -20,7 +20,7 @@ from bench.cases.case import Case
 from bench.cases.jobs import Budget, Phase, RankJob
 from bench.measure.case import count_flops, fits_in_l2, prepare, stay_near, timing_of
 from bench.measure.clocks import Watch
-from bench.measure.failures import failure
+from bench.measure.failures import failed_row, failure
 from bench.measure.memory import MemoryMeter
 from bench.measure.profiler import kernel_names
 from bench.measure.steps import (
@@ -69,16 +69,7 @@ def measure_rank(job: RankJob, tell: Callable[[Phase], None], answer: Callable[[
 
     def failed(error: Exception) -> Row:
         traceback.print_exc()
-        status, message = failure(error)
-        return Row(
-            case=case,
-            status=status,
-            started_at=started_at,
-            message=message,
-            environment=environment,
-            launch=job.job.launch,
-            key=job.job.key,
-        )
+        return failed_row(job.job, *failure(error), started_at=started_at, environment=environment)
 
     answered = False
     try:

@@ -31,13 +31,9 @@ from dig.training.step import TrainingStep
 from dig.training.trainer import Trainer
 from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training_step import batch_of, config
-from tests.dig.tiny import TINY, app, make_fashion, using
+from tests.dig.tiny import app, make_fashion
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 
 @pytest.fixture(scope="module")
