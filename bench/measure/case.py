@@ -41,7 +41,7 @@ from dig.spec import ModelSpec
 EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
 """How long the step is timed in the execution that is not the case's."""
 LEAST_CPUS = 4
-"""A step's launches, its backward pass' and the readings of the card's clock have a thread each."""
+"""Fewest CPUs to keep to. A step's launches, those of its backward pass and the clock's readings have a thread each."""
 
 
 def stay_near(gpu: Gpu | None) -> int | None:

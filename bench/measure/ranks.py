@@ -49,11 +49,11 @@ from dig.training.parallel import Parallel, Ranks, joined, wrap
 from dig.training.shares import whole
 
 GRADIENT_BOUND = {"bf16": 5e-2, "fp32": 1e-3}
-"""Of the mean gradient. A rank's own instead of the mean is off by some half, a sum of two by 1."""
+"""Largest relative error of the mean gradient. A rank's own gradient has about 0.5, the sum of two ranks' has 1."""
 LEAST_STEPS = 5
-"""Of a block: ranks begin a block a fraction of a millisecond apart, and its first step waits for the last of them."""
+"""Least steps of a block. Ranks begin a block a fraction of a millisecond apart: its first step waits for the last one."""
 SENDING = "nccl"
-"""In the name of every kernel that sends."""
+"""Every kernel that sends has this in its name."""
 
 
 def measure_rank(job: RankJob, tell: Callable[[Phase], None], answer: Callable[[Row], None]) -> None:
@@ -252,7 +252,7 @@ def _silent(step: Step, parallel: Parallel, ranks: Ranks, case: Case, budget: Bu
 
 
 class _Own:
-    """What FSDP2 asks of what communicates.
+    """The interface that FSDP2 has for collectives of one's own.
 
     Args:
         rank: Of this process.
@@ -266,17 +266,17 @@ class _Own:
 
 
 class _OwnCopies(_Own):
-    """In place of an all-gather: the own share, copied to where the others' would be. As much is written."""
+    """Replaces an all-gather: copies this rank's shard to where the others' would be, and so writes as much."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         shares = output_tensor.view(-1, input_tensor.numel())
-        # The own one lies in its place already.
+        # This rank's own shard lies in its place already.
         for others in (shares[: self._rank], shares[self._rank + 1 :]):
             others.copy_(input_tensor.view(1, -1))
 
 
 class _OwnShare(_Own):
-    """In place of a reduce-scatter: the own share of the own gradients."""
+    """Replaces a reduce-scatter: takes this rank's shard of its own gradients."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
