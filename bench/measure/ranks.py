@@ -51,7 +51,7 @@ from dig.training.shares import whole
 GRADIENT_BOUND = {"bf16": 5e-2, "fp32": 1e-3}
 """Largest relative error of the mean gradient. A rank's own gradient has about 0.5, the sum of two ranks' has 1."""
 LEAST_STEPS = 5
-"""Least steps of a block. Ranks begin a block a fraction of a millisecond apart: its first step waits for the last one."""
+"""Least steps of a block. Ranks begin one a fraction of a millisecond apart: its first step waits for the last rank."""
 SENDING = "nccl"
 """Every kernel that sends has this in its name."""
 

@@ -23,7 +23,7 @@ from bench.parity.replay import REPLAY_ERROR
 COMPILED_BOUND = {"bf16": 5e-2, "fp32": 2e-3}
 """Largest relative error of a compiled step: Inductor's fused loops round less often than eager kernels."""
 ROUNDING = 1e-4
-"""Relative error of a gradient that is read from AdamW's first moment, by the moment's rounding."""
+"""Share of AdamW's first moment: a gradient below it is hidden by the moment's rounding."""
 REFERENCE_TOKENS = 1024
 """Most tokens an image of a forward pass that is compared with its reference too: of more, some take minutes."""
 
