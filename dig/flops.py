@@ -26,6 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from dig.meta import on_meta
+
 if TYPE_CHECKING:
     from dig.layers import Backbone
     from dig.spec import ModelSpec
@@ -214,7 +216,7 @@ def model_macs(spec: ModelSpec, model: Backbone | None = None) -> int:
     key = (family.build, size, patch, *twin.options.items(), twin.input_size, twin.in_channels)
     if key not in _counted:
         if model is None or twin != spec:
-            with torch.device("meta"):
+            with on_meta():
                 model = twin.build()
         _counted[key] = forward_macs(model)
     return _counted[key]

@@ -59,11 +59,6 @@ def test_files_of_the_page_are_there(name: str) -> None:
     assert (ROOT / name).is_file()
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (bench\.ops\.\w+)", PAGE))))
-def test_modules_of_the_page_are_there(module: str) -> None:
-    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
-
-
 def first_cells(heading: str) -> list[str]:
     """Names in the first column of the first table after a heading."""
     table = re.search(r"^\|.*?\n(?!\|)", PAGE.partition(heading)[2], re.M | re.S)

@@ -121,6 +121,26 @@ def test_shell(body: str) -> None:
                 pytest.fail(f"nobody knows what {shlex.join(words)} starts: teach this test")
 
 
+def check_names(command: Any, words: list[str]) -> None:
+    """Every command and every option that words name must be there; values may be left out."""
+    for word in words:
+        if word.startswith("--"):
+            assert word.partition("=")[0] in {name for option in command.params for name in option.opts} | {"--help"}, (
+                word
+            )
+        elif hasattr(command, "commands"):
+            assert word in command.commands, word
+            command = command.commands[word]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_sentences(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for module, rest in re.findall(r"`python -m ([\w.]+)\s?([^`]*)`", text):
+        if module.partition(".")[0] in ("dig", "bench", "reports"):
+            check_names(module_command(module), shlex.split(rest))
+
+
 def check_nox(words: list[str]) -> None:
     """Sessions must be there."""
     source = (ROOT / "noxfile.py").read_text(encoding="utf-8")
@@ -180,6 +200,9 @@ def test_what_is_wrong_is_seen() -> None:
     for words in (["train", "--dat", "x"], ["trian"], ["sample", "--steps", "many", "--checkpoint", "run"], ["sample"]):
         with pytest.raises(USAGE_ERROR):
             parse(module_command("dig"), words)
+    for words in (["trian"], ["train", "--dat"]):
+        with pytest.raises(AssertionError):
+            check_names(module_command("dig"), words)
     with pytest.raises(AssertionError):
         check_nox(["-s", "testz"])
     with pytest.raises(AssertionError):

@@ -69,17 +69,17 @@ def _counted(names: Sequence[str]) -> Table:
 
 def _figures(name: str) -> tuple[str, str, str, str]:
     """A model's row of the table."""
-    import torch
 
     from bench.measure.flops import paper_macs
     from dig.flops import UncountedError, model_macs
+    from dig.meta import on_meta
     from dig.model import DiG
 
     family, size, _ = parse_name(name)
     side = 256 // VAE_FACTOR
     spec = ModelSpec(name=name, input_size=(side, side), in_channels=4, num_classes=1000)
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = spec.build()
         macs = model_macs(spec, model)
     except (UncountedError, MissingPackageError) as error:

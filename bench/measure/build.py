@@ -1,4 +1,4 @@
-"""A case's kernels, built and timed by nobody: what they leave in the caches on the disk is all that is wanted."""
+"""Build a case's kernels without timing them, for the caches that they leave on the disk."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def keep_no_tuning() -> None:
 def compile_in(threads: int) -> None:
     """Let Inductor compile in so many processes; with 1 in this one, and it starts no others.
 
-    It would start one a core, each of which imports PyTorch: for seconds they are in the way of what is built beside
-    them, and of a case whose kernels only have to be read from the disk.
+    By default it starts one a core, and each imports PyTorch. For seconds they slow what is built beside them, and a
+    case whose kernels only have to be read from the disk.
     """
     from torch._inductor import config
 

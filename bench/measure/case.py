@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, Phase
 from bench.measure.build import compile_in
 from bench.measure.clocks import Watch
-from bench.measure.failures import failure
+from bench.measure.failures import failed_row, failure
 from bench.measure.flops import step_flops
 from bench.measure.memory import MemoryMeter
 from bench.measure.profiler import kernel_names
@@ -30,7 +31,7 @@ from bench.parity.kernels import check_kernels, doubts
 from bench.parity.operation import check_operation
 from bench.parity.replay import check_replay
 from bench.store.ledgers import Checks, Memory, Timing
-from bench.store.rows import Mark, Row, Status, utc_now
+from bench.store.rows import Mark, Row, utc_now
 from dig.flops import UncountedError
 from dig.layers import Backbone
 from dig.nvml import Gpu
@@ -40,15 +41,15 @@ from dig.spec import ModelSpec
 EAGER = Budget(settle_s=0.0, settle_max_s=0.0, min_samples=3, least_s=0.0, target_s=0.1, max_samples=20)
 """How long the step is timed in the execution that is not the case's."""
 LEAST_CPUS = 4
-"""A step's launches, its backward pass' and the readings of the card's clock have a thread each."""
+"""Fewest CPUs to keep to. A step's launches, those of its backward pass and the clock's readings have a thread each."""
 
 
 def stay_near(gpu: Gpu | None) -> int | None:
     """Run on the CPUs nearest to the GPU from now on; how many they are, None where nothing had to change.
 
-    On a host of several sockets a process may start far from its GPU and stay there: every launch and every word that
-    the GPU fetches from the host's memory would cross between the sockets, in that process and not in the next. Too few
-    CPUs would be worse. To be called before CUDA starts.
+    On a host of several sockets a process may start far from its GPU and stay there. Every launch, and all that the GPU
+    reads of the host's memory, then crosses between the sockets: in that process, and not in the next. Too few CPUs
+    would be worse. To be called before CUDA starts.
     """
     near = None if gpu is None else gpu.near_cpus()
     if not near:
@@ -70,18 +71,7 @@ def measure_case(job: CaseJob, tell: Callable[[Phase], None] = lambda phase: Non
     """
     case, started_at = job.case, utc_now()
     environment = {**job.environment, **versions(case.device)}
-
-    def failed(status: Status, message: str) -> Row:
-        return Row(
-            case=case,
-            status=status,
-            started_at=started_at,
-            message=message,
-            environment=environment,
-            launch=job.launch,
-            key=job.key,
-        )
-
+    failed = partial(failed_row, job, started_at=started_at, environment=environment)
     if missing := parse_name(case.model)[0].missing_packages(dict(case.options)):
         return failed("unsupported", missing)
     try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from bench.store.rows import Status
+from bench.cases.jobs import CaseJob
+from bench.store.rows import Row, Status
 from dig.packages import MissingPackageError
 
 _FULL = (
@@ -25,3 +29,16 @@ def failure(error: BaseException) -> tuple[Status, str]:
     text = f"{type(error).__name__}: {error}"
     # cuDNN, cuBLAS and the CPU allocator report a full memory as a plain RuntimeError.
     return "oom" if any(words in text.lower() for words in _FULL) else "error", text
+
+
+def failed_row(job: CaseJob, status: Status, message: str, *, started_at: str, environment: Mapping[str, Any]) -> Row:
+    """The row of a case that has no figures."""
+    return Row(
+        case=job.case,
+        status=status,
+        started_at=started_at,
+        message=message,
+        environment=environment,
+        launch=job.launch,
+        key=job.key,
+    )

@@ -32,8 +32,8 @@ from dig.layers import Backbone
 from dig.nvml import Gpu
 
 MARKS = ("in-process", "unverified", "no-reference")
-"""Of everything measured here: other things may lie in this process' memory and caches; which kernels ran was not
-checked; nothing else computed the same to compare with."""
+"""Marks of everything measured here. Other things may lie in this process' memory and caches, nobody checked which
+kernels ran, and nothing computed the same to compare with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from bench.cases.case import Case
 from bench.cases.jobs import Budget, Phase, RankJob
 from bench.measure.case import count_flops, fits_in_l2, prepare, stay_near, timing_of
 from bench.measure.clocks import Watch
-from bench.measure.failures import failure
+from bench.measure.failures import failed_row, failure
 from bench.measure.memory import MemoryMeter
 from bench.measure.profiler import kernel_names
 from bench.measure.steps import (
@@ -49,11 +49,11 @@ from dig.training.parallel import Parallel, Ranks, joined, wrap
 from dig.training.shares import whole
 
 GRADIENT_BOUND = {"bf16": 5e-2, "fp32": 1e-3}
-"""Of the mean gradient. A rank's own instead of the mean is off by some half, a sum of two by 1."""
+"""Largest relative error of the mean gradient. A rank's own gradient has about 0.5, the sum of two ranks' has 1."""
 LEAST_STEPS = 5
-"""Of a block: ranks begin a block a fraction of a millisecond apart, and its first step waits for the last of them."""
+"""Least steps of a block. Ranks begin one a fraction of a millisecond apart: its first step waits for the last rank."""
 SENDING = "nccl"
-"""In the name of every kernel that sends."""
+"""Every kernel that sends has this in its name."""
 
 
 def measure_rank(job: RankJob, tell: Callable[[Phase], None], answer: Callable[[Row], None]) -> None:
@@ -69,16 +69,7 @@ def measure_rank(job: RankJob, tell: Callable[[Phase], None], answer: Callable[[
 
     def failed(error: Exception) -> Row:
         traceback.print_exc()
-        status, message = failure(error)
-        return Row(
-            case=case,
-            status=status,
-            started_at=started_at,
-            message=message,
-            environment=environment,
-            launch=job.job.launch,
-            key=job.job.key,
-        )
+        return failed_row(job.job, *failure(error), started_at=started_at, environment=environment)
 
     answered = False
     try:
@@ -261,7 +252,7 @@ def _silent(step: Step, parallel: Parallel, ranks: Ranks, case: Case, budget: Bu
 
 
 class _Own:
-    """What FSDP2 asks of what communicates.
+    """The interface that FSDP2 has for collectives of one's own.
 
     Args:
         rank: Of this process.
@@ -275,17 +266,17 @@ class _Own:
 
 
 class _OwnCopies(_Own):
-    """In place of an all-gather: the own share, copied to where the others' would be. As much is written."""
+    """Replaces an all-gather: copies this rank's shard to where the others' would be, and so writes as much."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         shares = output_tensor.view(-1, input_tensor.numel())
-        # The own one lies in its place already.
+        # This rank's own shard lies in its place already.
         for others in (shares[: self._rank], shares[self._rank + 1 :]):
             others.copy_(input_tensor.view(1, -1))
 
 
 class _OwnShare(_Own):
-    """In place of a reduce-scatter: the own share of the own gradients."""
+    """Replaces a reduce-scatter: takes this rank's shard of its own gradients."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False

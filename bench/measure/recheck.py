@@ -1,7 +1,7 @@
 """After the timed steps: what was timed, run once more on other inputs, against the same step run eagerly.
 
-A kernel that stops writing after some calls, an output kept from the inputs before, or a graph that reads memory which
-is another's by now would all be fast, and were right before the clock started.
+It finds a kernel that stops writing after some calls, an output kept from earlier inputs, and a graph that reads memory
+which is another tensor's by now. All of them are fast, and were right before the clock started.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from bench.parity.reference import GRADIENT_FLOOR, MOST_OFF, check_output_of
 from bench.parity.replay import REPLAY_ERROR
 
 COMPILED_BOUND = {"bf16": 5e-2, "fp32": 2e-3}
-"""Of Inductor's fused loops, which round less often than eager kernels do."""
+"""Largest relative error of a compiled step: Inductor's fused loops round less often than eager kernels."""
 ROUNDING = 1e-4
-"""Of a moment, in what it gives away of the gradient."""
+"""Share of AdamW's first moment: a gradient below it is hidden by the moment's rounding."""
 REFERENCE_TOKENS = 1024
-"""Up to so many an image, a forward pass is compared with its reference too: beyond, some references take minutes."""
+"""Most tokens an image of a forward pass that is compared with its reference too: of more, some take minutes."""
 
 
 def recheck(case: Case, step: Step, run: Callable[[], Tensor]) -> float | None:
@@ -81,7 +81,7 @@ def _forward(case: Case, step: Step, run: Callable[[], Tensor]) -> float:
 
 
 def _training(case: Case, step: Step, run: Callable[[], Tensor]) -> float | None:
-    """The loss, and every parameter's gradient, which AdamW's first moment gives away: m' = 0.9 m + 0.1 g."""
+    """Compare the loss and every parameter's gradient, read from AdamW's first moment: m' = 0.9 m + 0.1 g."""
     assert step.loss is not None
     assert step.optimizer is not None
     (group,) = step.optimizer.param_groups

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dig.memory import check_memory
+from dig.meta import on_meta
 from dig.training.data import DataOrder, DataSet, Loader
 from dig.training.data.checks import check_between, check_names, check_shape, check_whole
 from dig.training.data.files import told_by_start
@@ -241,7 +242,7 @@ def load_classifier(path: Path, device: torch.device | str) -> Classifier:
     spec = read_spec(path)
     if spec is None:
         raise ValueError(f"{path} is no classifier; python -m dig classifier --out OTHER trains one")
-    with torch.device("meta"):
+    with on_meta():
         expected = Classifier(spec).state_dict()
     try:
         with safe_open(path, framework="pt") as file:

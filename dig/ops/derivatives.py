@@ -1,6 +1,6 @@
 """Which derivatives this project's kernels have: first ones, by a backward pass. Others are refused, in one line each.
 
-Without being asked, PyTorch would stop deep inside of a kernel's registration, or leave out what a fused pass hides.
+Unchecked, PyTorch would fail deep inside a kernel's registration, or silently leave out what a fused pass hides.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def once(backward: Callable[P, R]) -> Callable[P, R]:
 def refuse_second_derivatives() -> None:
     """Raise ValueError in a backward pass that is recorded for another one.
 
-    Not only once that one comes: part of what it needs is never recorded, so that it could end with a wrong result.
+    The second pass itself would be too late: part of what it needs is never recorded, and its result could be wrong.
     """
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         raise ValueError(f"backend 'triton' has no second derivatives, which create_graph=True asks for; {_INSTEAD}")

@@ -1,11 +1,11 @@
 """Kernels that start while the one before them ends: programmatic dependent launch, on Hopper and newer.
 
-A kernel that is launched early has its programs placed as soon as the kernel before it on the stream has placed all of
-its own and said so; they wait there until that kernel is done and its results are visible. What is saved is the time
-from the end of one kernel to the first instruction of the next, about a microsecond.
+An early kernel's programs are placed once the kernel before it on the stream has placed all of its own and said so.
+They wait until that kernel is done and its results are visible. This saves the time from the end of one kernel to the
+first instruction of the next, about a microsecond.
 
-Every kernel of this project that may be launched early calls `start_early` before it touches memory. It then runs after
-all that came before it, as on any stream: the kernel before it has waited likewise, and so on.
+Every kernel of this project that may be launched early calls `start_early` before it touches memory. The order of a
+stream then holds as ever: the kernel before has waited in the same way.
 `dig.ops.launch.LaunchContext` says which are launched so.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.

@@ -12,10 +12,9 @@ R = TypeVar("R")
 
 
 def from_triton(load: Callable[[], Callable[P, R]]) -> Callable[P, R]:
-    """The operation that ``load`` imports and returns, as an operation that imports it when it is called.
+    """An operation whose import waits for its first call: ``load`` imports and returns it.
 
-    The import stands in ``load`` as a plain statement, for torch.compile traces that, but no search for a module by its
-    name.
+    ``load`` imports by a plain statement: torch.compile traces that, but no import by a module's name.
 
     Raises:
         MissingPackageError: Triton is not installed; when called.

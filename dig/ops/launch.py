@@ -1,12 +1,11 @@
 """What every operation needs around its launches: the context of a thread's launches on a device, and tensors to fill.
 
-A context has to remember one thing from one launch to the next: which streams have been made to wait for another one
-since. Who launches asks for it by name, once an operation, and hands it on: `launching`.
+A context remembers which streams have been made to wait for another one since their last launch. An operation asks for
+it once, by `launching`, and hands it on.
 
-**Launching costs the host.** Triton looks at every argument of every launch to find the kernel that was compiled for
-such ones, which takes several times as long as the launch itself, and outside of a CUDA graph that is what a step of
-one image waits for. So what it found is kept here, by all that it depends on, and launched directly the next time:
-`LaunchContext.__call__`.
+**Launching costs the host.** At every launch Triton looks at every argument to find the compiled kernel, which takes
+several times as long as the launch itself. Outside of a CUDA graph, a step of one image waits for that. So what Triton
+found is kept here, by all that it depends on, and launched directly the next time: `LaunchContext.__call__`.
 """
 
 from __future__ import annotations
@@ -125,9 +124,9 @@ class LaunchContext:
     def next_kernel(self) -> dict[str, Any]:
         """Launch options of a kernel that calls `dig.ops.early_launch.start_early`, which counts as launched by this.
 
-        It is launched early, but where it is the first on the current stream after that was made to wait for another
-        one: that such a kernel of a CUDA graph waits for both of them is nowhere promised. (Outside of a graph a stream
-        that waits launches nothing.)
+        It is launched early unless it is the first on the current stream since that was made to wait for another one:
+        nothing promises that an early kernel of a CUDA graph waits for both. (Outside of a graph a stream that waits
+        launches nothing.)
         """
         if self._early is None:
             self._early = launches_early(self.device)
@@ -151,7 +150,7 @@ _EARLY: dict[str, Any] = {"EARLY": True, "launch_pdl": True}
 
 
 def _watched(kernel: Any) -> bool:
-    """Whether somebody is to be told of every launch, as Triton does; an interpreted kernel is never launched."""
+    """Whether a launch must go through Triton: a hook asks to be told of it, or the kernel is interpreted."""
     runtime = knobs.runtime
     try:
         return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks)
@@ -160,7 +159,7 @@ def _watched(kernel: Any) -> bool:
 
 
 def _looked_at(arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[Any, ...], int]:
-    """What a kernel is launched with for these, what Triton compiles it for, and all bits that are set in addresses."""
+    """What a kernel is launched with for these, what Triton compiles it for, and the bitwise or of all addresses."""
     bits = 0
     try:
         addresses: list[Any] = list(map(_address, arguments))

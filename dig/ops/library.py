@@ -1,9 +1,9 @@
-"""Operations that PyTorch knows by name, and that are called without it where nobody asks it about them.
+"""Operations that are registered with PyTorch, and called directly where nothing needs the registration.
 
 Registered with torch.library, an operation is differentiable, ``torch.compile`` and CUDA graphs take it whole, and
-PyTorch's modes (a FLOP counter, a tracer) see it. That costs the host more than the operation's launches do. Within a
-backward pass, a forward pass without gradients and the fused block's passes nobody needs any of it, and there the
-function is called as it is: the same launches, the same bits.
+PyTorch's modes (a FLOP counter, a tracer) see it. That costs the host more than the operation's launches. A backward
+pass, a forward pass without gradients and the fused block's passes need none of it. There the function is called as it
+is: the same launches, the same bits.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def operation(name: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
 
 
 def unseen(first: object) -> bool:
-    """Whether nothing but the kernels has to know of an operation that is called here with this first argument.
+    """Whether an operation that is called here, with this first argument, needs no registration.
 
     Then `Operation.function` may be called in its place; whoever calls several asks once.
     """

@@ -20,8 +20,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """``dy^T x`` in fp32: the gradient of a linear layer's weight (N, K) from dy (M, N) and its input x (M, K).
 
-    On a GPU the product of bf16 operands is written in fp32 as it is added up. Rounded to bf16 first, it would cost a
-    pass to widen it for the optimizer, and the bits that were rounded off.
+    On a GPU the product of bf16 operands is written in fp32, in which it is added up. Written in bf16, it would lose
+    bits and take another pass to fp32 for the optimizer.
     """
     if dy.is_cuda and dy.dtype == torch.bfloat16:
         return torch.mm(dy.T, x, out_dtype=torch.float32)

@@ -1,20 +1,20 @@
 """A side stream: work beside the critical path, as a branch of a CUDA graph.
 
-A training step is a chain of kernels, each waiting for the one before, and much that it computes nothing in the chain
-waits for: gradients of weights, sums over partial sums, the next block's weights in another dtype. While a CUDA graph
-is captured, `on_side_stream` puts such work on a second stream, so that the graph holds it as a branch. It then fills
-the SMs that a kernel's last programs leave idle, and the gaps between kernels. Outside of a capture the host is what a
-step of batch 1 waits for, and two streams would only give it more to do: everything runs in order.
+A training step is a chain of kernels, each waiting for the one before. Nothing in the chain waits for some of its work:
+gradients of weights, sums over partial sums, the next block's weights in another dtype. While a CUDA graph is captured,
+`on_side_stream` puts such work on a second stream, which makes it a branch of the graph. It fills the SMs that a
+kernel's last programs leave idle, and the gaps between kernels. Outside of a capture everything runs in order: a step
+of batch 1 waits for the host, to which a second stream is only more work.
 
-A backward pass is many parts, block by block. `Across` lets the side stream run on from one into the next, which then
-need not wait for the gradients of the weights before it; what a part needs soon after it begins goes to a third stream
-(``ahead``), where it doesn't queue behind those.
+A backward pass goes block by block. `Across` lets the side stream run on from one block into the next, which need not
+wait for the gradients of the weights before it. What a block needs soon goes to a third stream (``ahead``), where it
+doesn't queue behind those.
 
 The same kernels add up the same numbers either way, so the results are the same bits.
 
-**Memory.** PyTorch's allocator hands a freed tensor's memory out again to the stream that it came from, at once. What
-the side stream reads is therefore held until it is joined. What is allocated on it may be freed at any time: only work
-on it, which begins by waiting for all that was launched before it, gets that memory next.
+**Memory.** PyTorch's allocator gives a freed tensor's memory back to the stream that it came from, at once. So what the
+side stream reads is held until that is joined. What is allocated on the side stream may be freed at any time: the
+memory goes to later work of that stream, which waits for all that was launched before.
 """
 
 from __future__ import annotations

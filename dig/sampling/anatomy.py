@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dig.layers import Backbone
+from dig.meta import on_meta
 from dig.registry import list_variants
 from dig.spec import ModelSpec
 from dig.training.saving import CheckpointError
@@ -110,7 +111,7 @@ def models_of(
             continue
         size: dict[str, Any] = {"input_size": (patch, patch), "in_channels": channels, "num_classes": classes}
         try:
-            with torch.device("meta"):
+            with on_meta():
                 model = ModelSpec(name=name, options=options, **size).build()
         except Exception:  # Anybody's family may raise anything; it then isn't one that these weights are named by.
             continue

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dig.checkpoints import to_release
 from dig.layers import Backbone
+from dig.meta import on_meta
 from dig.packages import quietly, require
 from dig.registry import parse_name
 from dig.sampling.diffusers_names import CLASSES, NULL_LABEL, config_of, to_diffusers
@@ -120,7 +121,7 @@ def _pipeline(
         classes=model.num_classes,
     )
     renamed = to_diffusers(state, model.grid)
-    with quietly(), torch.device("meta"):
+    with quietly(), on_meta():
         transformer = diffusers.DiTTransformer2DModel(**arguments)
     _check_same(renamed, transformer.state_dict())
     # Trailing timesteps begin at pure noise, as training does and this project's samplers.

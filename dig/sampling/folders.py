@@ -20,7 +20,7 @@ from dig.sampling.diffusers_names import CLASSES, EPS, depth_of, from_diffusers
 from dig.sampling.published import file_kind, read_published, read_state
 from dig.sampling.trained import HEADER, read_said
 from dig.spec import ModelSpec
-from dig.training.data.latents import LATENT_SCALE
+from dig.training.data.shards import LATENT_SCALE
 from dig.training.saving import CheckpointError
 
 CONFIG = "config.json"

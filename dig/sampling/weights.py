@@ -23,7 +23,7 @@ from dig.spec import VAE_FACTOR, ModelSpec
 from dig.training.average import share_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data.files import sha256_of
-from dig.training.data.latents import LATENT_SCALE
+from dig.training.data.shards import LATENT_SCALE
 from dig.training.lora import merged_state
 from dig.training.resuming import check_same_run, no_family, recorded_config
 from dig.training.saving import (

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dig.flops import EqualBlocks
 from dig.layers import Backbone
+from dig.meta import on_meta
 from dig.registry import parse_name
 from dig.spec import ModelSpec
 from dig.training.step import stop_dropping_labels
@@ -74,7 +75,7 @@ def count_saved(spec: ModelSpec, *, bf16: bool) -> Saved | None:
         points: list[tuple[int, int]] = []
         once, blocks = 0, 1
         for side in SIDES:
-            with torch.device("meta"):
+            with on_meta():
                 model = dataclasses.replace(spec, input_size=(side * patch, side * patch)).build().train()
             stop_dropping_labels(model)
             found = _count(model, 1, bf16=bf16)

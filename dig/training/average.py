@@ -7,12 +7,20 @@ descendants in diffusion have it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dig.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+MUCH = 0.1
+"""An average of more than this share of the first weights is worth a warning."""
 
 MoveAverage = Callable[[Any, Any, Tensor], None]
 """(averages, weights, () how many updates the weights have had with this one): moves the averages on, in place."""
@@ -53,3 +61,18 @@ def share_of_first_weights(steps: int, decay: float, *, warmup: bool) -> float:
         if share < 1e-3:
             return 0.0
     return share
+
+
+def warn_of_first_weights(config: TrainConfig) -> None:
+    """Log a warning where a run's average will, at its last step, still be much of the first weights."""
+    share = share_of_first_weights(config.steps, config.ema, warmup=config.ema_warmup)
+    if share > MUCH:
+        logger.warning(
+            "at step %d the averaged weights, which grids and samples are drawn with, will be %.0f%% the %s: %s",
+            config.steps,
+            100 * share,
+            "weights of --init" if config.init else "first ones",
+            "take more steps, or sample with --weights raw"
+            if config.ema_warmup
+            else "a lower --ema, or --ema-warmup in a new folder, would be of use",
+        )

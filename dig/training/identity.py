@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dig.training.data import DataSet, ImageFolder, LatentShards
-from dig.training.data.latents import read_index
+from dig.training.data.shards import read_index
 
 FILES = 256
 """So many files of a folder of images are read, evenly spread over it: all of a small one, seconds of a large one."""

@@ -1,10 +1,12 @@
-"""How fast a run trains: steps and time since the last line of its log, and the figures of a line."""
+"""How far and how fast a run trains: steps and time since the last line of its log, and the figures of a line."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,21 @@ logger = logging.getLogger(__name__)
 
 TRAINING_FLOPS_PER_MAC = 6
 """Two FLOPs a multiply-add, and a backward pass of twice the forward's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How far a run has come.
+
+    Attributes:
+        step: Steps that lie behind.
+        loss: Mean loss since the last line of the log, as far as the device has come; NaN before the first step.
+        images_per_second: Of the steps of the last line of the log; NaN before the first.
+    """
+
+    step: int
+    loss: float = math.nan
+    images_per_second: float = math.nan
 
 
 class Meter:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dig.family import BACKEND
 from dig.layers import Backbone
 from dig.memory import available_memory, check_memory
+from dig.meta import on_meta
 from dig.registry import parse_name
 from dig.spec import ModelSpec
 from dig.training.activations import Saved, count_saved, without_memory
@@ -66,7 +67,7 @@ class Footprint:
         patch = parse_name(spec.name)[2]
         if spec.num_classes >= MAX_CLASSES or max(spec.input_size) >= MAX_CLASSES or spec.in_channels >= MAX_CLASSES:
             raise ValueError(f"{spec.describe()} is beyond any machine: sizes and classes must be below 2^31")
-        with torch.device("meta"):
+        with on_meta():
             model = _sibling(spec)
         patches = next((p.shape for p in model.parameters() if p.ndim == 4), torch.Size())
         depth = sum(len(child) for child in model.children() if isinstance(child, torch.nn.ModuleList))
@@ -93,7 +94,7 @@ def _sibling(spec: ModelSpec) -> Backbone:
 def count_parameters(spec: ModelSpec) -> int:
     """How many numbers are trained in a model that isn't built: of any backend, which changes no weight."""
     options = {name: value for name, value in spec.options.items() if name != BACKEND}
-    with torch.device("meta"):
+    with on_meta():
         model = dataclasses.replace(spec, options=options).build()
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -115,7 +116,7 @@ class _Draws(TorchDispatchMode):
 
 def draws_in_training(spec: ModelSpec) -> bool:
     """Whether a model draws random numbers in training, beside labels to drop; found on its smallest sibling."""
-    with torch.device("meta"):
+    with on_meta():
         model = _sibling(spec).train()
     stop_dropping_labels(model)
     with FakeTensorMode(allow_non_fake_inputs=True):  # No memory, as on ``meta``, but autocast works.

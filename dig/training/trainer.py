@@ -8,7 +8,6 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ from dig.locks import lock_file
 from dig.messages import describe
 from dig.sampling.images import write_png
 from dig.training import lora
-from dig.training.average import share_of_first_weights
+from dig.training.average import warn_of_first_weights
 from dig.training.config import TrainConfig
 from dig.training.data import DataSet
 from dig.training.data.files import write_atomically
 from dig.training.data.loader import check_workers
-from dig.training.grids import draw_grid
+from dig.training.grids import Grids
 from dig.training.inputs import InputStream
 from dig.training.loggers import check_loggers
 from dig.training.logs import NoLog, RunLog
 from dig.training.lora import write_adapter
-from dig.training.meter import Meter
+from dig.training.meter import Meter, Status
 from dig.training.needs import check_training
 from dig.training.resuming import CONFIG_NAME, check_folder, check_room, check_same_run, check_state
 from dig.training.saving import (
@@ -48,25 +47,6 @@ from dig.training.watch import NotFiniteLossError, StepWatch, TrainingError
 __all__ = ["CONFIG_NAME", "NotFiniteLossError", "Status", "Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
-
-GRIDS_NAME = "samples"
-AVERAGE_WARNING = 0.1
-"""An average of more than this share of the first weights is worth a warning."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """How far a run has come.
-
-    Attributes:
-        step: Steps that lie behind.
-        loss: Mean loss since the last line of the log, as far as the device has come; NaN before the first step.
-        images_per_second: Of the steps of the last line of the log; NaN before the first.
-    """
-
-    step: int
-    loss: float = math.nan
-    images_per_second: float = math.nan
 
 
 class Trainer:
@@ -116,7 +96,7 @@ class Trainer:
         self.config = config
         self.folder = folder
         self._dataset = dataset
-        self._decode = decode
+        self._grids = Grids(config, folder, decode)
         self._workers = workers
         check_workers(workers)
         check_loggers(config.log)
@@ -136,8 +116,8 @@ class Trainer:
         environment = describe_environment()
         check_folder(config, folder, environment, elsewhere=self._elsewhere)
         # What can't be made should be known now, and not when there is something to write.
-        for name in (FOLDER, GRIDS_NAME):
-            (folder / name).mkdir(exist_ok=True)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        self._grids.folder.mkdir(exist_ok=True)
         if config.deterministic:
             use_deterministic_algorithms()
         if config.init and first is None and not checkpoint_files(folder / FOLDER):
@@ -159,17 +139,7 @@ class Trainer:
             return
         remove_unfinished(folder / FOLDER)
         check_room(config, folder, self.step, state)
-        share = share_of_first_weights(config.steps, config.ema, warmup=config.ema_warmup)
-        if share > AVERAGE_WARNING:
-            logger.warning(
-                "at step %d the averaged weights, which grids and samples are drawn with, will be %.0f%% the %s: %s",
-                config.steps,
-                100 * share,
-                "weights of --init" if config.init else "first ones",
-                "take more steps, or sample with --weights raw"
-                if config.ema_warmup
-                else "a lower --ema, or --ema-warmup in a new folder, would be of use",
-            )
+        warn_of_first_weights(config)
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
         self.log = RunLog(folder, self.step, config.log, config.to_json())
@@ -337,7 +307,7 @@ class Trainer:
             self._watch.passed(self.step, self._step.sums, self._meter.pending)
             asked = team.saves(stop, save)
             logs, saves = self.step % config.log_every == 0, asked or self.step % config.save_every == 0
-            grids = self._grid_is_due()
+            grids = self._grids.due(self.step)
             self._meter.stepped()
             if logs or saves or grids:
                 self._meter.account()
@@ -363,7 +333,7 @@ class Trainer:
         """Do what the process before could not after its last step: a line that couldn't be written, a grid."""
         if self._meter.pending and self.step % self.config.log_every == 0:
             self._log(len(stream.loader.unreadable))
-        if self.step and self._grid_is_due() and not self._team.from_leader(self._grid_path().exists):
+        if self.step and self._grids.due(self.step) and not self._team.from_leader(self._grids.path(self.step).exists):
             self._draw_grid(stop)
 
     def _keep(self) -> str | None:
@@ -414,22 +384,13 @@ class Trainer:
         self._meter.begin_line()
         self.status = Status(step=self.step, loss=means[0], images_per_second=math.nan if rate is None else rate)
 
-    def _grid_is_due(self) -> bool:
-        """Whether there is a grid after this step: there is none of latents that nothing decodes."""
-        config = self.config
-        drawable = config.data.latent_scale is None or self._decode is not None
-        return config.grid_every > 0 and self.step % config.grid_every == 0 and drawable
-
-    def _grid_path(self) -> Path:
-        return self.folder / GRIDS_NAME / f"step-{self.step:08d}.png"
-
     def _draw_grid(self, stop: Callable[[], bool]) -> None:
         """Sample a grid with the averaged weights: a column for each of the first ten classes.
 
         If the run is to stop meanwhile, the grid is left to the process that goes on with it.
         """
         self._team.doing("drawing a grid", self.step)
-        decoded = draw_grid(self.config, self._step.ema, decode=self._decode, stop=lambda: self._team.any(stop()))
+        decoded = self._grids.draw(self._step.ema, stop=lambda: self._team.any(stop()))
         if decoded is not None and self._team.leads:
-            write_png(self._grid_path(), decoded)
+            write_png(self._grids.path(self.step), decoded)
             self.log.image(self.step, decoded)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.models import create_model
+from tests.dig.test_checkpoints import REST
 
 DIT_BLOCK = {
     "attn.qkv.weight": (1152, 384),
@@ -18,20 +19,6 @@ DIT_BLOCK = {
     "mlp.fc2.bias": (384,),
     "adaLN_modulation.1.weight": (2304, 384),
     "adaLN_modulation.1.bias": (2304,),
-}
-DIT_REST = {
-    "pos_embed": (1, 256, 384),
-    "x_embedder.proj.weight": (384, 4, 2, 2),
-    "x_embedder.proj.bias": (384,),
-    "t_embedder.mlp.0.weight": (384, 256),
-    "t_embedder.mlp.0.bias": (384,),
-    "t_embedder.mlp.2.weight": (384, 384),
-    "t_embedder.mlp.2.bias": (384,),
-    "y_embedder.embedding_table.weight": (1001, 384),
-    "final_layer.linear.weight": (32, 384),
-    "final_layer.linear.bias": (32,),
-    "final_layer.adaLN_modulation.1.weight": (768, 384),
-    "final_layer.adaLN_modulation.1.bias": (768,),
 }
 DIS_MIXER = {
     "A_log": (736, 16),
@@ -69,7 +56,7 @@ DIS_REST = {
 
 
 def dit_shapes() -> dict[str, tuple[int, ...]]:
-    return DIT_REST | {f"blocks.{i}.{name}": shape for i in range(12) for name, shape in DIT_BLOCK.items()}
+    return REST | {f"blocks.{i}.{name}": shape for i in range(12) for name, shape in DIT_BLOCK.items()}
 
 
 def dis_shapes() -> dict[str, tuple[int, ...]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from dig.environment import ROOT
+from tests.bench.harness import alive, children
 from tests.bench.test_faults import WHEN_IMPORTED
-from tests.bench.test_runner import alive, children
 
 CASE = ["--models", "DiT", "--patch", "8", "--resolutions", "64"]
 RUN = ["-m", "bench", "run", *CASE, "--modes", "forward", "--device", "cpu"]

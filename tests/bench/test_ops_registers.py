@@ -117,11 +117,6 @@ def test_the_compiler_has_tile_choices_for_every_architecture() -> None:
 MEASURED_ON = "9.0"
 """Whose kernels are compiled each time; those of the other architectures, when slow tests run."""
 HERE = [pytest.param(each, marks=() if each == MEASURED_ON else pytest.mark.slow) for each in CAPABILITIES]
-TABLES = [
-    pytest.param(each, marks=pytest.mark.slow if each == MEASURED_ON else (pytest.mark.slow, pytest.mark.tables))
-    for each in CAPABILITIES
-]
-"""A whole table is minutes of compiling: nox -s tests_slow takes the one that rows were measured with."""
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
@@ -132,6 +127,9 @@ def test_each_kernel_may_run(capability: str) -> None:
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA GPUs")
-@pytest.mark.parametrize("capability", TABLES)
+@pytest.mark.slow
+@pytest.mark.tables
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_kernel_of_the_tables_may_run(capability: str) -> None:
+    """Minutes of compiling each: nox -s tests_tables."""
     assert len(compiled("--capabilities", capability)) == ALL + OTHERWISE.get(capability, (0, 0))[1]

@@ -193,7 +193,7 @@ print(int(x), count.best_config.kwargs)
 """
 
 
-def test_the_gate_runs_every_tile_once_and_times_none(tmp_path: Path) -> None:
+def test_the_parity_check_runs_every_tile_once_and_times_none(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     script = tmp_path / "tuned.py"  # Triton reads a kernel's source, which -c has none of.
     script.write_text(TUNED)

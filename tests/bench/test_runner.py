@@ -13,21 +13,14 @@ from pathlib import Path
 import pytest
 
 from bench.cases.case import Case
-from bench.cases.jobs import Budget, CaseJob, Limits, ParityJob, Phase
+from bench.cases.jobs import CaseJob, Limits, Phase
 from bench.measure import case as worker
 from bench.measure.timing import Sampled
 from bench.run import runner
 from bench.run.process import Worker, WorkerError
-from bench.run.runner import Referee, Sweep, finished_launches, run_job, run_sweep
-from bench.store.ledgers import Checks, Clocks, Memory
+from bench.run.runner import Sweep, finished_launches, run_job, run_sweep
 from bench.store.rows import ResultsWriter, Row, read_results
-
-QUICK = Budget(settle_s=0.0, settle_max_s=0.0, least_s=0.0, min_samples=2, target_s=0.0, max_samples=2)
-TWO_MINUTES = Limits(prepare=120, measure=120)
-
-
-def small(model: str = "DiT-S/8", **changes: object) -> Case:
-    return Case(**{"model": model, "resolution": 64, "mode": "forward", "dtype": "fp32", "device": "cpu", **changes})
+from tests.bench.harness import QUICK, TWO_MINUTES, alive, children, small
 
 
 def measure(cases: list[Case], path: Path, *, limits: Limits = TWO_MINUTES, launches: int = 1) -> list[Row]:
@@ -35,25 +28,6 @@ def measure(cases: list[Case], path: Path, *, limits: Limits = TWO_MINUTES, laun
     sweep = Sweep(cases=tuple(cases), launches=launches, limits=limits, budget=QUICK, environment=environment)
     with ResultsWriter(path) as writer:
         return list(run_sweep(sweep, writer, on_start=lambda case, doing: None))
-
-
-def children(process_id: int) -> set[int]:
-    """Process ids of all descendants (Linux)."""
-    found, queue = set(), [process_id]
-    while queue:
-        parent = queue.pop()
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            fresh = {int(word) for word in task.read_text().split()} - found
-            found |= fresh
-            queue += fresh
-    return found
-
-
-def alive(process_id: int) -> bool:
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_case_becomes_a_whole_row(tmp_path: Path) -> None:
@@ -187,22 +161,15 @@ def _busy(process_id: int, seconds: float = 1.5) -> bool:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > seconds
 
 
+SEVERAL = [sys.executable, "-m", "bench", "run", "--models", "DiT,DiS", "--patch", "8", "--resolution", "64,128"]
+SEVERAL += ["--modes", "train"]
+"""A command of four cases, seconds each."""
+
+
 @pytest.mark.slow
 def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "run",
-        "--models",
-        "DiT,DiS",
-        "--resolution",
-        "64,128",
-        "--modes",
-        "train",
-    ]
-    command += ["--out", str(path), "--resume"]
+    command = [*SEVERAL, "--out", str(path), "--resume"]
     harness = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 2):
@@ -228,19 +195,7 @@ def test_killed_harness_leaves_whole_rows_no_orphans_and_resumes(tmp_path: Path)
 @pytest.mark.slow
 def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "run",
-        "--models",
-        "DiT,DiS",
-        "--resolution",
-        "64,128",
-        "--modes",
-        "train",
-    ]
-    harness = subprocess.Popen([*command, "--out", str(path)], stderr=subprocess.PIPE, text=True)
+    harness = subprocess.Popen([*SEVERAL, "--out", str(path)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not path.exists() or not path.read_bytes().count(b"\n")):
         time.sleep(0.05)
@@ -254,89 +209,6 @@ def test_interrupt_ends_cleanly_with_what_was_measured(tmp_path: Path) -> None:
     assert read_results(path).torn == b""
     time.sleep(1)
     assert [pid for pid in descendants if alive(pid)] == []
-
-
-def test_resume_repeats_what_failed_for_the_moment_and_what_other_code_measured() -> None:
-    cases = [small(resolution=64 * i) for i in (1, 2, 3, 4, 5)]
-    statuses = ["ok", "oom", "unsupported", "timeout", "error"]
-    sweep = Sweep(cases=tuple(cases), code="a", environment={"torch": "2.13", "commit": "1"})
-    rows = [
-        Row(
-            case=case,
-            status=status,
-            started_at="",
-            samples_ms=(1.0,) if status == "ok" else (),
-            key=sweep.key(case),
-        )
-        for case, status in zip(cases, statuses, strict=True)
-    ]
-    done = finished_launches([*rows, replace(rows[0], key="")])
-
-    def left(**changes: object) -> list[Case]:
-        return [launch.case for launch in replace(sweep, done=done, **changes).remaining]
-
-    assert left() == cases[3:]
-    assert left(environment={"torch": "2.13", "commit": "2"}) == cases[3:]
-    assert left(code="b") == cases
-    assert left(environment={"torch": "2.14"}) == cases
-    assert left(budget=QUICK) == cases
-    assert len(left(launches=2)) == 7
-
-
-def test_rounds_hold_every_case_once_in_an_order_of_their_own() -> None:
-    cases = tuple(small(resolution=64 * i) for i in range(1, 9))
-    order = Sweep(cases=cases, launches=3).remaining
-    rounds = [[launch.case for launch in order if launch.number == number] for number in range(3)]
-    assert [launch.number for launch in order] == [0] * 8 + [1] * 8 + [2] * 8
-    assert rounds[0] == list(cases)
-    assert all(set(found) == set(cases) for found in rounds)
-    assert rounds[1] != rounds[0] != rounds[2] != rounds[1]
-
-
-HOT = Clocks(readings=4, throttled={"hw-thermal": 1.0})
-CAPPED = Clocks(readings=4, throttled={"sw-power-cap": 1.0})
-
-
-def again(
-    path: Path, monkeypatch: pytest.MonkeyPatch, looks: dict[int, list[tuple[Clocks | None, str]]], seconds: float = 60
-) -> list[Row]:
-    """Runs a sweep over cases of these resolutions, whose launches are written down: clocks and status of each look."""
-    cases = tuple(small(resolution=resolution) for resolution in looks)
-
-    def look(self: Referee, job: CaseJob) -> Row:
-        clocks, status = looks[job.case.resolution].pop(0)
-        good = status == "ok"
-        return Row(
-            case=job.case,
-            status=status,
-            started_at="",
-            samples_ms=(1.0,) if good else (),
-            marks=("throttled",) if clocks is not None and good else (),
-            clocks=clocks,
-        )
-
-    monkeypatch.setattr(Referee, "measure", look)
-    with ResultsWriter(path) as writer:
-        rows = list(run_sweep(Sweep(cases=cases, again_s=seconds), writer, on_start=lambda case, doing: None))
-    assert read_results(path).rows == tuple(rows)
-    return rows
-
-
-def test_throttled_launches_are_measured_once_more_and_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = {64: [(CAPPED, "ok"), (CAPPED, "ok")], 128: [(None, "ok")], 192: [(HOT, "ok"), (None, "ok")]}
-    rows = again(tmp_path / "a.jsonl", monkeypatch, looks)
-    assert [row.case.resolution for row in rows] == [64, 128, 192, 192, 64]
-    assert [row.marks for row in rows[3:]] == [("measured-again",), ("throttled", "measured-again")]
-    assert looks == {64: [], 128: [], 192: []}
-
-
-def test_a_second_look_that_fails_or_comes_too_late_leaves_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = again(tmp_path / "a.jsonl", monkeypatch, {64: [(HOT, "ok"), (HOT, "error")]})
-    assert [(row.status, row.marks) for row in rows] == [("ok", ("throttled",))]
-    rows = again(tmp_path / "b.jsonl", monkeypatch, {64: [(HOT, "ok"), (None, "ok")]}, seconds=0)
-    assert [(row.status, row.marks) for row in rows] == [("ok", ("throttled",))]
 
 
 def test_a_kernel_that_is_not_the_cases_leaves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,52 +245,6 @@ def test_the_share_of_launches_is_what_a_graph_saves(
         graph = replace(case, execution="graph", device="cuda")
         timing = worker.timing_of(graph, sampled(graph_ms), eager=sampled(eager_ms), graph_ms=None, flushed=True)
         assert (timing.eager_ms, timing.graph_ms, timing.launch_share) == (eager_ms, graph_ms, share)
-
-
-def test_a_gate_that_passed_for_training_holds_for_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    answers = {"train": {"reference": "r", "gradients_off": 0.0}, "forward": {"reference": "r"}}
-
-    def answer(job: ParityJob, *, limits: Limits) -> dict:
-        asked.append(job.case.mode)
-        return answers[job.case.mode]
-
-    monkeypatch.setattr(runner, "run_job", answer)
-    referee = Referee(limits=Limits())
-    for mode in ("forward", "train", "forward", "train"):
-        assert referee.agreement(small(mode=mode)) == (answers["train"] if "train" in asked else answers["forward"])
-    assert asked == ["forward", "train"]
-    answers["train"] = {"status": "error", "message": "gradients"}
-    referee = Referee(limits=Limits())
-    assert "message" in referee.agreement(small(mode="train"))
-    assert "message" not in referee.agreement(small(mode="forward"))
-
-
-def test_models_of_a_comparison_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of other inputs, or of another number of tokens, is an error and no time."""
-    given = {"DiT-S/8": ("aa", 4), "DiG-S/8": ("aa", 4), "DiS-S/8": ("bb", 4), "Flash-DiT-S/8": ("aa", 5)}
-
-    def answer(job: ParityJob | CaseJob, **limits: object) -> object:
-        if isinstance(job, ParityJob):
-            return {}
-        inputs, tokens = given[job.case.model]
-        checks, memory = Checks(inputs=inputs, tokens=tokens), Memory(parameters=1)
-        row = Row(case=job.case, status="ok", started_at="", samples_ms=(1.0,), memory=memory, checks=checks)
-        return row.to_json()
-
-    monkeypatch.setattr(runner, "run_job", answer)
-    referee = Referee(limits=Limits(), ceilings=False)
-
-    def measured(model: str, **changes: object) -> Row:
-        job = CaseJob(case=small(model, **changes), budget=QUICK, environment={}, matmul_ceiling=None, key="k")
-        return referee.measure(job)
-
-    rows = [measured(model) for model in given]
-    assert [row.status for row in rows] == ["ok", "ok", "error", "error"]
-    assert "latents, noise, timesteps or labels are not those of DiT-S/8" in rows[2].message
-    assert rows[3].message.startswith("parity: 5 tokens; DiT-S/8")
-    assert all((row.samples_ms, row.key) == ((), "k") for row in rows[2:])
-    assert measured("DiS-S/8", resolution=128).status == "ok"  # Of another comparison.
 
 
 def test_a_job_that_cannot_start_is_an_error() -> None:

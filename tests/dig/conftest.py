@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.dig.encoded import COUNTS, run
+from tests.dig.encoded import COUNTS
+from tests.dig.encoded import run as encode
 from tests.dig.test_data_images import make_folder
-from tests.dig.tiny import TINY, make_vae, using
+from tests.dig.tiny import TINY, app, make_fashion, make_vae, using
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +19,21 @@ def tiny_dig() -> Iterator[None]:
     """Any DiG is a tiny one, while this module's tests run."""
     with using(TINY):
         yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Idx files of 300 images and 100 to test with."""
+    return make_fashion(tmp_path_factory.mktemp("fashion"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dig: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one step."""
+    data, out = make_fashion(tmp_path_factory.mktemp("data"), train=20), tmp_path_factory.mktemp("run") / "run"
+    words = ["train", "--model", "DiG-S/8", "--data", str(data), "--out", str(out), "--steps", "1", "--device", "cpu"]
+    assert CliRunner().invoke(app, [*words, "--grid-every", "0"]).exit_code == 0
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +50,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, images: Path, vae: Path) -> Path:
     """Four shards of 13 images, made without an interruption."""
     out = tmp_path_factory.mktemp("whole") / "latents"
-    assert run(images, out, vae).joined
+    assert encode(images, out, vae).joined
     return out
 
 

@@ -28,7 +28,7 @@ from dig.training.data import (
     open_dataset,
 )
 from dig.training.data.draws import noise_seed
-from dig.training.data.latents import read_index
+from dig.training.data.shards import read_index
 from tests.dig.encoded import SIDE, contents, run
 
 diffusers = pytest.importorskip("diffusers")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from dig.training.data import DataError, Encoding, LatentShards, open_dataset
-from dig.training.data.latents import ShardRecord, record_name, shard_name, to_json
+from dig.training.data.shards import ShardRecord, record_name, shard_name, to_json
 from tests.dig.tiny import make_fashion
 
 SHAPE = (4, 2, 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,15 +20,11 @@ from dig.evaluation.classifier import load_classifier
 from dig.evaluation.metrics import Gaussian, frechet_distance, precision_recall
 from dig.evaluation.samples import read_samples
 from dig.training.data import IdxImages
-from tests.dig.tiny import TINY, make_fashion, using
+from tests.dig.tiny import make_fashion
+
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
 
 
 def gaussian(mean: list[float], covariance: Any) -> Gaussian:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,11 @@ from dig.cli import app
 from dig.commands.common import interruptible
 from dig.packages import is_installed
 from dig.sampling.runner import BatchSampler
-from tests.dig.tiny import TINY, make_class_folders, make_fashion, make_vae, using
+from tests.dig.tiny import make_class_folders, make_vae
+
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data, out = make_fashion(tmp_path_factory.mktemp("data"), train=20), tmp_path_factory.mktemp("run") / "run"
-    words = ["train", "--model", "DiG-S/8", "--data", str(data), "--out", str(out), "--steps", "1", "--device", "cpu"]
-    assert runner.invoke(app, [*words, "--grid-every", "0"]).exit_code == 0
-    return out
 
 
 def words_of(run: Path, *options: str) -> list[str]:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dig.cli import app
-from tests.dig.tiny import TINY, make_class_folders, make_fashion, make_vae, using
+from tests.dig.tiny import make_class_folders, make_vae
+
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data, out = make_fashion(tmp_path_factory.mktemp("data"), train=20), tmp_path_factory.mktemp("run") / "run"
-    words = ["train", "--model", "DiG-S/8", "--data", str(data), "--out", str(out), "--steps", "1", "--device", "cpu"]
-    assert runner.invoke(app, [*words, "--grid-every", "0"]).exit_code == 0
-    return out
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,9 @@ from dig.training.step import TrainingStep
 from dig.training.trainer import Trainer
 from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training_step import batch_of, config
-from tests.dig.tiny import TINY, app, make_fashion, using
+from tests.dig.tiny import app, make_fashion
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +173,7 @@ def test_shards_that_are_damaged(tmp_path: Path, ranks: Ranks, watch: Watch) -> 
     (before / "about.json").write_text("[]")
     with pytest.raises(CheckpointError, match="its header is no object of JSON"):
         read_checkpoint(before)
-    # What a kill leaves is gone at the next start, and what is damaged stands aside.
+    # What a kill leaves is gone at the next start, and what is damaged is set aside.
     (run / "checkpoints" / ".unfinished-step-00000003.shards").mkdir()
     shard.write_bytes(content)
     newest.with_suffix(".json").unlink()

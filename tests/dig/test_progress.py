@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,11 @@ from dig.memory import in_bytes
 from dig.progress import Follower, duration, following
 from dig.spec import ModelSpec
 from tests.dig.test_training_identity import class_folders, make_vae
-from tests.dig.tiny import TINY, make_fashion, using
+from tests.dig.tiny import TINY
+
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
 
 
 class Clock:
@@ -113,11 +108,6 @@ def test_colours_that_are_forced_make_a_file_no_terminal() -> None:
 
 
 OPTIONS = ["--model", "DiG-S/8", "--steps", "6", "--batch", "8", "--grid-every", "0", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fashion(tmp_path_factory.mktemp("fashion"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,12 @@ from dig.spec import create_model
 from dig.training.saving import checkpoint_files
 from tests.dig.fake_graph import capture_fake
 from tests.dig.test_training import damage_bytes
-from tests.dig.tiny import TINY, make_fashion, using
+from tests.dig.tiny import make_fashion, using
 from tests.helpers import randomize
 
+pytestmark = pytest.mark.usefixtures("tiny_dig")
+
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,12 @@ from dig.evaluation.samples import read_samples
 from dig.sampling import runner as runs
 from dig.sampling.folder import sample_name
 from dig.sampling.images import LABEL, enlarge, with_labels
-from tests.dig.tiny import TINY, make_class_folders, using
+from tests.dig.tiny import make_class_folders
+
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 runner = CliRunner()
 NAMES = ("Bag", "Dress, long", "7")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
 
 
 @pytest.fixture(scope="module")

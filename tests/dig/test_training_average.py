@@ -14,14 +14,8 @@ from dig.training.config import TrainConfig
 from tests.dig.test_sampling import draw, images
 from tests.dig.test_training import train
 from tests.dig.test_training_step import config, trained, weights
-from tests.dig.tiny import make_fashion
 
 pytestmark = pytest.mark.usefixtures("tiny_dig")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fashion(tmp_path_factory.mktemp("fashion"))
 
 
 def test_the_decay_rises_as_the_field_has_it() -> None:

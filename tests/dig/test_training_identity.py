@@ -23,11 +23,6 @@ from tests.dig.tiny import make_fashion, write_idx
 pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fashion(tmp_path_factory.mktemp("fashion"))
-
-
 def class_folders(root: Path, seed: int = 0) -> Path:
     random = np.random.Generator(np.random.Philox(seed))
     for label in ("cat", "dog"):

@@ -15,15 +15,9 @@ from typer.testing import CliRunner
 
 from dig.cli import app
 from tests.dig.test_training import lines, train
-from tests.dig.tiny import make_fashion
 
 pytestmark = pytest.mark.usefixtures("tiny_dig")
 GRIDS = ["--grid-every", "2", "--grid-steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fashion(tmp_path_factory.mktemp("fashion"))
 
 
 class FakeWandb(ModuleType):

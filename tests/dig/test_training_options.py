@@ -19,15 +19,9 @@ from dig.registry import parse_model
 from dig.spec import ModelSpec
 from dig.training.resuming import recorded_config
 from tests.dig.test_training import lines, newest, train
-from tests.dig.tiny import make_fashion
 
 pytestmark = pytest.mark.usefixtures("tiny_dig")
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fashion(tmp_path_factory.mktemp("fashion"))
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,8 @@ import torch
 from dig.training import saving
 from dig.training.saving import CheckpointError, checkpoint_files, checkpoint_path, save_checkpoint
 from tests.dig.test_training import assert_same_run, command, damage_bytes, lines, train
-from tests.dig.tiny import make_fashion
 
 pytestmark = pytest.mark.usefixtures("tiny_dig")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_fashion(tmp_path_factory.mktemp("fashion"))
 
 
 @pytest.fixture(scope="module")

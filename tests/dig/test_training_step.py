@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,8 @@ from dig.training.needs import draws_in_training
 from dig.training.resuming import CONFIG_NAME, recorded_config
 from dig.training.step import TrainingStep, checkpoint_blocks
 from tests.dig.fake_graph import capture_fake
-from tests.dig.tiny import TINY, using
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny() -> Iterator[None]:
-    with using(TINY):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_dig")
 
 
 def config(**fields: Any) -> TrainConfig:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.gla import launches
+from dig.ops.gla.block_launches import run_block
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.gla.mixer import gla_mixer
@@ -148,7 +149,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, B: int, H: int, T: int) -> int:
     q, v = (torch.empty(B, T, H, 16, device=DEVICE) for _ in range(2))
     gate = launches.DecayGate(values=q, logits=True)
     plan = launches.plan_of(q, v, 1.0, 1.0)
-    launches.run_block(plan, q, q, v, gate, v, v[0, 0, 0], EPS, False)
+    run_block(plan, q, q, v, gate, v, v[0, 0, 0], EPS, False)
     assert (walk_kernel in kernels) == (len(kernels) == 1)
     return len(kernels)
 

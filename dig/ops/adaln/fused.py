@@ -7,7 +7,7 @@ by memory traffic: with x, the branch and h in bf16, bytes for each of the B T D
     residual_norm_modulate  8 forward (x, branch; x_new, h)              12 backward (x_new, branch, both gradients;
                                                                             dx, dbranch)
 
-What is kept for the backward pass is one or two fp32 numbers a token beside inputs and outputs that exist anyway.
+Saved for the backward pass: one or two fp32 numbers a token, beside inputs and outputs that exist anyway.
 
 Shapes: B batch, T tokens, D width.
 """

@@ -11,15 +11,15 @@ With ``a = weight (1 + scale)`` (``1 + scale`` for the layer norm, which has no 
     dx     = r (dn - n mean(n dn) - mean(dn))                         (layer)
     dshift = sum_t dh,   A = sum_t n dh,   dscale = weight A,   dweight = sum_b (1 + scale) A
 
-so that two sums over tokens, and with a residual branch ``dgate = sum_t branch dx`` as a third, are all it takes.
+Two sums over tokens are enough. A residual branch adds a third, ``dgate = sum_t branch dx``.
 
-**Widths.** No width of interest but 1024 is a power of two, and padding 1152 to 2048 would leave 44% of the lanes idle.
-A row is therefore cut into parts, each a power of two wide (1152 = 1024 + 128, or 4 * 256 + 128), and held as a tuple
-of tiles: every lane works, and no column needs a mask. PARTS lists (first column, width) of each.
+**Widths.** Of the models' widths only 1024 is a power of two, and padding 1152 to 2048 leaves 44% of the lanes idle. So
+a row is cut into parts, each a power of two wide (1152 = 1024 + 128, or 4 * 256 + 128), and held as a tuple of tiles.
+Every lane works, and no column needs a mask. PARTS lists (first column, width) of each.
 
-**Sums over tokens.** A program walks over several tiles of rows and adds up, in registers and for each row of a tile
-by itself; rows are added to each other once, at its end. It leaves one row of partial sums, and a last, small kernel
-adds those in a fixed order: no atomics, so a run repeats bit by bit.
+**Sums over tokens.** A program walks over several tiles of rows and adds them up in registers, tile upon tile; the rows
+of that sum are added to each other once, at the end. Each program leaves one row of partial sums. A last, small kernel
+adds those in a fixed order, without atomics: a run repeats bit by bit.
 
 Arguments named x_b, x_t, ... are strides of batch and token; whatever the kernels write is contiguous.
 """
@@ -58,8 +58,8 @@ def store_tile(ptr, value, inside, D: tl.constexpr, START: tl.constexpr, WIDTH: 
 def load_columns(ptr, START: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr):
     """A part of a vector in fp32, the same in each row of (R, WIDTH).
 
-    Each thread reads what it needs, from the first-level cache but for the first time. A vector read once would have to
-    be handed from thread to thread, through shared memory and two barriers.
+    Every thread loads what it needs, from L1 after the first time. To load once and share would take shared memory and
+    two barriers.
     """
     return tl.load(ptr + tile_offsets(0, START, WIDTH, R)).to(tl.float32)
 
@@ -137,7 +137,7 @@ def norm_modulate_kernel(
             total += tl.sum(wide, axis=1)
     stat = stats + b * T + first + tl.arange(0, R)
     if NORM == "layer":
-        # The variance from the differences, in a second pass over registers: the mean may be far larger than it.
+        # Variance in a second pass over registers, from the differences: the mean may be far larger than those.
         mean = total / D
         tl.store(stat + tl.num_programs(1).to(tl.int64) * T, mean, mask=inside)
         total = tl.zeros([R], tl.float32)
@@ -232,11 +232,10 @@ def norm_modulate_backward_kernel(
 ):
     """Gradients of every token, and this program's share of the sums over tokens.
 
-    Grid (P, B). x is what was normed. Writes dx (B, T, D), and partials (B, P, 2 or 3, D) fp32: sums of dh and of n dh.
-    With ADD, dx_new is added to x's gradient: that of a residual connection around what follows the norm. With BRANCH,
-    the sum is also the gradient of ``gate branch``; dbranch (B, T, D) is written, and the third of the partials is the
-    sum of branch dx. With REBUILD the forward pass's h (B, T, D) is written again. What goes with a flag is touched
-    only then.
+    Grid (P, B). x is the norm's input. Writes dx (B, T, D), and partials (B, P, 2 or 3, D) in fp32: the sums of dh and
+    of n dh. ADD adds dx_new, the gradient that comes around the norm by the residual connection. BRANCH also writes
+    dbranch = gate dx (B, T, D), and the sum of branch dx as the third of the partials. REBUILD writes the forward
+    pass's h (B, T, D) again. What goes with a flag is touched only then.
     """
     start_early(EARLY)
     b = tl.program_id(1).to(tl.int64)

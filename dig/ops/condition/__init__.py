@@ -1,7 +1,7 @@
 """The condition of a few images: timestep and label to one vector each, in two launches, for inference.
 
-In PyTorch it is a chain of 20 kernels, each of which does next to nothing and waits for the one before. Two are the
-fewest, for the second product asks for all of the first one's result. The weights are read as they are, in fp32.
+PyTorch takes 20 kernels, each of which does next to nothing and waits for the one before. Two are the fewest: the
+second product needs all of the first one's result. The weights are read as they are, in fp32.
 
 Shapes: B images, D width, E sinusoids.
 """
@@ -20,7 +20,7 @@ from dig.ops.tiles import for_device
 from dig.ops.whole import ceil_div, power_of_two
 
 MOST_IMAGES = 8
-"""Every image reads the weights again, from the L2 cache; with more, a matrix product is the better way."""
+"""Every image reads the weights again, from the L2 cache; of more images a GEMM is faster."""
 MAX_PERIOD = 10_000.0
 """Of the sinusoids."""
 

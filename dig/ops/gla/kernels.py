@@ -111,7 +111,7 @@ def local_state_kernel(
 
 @triton.jit
 def one_after_other(through, added, next_through, next_added):
-    """What two runs of chunks do to a state x together, each of which makes it ``through x + added``."""
+    """The composition of two maps of a state, ``x -> through x + added`` each: what two runs of chunks do to it."""
     return through * next_through, next_through * added + next_added
 
 
@@ -156,9 +156,9 @@ def scan_kernel(
     is its mirror image, which is what the gradient of the state needs. The first of the D entries has the direction
     given, the next the other.
 
-    A round takes GROUPS groups of STEPS chunks, all of them loaded at once: every chunk of most images. Each group
-    learns what the one before it does to a state as a whole; put together, that is the state which it begins with, and
-    from there it walks along its chunks, in fp32.
+    A round loads GROUPS groups of STEPS chunks at once: every chunk of most images. What a whole group does to a state
+    is one map; a scan over these maps gives the state that each group begins with. From there it walks along its
+    chunks, in fp32.
     """
     start_early(EARLY)
     channel = tl.program_id(0) // tl.cdiv(V, LANES)
@@ -175,7 +175,7 @@ def scan_kernel(
     step = 0
     while step < N:
         first = step + groups * STEPS
-        # Loaded twice, the second time from a cache: a group can't see what another one has in its registers.
+        # Loaded twice, the second time from a cache: no group sees another one's registers.
         before_added, before_decays = load_steps(x, g, first - STEPS, step, N, backward, exists, SIZE, SUMS, STEPS)
         added, decays = load_steps(x, g, first, step, N, backward, exists, SIZE, SUMS, STEPS)
         through = tl.full([GROUPS, 1], 1.0, tl.float32)

@@ -8,8 +8,8 @@ With D the gradient of the state after a chunk and ``A_ij = q_i . k_j e^{c_i - c
     dv_j  = D^T (k_j e^{G - c_j}) + sum_{i>=j} A_ij do_i
     dlog_decay_t = sum_{i>=t} (q_i dq_i - k_i dk_i) + sum_v S_new D
 
-The last line: c_i enters only as a factor of q_i and, inverted, of k_i, and G only as a factor of everything that S_new
-adds up. Here it is computed from the chunk's other end, where S is all there is and everything is local::
+As for the last line: c_i enters only as a factor of q_i and, inverted, of k_i; G only as a factor of all that S_new
+adds up. The kernel computes it from the chunk's other end, which takes S alone and what is local::
 
     dlog_decay_t = e^G sum_v S D + sum_i q_i (e^{c_i} S do_i) - sum_{i<t} (q_i dq_i - k_i dk_i)
 
@@ -162,8 +162,8 @@ def pair_gradients(
 ):
     """Add the gradients of one group size's scores ``queries @ keys^T``; dscores is masked, all others (C, KP).
 
-    dc collects ``q dq - k dk``. A pair (i, j) adds to row i what it takes from row j, and most of that cancels in the
-    sums over rows that follow, so both are taken from the same rounded operands, not from q and dq themselves.
+    dc collects ``q dq - k dk``. A pair (i, j) adds to row i what it takes from row j, and most of that cancels in later
+    sums over rows. So both come from the same rounded operands, not from q and dq themselves.
     """
     of_queries = product(dscores, keys, DOT, PRECISION)
     of_keys = product(tl.trans(dscores), queries, DOT, PRECISION)

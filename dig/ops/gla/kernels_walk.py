@@ -10,8 +10,8 @@ three products::
     o_i   = (q_i e^{c_i - h}) (e^h S) + sum_{j<=i} (q_i e^{c_i - h} . k_j e^{h - c_j}) v_j
     S_new = e^h (e^h S + sum_j (k_j e^{h - c_j})^T v_j)
 
-In a mild chunk no factor is above 2^32. Of any other a step takes only the first 16 tokens, whose factors are at most
-e^80 (`MIN_LOG2_DECAY`), and the next step begins after those: no program needs code for groups of several sizes.
+In a mild chunk no factor is above 2^32. Of any other chunk a step takes 16 tokens, whose factors are at most e^80
+(`MIN_LOG2_DECAY`), and the next step begins after those. So no program needs code for groups of several sizes.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
@@ -105,8 +105,8 @@ def walk_kernel(
     rows = tl.arange(0, C)
     state = tl.zeros([KP, VP], tl.float32)
     first = 0
-    # What the steps have in common each computes anew: held from one to the next, it takes a hundred registers. That
-    # takes a loop that counts, and the interpreter one that counts to a constant.
+    # Each step computes anew what all have in common: held across steps, it takes a hundred registers. That is done by
+    # disable_licm, which only a counted loop has; the interpreter needs a constant count.
     for _ in tl.range(0, ROUNDS, disable_licm=True):
         if first < T:
             # Up to the chunk's end, which only a chunk that isn't mild takes several steps to reach.

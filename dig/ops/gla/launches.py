@@ -1,4 +1,6 @@
-"""The launches of gated linear attention's kernels: what they share, and in which order they go.
+"""Launches of gated linear attention's kernels, one a function, and what they share: the plan and the decay gate.
+
+`dig.ops.gla.block_launches` puts those of a whole block in order.
 
 Shapes: B batch, T tokens, H heads, K key width, V value width, N chunks.
 
@@ -19,10 +21,8 @@ import triton
 from torch import Tensor
 
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel, short_scan_kernel
-from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel, output_backward_kernel
-from dig.ops.gla.kernels_walk import walk_kernel
-from dig.ops.launch import LaunchContext, empty, last_contiguous, launching
-from dig.ops.side_stream import on_side_stream
+from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel
+from dig.ops.launch import LaunchContext
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import GlaTiles
 from dig.ops.whole import ceil_div, power_of_two
@@ -59,9 +59,9 @@ class Plan:
     def walks(self) -> bool:
         """Whether the forward pass is one launch, whose programs walk all chunks of a head, instead of three.
 
-        It moves the least and launches once, but what three launches do for all chunks beside each other its programs
-        do one after the other, each waiting for the one before: that takes as many of them as keep the card busy, and
-        the more, the more chunks there are. One chunk is a program in both.
+        One launch moves the fewest bytes, but its programs walk chunks one after the other; three launches do all
+        chunks at once. So one launch needs enough heads to keep the card busy, and the more, the more chunks there are.
+        Of a single chunk both ways have the same programs.
         """
         tiles = self.tiles
         few_chunks, many_heads = tiles.walk_chunks >= self.N, tiles.walk_programs * self.N <= self.B * self.H
@@ -75,7 +75,7 @@ class Plan:
 
 def tiles_for(q: Tensor, v: Tensor) -> GlaTiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V), fp32 or bf16."""
-    # As plain numbers: with dynamic shapes torch.compile counts in symbols, which no table can look up.
+    # Plain numbers: a table has no entry for torch.compile's symbols, which dynamic shapes have.
     return for_device(v.device).gla_tiles(int(q.shape[-1]), int(v.shape[-1]), v.dtype)
 
 
@@ -84,7 +84,7 @@ def plan_of(
 ) -> Plan:
     """The launch plan for queries (B, T, H, K) and values (B, T, H, V); order as `scan_tokens` takes it."""
     B, T, H, K = q.shape
-    # Symbols, in which torch.compile counts with dynamic shapes, are no keys to remember anything by.
+    # torch.compile's symbols, which dynamic shapes have, are no keys of a cache.
     plan = _plan if type(B) is int and type(T) is int else _plan.__wrapped__
     return plan(tiles_for(q, v), B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
 
@@ -128,7 +128,7 @@ def _plan(
 def _precision(dtype: torch.dtype) -> str:
     if not isinstance(output_kernel, triton.runtime.JITFunction):
         return "interpreter"
-    # Three tf32 products keep fp32's 24 bits of the operands and still run on the matrix units.
+    # Three tf32 products keep fp32's 24 bits of the operands and still run on the tensor cores.
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
@@ -248,6 +248,11 @@ def short_scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dic
     return {"WIDTH": math.gcd(V, 16 // dtype.itemsize), "UNITS": tiles.short_units, "STEPS": steps}
 
 
+def walk_rounds(tiles: GlaTiles, N: int) -> int:
+    """`walk_kernel`'s rounds for N chunks: a power of two, so that images of all sizes share a few binaries."""
+    return power_of_two(N) * tiles.chunk // 16
+
+
 def gradients_of(
     launch: LaunchContext,
     plan: Plan,
@@ -311,98 +316,3 @@ def column_sums(launch: LaunchContext, tiles: GlaTiles, partials: Tensor, dtype:
         D=D, ROWS=tiles.sum_rows, COLS=tiles.sum_columns, num_warps=tiles.sum_warps,
     )  # fmt: skip
     return sums
-
-
-def run_block(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate, g: Tensor, norm_weight: Tensor, eps: float, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The launches of `gla_block`: its result, and the states before each chunk (1, B, H, N, K, V).
-
-    Unless ``keep``, the latter have no elements.
-    """
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with launching(q.device) as launch:
-        if plan.walks:
-            states = torch.empty(1, *plan.state_shape, dtype=v.dtype, device=v.device) if keep else no_states(v)
-            launch.early(
-                walk_kernel, (plan.H, plan.B), (q, k, v, *gate.tensors, g, norm_weight, states, out),
-                (*strides_of(q, k, v), *gate.strides, *strides_of(g), plan.T, plan.N, *plan.scan, plan.scale,
-                 plan.inverse_normalizer, eps),
-                **plan.constants, **gate.constants, ROUNDS=walk_rounds(plan.tiles, plan.N), KEEP=keep,
-                num_warps=plan.tiles.walk_warps,
-                maxnreg=None if gate.weight is None else plan.tiles.walk_registers,
-            )  # fmt: skip
-            return out, states
-        states, sums, _ = local_states(launch, plan, q, k, v, gate)
-        scan_states(launch, plan, states, sums, direction=0)
-        launch.early(
-            output_kernel, plan.grid, (q, k, v, g, norm_weight, sums, states, out),
-            (*strides_of(q, k, v, g), plan.T, plan.N, *plan.scan, plan.scale, eps),
-            **plan.constants, LEVELS=plan.levels, NORM_GATE=True, num_warps=plan.tiles.output_warps,
-            maxnreg=plan.tiles.output_registers,
-        )  # fmt: skip
-    return out, states if keep else no_states(v)
-
-
-def walk_rounds(tiles: GlaTiles, N: int) -> int:
-    """`walk_kernel`'s rounds for N chunks: a power of two, so that images of all sizes share a few binaries."""
-    return power_of_two(N) * tiles.chunk // 16
-
-
-def run_block_backward(
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: DecayGate,
-    g: Tensor,
-    norm_weight: Tensor,
-    states: Tensor,
-    dy: Tensor,
-    eps: float,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    dg: Tensor,
-    y: Tensor | None = None,
-    sums: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The launches of `gla_block`'s backward pass.
-
-    Args:
-        plan: Of the forward pass.
-        q: As in the forward pass.
-        k: Likewise.
-        v: Likewise.
-        gate: Likewise.
-        g: Logits of the output gate.
-        norm_weight: (V,).
-        states: Those before each chunk, from the forward pass.
-        dy: Gradient of the output.
-        eps: As in the forward pass.
-        outputs: Take the gradients of q, k, v and of the log decays or logits (B, T, H, K); contiguous over batch and
-            tokens, heads packed.
-        dg: Takes g's gradient; likewise.
-        y: Takes the forward pass's result again (B, T, H, V), contiguous.
-        sums: Of the decays, from `decay_sums`, where they have been computed already.
-
-    Returns:
-        The gradients of norm_weight (V,) and of the gate's bias (H K,); of no elements without a bias.
-    """
-    dy = last_contiguous(dy)
-    do = empty(v)
-    dweight = torch.empty(plan.B * plan.N * plan.H, v.shape[-1], dtype=torch.float32, device=v.device)
-    with launching(q.device) as launch:
-        sums = decay_sums(launch, plan, q, k, v, gate) if sums is None else sums
-        own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
-        state_gradients = empty(states)
-        launch.early(
-            output_backward_kernel, plan.grid,
-            (q, k, v, g, norm_weight, dy, sums, states, state_gradients, own, do, dg, dweight, do if y is None else y),
-            (*strides_of(q, k, v, g, dy), dg.stride(1), plan.T, plan.N, *plan.scan, plan.scale, eps),
-            **plan.constants, LEVELS=plan.levels, REBUILD=y is not None, num_warps=plan.tiles.output_backward_warps,
-            maxnreg=plan.tiles.output_backward_registers,
-        )  # fmt: skip
-        scan_states(launch, plan, state_gradients, sums, direction=1)
-        dbias = gradients_of(launch, plan, q, k, v, gate, do, sums, states, state_gradients, own, outputs)
-        with on_side_stream(dweight, dbias):
-            dnorm = column_sums(launch, plan.tiles, dweight, norm_weight.dtype)
-            return dnorm, dbias if gate.bias is None else column_sums(launch, plan.tiles, dbias, gate.bias.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.derivatives import once
+from dig.ops.gla.block_launches import run_block, run_block_backward
 from dig.ops.gla.launches import (
     DecayGate,
     Plan,
@@ -24,8 +25,6 @@ from dig.ops.gla.launches import (
     empty_sums,
     no_states,
     plan_of,
-    run_block,
-    run_block_backward,
 )
 from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
 from dig.ops.gla.tiled import check_qkv
@@ -76,7 +75,7 @@ def mixer_forward(
 def mixer_sums(
     projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
 ) -> Tensor:
-    """The sums of the decays that the backward pass begins with, which it needn't wait for any gradient to compute."""
+    """The sums of the decays, which the backward pass begins with: they depend on no gradient."""
     plan, qkv, decay, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
     with launching(projected.device) as launch:
         return decay_sums(launch, plan, *qkv, decay)
@@ -183,7 +182,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _autograd(ctx: Any, dy: Tensor, dstates: None) -> tuple[Tensor | None, ...]:
-    # Asked for once: checkpointing computes them anew, and once.
+    # Unpacked once: checkpointing computes them anew for that, and only once.
     projected, weight, bias, norm, states = ctx.saved_tensors
     heads, rows, columns, order, eps = ctx.numbers
     dprojected, dweight, *others, _ = mixer_backward(

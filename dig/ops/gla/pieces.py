@@ -8,27 +8,29 @@ With ``c`` the running sum of the log decays inside a chunk, S the state before 
     o_i   = (q_i e^{c_i}) S + sum_{j<=i} (q_i . k_j e^{c_i - c_j}) v_j
     S_new = e^G S + sum_j (k_j e^{G - c_j})^T v_j
 
-Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once. The
-products are small at these widths and the instructions around them many, so the first launch stores c (fp32) for the
-others: reading it back takes far fewer than computing it again. Where heads are many and chunks few, the forward pass
+Three launches: the second sum of S_new for all chunks at once, a scan over the chunks, all outputs at once. At these
+widths the products are small and the instructions around them many. So the first launch stores c (fp32) for the others:
+to load it takes far fewer instructions than to compute it again. Where heads are many and chunks few, the forward pass
 is one launch instead, whose programs walk the chunks of a head (`dig.ops.gla.kernels_walk`).
 
 Arguments named q_b, q_t, q_h, ... are strides of batch, token and head. Head strides are constants of the compilation,
 so that the compiler can tell how far heads of 36 or 72 are aligned.
 
-**Order.** Tokens stay where they are in memory; order says in which order the recurrence walks them (`scan_tokens`).
-Within a call, chunks, sums, states and do . v count scan positions, and everything else counts tokens in memory.
+**Order.** Tokens stay where they are in memory; ``order`` says how the recurrence walks them (`scan_tokens`). Chunks,
+sums, states and do . v are indexed by scan position, all else by the token's place in memory.
 
 **Exponents.** ``e^{c_i - c_j}`` is at most 1, but its two factors are not. Pairs (i, j) are split by the smallest
-aligned group of 16, 32, 64, ... tokens that holds both. If that group has more than 16 tokens, i lies in its second
-half and j in its first, so with both decays measured from the group's middle no exponent is positive: one array of
-factors ``exp2(-|c - c_middle|)`` serves the queries and the keys, and one product per group size all its pairs. In a
-group of 16, the exponents are at most 8 tokens' decay away from 0 on either side; a token's log decay is therefore kept
-at or above `MIN_LOG2_DECAY`, and the largest factor is e^80, which fp32 and bf16 (same exponent range) can hold with
-room for operands up to several thousand. Pairs outside the group or above the diagonal may overflow to infinity or NaN
-there: they are removed by ``tl.where``, never by a product with 0. fp16 could not hold these factors.
+aligned group of 16, 32, 64, ... tokens that holds both.
 
-Most chunks need none of that: where all of a chunk's decay is at least 2^-64 in every channel (`is_mild`), one product
+- More than 16 tokens: i lies in the group's second half and j in its first. With decays measured from the group's
+  middle, no exponent is positive. One array of factors ``exp2(-|c - c_middle|)`` serves queries and keys, and one
+  product a group size all its pairs.
+- 16 tokens: exponents are at most 8 tokens' decay away from 0, on either side. A token's log decay is clamped to
+  `MIN_LOG2_DECAY`, so the largest factor is e^80. fp32 and bf16 (same exponent range) hold that with room for operands
+  up to several thousand; fp16 would not. Pairs outside the group or above the diagonal may overflow to infinity or NaN:
+  ``tl.where`` removes them, never a product with 0.
+
+Most chunks need none of that. Where a chunk's whole decay is at least 2^-64 in every channel (`is_mild`), one product
 serves all its pairs, with decays measured from the chunk's middle token. Each program looks for itself.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
@@ -48,7 +50,7 @@ MILD_LOG2_DECAY = tl.constexpr(-64.0)
 """The least log2 decay of a chunk whose pairs one product serves: factors of 2^64 leave the operands room both ways."""
 
 UNSPECIALIZED = ["T", "N", "grid_rows", "grid_columns", "order"]
-"""Integers that no address needs to be aligned by: one binary serves every length, grid and order."""
+"""Integers that Triton shall not specialize on (divisible by 16): one binary serves every length, grid and order."""
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def scan_tokens(first, T, grid_rows, grid_columns, order, C: tl.constexpr):
 
 @triton.jit
 def forgotten(tokens, PRECISION: tl.constexpr):
-    """The same, but not to the compiler: it computes addresses again that it would otherwise hold in registers."""
+    """The same value, unknown to the compiler: it computes addresses again instead of holding them in registers."""
     if PRECISION == "interpreter":
         return tokens
     return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [tokens], dtype=tl.int64, is_pure=False, pack=1)
@@ -248,9 +250,9 @@ def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Sums (C, P) of the rows of x (C, P), fp32, up to and with each.
 
-    As products with 0 and 1 on the matrix units; a scan from thread to thread takes twice the instructions. x is taken
-    apart into bf16 tensors: three for its last bit or two, or where operands are rounded to bf16 anyway (DOT) two, for
-    17 bits of each decay.
+    By products with 0 and 1 on the tensor cores: a scan across threads takes twice the instructions. x is split into a
+    sum of bf16 tensors. Three keep all but its last bit or two. Two keep 17 bits, which do where operands are rounded
+    to bf16 anyway (DOT).
     """
     rows = tl.arange(0, x.shape[0])
     which = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
@@ -294,7 +296,7 @@ def chunk_output(
 ):  # fmt: skip
     """Outputs (C, VP) in fp32 of one chunk; q, k and v point to the head's first rows."""
     DOT: tl.constexpr = v.dtype.element_ty
-    # Read before the scores, for which they are not needed, so that they need not be waited for after them.
+    # Loaded before the scores, which don't need them: by the time that they are needed, they are there.
     b_v = load_rows(v, v_t, tokens, present, V, VP)
     offsets, exists = state_tile(K, V, KP, VP)
     state = tl.load(states + chunk * (K * V) + offsets, mask=exists, other=0.0)

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.derivatives import once
+from dig.ops.gla.block_launches import run_block, run_block_backward
 from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.launches import (
     DecayGate,
@@ -27,8 +28,6 @@ from dig.ops.gla.launches import (
     local_states,
     no_states,
     plan_of,
-    run_block,
-    run_block_backward,
     scan_states,
     strides_of,
 )

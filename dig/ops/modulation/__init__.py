@@ -1,9 +1,9 @@
 """adaLN's linear layer for a batch of conditions: each fp32 weight is read once, and all products are exact to fp32.
 
-The layer is as large as all of a block's others together and has one row an image: reading it is all the work. In fp32
-cuBLAS takes ten times as long as the reading (its products run on the CUDA cores), and as its kernels fill the card,
-what they run beside waits too. A cast to bf16, as autocast does it, reads and writes half as much again, and rounds the
-modulation. Here three tf32 products stand for one of fp32.
+The layer is as large as all of a block's others together and has one row an image: reading it is all the work. cuBLAS
+in fp32 takes ten times as long as the reading, for its products run on the CUDA cores. Its kernels also fill the card,
+so that what runs beside them waits. autocast's cast to bf16 reads and writes half as much again, and rounds the
+modulation. Here three tf32 products make one of fp32.
 
 Registered with torch.library, so ``torch.compile(fullgraph=True)`` and CUDA graphs take it. Sums have one order: two
 runs agree in every bit.
@@ -28,12 +28,12 @@ from dig.ops.whole import ceil_div, power_of_two
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether these kernels are for such a weight: in fp32. In bf16 cuBLAS' products run on the matrix units."""
+    """Whether these kernels are for such a weight: in fp32. In bf16 cuBLAS' products run on the tensor cores."""
     return weight.dtype == torch.float32
 
 
 def _images(tiles: ModulationTiles, B: int) -> int:
-    """Images of a program; at least as many as a product on the matrix units has rows."""
+    """Images of a program; at least as many as a product on the tensor cores has rows."""
     return max(16, min(tiles.images, power_of_two(B)))
 
 

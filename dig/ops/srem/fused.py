@@ -240,7 +240,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, branch, gate, weight, bias = ctx.saved_tensors  # Asked for once: checkpointing computes them anew, and once.
+    # Unpacked once: checkpointing computes them anew for that, and only once.
+    x, branch, gate, weight, bias = ctx.saved_tensors
     rows, columns, transposed, reversed = ctx.numbers
     dx, dbranch, dgate, dweight, dbias = srem_backward(
         x, branch, gate, weight, bias, dy, rows, columns, transposed, reversed, False

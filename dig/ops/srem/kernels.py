@@ -26,7 +26,7 @@ from dig.ops.early_launch import start_early
 TOKEN_SUMS = tl.constexpr(10)
 """Gradients that are sums over every token: nine taps and the bias. The gate's is one for each batch entry."""
 UNSPECIALIZED = ["rows", "columns", "patch_rows", "tap_start", "tap_row", "tap_column"]
-"""Integers that no address needs to be aligned by: one binary serves every grid and order."""
+"""Integers that Triton shall not specialize on (divisible by 16): one binary serves every grid and order."""
 
 
 @triton.jit

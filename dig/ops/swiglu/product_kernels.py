@@ -2,14 +2,13 @@
 
 Shapes: M tokens, D width, F inner width of SwiGLU. A program computes BM tokens by BN of the F columns.
 
-Operands come through tensor descriptors, which Hopper's copy engine reads tiles by: rows past the end are read as 0 and
-not written.
+Operands come through tensor descriptors, by which TMA reads tiles: rows past the end are read as 0 and not written.
 
 **Shares.** A GEMM leaves the memory idle: its operands come from the L2 cache. Casts of weights, which only move bytes,
-are fused into it, in shares of R by C elements: at every EVERY-th step along the sum a program writes the share that it
-asked for that many steps before, and asks for its next one. Steps in between are for it to arrive, and spread what its
-addresses take. The shares of several matrices are counted through; ROWS and COLUMNS list their sizes, STARTS the first
-share of each and at the end how many there are; the last matrices have gates, and GATE_STARTS lists their first shares.
+are fused into it, in shares of R by C elements. At every EVERY-th step along the sum, a program stores the share that
+it loaded EVERY steps before, and loads its next one. The steps in between hide the latency, and spread the arithmetic
+of the addresses. The shares of all matrices are numbered through. ROWS and COLUMNS list the matrices' sizes; STARTS the
+first share of each, and then how many there are. The last matrices have gates: GATE_STARTS lists their first shares.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

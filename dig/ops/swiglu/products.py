@@ -8,8 +8,8 @@ down-projection ends with SwiGLU's backward pass, so that bytes for each of the 
     backward   10 instead of 14 (reads gate and up; writes their gradients and hidden)
 
 **The fused weight cast.** The up-projection GEMM is the longest of a forward pass, and leaves the memory idle. Without
-gradients, the next block's weights are cast to the GEMMs' dtype in it, which moves bytes and does nothing else: beside
-it, a cast would wait for SMs, each of which a program of a GEMM has to itself.
+gradients, it also casts the next block's weights to the GEMMs' dtype, which only moves bytes. As a kernel beside it,
+the cast would wait for SMs: a GEMM's program takes a whole one.
 
 Shapes: M tokens, D width, F inner width of SwiGLU.
 """

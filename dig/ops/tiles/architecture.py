@@ -34,7 +34,7 @@ class Architecture:
         capability: The compute capability, (major, minor); None for what is no GPU.
         shared_memory: Bytes that a program (block) may have; None: no limit.
         early_launch: Whether a kernel can start while the one before it ends (programmatic dependent launch).
-        descriptors: Whether its copy engine (TMA) reads tiles by tensor descriptors.
+        descriptors: Whether TMA reads tiles by tensor descriptors.
         gla: (K, V, dtype) → tile choices, of each dtype the narrowest heads first.
         adaln: (D, dtype of x) → tile choices.
         srem: (pass, dtype of x) → tile choices.

@@ -1,7 +1,7 @@
 """Blackwell for data centres (B200), compute capability 10.0: Hopper's tiles, for nobody has run a sweep on one yet.
 
-It has Hopper's copy engine and more. SwiGLU's GEMMs are apart all the same: which of these tiles beat cuBLAS there is
-not known, and its matrix units (tcgen05) are not Hopper's. For those Triton 3.6 fails to compile the recurrence's
+It has Hopper's TMA and more. SwiGLU's GEMMs are apart all the same: which of these tiles beat cuBLAS there is
+not known, and its tensor cores (tcgen05) are not Hopper's. For those Triton 3.6 fails to compile the recurrence's
 forward pass in one launch (an assertion in its pass for tensor memory's layouts), so that is three launches.
 """
 

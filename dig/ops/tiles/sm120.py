@@ -1,6 +1,6 @@
 """Blackwell for desktops (RTX 50, RTX PRO 6000), compute capability 12.0: as 10.0, with less shared memory.
 
-It has Ampere's matrix units, for which all of the recurrence's kernels compile.
+It has Ampere's tensor cores, for which all of the recurrence's kernels compile.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ Autocast casts every weight by a launch of its own. Here a block's weights take 
 on a layer's output, ``y = gate ⊙ (W x)``, can act on the rows of W instead when one condition serves all tokens; then
 neither ``W x`` nor its gradient is a tensor of T rows that anything has to read or write.
 
-**Beside GEMMs.** A program of cuBLAS' takes an SM whole, and starts on none where another kernel's programs still come
-and go. A cast by many small programs therefore takes turns with the GEMMs instead of running beside them. Told to take
-few programs, both kernels here keep to as many SMs and leave the others alone: each program walks over its share, with
-enough loads in flight to be worth its SM.
+**Beside GEMMs.** A program of cuBLAS takes a whole SM, and starts on none that another kernel's programs still come to.
+So a cast by many small programs takes turns with the GEMMs instead of running beside them. Limited to few programs,
+both kernels here keep to as many SMs and leave the others alone. Each program then walks over its share, with enough
+loads in flight to be worth its SM.
 
 Shapes: N rows and M columns of a weight.
 """

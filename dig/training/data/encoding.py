@@ -34,22 +34,22 @@ from dig.training.data.checks import check_whole
 from dig.training.data.draws import noise_seed
 from dig.training.data.files import shown, write_atomically
 from dig.training.data.folder import MAX_UNREADABLE_RUN, ImageFolder
-from dig.training.data.latents import (
+from dig.training.data.latents import check_shard
+from dig.training.data.loader import MAX_WORKERS
+from dig.training.data.ranks import sharing
+from dig.training.data.shards import (
     INDEX_NAME,
     LATENT_SCALE,
     STORAGE_DTYPES,
     Encoding,
     ShardRecord,
     Storage,
-    check_shard,
     join_records,
     read_record,
     record_name,
     shard_name,
     to_json,
 )
-from dig.training.data.loader import MAX_WORKERS
-from dig.training.data.ranks import sharing
 from dig.training.data.vae import downsampling, load_vae, sample_latents, weights_sha256
 
 logger = logging.getLogger(__name__)

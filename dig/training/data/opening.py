@@ -9,7 +9,8 @@ from typing import Any
 from dig.training.data.base import DataError, DataSet
 from dig.training.data.folder import ImageFolder, is_image_name
 from dig.training.data.idx import IdxImages, holds_idx
-from dig.training.data.latents import LatentShards, holds_latents
+from dig.training.data.latents import LatentShards
+from dig.training.data.shards import holds_latents
 
 
 def open_dataset(path: str | Path, **options: Any) -> DataSet:
