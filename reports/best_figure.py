@@ -69,13 +69,13 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     ways = Ways(sweep, found)
     series: dict[str, list[tuple[Contest, Lead]]] = {}
     for contest, lead in leads:
-        series.setdefault(_label(contest), []).append((contest, lead))
+        series.setdefault(label_of(contest), []).append((contest, lead))
     common = Counter(execution(lead.peer.case) for _, lead in leads).most_common(1)[0][0]
     setting = Setting.of(leads[0][1].ours)
     ticks = {math.log2(contest.task.resolution): str(contest.task.resolution) for contest, _ in leads}
     default = "DiG's lead over the fastest attention, both at their best"
     with mpl.rc_context(dict(drawing.RC)):
-        styles = _styles(series)
+        styles = lead_styles(series)
         figure, (axes,) = drawing.assemble(
             1,
             title=titled(title or default, setting),
@@ -105,12 +105,14 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     return Drawing(figure=figure, notes=tuple(notes))
 
 
-def _label(contest: Contest) -> str:
+def label_of(contest: Contest) -> str:
+    """What the line of a task is called: everything but the resolution."""
     task = contest.task
     return f"{MODE_NAMES[task.mode]}, {task.size}/{task.patch}, batch {task.batch}, {PRECISION_NAMES[task.precision]}"
 
 
-def _styles(series: Mapping[str, Sequence[tuple[Contest, Lead]]]) -> dict[str, Style]:
+def lead_styles(series: Mapping[str, Sequence[tuple[Contest, Lead]]]) -> dict[str, Style]:
+    """How lines look that are of a mode, size, batch and precision each, by `label_of`."""
     turns: Counter[str] = Counter()
     styles = {}
     for label, own in series.items():

@@ -6,6 +6,7 @@ path is not known here: its rows bring the look. What a look leaves out, or a fa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -58,7 +59,7 @@ class Looks:
 
     Args:
         rows: Measured rows, whose families may say how they look.
-        series: Family and options of everything that is shown together: what has a backend in common differs then.
+        series: Family and options of whatever else is shown with them, as often as it is: series of one backend differ.
     """
 
     def __init__(self, rows: Iterable[Row] = (), series: Iterable[tuple[str, Options]] = ()) -> None:
@@ -66,7 +67,9 @@ class Looks:
         self._said = {row.case.family: row.look for row in given if row.look is not None}
         self._strangers: list[str] = []
         self._series: dict[tuple[str, str], list[Options]] = {}
-        for family, options in sorted({*series, *((row.case.family, row.case.options) for row in given)}):
+        counts = Counter([*series, *((row.case.family, row.case.options) for row in given)])
+        # What is shown most often is the main line of its backend.
+        for family, options in sorted(counts, key=lambda each: (-counts[each], each)):
             self._turn(family, options)
 
     def _turn(self, family: str, options: Options) -> int:
