@@ -93,11 +93,11 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
             level=1.0,
         )
         labels = [
-            (point.x, point.y, _peer(lead, ways, common), styles[label].color)
+            (point.x, point.y, peer_words(lead, ways, common), styles[label].color)
             for label, own in series.items()
             for point, (_, lead) in zip(_points(own), own, strict=True)
         ]
-        _write_labels(axes, labels)
+        write_labels(axes, labels)
     shown = sum(len(rows) for contest in found for rows in contest.rows.values())
     notes = [f"shows {setting.where}, {len(leads)} of {len(found)} points ({count_rows(shown)})"]
     if others := len(sweep.rows) - shown:
@@ -128,7 +128,7 @@ def _points(own: Iterable[tuple[Contest, Lead]]) -> tuple[Point, ...]:
     )
 
 
-def _peer(lead: Lead, ways: Ways, common: str) -> str:
+def peer_words(lead: Lead, ways: Ways, common: str) -> str:
     """The peer's way in short: ``FA4``; with the family where it is not Flash-DiT, how it ran where that is unusual."""
     role = Role.of(lead.peer.case)
     words = [ways.column(role)] if role is not None and role != ATTENTION[0] else []
@@ -186,7 +186,7 @@ def _bars(timed: Sequence[Row]) -> str:
     )
 
 
-def _write_labels(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
+def write_labels(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
     """Name points at their side, those of one resolution in a stack that nothing overlaps, tied to their points.
 
     Args:

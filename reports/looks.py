@@ -79,11 +79,8 @@ class Looks:
             own.append(options)
         return own.index(options)
 
-    def of(self, family: str, options: Options) -> Style:
-        """The look of a series: a backend's colour is the same in every figure, whatever else is shown there.
-
-        Series of one backend share the colour and differ in marker, dashes and fill.
-        """
+    def place(self, family: str, options: Options) -> tuple[int, int]:
+        """Where a series stands among those of its family: by its backend, then among those of the same one."""
         known = families().get(family)
         backends = known.backends if known is not None else ()
         places = _PLACES.get(family) or tuple(
@@ -91,9 +88,14 @@ class Looks:
         )
         backend = dict(options).get(BACKEND) or (places[0] if places else "")
         place = places.index(backend) if backend in places else len(places)
-        if not backends:
-            place = 0
-        turn = self._turn(family, options)
+        return (place if backends else 0), self._turn(family, options)
+
+    def of(self, family: str, options: Options) -> Style:
+        """The look of a series: a backend's colour is the same in every figure, whatever else is shown there.
+
+        Series of one backend share the colour and differ in marker, dashes and fill.
+        """
+        place, turn = self.place(family, options)
         first = self.style(family, place)
         if not turn:
             return first

@@ -353,7 +353,8 @@ def sweep_of(rows: Iterable[Row], warnings: Iterable[str] = (), looks: Looks | N
     chosen = newest(rows)
     said = [*warnings, *([left_out] if (left_out := chosen.describe()) else [])]
     groups = [launches for machines in by_case_and_machine(chosen.rows).values() for launches in machines.values()]
-    return Sweep(rows=tuple(map(merge_launches, groups)), warnings=tuple(said), looks=looks)
+    merged = tuple(map(merge_launches, groups))
+    return Sweep(rows=merged, warnings=tuple(said), looks=Looks(merged) if looks is None else looks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ MEMORY_PARTS: Mapping[str, str] = {
     "inputs, buffers": "allocated before the first step",
     "within the step": "gradients and activations",
 }
-POINTS = (("train", 1792), ("train", 1024), ("forward", 1024), ("train", 256))
+POINTS = (("train", 1024), ("train", 1792), ("forward", 1024), ("train", 256))
 """Mode and resolution of the choices that come first."""
 
 

@@ -25,6 +25,7 @@ class Datum:
         low, high: Ends of its interval; None without one.
         part: Of a stacked bar, which part.
         word: Why there is no number: ``OOM``.
+        label: What stands beside it; mostly nothing.
         text: What else to say of it, in a line.
         command: What measures it again.
         assumed: The model's size is this project's assumption.
@@ -37,6 +38,7 @@ class Datum:
     high: float | None = None
     part: str = ""
     word: str = ""
+    label: str = ""
     text: str = ""
     command: str = ""
     assumed: bool = False
@@ -110,7 +112,7 @@ class Chart:
         """Every number, a line each."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        names = ("series", "x", "part", "y", "low", "high", "word", "assumed", "text", "command")
+        names = ("series", "x", "part", "y", "low", "high", "word", "label", "assumed", "text", "command")
         writer.writerow(["panel", *names])
         for panel in self.panels:
             for datum in panel.data:
@@ -154,23 +156,23 @@ class Missing:
 
 
 _SHAPES: Mapping[str, str] = {
-    "o": "circle",
-    "s": "square",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "<": "triangle-left",
-    ">": "triangle-right",
-    "D": "diamond",
+    "o": "M0.9,0A0.9,0.9,0,1,1,-0.9,0A0.9,0.9,0,1,1,0.9,0Z",
+    "s": "M-0.8,-0.8L0.8,-0.8L0.8,0.8L-0.8,0.8Z",
+    "^": "M0,-1L1,0.8L-1,0.8Z",
+    "v": "M0,1L1,-0.8L-1,-0.8Z",
+    "<": "M-1,0L0.8,-1L0.8,1Z",
+    ">": "M1,0L-0.8,-1L-0.8,1Z",
+    "D": "M0,-1.1L1.1,0L0,1.1L-1.1,0Z",
     "d": "M0,-1L0.6,0L0,1L-0.6,0Z",
     "h": "M0,-1L0.87,-0.5L0.87,0.5L0,1L-0.87,0.5L-0.87,-0.5Z",
     "H": "M-1,0L-0.5,-0.87L0.5,-0.87L1,0L0.5,0.87L-0.5,0.87Z",
     "p": "M0,-1L0.95,-0.31L0.59,0.81L-0.59,0.81L-0.95,-0.31Z",
     "8": "M-0.4,-1L0.4,-1L1,-0.4L1,0.4L0.4,1L-0.4,1L-1,0.4L-1,-0.4Z",
     "*": "M0,-1L0.24,-0.31L0.95,-0.31L0.38,0.12L0.59,0.81L0,0.4L-0.59,0.81L-0.38,0.12L-0.95,-0.31L-0.24,-0.31Z",
-    "P": "cross",
+    "P": "M-0.3,-1L0.3,-1L0.3,-0.3L1,-0.3L1,0.3L0.3,0.3L0.3,1L-0.3,1L-0.3,0.3L-1,0.3L-1,-0.3L-0.3,-0.3Z",
     "X": "M-0.5,-1L0,-0.5L0.5,-1L1,-0.5L0.5,0L1,0.5L0.5,1L0,0.5L-0.5,1L-1,0.5L-0.5,0L-1,-0.5Z",
 }
-"""Vega's shape for each of matplotlib's markers."""
+"""Each of matplotlib's filled markers as an SVG path within -1 to 1, which is how Vega takes a shape."""
 
 
 def style_record(style: Style) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def style_record(style: Style) -> dict[str, Any]:
     dashes = [] if style.dashes == "-" else [round(2.2 * length, 1) for length in style.dashes[1]]
     return {
         "color": style.color,
-        "shape": _SHAPES.get(style.marker, "circle"),
+        "shape": _SHAPES.get(style.marker, _SHAPES["o"]),
         "dash": dashes or [1, 0],
         "width": style.width,
         "hollow": style.hollow,

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bench.messages import visible
 from reports import drawing
+from reports.best_figure import write_labels
 from reports.cells import number
 from reports.drawing import Failure, Line, Point, Style
 from reports.figures import Drawing
@@ -24,8 +25,8 @@ PART_COLORS = ("#2E1A47", "#6B4C9A", "#A78BC9", "#D3C4E5", "#ECE6F3")
 """Of stacked bars, from the axis outwards: one hue that no family has, from dark to bright."""
 HATCHES = ("", "////", "..", "\\\\\\\\", "xx")
 """Likewise: no two parts beside each other are alike in grey."""
-_LABEL_INCHES = 2.3
-"""Of bars' names."""
+NAME_INCHES = {"bars": 1.75, "stack": 1.55, "ratios": 3.6}
+"""Of bars' names, left of a panel."""
 
 
 def draw(chart: Chart) -> Drawing:
@@ -35,18 +36,22 @@ def draw(chart: Chart) -> Drawing:
         figure, axes = drawing.assemble(
             len(panels), title=chart.title, caption=_caption(chart, panels), styles=_legend(chart, panels)
         )
+        _make_room(axes, chart, panels)
         for axis, panel in zip(axes, panels, strict=True):
             name = visible(panel.name) if len(chart.panels) > 1 else ""
             if chart.kind == "lines":
                 _draw_lines(axis, chart, panel, name)
                 continue
-            axis.set_title(_cut(name, 60), loc="left", fontsize=9, fontweight="bold", pad=7)
+            wide = axis.get_position().width * drawing.WIDTH_INCHES
+            axis.set_title(_cut(name, int(wide / 0.075)), loc="left", fontsize=8.5, fontweight="bold", pad=7)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(True, axis="x", color="#E3E3E3", linewidth=0.6)
             axis.set_axisbelow(True)
             {"bars": _draw_bars, "stack": _draw_stack, "points": _draw_points, "ratios": _draw_ratios}[chart.kind](
                 axis, chart, panel
             )
+        if chart.kind in NAME_INCHES and _same_names(panels):
+            axes[-1].tick_params(axis="y", labelleft=False)
         if chart.kind == "stack":
             _legend_of_parts(figure, chart)
     left = len(chart.panels) - len(panels)
@@ -54,6 +59,26 @@ def draw(chart: Chart) -> Drawing:
         (f"draws {len(panels)} of {len(chart.panels)} panels; the page and {chart.name}.csv have all",) if left else ()
     )
     return Drawing(figure=figure, notes=notes)
+
+
+def _same_names(panels: Sequence[Panel]) -> bool:
+    return len(panels) == 2 and _bars(panels[0]) == _bars(panels[1])
+
+
+def _make_room(axes: Sequence[Any], chart: Chart, panels: Sequence[Panel]) -> None:
+    """Leave room for bars' names left of every panel; of two with the same names, left of the first."""
+    if chart.kind not in NAME_INCHES:
+        return
+    width = drawing.WIDTH_INCHES
+    room, gap, edge = NAME_INCHES[chart.kind], 0.35, 0.15
+    named = 1 if _same_names(panels) else len(panels)
+    panel = (width - edge - room * named - gap * (len(panels) - 1) - 0.1) / len(panels)
+    left = edge
+    for place, axis in enumerate(axes):
+        box = axis.get_position()
+        left += room if place < named else 0.0
+        axis.set_position((left / width, box.y0, panel / width, box.height))
+        left += panel + gap
 
 
 def _caption(chart: Chart, panels: Sequence[Panel]) -> str:
@@ -129,6 +154,13 @@ def _draw_lines(axis: Any, chart: Chart, panel: Panel, name: str) -> None:
         failures_at="top" if "GiB" in chart.y_label else "bottom",
         level=panel.level,
     )
+    labels = [
+        (place(datum.x), datum.y, datum.label, chart.styles[datum.series].color)
+        for datum in panel.data
+        if datum.label and datum.y is not None
+    ]
+    if labels:
+        write_labels(axis, labels)
 
 
 def _bars(panel: Panel) -> list[str]:
@@ -139,21 +171,19 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _name_bars(axis: Any, names: Sequence[str], label: str) -> None:
-    """Names left of the axis, the first on top, in room that the panel gives up."""
-    box = axis.get_position()
-    room = _LABEL_INCHES / drawing.WIDTH_INCHES - (0.6 / drawing.WIDTH_INCHES if box.x0 < 0.2 else 0)
-    axis.set_position((box.x0 + room, box.y0, box.width - room, box.height))
-    axis.set_yticks(range(len(names)), [_cut(visible(name), 46) for name in names], fontsize=7.5)
-    axis.set_ylim(max(len(names), 4) - 0.4, -0.6)
+def _name_bars(axis: Any, names: Sequence[str], chart: Chart) -> None:
+    """Names left of the axis, the first on top."""
+    letters = int(NAME_INCHES[chart.kind] / 0.058)
+    axis.set_yticks(range(len(names)), [_cut(visible(name), letters) for name in names], fontsize=7.5)
+    axis.set_ylim(max(len(names), 3) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel(visible(label), labelpad=5)
+    axis.set_xlabel(visible(chart.y_label), labelpad=5)
     axis.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _draw_bars(axis: Any, chart: Chart, panel: Panel) -> None:
     names = _bars(panel)
-    _name_bars(axis, names, chart.y_label)
+    _name_bars(axis, names, chart)
     most = max((datum.high or datum.y or 0.0 for datum in panel.data), default=0.0) or 1.0
     axis.set_xlim(0, 1.25 * most)
     for datum in panel.data:
@@ -173,7 +203,7 @@ def _draw_bars(axis: Any, chart: Chart, panel: Panel) -> None:
 
 def _draw_stack(axis: Any, chart: Chart, panel: Panel) -> None:
     names, parts = _bars(panel), list(chart.parts)
-    _name_bars(axis, names, chart.y_label)
+    _name_bars(axis, names, chart)
     ends = [0.0] * len(names)
     for datum in sorted(panel.data, key=lambda each: parts.index(each.part)):
         if str(datum.x) not in names or not datum.y:
@@ -217,7 +247,7 @@ def _draw_points(axis: Any, chart: Chart, panel: Panel) -> None:
 
 def _draw_ratios(axis: Any, chart: Chart, panel: Panel) -> None:
     names = _bars(panel)
-    _name_bars(axis, names, chart.y_label)
+    _name_bars(axis, names, chart)
     axis.axvline(1.0 if panel.level is None else panel.level, color=drawing.INK, linewidth=1.0, gid="level")
     for datum in panel.data:
         if str(datum.x) not in names or datum.y is None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bench.cases.case import Case
 from bench.sampling.rows import KIND as SAMPLING
-from bench.sampling.rows import Comparison, SamplingRow, compare, read_rows
+from bench.sampling.rows import Comparison, SamplingCase, SamplingRow, compare, read_rows
 from bench.store.decoding import decode_dataclass, parse_json, with_options
 from bench.store.files import read_file
 from bench.store.lines import ResultError, read_lines
@@ -183,26 +183,25 @@ def gather(paths: Sequence[Path], claims: Path | None = None) -> Evidence:
     probes: list[Probe] = []
     profiles: list[ProfileRow] = []
     for file, kind in files:
+        torn = b""
         if kind == "rows":
             rows[names[file]], said = read_single(file)
             warnings += said
-            continue
-        results: Any = (
-            read_rows(file)
-            if kind == "sampling"
-            else read_profiles(file)
-            if kind == "profiles"
-            else read_lines(file, Probe.from_json)
-        )
-        if results.torn:
-            warnings.append(f"{file}: the last line is torn; left out")
-        {"sampling": sampled, "probes": probes, "profiles": profiles}[kind].extend(results.rows)
+        elif kind == "sampling":
+            sampled += (sampling := read_rows(file)).rows
+            torn = sampling.torn
+        elif kind == "probes":
+            probes += (tried := read_lines(file, Probe.from_json)).rows
+            torn = tried.torn
+        else:
+            profiles += (profiled := read_profiles(file)).rows
+            torn = profiled.torn
+        warnings += [f"{file}: the last line is torn; left out"] if torn else []
     everything = [row for own in rows.values() for row in own]
-    series = [
-        Series(family=each.case.family, options=each.case.options)
-        for each in (*everything, *sampled, *probes, *profiles)
-    ]
-    looks = Looks(everything, ((each.family, each.options) for each in series[len(everything) :]))
+    others: list[Case | SamplingCase] = [*(row.case for row in sampled), *(probe.case for probe in probes)]
+    others += [row.case for row in profiles]
+    looks = Looks(everything, ((case.family, case.options) for case in others))
+    series = [Series(family=case.family, options=case.options) for case in (*(row.case for row in everything), *others)]
     sweeps = {}
     for name, own in rows.items():
         sweep = sweep_of(own, looks=looks)
@@ -221,9 +220,19 @@ def gather(paths: Sequence[Path], claims: Path | None = None) -> Evidence:
         profiles=tuple(profiles),
         claims=() if claims is None else read_claims(claims),
         warnings=tuple(warnings),
-        labels=series_labels(series, looks.label),
+        labels=_in_order(series_labels(series, looks.label), looks),
         looks=looks,
     )
+
+
+def _in_order(labels: Mapping[Series, str], looks: Looks) -> dict[Series, str]:
+    """Families as they were, of each the main line first."""
+    families = list(dict.fromkeys(series.family for series in labels))
+
+    def rank(series: Series) -> tuple[int, tuple[int, int]]:
+        return families.index(series.family), looks.place(series.family, series.options)
+
+    return {series: labels[series] for series in sorted(labels, key=rank)}
 
 
 def _names(files: Sequence[Path]) -> dict[Path, str]:

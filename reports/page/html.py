@@ -55,7 +55,7 @@ def library() -> str:
         import vl_convert
     except ImportError:
         raise ResultError(f'the page needs vl-convert-python; pip install "{NEEDED}"') from None
-    return str(vl_convert.javascript_bundle())
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def versions() -> dict[str, str]:
@@ -189,7 +189,7 @@ def _shown(figure: Figure | Picture) -> Any:
 
 
 def _visible(entry: Entry) -> Entry:
-    words = {name: visible(value) for name, value in vars(entry).items() if isinstance(value, str)}
+    words: dict[str, Any] = {name: visible(value) for name, value in vars(entry).items() if isinstance(value, str)}
     return replace(entry, **words)
 
 

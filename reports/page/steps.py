@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from bench.store.rows import Row
 from bench.store.selection import machine
-from reports.best import Ways, contests, time
-from reports.best_figure import label_of, lead_styles
+from reports.best import Contest, Lead, Ways, contests, execution, time
+from reports.best_figure import label_of, lead_styles, peer_words
 from reports.figures import PAPER_RESOLUTIONS, PATCH
 from reports.page.chart import Chart, Datum, Missing, Panel
 from reports.page.commands import line, run_command
@@ -209,7 +210,12 @@ def lead(evidence: Evidence) -> list[Chart | Missing]:
     where = max(dict.fromkeys(machines), key=machines.count)
     found = [contest for contest in contests(sweep.rows) if contest.task.machine == where]
     ways = Ways(sweep, found)
-    data, of_series, behind, total, missing = [], {}, 0, 0, []
+    common = Counter(execution(each.peer.case) for contest in found if (each := contest.lead(time))).most_common(1)[0][
+        0
+    ]
+    data: list[Datum] = []
+    of_series: dict[str, list[tuple[Contest, Lead]]] = {}
+    behind, total, missing = 0, 0, []
     for contest in found:
         each = contest.lead(time)
         if each is None:
@@ -225,6 +231,7 @@ def lead(evidence: Evidence) -> list[Chart | Missing]:
                 y=each.value,
                 low=each.low,
                 high=each.high,
+                label=peer_words(each, ways, common),
                 text=f"{ways.full(each.peer)}: {row_words(each.peer)} — {ways.full(each.ours)}: {row_words(each.ours)}",
                 command=run_command([each.ours.case, each.peer.case])
                 if each.ours.case.execution == each.peer.case.execution
@@ -245,12 +252,13 @@ def lead(evidence: Evidence) -> list[Chart | Missing]:
             log_y=True,
             caption=(
                 provenance([row for row in rows if machine(row) == where], [name]),
-                f"DiG is slower at {behind} of {total} points. Intervals: from the attention's fast end over DiG's "
+                f"Labels: the attention; {common}, unless they say otherwise. DiG is slower at {behind} of {total} "
+                "points. Intervals: from the attention's fast end over DiG's "
                 "slow one, to the opposite.",
                 *marked({id(row): row for row in rows}.values()),
                 *([f"Without a time on one side: {'; '.join(missing)}."] if missing else []),
             ),
-            reading="Above 1, DiG is faster. Hover for who the fastest attention is there.",
+            reading="Above 1, DiG is faster.",
             command=BEST,
         )
     ]
@@ -299,7 +307,6 @@ def achieved(evidence: Evidence) -> list[Chart | Missing]:
             styles={name: styles[name] for name in evidence.labels.values() if name in styles},
             x_label="Image side in pixels",
             y_label="% of a large product's FLOP/s",
-            log_y=False,
             caption=(
                 provenance(everything, [file]),
                 "FLOPs of a step counted in full, over its time, over the ceiling measured in the same run.",

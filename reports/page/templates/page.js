@@ -33,8 +33,6 @@ const config = {
   axis: { labelColor: text, titleColor: text, domainColor: text, tickColor: text, gridColor: "var(--grid)",
     labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500, domainOpacity: 0.35, tickOpacity: 0.35, titlePadding: 8,
     labelOverlap: true, labelOpacity: 0.85 },
-  legend: { labelColor: text, titleColor: text, labelFontSize: 12, symbolSize: 90, orient: "top", title: null,
-    labelLimit: 320, rowPadding: 3, columnPadding: 14, offset: 10 },
   text: { color: text, font: getComputedStyle(document.body).fontFamily, fontSize: 11.5 },
 };
 const tip = (xTitle, yTitle) => [
@@ -46,7 +44,7 @@ function scales(chart, data) {
   const domain = Object.keys(chart.styles).filter((name) => data.some((each) => each.series === name));
   const of = (key) => domain.map((name) => chart.styles[name][key]);
   return { domain, color: { domain, range: of("color") }, shape: { domain, range: of("shape") },
-    dash: { domain, range: of("dash") }, width: { domain, range: of("width") },
+    dash: { domain, range: of("dash") },
     fill: { domain, range: domain.map((name) => (chart.styles[name].hollow ? "var(--card)" : chart.styles[name].color)) } };
 }
 
@@ -56,8 +54,41 @@ function values(panel) {
 }
 
 const height = (width) => Math.max(260, Math.min(380, width * 0.62));
-const legendColumns = (width, names) =>
-  Math.max(1, Math.floor(width / (60 + 7.2 * Math.max(6, ...names.map((name) => Math.min(name.length, 44))))));
+
+// 1, 2 and 5 of every power of ten; over little, as many as Vega likes.
+function ticks(data) {
+  const found = data.flatMap((each) => [each.y, each.low, each.high]).filter((value) => value > 0);
+  const [low, high] = [Math.min(...found) / 1.3, Math.max(...found) * 1.3];
+  const made = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
+    made.push(...[1, 2, 5].map((digit) => Number(`${digit}e${power}`)));
+  const inside = made.filter((value) => value >= low && value <= high);
+  return inside.length > 3 ? { values: inside } : { tickCount: 6 };
+}
+
+// A legend of HTML, which wraps, prints and shows marker, dashes and fill alike.
+function legend(place, keys) {
+  const made = element("div", { className: "legend" });
+  for (const key of keys) {
+    const picture = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    picture.setAttribute("viewBox", "-17 -8 34 16");
+    const add = (tag, attributes) => {
+      const child = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      for (const [name, value] of Object.entries(attributes)) child.setAttribute(name, value);
+      picture.append(child);
+    };
+    if (key.dash) add("line", { x1: -17, x2: 17, y1: 0, y2: 0, stroke: key.color, "stroke-width": key.width,
+      "stroke-dasharray": key.dash.length > 1 && key.dash[1] ? key.dash.join(" ") : "none" });
+    add("path", { d: key.shape, transform: `scale(${key.dash ? 5 : 6.5})`, fill: key.hollow ? "var(--card)" : key.color,
+      stroke: key.color, "stroke-width": 0.3 });
+    made.append(element("span", {}, picture, key.name));
+  }
+  place.prepend(made);
+}
+
+const square = "M-1,-1L1,-1L1,1L-1,1Z";
+const keysOf = (chart, data, withLines) => scales(chart, data).domain.map((name) => ({ name, ...chart.styles[name],
+  dash: withLines ? chart.styles[name].dash : null }));
 
 function lines(chart, panel, width) {
   const data = values(panel);
@@ -65,11 +96,12 @@ function lines(chart, panel, width) {
   const numeric = data.every((each) => typeof each.x === "number");
   const tall = height(width);
   // What failed lies in lanes along the edge that failing leads to: the top for memory, else the bottom.
+  for (const each of data) each.main = chart.styles[each.series].width > 2;
   const failing = scale.domain.filter((name) => data.some((each) => each.series === name && each.word));
   const top = /GiB|memory|ms\b/.test(chart.y);
   const failed = data.filter((each) => each.word).map((each) => {
     const lane = failing.indexOf(each.series);
-    return { ...each, lane: top ? 8 + 14 * lane : tall - 8 - 14 * lane, what: `✕ ${each.word}` };
+    return { ...each, lane: top ? 8 + 14 * lane : tall - 8 - 14 * lane, what: "✕" };
   });
   const sides = [...new Set(data.map((each) => each.x))].sort((a, b) => a - b);
   const span = numeric ? [sides[0], sides.at(-1)] : [];
@@ -77,27 +109,26 @@ function lines(chart, panel, width) {
     : [span[0] - 0.06 * (span[1] - span[0] || 1), span[1] + 0.06 * (span[1] - span[0] || 1)];
   const x = numeric
     ? { field: "x", type: "quantitative", title: chart.x, axis: { values: sides, format: "d", grid: false },
-        scale: { type: chart.logX ? "log" : "linear", domain: pad, nice: false, zero: false } }
+        scale: { type: chart.logX ? "log" : "linear", domain: pad, nice: false } }
     : { field: "x", type: "ordinal", title: chart.x, sort: null, axis: { labelAngle: 0, grid: false },
         scale: { type: "point", padding: 0.4 } };
   const room = 14 * failing.length + (failing.length ? 8 : 0);
   const range = top ? [tall, room] : [tall - room, 0];
   const y = { field: "y", type: "quantitative", title: chart.y,
-    axis: { tickCount: 6, format: "~g", labelFlush: false },
-    scale: { type: chart.logY ? "log" : "linear", zero: !chart.logY, nice: false, padding: 12, range } };
-  const color = { field: "series", type: "nominal", scale: scale.color,
-    legend: { columns: legendColumns(width, scale.domain), symbolStrokeWidth: 2 } };
+    axis: { ...(chart.logY ? ticks(data) : { tickCount: 6 }), format: ".4~g", labelFlush: false },
+    scale: { type: chart.logY ? "log" : "linear", ...(chart.logY ? {} : { zero: true }), nice: false, padding: 12, range } };
+  const color = { field: "series", type: "nominal", scale: scale.color, legend: null };
   const layers = [
     { transform: [{ filter: "isValid(datum.low) && isValid(datum.high)" }],
       mark: { type: "rule", strokeWidth: 6, opacity: 0.35, strokeCap: "butt" },
       encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
     { mark: { type: "line", invalid: "break-paths-filter-domains" },
       encoding: { x, y, color, strokeDash: { field: "series", type: "nominal", scale: scale.dash, legend: null },
-        strokeWidth: { field: "series", type: "nominal", scale: scale.width, legend: null },
+        strokeWidth: { condition: { test: "datum.main", value: 3 }, value: 1.8 },
         order: { field: "x", type: numeric ? "quantitative" : "ordinal", sort: null } } },
     { transform: [{ filter: "isValid(datum.y)" }],
       mark: { type: "point", size: 62, strokeWidth: 1.8, opacity: 1 },
-      encoding: { x, y, color, shape: { field: "series", type: "nominal", scale: scale.shape },
+      encoding: { x, y, color, shape: { field: "series", type: "nominal", scale: scale.shape, legend: null },
         fill: { field: "series", type: "nominal", scale: scale.fill, legend: null } } },
     { transform: [{ filter: "isValid(datum.y)" }],
       mark: { type: "point", size: 420, opacity: 0, filled: true, cursor: "pointer" },
@@ -109,9 +140,20 @@ function lines(chart, panel, width) {
       encoding: { y } });
   if (failed.length)
     layers.push({ data: { values: failed },
-      mark: { type: "text", align: "center", fontWeight: 600, fontSize: 11, cursor: "pointer", baseline: "middle" },
+      mark: { type: "text", align: "center", fontWeight: 700, fontSize: 13, cursor: "pointer", baseline: "middle" },
       encoding: { x, y: { field: "lane", type: "quantitative", scale: null, axis: null },
         text: { field: "what" }, color, tooltip: tip(chart.x, chart.y) } });
+  // Each lane is named once, left of its first cross.
+  const named = failing.map((name) => failed.find((each) => each.series === name));
+  if (named.length)
+    layers.push({ data: { values: named.map((each) => ({ ...each, what: `${each.series}: ${each.word}` })) },
+      mark: { type: "text", align: numeric && named[0].x === sides[0] ? "left" : "right", fontSize: 11,
+        dx: numeric && named[0].x === sides[0] ? 10 : -10, baseline: "middle" },
+      encoding: { x, y: { field: "lane", type: "quantitative", scale: null, axis: null }, text: { field: "what" }, color } });
+  if (data.some((each) => each.label))
+    layers.push({ transform: [{ filter: "isValid(datum.label) && isValid(datum.y)" }],
+      mark: { type: "text", align: "left", dx: 9, dy: 11, fontSize: 10.5, opacity: 0.85 },
+      encoding: { x, y, text: { field: "label" } } });
   return { data: { values: data }, height: tall, layer: layers, resolve: { scale: { y: "shared" } } };
 }
 
@@ -136,7 +178,7 @@ function bars(chart, panel, width) {
     each.edge = each.high ?? each.y ?? 0;
     each.label = each.word || number(each.y);
   }
-  return { data: { values: data }, height: { step: 38 }, layer };
+  return { data: { values: data }, height: 38 * new Set(data.map((each) => each.x)).size, layer };
 }
 
 function stack(chart, panel, width) {
@@ -146,7 +188,7 @@ function stack(chart, panel, width) {
   const most = Math.max(...Object.values(whole), ...Object.values(panel.marks), 1e-9);
   for (const each of data) {
     each.order = chart.parts.indexOf(each.part);
-    each.label = each.y / most > 0.09 ? number(each.y) : "";
+    each.label = each.y / most > 34 / (width * 0.75) ? number(each.y) : "";
     each.ink = page.parts[each.order].ink;
   }
   const parts = chart.parts.filter((part) => data.some((each) => each.part === part));
@@ -155,12 +197,12 @@ function stack(chart, panel, width) {
   const x = { field: "y", type: "quantitative", title: chart.y, stack: "zero", axis: { tickCount: 4, format: "~s" },
     scale: { domain: [0, 1.16 * most], nice: false } };
   const order = { field: "order", type: "quantitative" };
-  const color = { field: "part", type: "nominal", sort: parts,
-    scale: { domain: parts, range: parts.map((part) => page.parts[chart.parts.indexOf(part)].color) },
-    legend: { columns: legendColumns(width, parts), symbolType: "square" } };
-  const ends = Object.entries(whole).map(([name, total]) => ({ x: name, total, label: number(total) }));
+  const color = { field: "part", type: "nominal", sort: parts, legend: null,
+    scale: { domain: parts, range: parts.map((part) => page.parts[chart.parts.indexOf(part)].color) } };
+  const ends = Object.entries(whole).map(([name, total]) => ({ x: name, label: number(total),
+    total: Math.max(total, panel.marks[name] || 0) }));
   const marks = Object.entries(panel.marks).map(([name, value]) => ({ x: name, mark: value }));
-  return { data: { values: data }, height: { step: 40 }, layer: [
+  return { data: { values: data }, height: 40 * Object.keys(whole).length, layer: [
     { mark: { type: "bar", height: { band: 0.66 }, stroke: "var(--card)", strokeWidth: 1, cursor: "pointer" },
       encoding: { y, x, color, order, tooltip: tip("Bar", chart.y) } },
     { mark: { type: "text", fontSize: 11 },
@@ -184,15 +226,14 @@ function points(chart, panel, width) {
   const roofs = [low, ridge, high].map((at) => ({ x: at, y: Math.min(roof.flop_rate, at * roof.byte_rate) / 1e12 }));
   const x = { field: "x", type: "quantitative", title: chart.x, axis: { format: "~g", tickCount: 5 },
     scale: { type: "log", domain: [low, high], nice: false } };
-  const y = { field: "y", type: "quantitative", title: chart.y, axis: { format: "~g", tickCount: 6 },
-    scale: { type: "log", zero: false, nice: false, padding: 14 } };
-  const color = { field: "series", type: "nominal", scale: scale.color,
-    legend: { columns: legendColumns(width, scale.domain) } };
+  const y = { field: "y", type: "quantitative", title: chart.y, axis: { format: ".4~g", tickCount: 6 },
+    scale: { type: "log", nice: false, padding: 14 } };
+  const color = { field: "series", type: "nominal", scale: scale.color, legend: null };
   return { data: { values: data }, height: height(width), layer: [
     { data: { values: roofs }, mark: { type: "line", color: text, strokeWidth: 1.6, interpolate: "linear" },
       encoding: { x, y } },
     { mark: { type: "point", size: 90, strokeWidth: 1.8, opacity: 1 },
-      encoding: { x, y, color, shape: { field: "series", type: "nominal", scale: scale.shape },
+      encoding: { x, y, color, shape: { field: "series", type: "nominal", scale: scale.shape, legend: null },
         fill: { field: "series", type: "nominal", scale: scale.fill, legend: null } } },
     { mark: { type: "point", size: 420, opacity: 0, filled: true, cursor: "pointer" },
       encoding: { x, y, tooltip: tip(chart.x, chart.y) } },
@@ -207,14 +248,13 @@ function ratios(chart, panel, width) {
     axis: { labelLimit: narrow ? width * 0.45 : 460, domain: false, ticks: false, labelFontSize: narrow ? 9 : 11 } };
   const x = { field: "y", type: "quantitative", title: chart.y, axis: { tickCount: 5, format: "~g" },
     scale: { zero: false, nice: true, padding: 10 } };
-  const color = { field: "series", type: "nominal", scale: scale.color,
-    legend: { columns: legendColumns(width, scale.domain) } };
-  return { data: { values: data }, height: { step: 22 }, layer: [
+  const color = { field: "series", type: "nominal", scale: scale.color, legend: null };
+  return { data: { values: data }, height: 22 * new Set(data.map((each) => each.x)).size, layer: [
     { data: { values: [{ y: panel.level ?? 1 }] }, mark: { type: "rule", color: text }, encoding: { x } },
     { mark: { type: "rule", strokeWidth: 5, opacity: 0.4 },
       encoding: { y, x: { ...x, field: "low" }, x2: { field: "high" }, color } },
     { mark: { type: "point", size: 60, opacity: 1, cursor: "pointer" },
-      encoding: { y, x, color, shape: { field: "series", type: "nominal", scale: scale.shape },
+      encoding: { y, x, color, shape: { field: "series", type: "nominal", scale: scale.shape, legend: null },
         fill: { field: "series", type: "nominal", scale: scale.fill, legend: null }, tooltip: tip("Case", chart.y) } },
   ] };
 }
@@ -232,8 +272,12 @@ async function draw(chart, panel) {
   }
   const spec = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width,
     autosize: { type: "fit-x", contains: "padding" }, ...kinds[chart.kind](chart, panel, width) };
-  const result = await window.vegaEmbed(place, spec, { renderer: "svg", actions: false, ast: true, config,
+  const result = await window.vegaEmbed(place, spec, { renderer: "svg", actions: false, ast: true, config, logLevel: 1,
     loader: { load: () => Promise.reject(new Error("nothing is loaded here")) } });
+  if (chart.kind === "stack")
+    legend(place, chart.parts.filter((part) => panel.data.some((each) => each.part === part && each.y))
+      .map((name) => ({ name, shape: square, ...page.parts[chart.parts.indexOf(name)] })));
+  else if (chart.kind !== "bars") legend(place, keysOf(chart, panel.data, chart.kind === "lines"));
   result.view.addEventListener("click", (event, item) => {
     const place = item && item.datum && item.datum.place;
     const datum = place === undefined ? null : panel.data[place];
@@ -273,7 +317,7 @@ function fillNumbers(details) {
 
 // The explorer -------------------------------------------------------------------------------------------------------
 const measures = { fps: "Images/s", ms: "ms a step", gib: "Peak memory, GiB" };
-const axes = { px: "Image side in pixels", size: "Model size", batch: "Batch" };
+const axes = { px: ["Resolution", "Image side in pixels"], size: ["Model size", "Model size"], batch: ["Batch", "Images a step"] };
 const newest = "newest of all files", fastest = "each at its fastest";
 const explorer = { chart: { name: "explore", kind: "lines", styles: page.styles, logY: true, x: "", y: "" },
   keys: ["file", "machine", "mode", "size", "px", "batch", "way", "precision"] };
@@ -326,7 +370,7 @@ function explore() {
   }));
   const sizes = [...$("pick-size").options].map((each) => each.value);
   data.sort((a, b) => (axis === "size" ? sizes.indexOf(a.x) - sizes.indexOf(b.x) : a.x - b.x));
-  Object.assign(explorer.chart, { x: axes[axis], y: measures[measure], logX: axis === "batch" });
+  Object.assign(explorer.chart, { x: axes[axis][1], y: measures[measure], logX: axis === "batch" });
   $("explore-status").textContent = `${data.length} of ${page.entries.length} rows shown`;
   $("picked-explore").hidden = true;
   for (const each of document.querySelectorAll("details.numbers[data-chart=explore][open]")) each.open = false;
@@ -335,7 +379,7 @@ function explore() {
 
 function startExplorer() {
   if (!$("explorer")) return;
-  $("pick-x").append(...Object.entries(axes).map(([value, label]) => option(value, label)));
+  $("pick-x").append(...Object.entries(axes).map(([value, [label]]) => option(value, label)));
   $("pick-y").append(...Object.entries(measures).map(([value, label]) => option(value, label)));
   const sizes = ["S", "B", "L", "XL"];
   const rank = (value) => (sizes.indexOf(String(value).split("/")[0]) + 1 || 9);
