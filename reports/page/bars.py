@@ -190,11 +190,11 @@ def memory(evidence: Evidence) -> list[Chart | Missing]:
             panels=tuple(panels),
             styles=_styles(evidence, (Series.of(row) for row in rows)),
             parts={name: words for name, words in MEMORY_PARTS.items() if name in shown},
-            y_label="GiB at the peak of torch's allocator",
+            y_label="GiB at the allocator's peak",
             caption=(
                 provenance([row for own in points.values() for row in own], [file]),
-                "Bars end at the allocator's peak, which tables show; a tick marks the whole process, CUDA's context "
-                "and what the allocator held in reserve included. Gradients live within the step. No interval: a "
+                "Bars end at the peak of torch's allocator, which tables show; a tick marks the whole process, CUDA's "
+                "context and what the allocator held in reserve included. Gradients live within the step. No interval: a "
                 "launch has one peak.",
             ),
             reading="Shorter is leaner. What grows with resolution lives within the step.",

@@ -18,7 +18,7 @@ from bench.messages import visible
 from bench.store.lines import ResultError
 from reports import cells
 from reports.page.chart import Chart, Missing, style_record
-from reports.page.colors import luminance, on_dark
+from reports.page.colors import contrast, on_dark
 from reports.page.drawn import PART_COLORS
 from reports.page.entries import Entry, entries
 from reports.page.evidence import Evidence
@@ -28,6 +28,8 @@ from reports.page.sections import SECTIONS, Figure
 NEEDED = "vl-convert-python==1.9.0.post1"
 """Brings Vega, Vega-Lite and Vega-Embed (BSD-3-Clause) as one script of under a megabyte, without a network."""
 TITLE = "DiG, DiT, Flash-DiT and DiS: what was measured"
+PARTS_ON_DARK = ("#F1ECF8", "#C8B4E3", "#A184D0", "#7C5BB5", "#5E4292")
+"""Of stacked bars on a dark page, from the axis outwards: the other way round, and none as dark as the page."""
 CONTROLS = (
     ("x", "Across"), ("y", "Up"), ("mode", "Mode"), ("size", "Size"), ("px", "Resolution"), ("batch", "Batch"),
     ("way", "Execution"), ("precision", "Weights, precision"), ("file", "File"), ("machine", "Machine"),
@@ -91,11 +93,17 @@ class Colors:
     """Colours as custom properties of the page's style, which a dark page has others of."""
 
     def __init__(self) -> None:
-        self._names: dict[str, str] = {}
+        self._names: dict[tuple[str, str], str] = {}
 
-    def name(self, color: str) -> str:
-        """How the page's charts call a colour."""
-        return f"var({self._names.setdefault(color, f'--c{len(self._names)}')})"
+    def name(self, color: str, dark: str = "") -> str:
+        """How the page's charts call a colour.
+
+        Args:
+            color: ``#RRGGBB``.
+            dark: What it is on a dark page, where that isn't the same hue made visible.
+        """
+        pair = (color, dark or on_dark(color))
+        return f"var({self._names.setdefault(pair, f'--c{len(self._names)}')})"
 
     def record(self, style: dict[str, Any]) -> dict[str, Any]:
         """A look whose colour is called so."""
@@ -104,8 +112,8 @@ class Colors:
     @property
     def css(self) -> str:
         """Both sets."""
-        bright = "".join(f"{name}:{color};" for color, name in self._names.items())
-        dark = "".join(f"{name}:{on_dark(color)};" for color, name in self._names.items())
+        bright = "".join(f"{name}:{color};" for (color, _), name in self._names.items())
+        dark = "".join(f"{name}:{shown};" for (_, shown), name in self._names.items())
         return f":root{{{bright}}}@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
 
 
@@ -161,10 +169,19 @@ def _data(evidence: Evidence, figures: Sequence[Figure | Picture], listed: Seque
         label: colors.record(style_record(evidence.looks.of(series.family, series.options)))
         for series, label in evidence.labels.items()
     }
-    parts = [{"color": color, "ink": "#FFFFFF" if luminance(color) < 0.3 else "#1D2127"} for color in PART_COLORS]
+    # Dark and bright change places, so that the part at the axis is the strongest on either page.
+    parts = [
+        {"color": colors.name(color, dark), "ink": colors.name(_ink(color), _ink(dark))}
+        for color, dark in zip(PART_COLORS, PARTS_ON_DARK, strict=True)
+    ]
     found = {"charts": charts, "entries": [entry.record() for entry in listed], "styles": styles, "parts": parts}
     text = json.dumps(found, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _ink(color: str) -> str:
+    """What text on a colour is written in."""
+    return max(("#FFFFFF", "#1D2127"), key=lambda ink: contrast(ink, color))
 
 
 def facts(evidence: Evidence) -> list[tuple[str, str]]:

@@ -164,7 +164,7 @@ function bars(chart, panel, width) {
     axis: { labelLimit: width * 0.42, domain: false, ticks: false, grid: false } };
   const most = Math.max(...data.map((each) => each.high ?? each.y ?? 0), 1e-9);
   const x = { field: "y", type: "quantitative", title: chart.y, axis: { tickCount: 4, format: "~s" },
-    scale: { domain: [0, 1.22 * most], nice: false } };
+    scale: { domain: [0, most * (1 + 60 / (0.6 * width))], nice: false } };
   const color = { field: "series", type: "nominal", scale: scale.color, legend: null };
   const layer = [
     { mark: { type: "bar", height: { band: 0.62 }, cursor: "pointer", cornerRadiusEnd: 2 },
@@ -195,7 +195,7 @@ function stack(chart, panel, width) {
   const y = { field: "x", type: "nominal", sort: null, title: null,
     axis: { labelLimit: width * 0.42, domain: false, ticks: false, grid: false } };
   const x = { field: "y", type: "quantitative", title: chart.y, stack: "zero", axis: { tickCount: 4, format: "~s" },
-    scale: { domain: [0, 1.16 * most], nice: false } };
+    scale: { domain: [0, most * (1 + 50 / (0.6 * width))], nice: false } };
   const order = { field: "order", type: "quantitative" };
   const color = { field: "part", type: "nominal", sort: parts, legend: null,
     scale: { domain: parts, range: parts.map((part) => page.parts[chart.parts.indexOf(part)].color) } };
