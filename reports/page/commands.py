@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from bench.cases.case import Case
+from bench.messages import visible
 from bench.sampling.rows import Comparison, SamplingCase
 from dig.family import BACKEND
 
@@ -24,8 +25,8 @@ def _joined(values: Iterable[object]) -> str:
 
 
 def line(*words: str) -> str:
-    """Words as a shell reads them."""
-    return shlex.join(["python", "-m", "bench", *words])
+    """Words as a shell reads them, on one line whatever is in them."""
+    return visible(shlex.join(["python", "-m", "bench", *words]))
 
 
 def run_command(cases: Sequence[Case], *, launches: int = 1) -> str:
