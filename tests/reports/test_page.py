@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -31,7 +32,7 @@ from reports.page.colors import DARK_PAGE, LEAST_CONTRAST, contrast, luminance, 
 from reports.page.commands import run_command
 from reports.page.drawn import PART_COLORS, draw
 from reports.page.evidence import Evidence, Probe, gather
-from reports.page.html import PARTS_ON_DARK, page
+from reports.page.html import NEEDED, PARTS_ON_DARK, page
 from reports.page.markdown import markdown
 from reports.page.sections import NAMES, figures
 from tests.reports.page_rows import HOSTILE, profiled, step_rows, timed, write_everything
@@ -430,6 +431,12 @@ def test_probes_of_before_are_read_too() -> None:
 def test_the_page_needs_no_torch() -> None:
     code = "import sys, reports.page.__main__; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_what_it_says_to_install_is_what_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["optional-dependencies"]["report"] == [NEEDED]
+    assert NEEDED in project["dependency-groups"]["test"]
 
 
 def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
