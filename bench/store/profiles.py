@@ -52,8 +52,9 @@ class ProfileRow:
         case: Which.
         started_at: ISO 8601, UTC.
         parts: Every part once, in the order of `PARTS`.
-        flops: Of the operations whose work is known, at least; two a multiply-add.
-        bytes: They move at least: every input read once, every known output written once.
+        flops: Of the step in full, two a multiply-add; where they cannot be counted, of the operations whose work is
+            known.
+        bytes: Its operations move at least: every input read once, every known output written once.
         flop_rate: Ceiling measured beside it, FLOP/s of a large matrix product.
         byte_rate: Ceiling measured beside it, bytes/s of a large copy, read and written.
         wall_us: The step on the host's clock, the profiler's own cost included.

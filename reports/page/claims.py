@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,21 @@ def read_claims(path: Path) -> tuple[Claim, ...]:
 
 
 def _words(claim: Any) -> Any:
-    """Numbers where words are expected, and null, as words."""
+    """Numbers where words are expected, and null, as words; what a page has no place for is left out."""
     if not isinstance(claim, dict):
         return claim
+    known = {field.name for field in fields(Claim)} - {"interval"}
     words = {
         name: "" if value is None else f"{value:g}" if isinstance(value, int | float) else value
         for name, value in claim.items()
-        if name != "interval"
+        if name in known
     }
     return {**words, "interval": claim.get("interval")}
+
+
+def counted(claims: Sequence[Claim]) -> str:
+    """How many hold, in a sentence; empty without claims."""
+    named = {"good": "hold", "bad": "do not", "open": "are open"}
+    found = [(sum(claim.tone == tone for claim in claims), words) for tone, words in named.items()]
+    said = ", ".join(f"{count} {words}" for count, words in found if count)
+    return f"Of {len(claims)} claims {said}." if claims else ""

@@ -25,6 +25,7 @@ class Entry:
         file: Its file.
         model: ``DiG-S/2``.
         series: Family with options, as in every legend.
+        options: The options' words alone.
         size, px, mode, batch, way, precision: Of the case; ``way`` is execution and what is compiled.
         machine: Where.
         ms, low, high: Median step and the ends of its interval; None of a failure.
@@ -42,6 +43,7 @@ class Entry:
     file: str
     model: str
     series: str
+    options: str
     size: str
     px: int
     mode: str
@@ -83,6 +85,7 @@ def _entry(evidence: Evidence, file: str, row: Row) -> Entry:
         file=file,
         model=case.model,
         series=evidence.labels[Series.of(row)],
+        options=", ".join(word for _, word in case.options),
         size=f"{case.size}/{case.patch}",
         px=case.resolution,
         mode=case.mode,

@@ -18,6 +18,7 @@ from bench.messages import visible
 from bench.store.lines import ResultError
 from reports import cells
 from reports.page.chart import Chart, Missing, style_record
+from reports.page.claims import counted
 from reports.page.colors import contrast, on_dark
 from reports.page.drawn import PART_COLORS
 from reports.page.entries import Entry, entries
@@ -85,7 +86,8 @@ def sections(evidence: Evidence, figures: Sequence[Figure | Picture]) -> list[Se
         own = tuple(figure for figure in figures if figure.section == id)
         holds = {"claims": bool(evidence.claims), "explore": bool(evidence.rows), "rows": bool(evidence.rows)}
         if own or holds.get(id, False):
-            found.append(Section(id=id, short=short, title=title, text=text, figures=own))
+            more = f" {counted(evidence.claims)}" if id == "claims" else ""
+            found.append(Section(id=id, short=short, title=title, text=text + more, figures=own))
     return found
 
 

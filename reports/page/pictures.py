@@ -11,7 +11,7 @@ from reports import fashion
 from reports.figures import Drawing
 from reports.logs import RunError
 
-Draw = Callable[[Path], Drawing]
+Draw = Callable[[Path], Drawing | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Picture:
         return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
 
 
-TRAINED = (
+TRAINED: Sequence[tuple[str, str, Draw, str]] = (
     (
         "fashion",
         "Training on Fashion-MNIST",
@@ -63,6 +63,8 @@ def pictures(paths: Sequence[Path]) -> list[Picture]:
             try:
                 drawing = draw(folder)
             except (RunError, OSError):
+                continue
+            if drawing is None:
                 continue
             caption = (f"Drawn from the logs in {folder}.",)
             found.append(

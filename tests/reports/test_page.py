@@ -394,13 +394,13 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     alien = tmp_path / "alien.jsonl"
     alien.write_text('{"kind": "something"}\n')
     torn = tmp_path / "claims.json"
-    torn.write_text('[{"id": 1, "color": "red"}]')
+    torn.write_text('[{"said": "no name"}]')
     out = tmp_path / "out"
     assert "cannot read" in one_line(run(tmp_path / "none.jsonl", "--out", out))
     assert one_line(run(empty, "--out", out)) == f"error: no rows in {empty}; run the benchmark first"
     assert "is no row of the benchmark" in one_line(run(alien, "--out", out))
     assert "did you mean fig1b?" in one_line(run(folder, "--out", out, "--figure", "fig1"))
-    assert "not a file of claims: claim 1 has a field" in one_line(run(folder, "--out", out, "--claims", torn))
+    assert "not a file of claims: claim 1: " in one_line(run(folder, "--out", out, "--claims", torn))
     assert "choose another --out" in one_line(run(folder, "--out", alien))
     assert not out.exists()
 
