@@ -306,27 +306,18 @@ def read_sweep(paths: list[Path]) -> Sweep:
     Raises:
         ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.
     """
-    rows: list[Row] = []
-    warnings: list[str] = []
-    left_for_others = False
-    for path in paths:
-        found, said = read_single(path)
-        left_for_others = left_for_others or any("several GPUs" in each for each in said)
-        rows += found
-        warnings += said
-    if not rows and left_for_others:
-        raise ResultError("; ".join(warnings))
+    found = [read_single(path) for path in paths]
+    rows = [row for own, _ in found for row in own]
+    warnings = [said for _, own in found for said in own]
     if not rows:
-        raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
+        several = any("several GPUs" in said for said in warnings)
+        named = ", ".join(map(str, paths))
+        raise ResultError("; ".join(warnings) if several else f"no rows in {named}; run the benchmark first")
     return sweep_of(rows, warnings)
 
 
 def read_single(path: Path) -> tuple[list[Row], list[str]]:
-    """A file's rows of one process each, and what to warn of.
-
-    Raises:
-        ResultError: As of `read_sweep`, but that there may be no row.
-    """
+    """A file's rows of one process each, if any, and what to warn of. Raises ResultError as `read_sweep` does."""
     results, warnings = read_results(path), []
     for row in results.rows:
         if _MODEL_NAME.fullmatch(row.case.model) is None:

@@ -8,11 +8,14 @@ products is a product.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from bench.store.profiles import PartName
 
-_HEART_OPERATIONS = re.compile(r"attention|flash|softmax|::bmm|::baddbmm|gla|selective_scan|mamba_chunk|sdpa", re.I)
-"""Batched products are attention's alone in these models: layers multiply by one matrix, `mm` and `addmm`."""
+_HEART_OPERATIONS = re.compile(r"attention|flash|softmax|gla|selective_scan|mamba_chunk|sdpa", re.I)
+_BATCHED = re.compile(r"^aten::(bmm|baddbmm)$")
+"""Products of many matrices are attention's in these models, a matrix a head. A layer multiplies by one matrix, which
+an ``einsum`` makes a batch of one."""
 _HEART_KERNELS = re.compile(
     r"flash|fmha|sdpa|softmax|selective_scan|chunk_gla|chunk_fwd|chunk_bwd|chunk_local_cumsum|fused_recurrent|"
     r"fused_chunk|\bgla_", re.I,
@@ -23,13 +26,17 @@ _PRODUCT_OPERATIONS = re.compile(r"^aten::(mm|addmm|linear|matmul|addmv|mv)$|^di
 _PRODUCT_KERNELS = re.compile(r"gemm|nvjet|cutlass|cublas|splitkreduce|matmul|_mm_|swiglu_kernel|addmm", re.I)
 
 
-def part_of(operation: str, kernel: str) -> PartName:
+def part_of(operation: str, kernel: str, shapes: Sequence[Sequence[int]] = ()) -> PartName:
     """The part that a kernel's time counts for.
 
     Args:
         operation: As the dispatcher calls it, ``aten::mm``; empty where none launched it.
         kernel: Its name, in full; of a CPU the operation once more.
+        shapes: Of the operation's arguments, empty for what is no tensor.
     """
+    if _BATCHED.search(operation):
+        batches = [shape[0] for shape in shapes if len(shape) == 3]
+        return "heart" if not batches or max(batches) > 1 else "products"
     if _HEART_OPERATIONS.search(operation) or _HEART_KERNELS.search(kernel):
         return "heart"
     if _PRODUCT_OPERATIONS.search(operation) or (kernel != operation and _PRODUCT_KERNELS.search(kernel)):

@@ -173,17 +173,18 @@ def read_parts(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple[
     """The step's parts, from a Chrome trace's events; on a CPU an operator's own time counts."""
     events = list(events)
     found = [e for e in events if e.get("cat") == "cpu_op" and e.get("ph") == "X"]
-    pairs: list[tuple[str, str, float]]
+    nobody: Mapping[str, Any] = {"name": "", "args": {}}
+    pairs: list[tuple[Mapping[str, Any], str, float]]
     if device == "cpu":
         own = _self_times(found)
-        pairs = [(op["name"], op["name"], own[id(op)]) for op in found if own[id(op)] > 0]
+        pairs = [(op, op["name"], own[id(op)]) for op in found if own[id(op)] > 0]
     else:
-        names = {op["args"].get("External id"): op["name"] for op in found}
+        by_id = {op["args"].get("External id"): op for op in found}
         ran = [event for event in events if event.get("cat") in ON_DEVICE]
-        pairs = [(names.get(event["args"].get("External id"), ""), event["name"], event["dur"]) for event in ran]
+        pairs = [(by_id.get(event["args"].get("External id"), nobody), event["name"], event["dur"]) for event in ran]
     totals: dict[PartName, tuple[float, int]] = dict.fromkeys(PARTS, (0.0, 0))
-    for operation, kernel, us in pairs:
-        part = part_of(operation, kernel)
+    for op, kernel, us in pairs:
+        part = part_of(op["name"], kernel, op["args"].get("Input Dims", ()))
         totals[part] = (totals[part][0] + us, totals[part][1] + 1)
     return tuple(Part(name=name, us=us, calls=calls) for name, (us, calls) in totals.items())
 

@@ -66,8 +66,8 @@ def roofline(evidence: Evidence) -> list[Chart | Missing]:
             caption=(
                 provenance(profiles),
                 "A point is one eager step: its FLOPs in full over the device's time in kernels, against the same "
-                "FLOPs over the bytes that its operations move at least (inputs read once, outputs written once). Ceilings: "
-                "a large product and a large copy, measured in the same process.",
+                "FLOPs over the bytes that its operations move at least (inputs read once, outputs written once). "
+                "Ceilings: a large product and a large copy, measured in the same process.",
             ),
             reading="Under the slope, memory bounds a step; under the flat roof, products do. The gap to the roof is "
             "what better kernels could win.",

@@ -131,7 +131,7 @@ def page(evidence: Evidence, figures: Sequence[Figure | Picture], title: str | N
     colors = Colors()
     data = _data(evidence, figures, listed, colors)
     style = colors.css + _file("page.css")
-    scripts = (library(), _file("page.js"))
+    scripts = (library(), _file("charts.js") + _file("page.js"))
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     environment = Environment(
         loader=PackageLoader("reports.page"), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True

@@ -250,6 +250,11 @@ def test_every_kernel_is_a_product_the_heart_or_the_rest(operation: str, kernel:
     assert part_of(operation, kernel) == part
 
 
+def test_a_batch_of_one_matrix_is_a_layers_product() -> None:
+    assert part_of("aten::bmm", "gemm", [[6, 64, 64], [6, 64, 64]]) == "heart"
+    assert part_of("aten::bmm", "gemm", [[1, 64, 64], [1, 64, 64]]) == "products"
+
+
 def test_the_parts_of_a_step_are_all_of_its_time() -> None:
     events = [
         op("aten::mm", 0, 1, 1), op("dig::gla_mixer", 1, 1, 2), kernel("gemm", 5.0, 1), kernel("sum", 1.0, 1),
