@@ -29,6 +29,7 @@ from reports.series import (
 )  # fmt: skip
 
 PAPER = line("run", "--suite", "paper", "--resume")
+ON_CPU = line("run", "--suite", "cpu", "--resume")
 BEST = line("run", "--suite", "best", "--resume")
 SIZE = "S"
 """Of Fig. 1."""
@@ -75,6 +76,11 @@ def fullest(evidence: Evidence, choose: Callable[[Sweep], Sequence[Row]]) -> tup
     return best, found.get(best, ())
 
 
+def sweep_command(evidence: Evidence) -> str:
+    """What measures both of the paper's figures where these rows are from: in small, where all are a CPU's."""
+    return ON_CPU if {row.case.device for _, row in evidence.rows} == {"cpu"} else PAPER
+
+
 def on_one_machine(rows: Sequence[Row]) -> list[Row]:
     """Those of the machine that has the most of them."""
     where = [machine(row) for row in rows]
@@ -98,7 +104,8 @@ def figure_1(evidence: Evidence) -> list[Chart | Missing]:
     if not any(row.status == "ok" for row in rows):
         why = f"no row of size {SIZE} and patch {PATCH} has a time"
         return [
-            Missing(name=key, section="speed", title=title, why=why, command=PAPER) for key, title in titles.items()
+            Missing(name=key, section="speed", title=title, why=why, command=sweep_command(evidence))
+            for key, title in titles.items()
         ]
     words = MODE_NAMES[rows[0].case.mode]
     memory = "GPU memory" if rows[0].case.device == "cuda" else "process memory"
@@ -122,7 +129,7 @@ def figure_1(evidence: Evidence) -> list[Chart | Missing]:
 def figure_2(evidence: Evidence) -> list[Chart | Missing]:
     """Fig. 2 of the paper: speed of a forward pass against size, at two resolutions."""
     found: list[Chart | Missing] = []
-    for letter, side in zip("ab", PAPER_RESOLUTIONS, strict=True):
+    for letter, side in zip("ab", _sides(evidence), strict=True):
         title = f"Speed against model size, {side} \N{MULTIPLICATION SIGN} {side} pixels"
 
         def choose(sweep: Sweep, side: int = side) -> tuple[Row, ...]:
@@ -134,7 +141,9 @@ def figure_2(evidence: Evidence) -> list[Chart | Missing]:
         name, rows = fullest(evidence, choose)
         if not rows:
             why = f"no file has two sizes with times at {side} pixels"
-            found.append(Missing(name=f"fig2{letter}", section="speed", title=title, why=why, command=PAPER))
+            found.append(
+                Missing(name=f"fig2{letter}", section="speed", title=title, why=why, command=sweep_command(evidence))
+            )
             continue
         order = sorted({row.case.size for row in rows}, key=size_rank)
         chart = _lines(evidence, rows, name, x=lambda row: row.case.size, figure=speed)
@@ -151,6 +160,18 @@ def figure_2(evidence: Evidence) -> list[Chart | Missing]:
             )
         )
     return found
+
+
+def _sides(evidence: Evidence) -> tuple[int, ...]:
+    """The paper's two resolutions; where no file has two sizes at either, the two largest at which one has."""
+    sizes: dict[tuple[str, int], set[str]] = {}
+    for file, row in evidence.rows:
+        if row.status == "ok" and row.case.patch == PATCH:
+            sizes.setdefault((file, row.case.resolution), set()).add(row.case.size)
+    found = sorted({side for (_, side), own in sizes.items() if len(own) > 1})
+    if not found or set(found) & set(PAPER_RESOLUTIONS):
+        return PAPER_RESOLUTIONS
+    return (*found[-2:], *PAPER_RESOLUTIONS)[:2]
 
 
 def _lines(

@@ -236,3 +236,15 @@ def test_every_colour_is_seen_on_a_dark_page() -> None:
             assert contrast(on_dark(color), DARK_PAGE) >= LEAST_CONTRAST
     assert on_dark("#D55E00") == "#D55E00"
     assert min(contrast(color, DARK_PAGE) for color in PARTS_ON_DARK) > 1.8
+
+
+def test_on_a_cpu_the_figures_are_of_its_small_sweep(make_row, write_rows) -> None:
+    case = {"device": "cpu", "dtype": "fp32", "execution": "eager"}
+    rows = [make_row(f"{family}-S/2", side, mode="train", **case) for family in ("DiG", "DiT") for side in (64, 128)]
+    rows += [make_row(f"{family}-{size}/2", 128, mode="forward", **case) for family in ("DiG", "DiT") for size in "SB"]
+    evidence = gather([write_rows(rows)])
+    assert [each.x for each in chart(evidence, "fig1a").panels[0].data] == [64.0, 128.0] * 2
+    assert chart(evidence, "fig2a").title == "Speed against model size, 128 × 128 pixels"
+    (missing,) = figures(evidence, ["fig2b"])
+    assert missing.command == "python -m bench run --suite cpu --resume"
+    assert "process memory" in chart(evidence, "fig1b").y_label

@@ -313,3 +313,12 @@ def test_it_can_be_printed(shown: Callable[..., Any], page: Path) -> None:
     assert hidden == ["none"] * 3
     assert commands == "block"
     assert background == "rgb(255, 255, 255)"
+
+
+def test_in_ci_a_missing_browser_fails_and_elsewhere_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="CI has to install it"):
+        installed(("no-such-browser",), "browser")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install"):
+        installed(("no-such-browser",), "browser")
