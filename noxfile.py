@@ -260,8 +260,14 @@ def regression(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """Draw figures and tables from stored rows, by default the published ones; needs no torch."""
+    """Draw the published figures, tables and out/report/index.html from stored rows; needs no torch.
+
+    With options it is ``python -m reports`` with these alone.
+    """
     if may_install(session):
-        session.install("pandas>=2.2", "matplotlib>=3.9", "rich>=13.9", "typer>=0.15")
+        extra = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["report"]
+        session.install("pandas>=2.2", "matplotlib>=3.9", "rich>=13.9", "typer>=0.15", "jinja2>=3.1", *extra)
     options = session.posargs or ["results/h100/rows.jsonl", "--out", "results/h100"]
     session.run("python", "-m", "reports", *options)
+    if not session.posargs:
+        session.run("python", "-m", "reports.page", "results/h100", "--out", "out/report")

@@ -69,13 +69,13 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     ways = Ways(sweep, found)
     series: dict[str, list[tuple[Contest, Lead]]] = {}
     for contest, lead in leads:
-        series.setdefault(_label(contest), []).append((contest, lead))
+        series.setdefault(label_of(contest), []).append((contest, lead))
     common = Counter(execution(lead.peer.case) for _, lead in leads).most_common(1)[0][0]
     setting = Setting.of(leads[0][1].ours)
     ticks = {math.log2(contest.task.resolution): str(contest.task.resolution) for contest, _ in leads}
     default = "DiG's lead over the fastest attention, both at their best"
     with mpl.rc_context(dict(drawing.RC)):
-        styles = _styles(series)
+        styles = lead_styles(series)
         figure, (axes,) = drawing.assemble(
             1,
             title=titled(title or default, setting),
@@ -93,11 +93,11 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
             level=1.0,
         )
         labels = [
-            (point.x, point.y, _peer(lead, ways, common), styles[label].color)
+            (point.x, point.y, peer_words(lead, ways, common), styles[label].color)
             for label, own in series.items()
             for point, (_, lead) in zip(_points(own), own, strict=True)
         ]
-        _write_labels(axes, labels)
+        write_labels(axes, labels)
     shown = sum(len(rows) for contest in found for rows in contest.rows.values())
     notes = [f"shows {setting.where}, {len(leads)} of {len(found)} points ({count_rows(shown)})"]
     if others := len(sweep.rows) - shown:
@@ -105,12 +105,14 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     return Drawing(figure=figure, notes=tuple(notes))
 
 
-def _label(contest: Contest) -> str:
+def label_of(contest: Contest) -> str:
+    """What the line of a task is called: everything but the resolution."""
     task = contest.task
     return f"{MODE_NAMES[task.mode]}, {task.size}/{task.patch}, batch {task.batch}, {PRECISION_NAMES[task.precision]}"
 
 
-def _styles(series: Mapping[str, Sequence[tuple[Contest, Lead]]]) -> dict[str, Style]:
+def lead_styles(series: Mapping[str, Sequence[tuple[Contest, Lead]]]) -> dict[str, Style]:
+    """How lines look that are of a mode, size, batch and precision each, by `label_of`."""
     turns: Counter[str] = Counter()
     styles = {}
     for label, own in series.items():
@@ -126,7 +128,7 @@ def _points(own: Iterable[tuple[Contest, Lead]]) -> tuple[Point, ...]:
     )
 
 
-def _peer(lead: Lead, ways: Ways, common: str) -> str:
+def peer_words(lead: Lead, ways: Ways, common: str) -> str:
     """The peer's way in short: ``FA4``; with the family where it is not Flash-DiT, how it ran where that is unusual."""
     role = Role.of(lead.peer.case)
     words = [ways.column(role)] if role is not None and role != ATTENTION[0] else []
@@ -184,7 +186,7 @@ def _bars(timed: Sequence[Row]) -> str:
     )
 
 
-def _write_labels(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
+def write_labels(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
     """Name points at their side, those of one resolution in a stack that nothing overlaps, tied to their points.
 
     Args:

@@ -86,13 +86,13 @@ def speed_memory(sweep: Sweep, *, size: str = "S", title: str | None = None) -> 
     words = MODE_NAMES[setting.mode]
     default = f"Speed and memory of a {words} against resolution, size {size}/{PATCH}"
     with mpl.rc_context(dict(drawing.RC)):
-        styles = _styles(sweep, rows)
+        styles = styles_of(sweep, rows)
         speed = _lines(sweep, rows, styles, x=_resolution, point=_speed_point)
         memory = _lines(sweep, rows, styles, x=_resolution, point=_memory_point)
         figure, axes = drawing.assemble(
             2,
             title=titled(title or default, setting),
-            caption=_caption(sweep, setting, rows),
+            caption=caption_of(sweep, setting, rows),
             styles=_legend(sweep, styles),
         )
         drawing.draw_panel(
@@ -153,7 +153,7 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     ticks = {float(i): size for i, size in enumerate(order)}
     words = MODE_NAMES[setting.mode]
     with mpl.rc_context(dict(drawing.RC)):
-        styles = _styles(sweep, rows)
+        styles = styles_of(sweep, rows)
         panels = [
             _lines(
                 sweep,
@@ -167,7 +167,7 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
         figure, axes = drawing.assemble(
             len(shown),
             title=titled(title or f"Speed of a {words} against model size, patch {PATCH}", setting),
-            caption=_caption(sweep, setting, rows),
+            caption=caption_of(sweep, setting, rows),
             styles=_legend(sweep, styles),
         )
         for letter, resolution, lines, panel in zip("ab", shown, panels, axes, strict=False):
@@ -183,17 +183,10 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     return Drawing(figure=figure, notes=_notes(selection, left_out, len(rows)))
 
 
-def _styles(sweep: Sweep, rows: Iterable[Row]) -> dict[Series, Style]:
+def styles_of(sweep: Sweep, rows: Iterable[Row]) -> dict[Series, Style]:
     """How the series with a number among these rows look: the same in all figures of a sweep."""
     timed = {Series.of(row) for row in rows if row.status == "ok"}
-    variants: Counter[str] = Counter()
-    styles = {}
-    for series in sweep.labels:
-        look = sweep.looks.style(series.family, variants[series.family])
-        if series in timed:
-            styles[series] = look
-        variants[series.family] += 1
-    return styles
+    return {series: sweep.looks.of(series.family, series.options) for series in sweep.labels if series in timed}
 
 
 def _legend(sweep: Sweep, styles: Mapping[Series, Style]) -> dict[str, Style]:
@@ -247,7 +240,7 @@ def titled(title: str, setting: Setting) -> str:
     return title if setting.device == "cuda" else f"{title} (CPU, not a GPU result)"
 
 
-def _caption(sweep: Sweep, setting: Setting, rows: Sequence[Row]) -> str:
+def caption_of(sweep: Sweep, setting: Setting, rows: Sequence[Row]) -> str:
     """What the figure shows: machine, date, dtype, batch, mode, execution; then the steps; then footnotes."""
     timed = [row for row in rows if row.status == "ok"]
     lines = [

@@ -6,11 +6,12 @@ path is not known here: its rows bring the look. What a look leaves out, or a fa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
 from bench.store.rows import Row
-from dig.family import Look
+from dig.family import BACKEND, Look
 from dig.registry import families
 from reports import drawing
 from reports.drawing import Style
@@ -35,17 +36,71 @@ STRANGERS = (
 )
 """Looks of families that say nothing of theirs, in the order in which they are asked for."""
 
+_MORE = {
+    "Flash-DiT": Look(
+        colors=("#0072B2", "#56B4E9", "#1F3F77", "#9DB7D5", "#00A8C6", "#5B6FD6"),
+        markers="shdHPs",
+        dashes=(
+            (0, (4, 1.6)), (0, (2, 1.2)), (0, (3, 1, 1, 1)), (0, (6, 1.2)), (0, (5, 1, 1.5, 1)), (0, (2, 1, 2, 3)),
+        ),
+    ),
+}  # fmt: skip
+"""Of families with more backends than their declaration has colours. They stand here because what is declared decides
+on numbers: a row whose family's files have changed is measured again."""
+_PLACES = {"DiG": ("triton", "reference", "fla")}
+"""Backends in the order of the look's colours: this project's kernels have the first, the published ones the lightest.
+Of other families the one that is taken on a GPU comes first, then the others as declared."""
+
+Options = tuple[tuple[str, str], ...]
+
 
 class Looks:
     """The looks of the families of a report.
 
     Args:
         rows: Measured rows, whose families may say how they look.
+        series: Family and options of whatever else is shown with them, as often as it is: series of one backend differ.
     """
 
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self._said = {row.case.family: row.look for row in rows if row.look is not None}
+    def __init__(self, rows: Iterable[Row] = (), series: Iterable[tuple[str, Options]] = ()) -> None:
+        given = list(rows)
+        self._said = {row.case.family: row.look for row in given if row.look is not None}
         self._strangers: list[str] = []
+        self._series: dict[tuple[str, str], list[Options]] = {}
+        counts = Counter([*series, *((row.case.family, row.case.options) for row in given)])
+        # What is shown most often is the main line of its backend.
+        for family, options in sorted(counts, key=lambda each: (-counts[each], each)):
+            self._turn(family, options)
+
+    def _turn(self, family: str, options: Options) -> int:
+        """Which of the series of its backend this is."""
+        own = self._series.setdefault((family, dict(options).get(BACKEND, "")), [])
+        if options not in own:
+            own.append(options)
+        return own.index(options)
+
+    def place(self, family: str, options: Options) -> tuple[int, int]:
+        """Where a series stands among those of its family: by its backend, then among those of the same one."""
+        known = families().get(family)
+        backends = known.backends if known is not None else ()
+        places = _PLACES.get(family) or tuple(
+            sorted(backends, key=lambda word: known is not None and word != known.default_backend("cuda"))
+        )
+        backend = dict(options).get(BACKEND) or (places[0] if places else "")
+        place = places.index(backend) if backend in places else len(places)
+        return (place if backends else 0), self._turn(family, options)
+
+    def of(self, family: str, options: Options) -> Style:
+        """The look of a series: a backend's colour is the same in every figure, whatever else is shown there.
+
+        Series of one backend share the colour and differ in marker, dashes and fill.
+        """
+        place, turn = self.place(family, options)
+        first = self.style(family, place)
+        if not turn:
+            return first
+        other = self.style(family, place + turn)
+        return replace(other, color=first.color, width=drawing.PLAIN_WIDTH, hollow=not first.hollow)
 
     def _own(self, family: str) -> Look:
         known = families().get(family)
@@ -57,7 +112,7 @@ class Looks:
 
     def style(self, family: str, variant: int) -> Style:
         """The look of the ``variant``-th series of a family, counted from 0; the same whenever it is asked for."""
-        look = self._own(family)
+        look = _MORE.get(family) or self._own(family)
         if not (look.colors and look.markers and look.dashes):
             if family not in self._strangers:
                 self._strangers.append(family)

@@ -107,12 +107,9 @@ def draw(entries: Sequence[Comparison], title: str | None = None) -> Drawing | N
     }
     rows = [row for row in rows if row.case.resolution in sides]
     styles: dict[str, Style] = {}
-    looks, counts = Looks(), dict[str, int]()
+    looks = Looks(series=((row.case.family, row.case.options) for row in rows))
     for row in rows:
-        if row.case.label not in styles:
-            variant = counts.get(row.case.family, 0)
-            styles[row.case.label] = looks.style(row.case.family, variant)
-            counts[row.case.family] = variant + 1
+        styles[row.case.label] = looks.of(row.case.family, row.case.options)
     confidence = min(row.speed.confidence for row in rows if row.speed is not None)
     caption = (
         f"{_where(rows)}. {_setting_words(rows[0].case)}. From noise to latents, without decoding; random weights. "

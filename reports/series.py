@@ -288,10 +288,10 @@ class Sweep:
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
     labels: Mapping[Series, str] = field(init=False)
-    looks: Looks = field(init=False, compare=False, repr=False)
+    looks: Looks = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        looks = Looks(self.rows)
+        looks = self.looks or Looks(self.rows)
         object.__setattr__(self, "looks", looks)
         object.__setattr__(self, "labels", series_labels((Series.of(row) for row in self.rows), looks.label))
 
@@ -306,33 +306,46 @@ def read_sweep(paths: list[Path]) -> Sweep:
     Raises:
         ResultError: A file cannot be read, holds a line that is no row, or none of them holds a row.
     """
-    rows: list[Row] = []
-    warnings, left_for_others = [], False
-    for path in paths:
-        results = read_results(path)
-        for row in results.rows:
-            if _MODEL_NAME.fullmatch(row.case.model) is None:
-                raise ResultError(
-                    f"{path}: {row.case.model!r:.80} is no model name; expected family, size and patch, such as DiG-S/2"
-                )
-        several = sum(bool(row.case.parallel) for row in results.rows)
-        if several:
-            left_for_others = True
-            warnings.append(f"{path}: {several} rows of several GPUs left out; python -m reports.scaling shows them")
-        rows += [row for row in results.rows if not row.case.parallel]
-        if results.torn:
-            warnings.append(
-                f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
-            )
-    if not rows and left_for_others:
-        raise ResultError("; ".join(warnings))
+    found = [read_single(path) for path in paths]
+    rows = [row for own, _ in found for row in own]
+    warnings = [said for _, own in found for said in own]
     if not rows:
-        raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
+        several = any("several GPUs" in said for said in warnings)
+        named = ", ".join(map(str, paths))
+        raise ResultError("; ".join(warnings) if several else f"no rows in {named}; run the benchmark first")
+    return sweep_of(rows, warnings)
+
+
+def read_single(path: Path) -> tuple[list[Row], list[str]]:
+    """A file's rows of one process each, if any, and what to warn of. Raises ResultError as `read_sweep` does."""
+    results, warnings = read_results(path), []
+    for row in results.rows:
+        if _MODEL_NAME.fullmatch(row.case.model) is None:
+            raise ResultError(
+                f"{path}: {row.case.model!r:.80} is no model name; expected family, size and patch, such as DiG-S/2"
+            )
+    if several := sum(bool(row.case.parallel) for row in results.rows):
+        warnings.append(f"{path}: {several} rows of several GPUs left out; python -m reports.scaling shows them")
+    if results.torn:
+        warnings.append(
+            f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
+        )
+    return [row for row in results.rows if not row.case.parallel], warnings
+
+
+def sweep_of(rows: Iterable[Row], warnings: Iterable[str] = (), looks: Looks | None = None) -> Sweep:
+    """What counts of these rows, launches of one case merged.
+
+    Args:
+        rows: In the order in which they were read.
+        warnings: To hand on.
+        looks: How families look, where more is shown beside these rows; else of the rows themselves.
+    """
     chosen = newest(rows)
-    if left_out := chosen.describe():
-        warnings.append(left_out)
+    said = [*warnings, *([left_out] if (left_out := chosen.describe()) else [])]
     groups = [launches for machines in by_case_and_machine(chosen.rows).values() for launches in machines.values()]
-    return Sweep(rows=tuple(map(merge_launches, groups)), warnings=tuple(warnings))
+    merged = tuple(map(merge_launches, groups))
+    return Sweep(rows=merged, warnings=tuple(said), looks=Looks(merged) if looks is None else looks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ HELPS = {
         ),
     ),
     "profile": Help(
-        groups={WHAT: "model resolution mode batch", HOW: "dtype device", "Output": "out"},
+        groups={WHAT: "model resolution mode batch", HOW: "dtype device", "Output": "out rows"},
         examples=(
             "python -m bench profile --model DiG-S/2",
             "python -m bench profile --model DiT-S/2 --mode forward --out out/dit",

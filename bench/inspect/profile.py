@@ -18,10 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases.case import Case, Device
 from bench.cases.jobs import Budget, CeilingJob
+from bench.inspect.parts import part_of
 from bench.inspect.roofline import MOST_SHARE, Cost, cost_of, kernel_costs
+from bench.measure.case import count_flops
 from bench.measure.ceiling import measure_ceiling
 from bench.measure.steps import build_step, warm_up
 from bench.measure.timing import sample
+from bench.store.profiles import PARTS, Part, PartName, ProfileRow
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of a Chrome trace's events that are work on a GPU."""
@@ -58,6 +61,9 @@ class Profile:
         memory: Seconds since the step's start, and bytes allocated since it.
         flop_rate, byte_rate: The measured ceilings: a large matrix product's, and a large copy's.
         wall_us: The step's length on the host's clock, the profiler's own cost included.
+        parts: Products, heart and rest.
+        flops: Of the step in full, by `bench.measure.flops`; of the operations whose work is known where its operations
+            cannot be counted.
     """
 
     case: Case
@@ -67,6 +73,22 @@ class Profile:
     flop_rate: float
     byte_rate: float
     wall_us: float
+    parts: tuple[Part, ...] = ()
+    flops: float = 0.0
+
+    def row(self, environment: Mapping[str, Any], started_at: str) -> ProfileRow:
+        """What is kept of it beside other steps'."""
+        return ProfileRow(
+            case=self.case,
+            started_at=started_at,
+            parts=self.parts,
+            flops=self.flops,
+            bytes=sum(entry.cost.bytes for entry in self.operations),
+            flop_rate=self.flop_rate,
+            byte_rate=self.byte_rate,
+            wall_us=self.wall_us,
+            environment=environment,
+        )
 
 
 def copy_rate(device: Device) -> float:
@@ -97,6 +119,7 @@ def profile_case(case: Case, trace: Path) -> Profile:
     profiler.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if "ts" in e]
     operations, kernels = read_events(events, device=case.device)
+    counted, _ = count_flops(case, step.model)
     return Profile(
         case=case,
         operations=_ranked(operations, rates),
@@ -105,6 +128,8 @@ def profile_case(case: Case, trace: Path) -> Profile:
         flop_rate=rates[0],
         byte_rate=rates[1],
         wall_us=1e6 * wall,
+        parts=read_parts(events, device=case.device),
+        flops=float(counted or sum(cost.flops for _, _, cost in operations.values())),
     )
 
 
@@ -142,6 +167,26 @@ def read_events(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple
     for event in (e for rest in launched.values() for e in rest):
         _count(kernels, event["name"], event["dur"], Cost())
     return operations, (operations if device == "cpu" else kernels)
+
+
+def read_parts(events: Iterable[Mapping[str, Any]], *, device: Device) -> tuple[Part, ...]:
+    """The step's parts, from a Chrome trace's events; on a CPU an operator's own time counts."""
+    events = list(events)
+    found = [e for e in events if e.get("cat") == "cpu_op" and e.get("ph") == "X"]
+    nobody: Mapping[str, Any] = {"name": "", "args": {}}
+    pairs: list[tuple[Mapping[str, Any], str, float]]
+    if device == "cpu":
+        own = _self_times(found)
+        pairs = [(op, op["name"], own[id(op)]) for op in found if own[id(op)] > 0]
+    else:
+        by_id = {op["args"].get("External id"): op for op in found}
+        ran = [event for event in events if event.get("cat") in ON_DEVICE]
+        pairs = [(by_id.get(event["args"].get("External id"), nobody), event["name"], event["dur"]) for event in ran]
+    totals: dict[PartName, tuple[float, int]] = dict.fromkeys(PARTS, (0.0, 0))
+    for op, kernel, us in pairs:
+        part = part_of(op["name"], kernel, op["args"].get("Input Dims", ()))
+        totals[part] = (totals[part][0] + us, totals[part][1] + 1)
+    return tuple(Part(name=name, us=us, calls=calls) for name, (us, calls) in totals.items())
 
 
 def _count(tally: Tally, name: str, us: float, cost: Cost) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,9 +14,12 @@ from typer.testing import CliRunner
 from bench.cases.case import Case
 from bench.cli import main as cli
 from bench.inspect.page import page, thin
-from bench.inspect.profile import Entry, Profile, _ranked, memory_timeline, read_events
+from bench.inspect.parts import part_of
+from bench.inspect.profile import Entry, Profile, _ranked, memory_timeline, read_events, read_parts
 from bench.inspect.roofline import Cost, cost_of, kernel_costs
 from bench.measure.profiler import short_name
+from bench.store.profiles import read_profiles
+from dig.environment import ROOT
 
 CASE = Case(model="DiG-S/8", resolution=64, device="cpu", dtype="fp32")
 
@@ -218,3 +223,58 @@ def test_ceilings_have_digits_and_names_have_room() -> None:
     assert text.count('<div class="wide"><table>\n') == text.count("</table></div>") == 1
     assert not {"\x00", "\x1b", "<b>"} & set(text.replace("a&lt;b", "").split())
     assert "X\\x00&lt;b&gt;" in text
+
+
+@pytest.mark.parametrize(
+    ("operation", "kernel", "part"),
+    [
+        ("aten::mm", "nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", "products"),
+        ("aten::addmm", "cublasLt::splitKreduce_kernel<32, 16>", "products"),
+        ("dig::project_up", "up_swiglu_kernel", "products"),
+        ("dig::gla_mixer", "output_kernel", "heart"),
+        ("dig::gla_mixer_backward", "gradient_kernel", "heart"),
+        ("aten::bmm", "sm90_xmma_gemm_bf16bf16_bf16f32", "heart"),
+        ("aten::_softmax", "softmax_warp_forward", "heart"),
+        ("aten::_scaled_dot_product_cudnn_attention", "cudnn_generated_fort_native_sdpa_sm90", "heart"),
+        ("", "void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>", "heart"),
+        ("", "chunk_gla_fwd_kernel_o", "heart"),
+        ("MambaInnerFn", "selective_scan_bwd_kernel", "heart"),
+        ("MambaInnerFn", "causal_conv1d_fwd_kernel", "rest"),
+        ("aten::_fused_adamw_", "multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata>", "rest"),
+        ("dig::srem", "srem_forward_kernel", "rest"),
+        ("aten::linear", "aten::linear", "products"),
+        ("aten::mul", "aten::mul", "rest"),
+    ],
+)
+def test_every_kernel_is_a_product_the_heart_or_the_rest(operation: str, kernel: str, part: str) -> None:
+    assert part_of(operation, kernel) == part
+
+
+def test_a_batch_of_one_matrix_is_a_layers_product() -> None:
+    assert part_of("aten::bmm", "gemm", [[6, 64, 64], [6, 64, 64]]) == "heart"
+    assert part_of("aten::bmm", "gemm", [[1, 64, 64], [1, 64, 64]]) == "products"
+
+
+def test_the_parts_of_a_step_are_all_of_its_time() -> None:
+    events = [
+        op("aten::mm", 0, 1, 1), op("dig::gla_mixer", 1, 1, 2), kernel("gemm", 5.0, 1), kernel("sum", 1.0, 1),
+        kernel("walk_kernel", 7.0, 2), kernel("flash_fwd_kernel", 2.0, 9), kernel("copy", 3.0, 9),
+    ]  # fmt: skip
+    found = {part.name: (part.us, part.calls) for part in read_parts(events, device="cuda")}
+    assert found == {"products": (6.0, 2), "heart": (9.0, 2), "rest": (3.0, 1)}
+
+
+@pytest.mark.slow
+def test_a_profiles_row_can_be_kept_beside_others(tmp_path: Path) -> None:
+    rows = tmp_path / "rows" / "profiles.jsonl"
+    command = ["profile", "--model", "DiT-S/8", "--resolution", "64", "--device", "cpu", "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, "-m", "bench", *command, "--rows", str(rows)], cwd=ROOT, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+    assert f"added a row to {rows}" in result.stdout
+    first, second = read_profiles(rows).rows
+    assert first.case == second.case
+    assert first.flops > 1e8
+    assert all(part.us > 0 for part in first.parts)

@@ -28,6 +28,7 @@ def build_row(model: str = "DiG-S/2", resolution: int = 1024, ms: float | None =
         "key",
         "marks",
         "look",
+        "message",
     }
     gib = changes.pop("gib", 2.0)
     samples = changes.pop("samples_ms", (ms, ms, ms))

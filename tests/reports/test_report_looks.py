@@ -10,6 +10,7 @@ import pytest
 from bench.store.rows import Row
 from dig.environment import ROOT
 from dig.family import FamilyError, Look
+from dig.registry import families
 from reports.figures import speed_memory
 from reports.looks import Looks
 from reports.series import Sweep
@@ -26,6 +27,45 @@ def test_the_families_of_this_project_look_as_they_always_did():
     assert [style.width for style in styles.values()] == [2.2, 1.5, 1.5, 1.5]
     second = Looks().style("DiG", 1)
     assert (second.color, second.width, second.hollow) == ("#B8860B", 1.5, True)
+
+
+def options(backend, **others):
+    return tuple(sorted({"backend": backend, **others}.items()))
+
+
+def test_a_backend_has_one_colour_whatever_else_is_shown():
+    """DiG on this project's kernels is the main line, the published one lighter."""
+    released = options("triton", variant="release")
+    alone = Looks(series=[("DiG", released)]).of("DiG", released)
+    looks = Looks(series=[("DiG", options(word, variant="release")) for word in ("fla", "reference", "triton")])
+    ours, published = looks.of("DiG", released), looks.of("DiG", options("fla", variant="release"))
+    assert alone == ours == Looks().style("DiG", 0)
+    assert luminance(published.color) > luminance(ours.color) + 0.15
+    assert published.width < ours.width
+
+
+def test_series_of_one_backend_share_its_colour_and_differ_otherwise():
+    series = [("DiG", options("triton", variant=word)) for word in ("paper", "release")]
+    looks = Looks(series=series)
+    first, second = (looks.of(*each) for each in series)
+    assert first.color == second.color
+    assert first.marker != second.marker
+    assert first.hollow != second.hollow
+
+
+def test_all_backends_of_a_family_differ():
+    for family in families().values():
+        if family.backends:
+            looks = Looks(series=[(family.name, options(word)) for word in family.backends])
+            found = [looks.of(family.name, options(word)) for word in family.backends]
+            assert len({(style.color, style.marker, style.hollow) for style in found}) == len(found)
+
+
+def luminance(color):
+    """Relative luminance of ``#RRGGBB``, as WCAG has it: how bright it is in grey."""
+    channels = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_a_family_that_is_not_known_here_brings_its_look_in_its_rows(make_row):

@@ -1,0 +1,87 @@
+"""Claims and what became of them, as ``reports.claims`` writes them: said, measured, interval, verdict, command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bench.store.decoding import decode_dataclass, parse_json
+from bench.store.files import read_file
+from bench.store.lines import ResultError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        id: Its name.
+        source: Who makes it, where.
+        said: What was said.
+        measured: What was measured; empty where nothing was.
+        interval: Ends of the measured value's interval; None without one.
+        verdict: ``holds``, ``fails``, ``open``, say.
+        command: What measures it again.
+        notes: What else to know.
+    """
+
+    id: str
+    source: str = ""
+    said: str = ""
+    measured: str = ""
+    interval: tuple[float, ...] | None = None
+    verdict: str = ""
+    command: str = ""
+    notes: str = ""
+
+    @property
+    def tone(self) -> str:
+        """How the verdict looks: ``good``, ``bad`` or ``open``."""
+        words = self.verdict.lower().replace("-", " ").split()
+        if not words or {"not", "no", "fails", "failed", "false", "refuted", "wrong"} & set(words):
+            measured = "measured" in words or not words
+            return "open" if measured else "bad"
+        return "good" if {"holds", "held", "true", "yes", "supported", "confirmed"} & set(words) else "open"
+
+
+def read_claims(path: Path) -> tuple[Claim, ...]:
+    """Read a JSON list of claims.
+
+    Raises:
+        ResultError: It cannot be read, or is no such list; the message says which entry is wrong.
+    """
+    try:
+        content = read_file(path).decode()
+        found = parse_json(content)
+        if isinstance(found, dict):
+            found = found.get("claims")
+        if not isinstance(found, list):
+            raise ValueError("expected a list of claims")
+        return tuple(decode_dataclass(Claim, _words(each), f"claim {i}") for i, each in enumerate(found, 1))
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ResultError(f"{path}: not a file of claims: {error}") from None
+
+
+def _words(claim: Any) -> Any:
+    """Numbers where words are expected, and null, as words; what a page has no place for is left out."""
+    if not isinstance(claim, dict):
+        return claim
+    known = {field.name for field in fields(Claim)} - {"interval"}
+    words = {
+        name: "" if value is None else f"{value:g}" if isinstance(value, int | float) else value
+        for name, value in claim.items()
+        if name in known
+    }
+    return {**words, "interval": claim.get("interval")}
+
+
+def counted(claims: Sequence[Claim]) -> str:
+    """How many hold, in a sentence; empty without claims."""
+    named = {"good": "hold", "bad": "do not", "open": "are open"}
+    found = [(sum(claim.tone == tone for claim in claims), words) for tone, words in named.items()]
+    said = ", ".join(f"{count} {words}" for count, words in found if count)
+    return f"Of {len(claims)} claims {said}." if claims else ""
