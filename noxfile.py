@@ -270,4 +270,5 @@ def report(session: nox.Session) -> None:
     options = session.posargs or ["results/h100/rows.jsonl", "--out", "results/h100"]
     session.run("python", "-m", "reports", *options)
     if not session.posargs:
+        session.run("python", "-m", "reports.claims", "results/h100", "--out", "results/h100")
         session.run("python", "-m", "reports.page", "results/h100", "--out", "out/report")
