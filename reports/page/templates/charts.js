@@ -161,7 +161,7 @@ function lines(chart, panel, width) {
         dx: numeric && named[0].x === sides[0] ? 10 : -10, baseline: "middle" },
       encoding: { x, y: { field: "lane", type: "quantitative", scale: null, axis: null }, text: { field: "what" }, color } });
   const labelled = apart(data.filter((each) => each.label && each.y), tall);
-  if (labelled.length)
+  if (labelled.length && width > 480)
     layers.push({ data: { values: labelled },
       mark: { type: "text", align: "left", dx: 9, dy: 11, fontSize: 10.5, opacity: 0.85 },
       encoding: { x, y, text: { field: "label" } } });
