@@ -343,8 +343,7 @@ def sweep_of(rows: Iterable[Row], warnings: Iterable[str] = (), looks: Looks | N
     """
     chosen = newest(rows)
     said = [*warnings, *([left_out] if (left_out := chosen.describe()) else [])]
-    groups = [launches for machines in by_case_and_machine(chosen.rows).values() for launches in machines.values()]
-    merged = tuple(map(merge_launches, groups))
+    merged = tuple(merge_launches(own) for each in by_case_and_machine(chosen.rows).values() for own in each.values())
     return Sweep(rows=merged, warnings=tuple(said), looks=Looks(merged) if looks is None else looks)
 
 
