@@ -43,6 +43,7 @@ STATUS_NAMES: Mapping[str, str] = {
     "unsupported": "unsupported",
     "error": "error",
 }
+SEVERAL = "several GPUs"
 CPU_WARNING = "CPU (reference implementations), not a GPU result"
 DOUBTS: Mapping[Mark, tuple[str, str]] = {
     "throttled": ("t", "the clock was held down in at least half of the readings"),
@@ -310,9 +311,8 @@ def read_sweep(paths: list[Path]) -> Sweep:
     rows = [row for own, _ in found for row in own]
     warnings = [said for _, own in found for said in own]
     if not rows:
-        several = any("several GPUs" in said for said in warnings)
-        named = ", ".join(map(str, paths))
-        raise ResultError("; ".join(warnings) if several else f"no rows in {named}; run the benchmark first")
+        nothing = f"no rows in {', '.join(map(str, paths))}; run the benchmark first"
+        raise ResultError("; ".join(warnings) if any(SEVERAL in said for said in warnings) else nothing)
     return sweep_of(rows, warnings)
 
 
@@ -325,7 +325,7 @@ def read_single(path: Path) -> tuple[list[Row], list[str]]:
                 f"{path}: {row.case.model!r:.80} is no model name; expected family, size and patch, such as DiG-S/2"
             )
     if several := sum(bool(row.case.parallel) for row in results.rows):
-        warnings.append(f"{path}: {several} rows of several GPUs left out; python -m reports.scaling shows them")
+        warnings.append(f"{path}: {several} rows of {SEVERAL} left out; python -m reports.scaling shows them")
     if results.torn:
         warnings.append(
             f"{path}: the last line is torn (its {len(results.torn)} bytes end without a newline); left out"
@@ -343,8 +343,7 @@ def sweep_of(rows: Iterable[Row], warnings: Iterable[str] = (), looks: Looks | N
     """
     chosen = newest(rows)
     said = [*warnings, *([left_out] if (left_out := chosen.describe()) else [])]
-    groups = [launches for machines in by_case_and_machine(chosen.rows).values() for launches in machines.values()]
-    merged = tuple(map(merge_launches, groups))
+    merged = tuple(merge_launches(own) for each in by_case_and_machine(chosen.rows).values() for own in each.values())
     return Sweep(rows=merged, warnings=tuple(said), looks=Looks(merged) if looks is None else looks)
 
 

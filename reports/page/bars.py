@@ -193,9 +193,9 @@ def memory(evidence: Evidence) -> list[Chart | Missing]:
             y_label="GiB at the allocator's peak",
             caption=(
                 provenance([row for own in points.values() for row in own], [file]),
-                "Bars end at the peak of torch's allocator, which tables show; a tick marks the whole process, with "
-                "CUDA's context and what the allocator held in reserve. Gradients live within the step. No interval: "
-                "a launch has one peak.",
+                "Bars end at the peak of torch's allocator, which tables show; a tick, and the second number, are the "
+                "whole process, with CUDA's context and what the allocator held in reserve. Gradients live within the "
+                "step. No interval: a launch has one peak.",
             ),
             reading="Shorter is leaner. What grows with resolution lives within the step.",
             command=PAPER,

@@ -81,7 +81,7 @@ def _words(claim: Any) -> Any:
 
 def counted(claims: Sequence[Claim]) -> str:
     """How many hold, in a sentence; empty without claims."""
-    named = {"good": "hold", "bad": "do not", "open": "are open"}
+    named = {"good": "upheld", "bad": "refuted", "open": "open"}
     found = [(sum(claim.tone == tone for claim in claims), words) for tone, words in named.items()]
     said = ", ".join(f"{count} {words}" for count, words in found if count)
-    return f"Of {len(claims)} claims {said}." if claims else ""
+    return f"Claims: {said}." if claims else ""

@@ -61,6 +61,17 @@ def run_command(cases: Sequence[Case], *, launches: int = 1) -> str:
     return line(*words)
 
 
+def scaling_command(case: Case) -> str:
+    """``python -m bench scaling`` of a case of several processes, beside one process as that command measures it."""
+    words = [
+        "scaling", "--models", model_words(case.family, case.options, case.source), "--size", case.size,
+        "--resolution", str(case.resolution), "--batch", str(case.batch), "--processes", str(case.processes),
+        "--parallel", case.parallel, "--executions", "graph" if case.captures else "eager",
+    ]  # fmt: skip
+    words += ["--patch", str(case.patch)] if case.patch != 2 else []
+    return line(*words, *(["--device", "cpu"] if case.device == "cpu" else []))
+
+
 def sampling_command(entry: Comparison, peers: Sequence[SamplingCase] = ()) -> str:
     """``python -m bench sampling`` of a row, beside the model that it was compared with.
 

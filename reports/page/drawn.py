@@ -218,11 +218,12 @@ def _draw_stack(axis: Any, chart: Chart, panel: Panel) -> None:
         mark = panel.marks.get(name)
         if mark is not None:
             axis.vlines(mark, at - 0.36, at + 0.36, color=drawing.INK, linewidth=1.5, gid="mark")
+        text = number(end) if mark is None else f"{number(end)} · {number(mark)}"
         axis.annotate(
-            number(end), (max(end, mark or 0.0), at), xytext=(4, 0), textcoords="offset points", va="center",
-            fontsize=8, fontweight="bold",
+            text, (max(end, mark or 0.0), at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
+            fontweight="bold",
         )  # fmt: skip
-    axis.set_xlim(0, 1.2 * max(*ends, *panel.marks.values(), 1e-9))
+    axis.set_xlim(0, (1.45 if panel.marks else 1.2) * max(*ends, *panel.marks.values(), 1e-9))
 
 
 def _draw_points(axis: Any, chart: Chart, panel: Panel) -> None:

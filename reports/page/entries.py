@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.store.rows import Row
 from bench.store.selection import machine
-from reports.page.commands import run_command
+from reports.page.commands import run_command, scaling_command
 from reports.page.evidence import Evidence
 from reports.page.said import GIB, commit
 from reports.series import STATUS_NAMES, Launches, Series, bar_ms, doubts, is_assumed, launches_of
@@ -26,7 +26,8 @@ class Entry:
         model: ``DiG-S/2``.
         series: Family with options, as in every legend.
         options: The options' words alone.
-        size, px, mode, batch, way, precision: Of the case; ``way`` is execution and what is compiled.
+        size, px, mode, batch, way, precision: Of the case; ``way`` is execution, what is compiled, and on how many GPUs
+            one model was trained; ``batch`` is of all of them.
         machine: Where.
         ms, low, high: Median step and the ends of its interval; None of a failure.
         interval: What the interval is of.
@@ -72,7 +73,7 @@ class Entry:
 
 def entries(evidence: Evidence) -> list[Entry]:
     """Every row that counts, in the order of the files."""
-    return [_entry(evidence, file, row) for file, row in evidence.rows]
+    return [_entry(evidence, file, row) for file, row in (*evidence.rows, *evidence.scaled)]
 
 
 def _entry(evidence: Evidence, file: str, row: Row) -> Entry:
@@ -89,8 +90,8 @@ def _entry(evidence: Evidence, file: str, row: Row) -> Entry:
         size=f"{case.size}/{case.patch}",
         px=case.resolution,
         mode=case.mode,
-        batch=case.batch,
-        way=case.way,
+        batch=case.batch * case.processes,
+        way=f"{case.way}, {case.processes} GPUs by {case.parallel}" if case.parallel else case.way,
         precision=case.precision,
         machine=machine(row),
         ms=row.median_ms if timed else None,
@@ -108,6 +109,6 @@ def _entry(evidence: Evidence, file: str, row: Row) -> Entry:
         message=row.message[:MOST_LETTERS],
         commit=commit(row.environment),
         date=row.started_at[:10],
-        command=run_command([case], launches=max(launches_of(row), 1)),
+        command=scaling_command(case) if case.parallel else run_command([case], launches=max(launches_of(row), 1)),
         assumed=is_assumed(case),
     )

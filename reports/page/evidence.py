@@ -18,11 +18,11 @@ from bench.store.lines import ResultError, read_lines
 from bench.store.migrations import rename_backend
 from bench.store.profiles import KIND as PROFILE
 from bench.store.profiles import ProfileRow, read_profiles
-from bench.store.rows import Row
+from bench.store.rows import Row, read_results
 from bench.store.selection import machine
 from reports.looks import Looks
 from reports.page.claims import Claim, read_claims
-from reports.series import Series, Sweep, read_single, series_labels, sweep_of
+from reports.series import SEVERAL, Series, Sweep, read_single, series_labels, sweep_of
 
 Kind = Literal["rows", "sampling", "probes", "profiles"]
 CLAIMS = "claims.json"
@@ -79,6 +79,7 @@ class Evidence:
     Attributes:
         sweeps: By file, what counts of its rows. A file is a run or several, and figures draw one file each.
         paths: Where the files are.
+        scaled: What counts of files' rows of several GPUs that train one model, with the file's name.
         sampling: Whole sampling loops, each beside its peer.
         probes: What fits.
         profiles: Where a step's time goes.
@@ -90,6 +91,7 @@ class Evidence:
 
     sweeps: Mapping[str, Sweep] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
+    scaled: tuple[tuple[str, Row], ...] = ()
     sampling: tuple[Comparison, ...] = ()
     probes: tuple[Probe, ...] = ()
     profiles: tuple[ProfileRow, ...] = ()
@@ -100,7 +102,7 @@ class Evidence:
 
     @property
     def rows(self) -> list[tuple[str, Row]]:
-        """Every row that counts in its file, with the file's name."""
+        """Every row of one process that counts in its file, with the file's name."""
         return [(name, row) for name, sweep in self.sweeps.items() for row in sweep.rows]
 
     def label(self, family: str, options: tuple[tuple[str, str], ...]) -> str:
@@ -179,6 +181,7 @@ def gather(paths: Sequence[Path], claims: Path | None = None) -> Evidence:
     files, warnings = find_files(paths)
     names = _names([file for file, _ in files])
     rows: dict[str, list[Row]] = {}
+    scaled: list[tuple[str, Row]] = []
     sampled: list[SamplingRow] = []
     probes: list[Probe] = []
     profiles: list[ProfileRow] = []
@@ -186,7 +189,11 @@ def gather(paths: Sequence[Path], claims: Path | None = None) -> Evidence:
         torn = b""
         if kind == "rows":
             rows[names[file]], said = read_single(file)
-            warnings += said
+            several = (
+                [row for row in read_results(file).rows if row.case.parallel] if any(SEVERAL in s for s in said) else []
+            )
+            scaled += [(names[file], row) for row in sweep_of(several).rows]
+            warnings += [each for each in said if SEVERAL not in each]
         elif kind == "sampling":
             sampled += (sampling := read_rows(file)).rows
             torn = sampling.torn
@@ -201,20 +208,24 @@ def gather(paths: Sequence[Path], claims: Path | None = None) -> Evidence:
     others: list[Case | SamplingCase] = [*(row.case for row in sampled), *(probe.case for probe in probes)]
     others += [row.case for row in profiles]
     looks = Looks(everything, ((case.family, case.options) for case in others))
-    series = [Series(family=case.family, options=case.options) for case in (*(row.case for row in everything), *others)]
+    series = [
+        Series(family=case.family, options=case.options)
+        for case in (*(row.case for row in [*everything, *(row for _, row in scaled)]), *others)
+    ]
     sweeps = {}
     for name, own in rows.items():
         sweep = sweep_of(own, looks=looks)
         warnings += [f"{name}: {said}" for said in sweep.warnings]
         if sweep.rows:
             sweeps[name] = sweep
-    if not (sweeps or sampled or probes or profiles):
+    if not (sweeps or scaled or sampled or probes or profiles):
         raise ResultError(f"no rows in {', '.join(map(str, paths))}; run the benchmark first")
     if claims is None:
         claims = next((path / CLAIMS for path in paths if (path / CLAIMS).is_file()), None)
     return Evidence(
         sweeps=sweeps,
         paths={name: file for file, name in names.items()},
+        scaled=tuple(scaled),
         sampling=tuple(compare(sampled)),
         probes=tuple(probes),
         profiles=tuple(profiles),

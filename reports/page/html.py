@@ -84,7 +84,8 @@ def sections(evidence: Evidence, figures: Sequence[Figure | Picture]) -> list[Se
     found = []
     for id, (short, title, text) in SECTIONS.items():
         own = tuple(figure for figure in figures if figure.section == id)
-        holds = {"claims": bool(evidence.claims), "explore": bool(evidence.rows), "rows": bool(evidence.rows)}
+        rows = bool(evidence.rows or evidence.scaled)
+        holds = {"claims": bool(evidence.claims), "explore": rows, "rows": rows}
         if own or holds.get(id, False):
             more = f" {counted(evidence.claims)}" if id == "claims" else ""
             found.append(Section(id=id, short=short, title=title, text=text + more, figures=own))
@@ -188,7 +189,7 @@ def _ink(color: str) -> str:
 
 def facts(evidence: Evidence) -> list[tuple[str, str]]:
     """What heads the page: machines, rows, dates, commits."""
-    rows = [row for _, row in evidence.rows]
+    rows = [row for _, row in (*evidence.rows, *evidence.scaled)]
     others = [entry.row for entry in evidence.sampling] + list(evidence.profiles)
     dates = sorted(each.started_at[:10] for each in (*rows, *others) if each.started_at)
     count = f"{len(rows)} of steps"

@@ -28,7 +28,8 @@ def markdown(evidence: Evidence, figures: Sequence[Figure | Picture], title: str
         if section.id == "claims":
             lines += _claims(evidence)
         if section.id == "rows":
-            lines += ["", f"{len(evidence.rows)} rows, each with the command that repeats it: [rows.csv](rows.csv)."]
+            count = len(evidence.rows) + len(evidence.scaled)
+            lines += ["", f"{count} rows, each with the command that repeats it: [rows.csv](rows.csv)."]
         lines += _figures(section)
     if evidence.warnings:
         lines += ["", "## Left out, or read with a warning", ""]

@@ -14,10 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.store.profiles import ProfileRow
-from bench.store.rows import ResultError
+from bench.store.rows import ResultError, read_results
 from dig.environment import ROOT
 from reports.page.__main__ import app
 from reports.page.claims import Claim
+from reports.page.commands import scaling_command
+from reports.page.entries import entries
 from reports.page.evidence import Evidence, Probe, gather
 from reports.page.html import NEEDED, page
 from reports.page.markdown import markdown
@@ -230,3 +232,15 @@ def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch
     line = one_line(run(write_everything(tmp_path / "rows"), "--out", tmp_path / "out"))
     assert line.startswith("error: the page needs vl-convert-python; pip install")
     html.library.cache_clear()
+
+
+def test_rows_of_several_gpus_are_listed_with_their_own_command() -> None:
+    path = ROOT / "results" / "h100" / "scaling.jsonl"
+    cases = {row.case for row in read_results(path).rows if row.case.parallel}
+    listed = {entry.command: entry for entry in entries(gather([path])) if "GPUs by" in entry.way}
+    assert {scaling_command(case) for case in cases} == set(listed)
+    for case in cases:
+        entry = listed[scaling_command(case)]
+        assert entry.batch == case.batch * case.processes
+        assert entry.command.startswith("python -m bench scaling --models ")
+        assert f" --parallel {case.parallel} " in entry.command

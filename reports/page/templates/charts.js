@@ -161,7 +161,7 @@ function lines(chart, panel, width) {
         dx: numeric && named[0].x === sides[0] ? 10 : -10, baseline: "middle" },
       encoding: { x, y: { field: "lane", type: "quantitative", scale: null, axis: null }, text: { field: "what" }, color } });
   const labelled = apart(data.filter((each) => each.label && each.y), tall);
-  if (labelled.length)
+  if (labelled.length && width > 480)
     layers.push({ data: { values: labelled },
       mark: { type: "text", align: "left", dx: 9, dy: 11, fontSize: 10.5, opacity: 0.85 },
       encoding: { x, y, text: { field: "label" } } });
@@ -206,11 +206,12 @@ function stack(chart, panel, width) {
   const y = { field: "x", type: "nominal", sort: null, title: null,
     axis: { labelLimit: width * 0.42, domain: false, ticks: false, grid: false } };
   const x = { field: "y", type: "quantitative", title: chart.y, stack: "zero", axis: { tickCount: 4, format: "~s" },
-    scale: { domain: [0, most * (1 + 50 / (0.6 * width))], nice: false } };
+    scale: { domain: [0, most * (1 + (Object.keys(panel.marks).length ? 95 : 50) / (0.6 * width))], nice: false } };
   const order = { field: "order", type: "quantitative" };
   const color = { field: "part", type: "nominal", sort: parts, legend: null,
     scale: { domain: parts, range: parts.map((part) => page.parts[chart.parts.indexOf(part)].color) } };
-  const ends = Object.entries(whole).map(([name, total]) => ({ x: name, label: number(total),
+  const ends = Object.entries(whole).map(([name, total]) => ({ x: name,
+    label: number(total) + (name in panel.marks ? ` · ${number(panel.marks[name])}` : ""),
     total: Math.max(total, panel.marks[name] || 0) }));
   const marks = Object.entries(panel.marks).map(([name, value]) => ({ x: name, mark: value }));
   return { data: { values: data }, height: 40 * Object.keys(whole).length, layer: [
