@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +20,11 @@ from reports.series import SIZES, read_sweep, size_rank
 from reports.tables import tables
 
 app = typer.Typer(add_completion=False)
+OTHERS = {
+    **{name: f"reports.{name}" for name in ("ablation", "fashion", "follow", "history", "sampling", "scaling")},
+    **{name: f"reports.{name}.__main__" for name in ("claims", "page")},
+}
+"""Modules of the other reports, which run by themselves too: ``python -m reports.history``."""
 
 
 @app.command(cls=OneLineCommand)
@@ -51,6 +59,9 @@ def report(
     best.png, .svg: DiG's lead over the fastest attention, each in its fastest way, where some way compiles;
 
     tables.md: every number, with the hardware and versions it was measured on.
+
+    python -m reports NAME is another report, of ablation, claims, fashion, follow, history, page, sampling and scaling;
+    each has its --help.
 
     A figure shows one machine, precision, batch and execution (best: the fastest of all); the rest is printed.
 
@@ -97,5 +108,13 @@ def _write(folder: Path, name: str, drawing: Drawing | None, reason: str) -> Non
         say(f"  {note}")
 
 
+def main(words: Sequence[str]) -> None:
+    """Run the report that the first word names, else this one."""
+    if words and words[0] in OTHERS:
+        other = importlib.import_module(OTHERS[words[0]])
+        other.app(list(words[1:]), prog_name=f"python -m reports {words[0]}")
+    app(list(words), prog_name="python -m reports")
+
+
 if __name__ == "__main__":
-    app(prog_name="python -m reports")
+    main(sys.argv[1:])

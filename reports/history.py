@@ -124,13 +124,12 @@ def draw(case: str, listed: Sequence[Moment], title: str | None = None) -> Drawi
             1, title=title or f"{case} over commits", caption=caption, styles={case: look}
         )
         drawing.draw_panel(
-            axes, [Line(label=case, style=look, points=points)], title="Lower is better", x_label="Commit, by time",
+            axes, [Line(label=case, style=look, points=points)], title="Lower is better; commits in the order of their first rows", x_label="",
             y_label="Milliseconds a step (log axis)", x_ticks={float(i): one.commit for i, one in enumerate(listed)},
             failures_at="top",
         )  # fmt: skip
         for label in axes.get_xticklabels():
-            label.set_rotation(45)
-            label.set_ha("right")
+            label.set_rotation(25)
         for place in changes:
             axes.axvline(
                 place - 0.5, color=drawing.SOFT_INK, linewidth=0.9, linestyle=(0, (4, 3)), gid=f"change:{place}"

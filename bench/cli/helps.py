@@ -71,7 +71,7 @@ HELPS = {
     ),
     "regression": Help(
         groups={
-            WHAT: "base suite case device against_itself self_test",
+            WHAT: "base best_of history suite case device against_itself self_test",
             VERDICT: "launches least_effect noise seconds seed",
             LIMITS: "time_limit out summary",
         },

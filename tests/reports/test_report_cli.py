@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from reports.__main__ import app
+from reports.__main__ import OTHERS, app, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +125,14 @@ def test_runs_as_a_module():
     )
     assert "python -m reports" in result.stdout
     assert "RESULTS.jsonl" in result.stdout
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_report_is_reached_by_its_name(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"python -m reports {name} [OPTIONS]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_rows_that_do_not_count_are_counted(make_row, write_rows, tmp_path):
