@@ -38,6 +38,7 @@ FEWEST = 3
 """Commits that change points take."""
 NAME = 7
 """Letters of a commit's name."""
+PANEL = "Lower is better; commits in the order of their first rows"
 
 app = typer.Typer(add_completion=False)
 
@@ -124,7 +125,7 @@ def draw(case: str, listed: Sequence[Moment], title: str | None = None) -> Drawi
             1, title=title or f"{case} over commits", caption=caption, styles={case: look}
         )
         drawing.draw_panel(
-            axes, [Line(label=case, style=look, points=points)], title="Lower is better; commits in the order of their first rows", x_label="",
+            axes, [Line(label=case, style=look, points=points)], title=PANEL, x_label="",
             y_label="Milliseconds a step (log axis)", x_ticks={float(i): one.commit for i, one in enumerate(listed)},
             failures_at="top",
         )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reports import fashion
+from reports import ablation, fashion
 from reports.figures import Drawing
 from reports.logs import RunError
 
@@ -46,10 +46,16 @@ TRAINED: Sequence[tuple[str, str, Draw, str]] = (
         "fashion",
         "Training on Fashion-MNIST",
         lambda folder: fashion.draw(fashion.read_runs(folder)),
-        "bash examples/fashion.sh out/fashion",
+        "bash examples/fashion.sh fashion-mnist out/fashion",
+    ),
+    (
+        "ablation.jsonl",
+        "DiG's parts, size and tokens",
+        lambda file: ablation.draw(ablation.read_ablation(file)),
+        "python examples/ablation.py fashion-mnist out/ablation",
     ),
 )
-"""Folder beside the rows, title, how it is drawn, and the command that fills such a folder."""
+"""Folder or file beside the rows, title, how it is drawn, and the command that fills such a folder."""
 
 
 def pictures(paths: Sequence[Path]) -> list[Picture]:
@@ -57,17 +63,17 @@ def pictures(paths: Sequence[Path]) -> list[Picture]:
     found = []
     for path in paths:
         for name, title, draw, command in TRAINED:
-            folder = path / name
-            if not path.is_dir() or not folder.is_dir():
+            logs = path / name
+            if not path.is_dir() or not logs.exists():
                 continue
             try:
-                drawing = draw(folder)
+                drawing = draw(logs)
             except (RunError, OSError):
                 continue
             if drawing is None:
                 continue
-            caption = (f"Drawn from the logs in {folder}.",)
+            caption = (f"Drawn from the logs in {logs}.",)
             found.append(
-                Picture(name=name, section="training", title=title, drawing=drawing, caption=caption, command=command)
+                Picture(name=logs.stem, section="training", title=title, drawing=drawing, caption=caption, command=command)
             )
     return found
