@@ -74,6 +74,13 @@ def pictures(paths: Sequence[Path]) -> list[Picture]:
                 continue
             caption = (f"Drawn from the logs in {logs}.",)
             found.append(
-                Picture(name=logs.stem, section="training", title=title, drawing=drawing, caption=caption, command=command)
+                Picture(
+                    name=logs.stem,
+                    section="training",
+                    title=title,
+                    drawing=drawing,
+                    caption=caption,
+                    command=command,
+                )
             )
     return found
