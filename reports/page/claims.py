@@ -37,6 +37,11 @@ class Claim:
     notes: str = ""
 
     @property
+    def own(self) -> bool:
+        """Whether the project itself makes it, in its README."""
+        return self.source.startswith("README")
+
+    @property
     def tone(self) -> str:
         """How the verdict looks: ``good``, ``bad`` or ``open``."""
         words = self.verdict.lower().replace("-", " ").split()
