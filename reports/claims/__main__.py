@@ -1,0 +1,70 @@
+"""``python -m reports.claims RESULTS.jsonl...``: what was claimed, what was measured, and whether it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.messages import OneLineCommand, say
+from bench.store.files import write_file
+from bench.store.rows import ResultError
+from dig.environment import ROOT
+from reports.claims.errors import ClaimError
+from reports.claims.evaluate import judge_all
+from reports.claims.readme import read_readme
+from reports.claims.rows import Files
+from reports.claims.spec import CLAIMS, read_claims
+from reports.claims.telling import counted, to_json, to_markdown, to_text
+from reports.refusing import refusing
+
+ROWS = ROOT / "results" / "h100"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(cls=OneLineCommand)
+def report(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RESULTS.jsonl",
+            help="Results files. Default: this project's of one H100. A claim is tested on the file that it names; "
+            "where that was not given, on those that no claim names, such as your own.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write claims.md and claims.json into this folder, print a line."),
+    ] = None,
+    claims: Annotated[
+        Path, typer.Option("--claims", metavar="FILE.toml", help="Claims; its head says how one is written.")
+    ] = CLAIMS,
+) -> None:
+    """Hold every claim of the paper and of README against stored rows: said, measured, interval, verdict.
+
+    Measures nothing and needs no GPU. Parameters and multiply-adds are counted, which takes torch.
+
+    Exit status 2: a file cannot be read or written, or a claim cannot be tested.
+    """
+    paths = files or sorted(ROWS.glob("*.jsonl"))
+    with refusing(ClaimError, ResultError, folder=out or Path(), hint="; choose another --out"):
+        said = read_claims(claims)
+        given = Files(paths, said.files)
+        findings = judge_all(said, given, read_readme())
+        for path in paths:
+            if path not in given.used:
+                say(f"no claim reads {path}", err=True)
+        if out is None:
+            typer.echo(to_text(findings))
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in (("claims.md", to_markdown(findings)), ("claims.json", to_json(findings))):
+            write_file(out / name, content)
+            say(f"wrote {out / name}")
+        say(counted(findings))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m reports.claims")

@@ -1,0 +1,67 @@
+"""Findings for people: lines for a terminal, Markdown for a page, JSON for what draws one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from bench.messages import cell
+from reports.cells import MISSING, number
+from reports.claims.finding import VERDICTS, Finding
+
+
+def counted(findings: Sequence[Finding]) -> str:
+    """``Of 40 claims 31 hold, ...``, as one line."""
+    counts = Counter(finding.verdict for finding in findings)
+    return f"{len(findings)} claims: {', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS)}"
+
+
+def _interval(finding: Finding) -> str:
+    if finding.interval is None:
+        return ""
+    low, high = map(number, finding.interval)
+    return f" [{low}, {high}]" if low != high else ""
+
+
+def to_text(findings: Sequence[Finding]) -> str:
+    """Four lines a claim, by source."""
+    lines = [counted(findings)]
+    source = ""
+    for finding in findings:
+        if finding.source != source:
+            source = finding.source
+            lines += ["", source]
+        lines += [f"  {finding.verdict.upper()}: {finding.said}  ({finding.id})"]
+        if finding.measured:
+            lines.append(f"    measured: {finding.measured}{_interval(finding)}")
+        lines += [f"    {note}" for note in finding.notes]
+        lines.append(f"    $ {finding.command}")
+    return "\n".join(lines)
+
+
+def to_markdown(findings: Sequence[Finding]) -> str:
+    """A table, then notes and commands by id."""
+    lines = [
+        "# Claims",
+        "",
+        f"{counted(findings)}. Intervals: [docs/method.md](../../docs/method.md).",
+        "",
+        "| claim | said | measured | interval | verdict |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for each in findings:
+        measured = cell(each.measured) or MISSING
+        lines.append(
+            f"| {cell(each.id)} | {cell(each.said)} | {measured} | {cell(_interval(each)) or MISSING} | {each.verdict} |"
+        )
+    lines += ["", "## What measures them, and where they are from"]
+    for each in findings:
+        lines += ["", f"- {cell(each.id)} ({cell(each.source)}): `{each.command.replace('`', '')}`"]
+        lines += [f"  - {cell(note)}" for note in each.notes]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """A list of records."""
+    return json.dumps([finding.record() for finding in findings], ensure_ascii=False, indent=1) + "\n"
