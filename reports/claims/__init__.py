@@ -1,1 +1,1 @@
-"""What the paper and README claim, held against stored rows: said, measured, interval, verdict. No torch but to count."""
+"""What the paper and README claim, held against stored rows: said, measured, interval, verdict."""

@@ -53,9 +53,8 @@ def report(
         said = read_claims(claims)
         given = Files(paths, said.files)
         findings = judge_all(said, given, read_readme())
-        for path in paths:
-            if path not in given.used:
-                say(f"no claim reads {path}", err=True)
+        if unread := [path.name for path in paths if path not in given.used]:
+            say(f"no claim reads {', '.join(unread)}", err=True)
         if out is None:
             typer.echo(to_text(findings))
             return

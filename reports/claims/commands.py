@@ -54,7 +54,7 @@ def measuring(cases: Sequence[Case], *, resolutions: Sequence[int] = (), models:
 def measuring_subjects(subjects: Sequence[Subject]) -> str:
     """The command for what has no rows: of a set, its usual ways, compiled and in a graph."""
     models: list[str] = []
-    executions = []
+    executions: list[str] = []
     for subject in subjects:
         own = [_model(subject.case.family, subject.options if subject.best else subject.case.options)]
         ways = subject.best and not subject.options and subject.case.family == "Flash-DiT"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.cases.suites import PAPER_RESOLUTIONS
 from bench.store.rows import Row
 from reports.best import failure
 from reports.cells import number
 from reports.claims.commands import measuring_subjects
-from reports.claims.errors import ClaimError
 from reports.claims.finding import Finding, Verdict, marks
 from reports.claims.ratio import FIGURES, Figure, ends_ms, ratio_of
 from reports.claims.readme import Section
@@ -92,6 +92,8 @@ def crossing(resolutions: Sequence[int], leads: Sequence[float]) -> float | None
 def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
     """From where on ours is ahead: it holds where that is so at the largest resolution, with its whole interval.
 
+    Where ours is behind at the largest that was measured, and that is not the paper's largest, nothing is known.
+
     Raises:
         ClaimError: README doesn't say what it is said to.
         ResultError: A file cannot be read.
@@ -123,6 +125,8 @@ def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
     notes += [point.note for point in found if point.note] + marks(row for point in found for row in point.rows)
     if printed and (middle is None or abs(middle - float(printed)) > _rounding(printed)):
         verdict = "does not hold"
+    elif middle is None and sizes[-1] < PAPER_RESOLUTIONS[-1]:
+        verdict = "not measured"
     ahead = middle == sizes[0]
     return Finding(
         id=claim.id,

@@ -34,5 +34,7 @@ def judge(claim: Claim, files: Files, readme: Section) -> Finding:
 
 
 def judge_all(claims: Claims, files: Files, readme: Section) -> list[Finding]:
-    """Of all, in their order."""
-    return [judge(claim, files, readme) for claim in claims.claims]
+    """Of all, those of one source together, in their order."""
+    sources = list(dict.fromkeys(claim.source for claim in claims.claims))
+    ordered = sorted(claims.claims, key=lambda claim: sources.index(claim.source))
+    return [judge(claim, files, readme) for claim in ordered]

@@ -102,5 +102,5 @@ def marks(rows: Iterable[Row]) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in rows:
         for mark in doubts(row):
-            found.setdefault(f"{mark}: {DOUBTS[mark][1]}", []).append(row.case.describe())
-    return [f"{' and '.join(dict.fromkeys(cases))} is marked {mark}" for mark, cases in found.items()]
+            found.setdefault(f"{mark} ({DOUBTS[mark][1]})", []).append(row.case.describe())
+    return [f"{mark}: {', '.join(dict.fromkeys(cases))}" for mark, cases in found.items()]

@@ -96,7 +96,7 @@ class Section:
         """
         covered = {self.quoted(quote).start(1) for quote in quotes}
         missing = [
-            self.prose[max(0, match.start() - 60) : match.end() + 8]
+            self.prose[max(0, match.start() - 60) : match.end() + len(" times as")].strip()
             for match in _RATIO.finditer(self.prose)
             if match.start() not in covered
         ]

@@ -11,12 +11,9 @@ from pathlib import Path
 from bench.store.files import read_file
 from bench.store.rows import ResultError, Row
 from bench.store.selection import machine
-from reports.best import memory, time
 from reports.claims.ratio import FIGURES, Figure
 from reports.claims.subject import Subject
 from reports.series import read_sweep
-
-__all__ = ["Files", "Source", "memory", "time"]
 
 
 def _first(path: Path) -> object:

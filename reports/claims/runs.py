@@ -1,4 +1,4 @@
-"""Training runs, a JSON line each, as ``examples/ablation.sh`` writes them: arms of an experiment, several seeds each."""
+"""Training runs, a JSON line each, as ``examples/ablation.sh`` writes them: arms of an experiment, seeds of each."""
 
 from __future__ import annotations
 

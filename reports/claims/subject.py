@@ -1,4 +1,4 @@
-"""What a claim compares, in the harness's own notation: one case, the best of several, or a case at every resolution."""
+"""What a claim compares, in the harness's notation: one case, the best of several, or a case at every resolution."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bench.messages import cell
-from reports.cells import MISSING, number
+from reports.cells import MISSING
 from reports.claims.finding import VERDICTS, Finding
 
 
@@ -20,8 +20,8 @@ def counted(findings: Sequence[Finding]) -> str:
 def _interval(finding: Finding) -> str:
     if finding.interval is None:
         return ""
-    low, high = map(number, finding.interval)
-    return f" [{low}, {high}]" if low != high else ""
+    low, high = (f"{end:.4g}" for end in finding.interval)
+    return f"[{low}, {high}]" if low != high else ""
 
 
 def to_text(findings: Sequence[Finding]) -> str:
@@ -34,7 +34,7 @@ def to_text(findings: Sequence[Finding]) -> str:
             lines += ["", source]
         lines += [f"  {finding.verdict.upper()}: {finding.said}  ({finding.id})"]
         if finding.measured:
-            lines.append(f"    measured: {finding.measured}{_interval(finding)}")
+            lines.append(f"    measured: {finding.measured} {_interval(finding)}".rstrip())
         lines += [f"    {note}" for note in finding.notes]
         lines.append(f"    $ {finding.command}")
     return "\n".join(lines)
@@ -52,9 +52,8 @@ def to_markdown(findings: Sequence[Finding]) -> str:
     ]
     for each in findings:
         measured = cell(each.measured) or MISSING
-        lines.append(
-            f"| {cell(each.id)} | {cell(each.said)} | {measured} | {cell(_interval(each)) or MISSING} | {each.verdict} |"
-        )
+        interval = cell(_interval(each)) or MISSING
+        lines.append(f"| {cell(each.id)} | {cell(each.said)} | {measured} | {interval} | {each.verdict} |")
     lines += ["", "## What measures them, and where they are from"]
     for each in findings:
         lines += ["", f"- {cell(each.id)} ({cell(each.source)}): `{each.command.replace('`', '')}`"]
