@@ -28,7 +28,7 @@ def _first(path: Path) -> object:
         return None
 
 
-def _of_steps(path: Path) -> bool:
+def of_steps(path: Path) -> bool:
     """Whether a file holds rows of steps: what is no JSON at all is for its reader to refuse."""
     record = _first(path)
     return not isinstance(record, dict) or (record.get("kind") is None and {"case", "schema"} <= record.keys())
@@ -94,7 +94,7 @@ class Files:
     def _source(self, name: str) -> Source | None:
         paths = self.paths(name)
         if not paths:
-            paths = [path for path in self._own if _of_steps(path)]
+            paths = [path for path in self._own if of_steps(path)]
             self.used.update(paths)
         if not paths:
             return None

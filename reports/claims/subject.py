@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from bench.cases.case import Case
+from bench.cases.case import Case, Device
 from bench.cases.choices import read_case
 from bench.store.rows import Row
 from dig.registry import parse_family
@@ -33,8 +33,12 @@ class Subject:
     every: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Subject:
+    def parse(cls, text: str, device: Device = "cuda") -> Subject:
         """``DiG-S/2:fla@1792:train``, ``best Flash-DiT-XL/2@2048:forward:bf16-weights``, ``DiT-S/2@*:train``.
+
+        Args:
+            text: As above.
+            device: Where it ran.
 
         Raises:
             ValueError: It names none.
@@ -44,7 +48,7 @@ class Subject:
         rest = rest.removeprefix(BEST)
         every = re.search(r"@\*(?=:|$)", rest) is not None
         model = rest.rpartition("@")[0]
-        case = read_case(re.sub(r"@\*(?=:|$)", "@256", rest))
+        case = read_case(re.sub(r"@\*(?=:|$)", "@256", rest), device=device)
         _, _, named = parse_family(model, sized=True)
         return cls(case=case, options=tuple(sorted(named.items())), best=best, every=every)
 
