@@ -33,7 +33,7 @@ from reports.drawing import Line, Point, Style
 from reports.figures import Drawing
 from reports.looks import Looks
 from reports.refusing import refusing
-from reports.series import doubts
+from reports.series import doubts, span
 
 Figure = Literal["time", "memory"]
 LEAST_POINTS = 5
@@ -218,12 +218,12 @@ def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], 
             Point(x=float(i), y=moment.value, low=moment.low, high=moment.high) for i, moment in enumerate(found)
         ),
     )
-    launches = sorted({moment.launches for moment in found})
+    launches = span(moment.launches for moment in found)
     marked = sorted({mark for moment in found for mark in moment.marks})
     caption = (
         f"{where}. {len(found)} commits from {found[0].started_at[:10]} to {found[-1].started_at[:10]}, "
-        f"{launches[0]} to {launches[-1]} launches each; bars are their range, or of one the interval of its median. "
-        f"Thin: the level between change points. A plus marks uncommitted changes."
+        f"in the order of measurement, {launches} launch{'' if launches == '1' else 'es'} each; bars are their range, "
+        "or of one the interval of its median. Thin: the level between change points. A plus: uncommitted changes."
         + (f" Some are marked {', '.join(marked)}." if marked else "")
     )
     unit = "Milliseconds a step" if figure == "time" else "GiB"
@@ -235,14 +235,17 @@ def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], 
             axes,
             [line],
             title="",
-            x_label="Commit, in the order of measurement",
+            x_label="",
             y_label=f"{unit} (log axis)",
             x_ticks={float(i): moment.commit for i, moment in enumerate(found)},
             failures_at="top",
         )
         axes.tick_params(axis="x", labelrotation=90, labelsize=7)
         steps = levels([moment.value for moment in found], at)
-        axes.step(range(len(steps)), steps, where="mid", color=drawing.SOFT_INK, linewidth=0.9, zorder=2, gid="levels")
+        if len(found) >= LEAST_POINTS:  # Of fewer, no level is claimed.
+            axes.step(
+                range(len(steps)), steps, where="mid", color=drawing.SOFT_INK, linewidth=0.9, zorder=2, gid="levels"
+            )
         for change in at:
             x = change.index - 0.5
             axes.axvline(x, color=drawing.INK, linestyle="--", linewidth=0.9, gid=f"change:{change.index}")

@@ -72,7 +72,7 @@ HELPS = {
     "regression": Help(
         groups={
             WHAT: "base suite case device against_itself self_test",
-            VERDICT: "launches least_effect noise seconds seed",
+            VERDICT: "launches least_effect noise seconds seed best_of stored",
             LIMITS: "time_limit out summary",
         },
         examples=(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -33,10 +33,11 @@ from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, exit_status
 from bench.judge.regression import BUDGETS, SUITES, Comparison, compare_sides
 from bench.judge.statistics import noise_floor
+from bench.judge.stored import against_best
 from bench.messages import cell, check_count, refuse
 from bench.run.checkouts import Checkout, copy_tree, slow_down
 from bench.run.side import Side
-from bench.store.rows import Row
+from bench.store.rows import ResultError, Row, read_results
 from dig.environment import ROOT, gpu_present
 from dig.registry import parse_name
 
@@ -67,6 +68,20 @@ def regression(
     time_limit: TimeLimit = 120.0,
     out: Out = Path("out/regression"),
     summary: Summary = None,
+    best_of: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Compare with the best of the last N stored results of each case too: many steps below the least "
+            "effect add up, and are seen. 0: with the base alone.",
+        ),
+    ] = 0,
+    stored: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH", help="Results files, or folders of this command's runs, for --best-of. Default: --out."
+        ),
+    ] = None,
     against_itself: Annotated[
         int, typer.Option(help="Compare the tree with a copy of itself so many times, and print the noise floor.")
     ] = 0,
@@ -87,6 +102,11 @@ def regression(
     raised an alarm and the slowed copy did.
     """
     check_count(against_itself, "--against-itself", least=0, most=MOST_LAUNCHES)
+    check_count(best_of, "--best-of", least=0, most=MOST_LAUNCHES)
+    if stored and not best_of:
+        refuse("--stored is what --best-of N chooses from; give both")
+    if best_of and (against_itself or self_test):
+        refuse("--best-of is of a comparison with the base, not of the gate's self-test")
     if case and suite is not None:
         refuse("--suite and --case each say what to measure; give one of them")
     cases = without_repeats(parse_case(text, device=device) for text in case) if case else _cases_of(suite or "auto")
@@ -100,13 +120,32 @@ def regression(
         seed=seed,
     )
 
+    try:
+        earlier = _stored(stored or [out], required=bool(stored)) if best_of else []
+    except ResultError as error:
+        refuse(str(error))
+
     def judge(scratch: Path, folder: Path, console: Console) -> tuple[int, str]:
         gate = _Gate(plan, scratch, folder, console)
         if against_itself or self_test:
             return gate.test_itself(runs=against_itself, slowed=self_test)
-        return gate.run(base)
+        return gate.run(base, also=lambda found: against_best(found.change, earlier, best_of, found.thresholds))
 
     conclude(judge, out=out, summary=summary)
+
+
+def _stored(paths: Sequence[Path], *, required: bool) -> list[Row]:
+    """The rows of files, and of folders' runs; a folder's self-tests are none.
+
+    Raises:
+        ResultError: A file cannot be read, or nothing is there and something is required.
+    """
+    files = []
+    for path in paths:
+        files += sorted(path.glob("*/run/*.jsonl")) if path.is_dir() else [path] if required else []
+    if required and not files:
+        raise ResultError(f"no runs in {', '.join(map(str, paths))}; name results files, or a folder of earlier runs")
+    return [row for file in files for row in read_results(file).rows]
 
 
 def _cases_of(suite: str) -> list[Case]:
