@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.cases.case import Case
 from bench.cases.suites import PAPER_RESOLUTIONS
+from bench.messages import visible
 from dig.family import BACKEND
 from reports.claims.subject import Subject
 
@@ -36,7 +37,7 @@ def measuring(cases: Sequence[Case], *, resolutions: Sequence[int] = (), models:
     executions = _joined(case.execution for case in cases)
     words = [
         "python", "-m", "bench", "run",
-        "--models", _joined(models or (_model(case.family, case.options) for case in cases)),
+        "--models", _joined(models or (_model(case.source or case.family, case.options) for case in cases)),
         "--sizes", _joined(case.size for case in cases),
         "--resolutions", _joined(resolutions or sorted({case.resolution for case in cases})),
         "--modes", _joined(case.mode for case in cases),
@@ -48,7 +49,7 @@ def measuring(cases: Sequence[Case], *, resolutions: Sequence[int] = (), models:
     words += ["--compile-scope", scope] if scope else []
     words += ["--weights", _joined(case.weights for case in cases)] if first.weights != "fp32" else []
     words += ["--dtype", first.dtype] if first.dtype != "bf16" else []
-    return shlex.join(words)
+    return visible(shlex.join(words))
 
 
 def measuring_subjects(subjects: Sequence[Subject]) -> str:

@@ -6,15 +6,24 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from bench.messages import cell
+from bench.messages import cell, visible
 from reports.cells import MISSING
 from reports.claims.finding import VERDICTS, Finding
 
+AGAIN = (
+    "`python -m bench run` appends rows to out/results.jsonl; `python -m reports.claims out/results.jsonl` tests the "
+    "claims on them."
+)
+MANY = {
+    "holds": "hold", "holds in part": "hold in part", "does not hold": "do not hold", "not measured": "are not measured",
+}  # fmt: skip
+
 
 def counted(findings: Sequence[Finding]) -> str:
-    """``Of 40 claims 31 hold, ...``, as one line."""
+    """``100 claims: 68 hold, 1 holds in part, ...``, as one line."""
     counts = Counter(finding.verdict for finding in findings)
-    return f"{len(findings)} claims: {', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS)}"
+    said = [f"{counts[one]} {one if counts[one] == 1 else MANY[one]}" for one in VERDICTS if counts[one]]
+    return f"{len(findings)} claim{'' if len(findings) == 1 else 's'}: {', '.join(said)}"
 
 
 def _interval(finding: Finding) -> str:
@@ -26,7 +35,7 @@ def _interval(finding: Finding) -> str:
 
 def to_text(findings: Sequence[Finding]) -> str:
     """Four lines a claim, by source."""
-    lines = [counted(findings)]
+    lines = [counted(findings), AGAIN.replace("`", "")]
     source = ""
     for finding in findings:
         if finding.source != source:
@@ -37,7 +46,7 @@ def to_text(findings: Sequence[Finding]) -> str:
             lines.append(f"    measured: {finding.measured} {_interval(finding)}".rstrip())
         lines += [f"    {note}" for note in finding.notes]
         lines.append(f"    $ {finding.command}")
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
 
 
 def to_markdown(findings: Sequence[Finding]) -> str:
@@ -45,7 +54,7 @@ def to_markdown(findings: Sequence[Finding]) -> str:
     lines = [
         "# Claims",
         "",
-        f"{counted(findings)}. Intervals: [docs/method.md](../../docs/method.md).",
+        f"{counted(findings)}. {AGAIN} docs/method.md says how intervals are taken.",
         "",
         "| claim | said | measured | interval | verdict |",
         "| --- | --- | ---: | ---: | --- |",
