@@ -14,15 +14,14 @@ AGAIN = (
     "`python -m bench run` appends rows to out/results.jsonl; `python -m reports.claims out/results.jsonl` tests the "
     "claims on them."
 )
-MANY = {
-    "holds": "hold", "holds in part": "hold in part", "does not hold": "do not hold", "not measured": "are not measured",
-}  # fmt: skip
+MANY = {"holds": "hold", "holds in part": "hold in part", "does not hold": "do not hold"}
+"""Of several; of what was not measured the words are the same."""
 
 
 def counted(findings: Sequence[Finding]) -> str:
     """``100 claims: 68 hold, 1 holds in part, ...``, as one line."""
     counts = Counter(finding.verdict for finding in findings)
-    said = [f"{counts[one]} {one if counts[one] == 1 else MANY[one]}" for one in VERDICTS if counts[one]]
+    said = [f"{counts[one]} {one if counts[one] == 1 else MANY.get(one, one)}" for one in VERDICTS if counts[one]]
     return f"{len(findings)} claim{'' if len(findings) == 1 else 's'}: {', '.join(said)}"
 
 
