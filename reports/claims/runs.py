@@ -17,6 +17,7 @@ from reports.cells import number
 from reports.claims.finding import Finding, Verdict, together
 from reports.claims.rows import Files
 from reports.claims.spec import Order
+from reports.series import span
 
 COMMAND = "bash examples/ablation.sh DATA OUT"
 
@@ -130,13 +131,15 @@ def judge_order(claim: Order, files: Files) -> Finding:
         for (a, b), pair, verdict in zip(pairwise(claim.arms), found, verdicts, strict=True)
     ]
     name = {"frechet": "Fréchet distance", "loss": "loss"}[claim.measure]
+    means = f"{name}: {', '.join(f'{arm} {number(mean(arms[arm].values()))}' for arm in claim.arms)}"
     return Finding(
         id=claim.id,
         source=claim.source,
         said=claim.said,
         verdict=together(verdicts),
-        measured=f"{name}: " + ", ".join(f"{arm} {number(mean(arms[arm].values()))}" for arm in claim.arms),
+        # An interval is of a ratio; of several pairs each stands in the notes.
+        measured=f"{number(found[0].ratio)} times ({means})" if len(found) == 1 else means,
         interval=(found[0].low, found[0].high) if len(found) == 1 else None,
         command=command,
-        notes=(*between, f"{min(len(own) for own in arms.values())} seeds or more, ratios in {CONFIDENCE:.0%}"),
+        notes=(*between, f"{span(len(own) for own in arms.values())} seeds each, ratios in {CONFIDENCE:.0%}"),
     )
