@@ -260,15 +260,15 @@ def regression(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """Draw the published figures, tables and out/report/index.html from stored rows; needs no torch.
+    """Draw the published rows, hold every claim against them, and make out/report/index.html.
 
     With options it is ``python -m reports`` with these alone.
     """
     if may_install(session):
-        extra = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["report"]
-        session.install("pandas>=2.2", "matplotlib>=3.9", "rich>=13.9", "typer>=0.15", "jinja2>=3.1", *extra)
+        install(session, extras="report")
     options = session.posargs or ["results/h100/rows.jsonl", "--out", "results/h100"]
     session.run("python", "-m", "reports", *options)
     if not session.posargs:
-        session.run("python", "-m", "reports.claims", "results/h100", "--out", "results/h100")
+        rows = [str(path) for path in sorted(Path("results/h100").glob("*.jsonl"))]
+        session.run("python", "-m", "reports.claims", *rows, "--out", "results/h100")
         session.run("python", "-m", "reports.page", "results/h100", "--out", "out/report")

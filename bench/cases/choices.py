@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, cast, get_args
 
-from bench.cases.case import Case, Dtype, Execution, Mode, Scope
+from bench.cases.case import Case, Device, Dtype, Execution, Mode, Scope
 from bench.cases.suites import sweep
 from bench.messages import check_count, refuse
 from dig.environment import gpu_present
 from dig.family import closest
-from dig.registry import parse_family, parse_name
+from dig.registry import find_family, parse_family, parse_name
 
 
 def choose_device(device: str, *, present: bool | None = None) -> str:
@@ -56,26 +56,55 @@ def one_case(
     check_count(resolution, "--resolution")
     check_count(batch, "--batch")
     try:
-        family, rest, options = parse_family(model, sized=True)
-        _, size, patch = parse_name(f"{family.name}{rest}")
-        (case,) = sweep(
-            [":".join([family.name, *(f"{option}={word}" for option, word in options.items())])],
-            sizes=[size],
-            patch=patch,
-            resolutions=[resolution],
-            modes=cast(Any, [mode]),
-            executions=cast(Any, [execution or default_execution(where)]),
-            scope=cast(Any, scope),
-            max_autotune=max_autotune,
+        case = _case(
+            model,
+            where,
+            resolution=resolution,
+            mode=mode,
+            execution=execution,
             batch=batch,
-            dtype=cast(Any, dtype or default_dtype(where)),
-            weights=cast(Any, [weights]),
-            device=cast(Any, where),
+            dtype=dtype,
+            scope=scope,
+            max_autotune=max_autotune,
+            weights=weights,
         )
     except ValueError as error:
         refuse(str(error))
-    if message := family.missing_packages(dict(case.options)):
+    if message := find_family(case.family).missing_packages(dict(case.options)):
         refuse(message)
+    return case
+
+
+def _case(
+    model: str,
+    device: str,
+    *,
+    resolution: int,
+    mode: str,
+    execution: str | None,
+    batch: int,
+    dtype: str | None,
+    scope: str,
+    max_autotune: bool,
+    weights: str,
+) -> Case:
+    """The case; ValueError where there is none such, on any machine."""
+    family, rest, options = parse_family(model, sized=True)
+    _, size, patch = parse_name(f"{family.name}{rest}")
+    (case,) = sweep(
+        [":".join([family.name, *(f"{option}={word}" for option, word in options.items())])],
+        sizes=[size],
+        patch=patch,
+        resolutions=[resolution],
+        modes=cast(Any, [mode]),
+        executions=cast(Any, [execution or default_execution(device)]),
+        scope=cast(Any, scope),
+        max_autotune=max_autotune,
+        batch=batch,
+        dtype=cast(Any, dtype or default_dtype(device)),
+        weights=cast(Any, [weights]),
+        device=cast(Any, device),
+    )
     return case
 
 
@@ -94,43 +123,60 @@ def parse_case(text: str, *, device: str) -> Case:
         text: By `GRAMMAR`. The words after the resolution may come in any order.
         device: ``auto``, ``cuda`` or ``cpu``.
     """
+    try:
+        model, given = _words_of(text)
+    except ValueError as error:
+        refuse(f"--case {text[:200]!r}: {error}")
+    return one_case(model, device=device, **given)
 
-    def wrong(what: str) -> NoReturn:
-        refuse(f"--case {text[:200]!r}: {what}")
 
+def read_case(text: str, *, device: Device = "cuda") -> Case:
+    """The case that these words name on some machine, which need not be this one: to look for its rows.
+
+    Args:
+        text: By `GRAMMAR`.
+        device: Where it ran.
+
+    Raises:
+        ValueError: They name none.
+    """
+    model, given = _words_of(text)
+    return _case(model, device, **given)
+
+
+def _words_of(text: str) -> tuple[str, dict[str, Any]]:
+    """The model of a case's words, and what `_case` takes beside it."""
     model, at, rest = text.strip().rpartition("@")
     resolution, *words = rest.split(":")
     if not at or not model:
-        wrong(f"a case is {GRAMMAR}, as DiG-S/2:triton@1792:train")
+        raise ValueError(f"a case is {GRAMMAR}, as DiG-S/2:triton@1792:train")
     kinds = {word: name for name, kind in _WORDS.items() for word in kind}
     given: dict[str, str] = {}
     for word in words:
         name = "batch" if word.startswith("batch=") else kinds.get(word)
         if name is None:
-            wrong(f"unknown word {word!r}: {closest(word, [*kinds, 'batch=N'])}")
+            raise ValueError(f"unknown word {word!r}: {closest(word, [*kinds, 'batch=N'])}")
         if name in given:
-            wrong(f"{name} is given twice")
+            raise ValueError(f"{name} is given twice")
         given[name] = word.removeprefix("batch=")
     for name, number in (("the resolution", resolution), ("batch", given.get("batch", "1"))):
         if not (number.isascii() and number.isdecimal() and len(number) <= 20):
-            wrong(f"{name} must be a whole number; got {number!r}")
+            raise ValueError(f"{name} must be a whole number; got {number!r}")
     mode, execution, dtype = given.get("mode", "train"), given.get("execution"), given.get("dtype")
     if execution not in COMPILED and (of_compiling := [given[name] for name in ("scope", TUNED) if name in given]):
-        wrong(f"{of_compiling[0]} is of an execution that compiles: add {' or '.join(COMPILED)}")
+        raise ValueError(f"{of_compiling[0]} is of an execution that compiles: add {' or '.join(COMPILED)}")
     if dtype == CAST and mode != "forward":
-        wrong(f"{CAST} is of a forward pass, training keeps fp32 weights: add forward")
-    return one_case(
-        model,
-        resolution=int(resolution),
-        mode=mode,
-        execution=execution,
-        batch=int(given.get("batch", "1")),
-        dtype="bf16" if dtype == CAST else dtype,
-        device=device,
-        scope=given.get("scope", "block"),
-        max_autotune=TUNED in given,
-        weights="bf16" if dtype == CAST else "fp32",
-    )
+        raise ValueError(f"{CAST} is of a forward pass, training keeps fp32 weights: add forward")
+    return model, {
+        "resolution": int(resolution),
+        "mode": mode,
+        "execution": execution,
+        "batch": int(given.get("batch", "1")),
+        "dtype": "bf16" if dtype == CAST else dtype,
+        "scope": given.get("scope", "block"),
+        "max_autotune": TUNED in given,
+        "weights": "bf16" if dtype == CAST else "fp32",
+    }
 
 
 COMPILED, TUNED, CAST = ("compile", "compiled-graph"), "max-autotune", "bf16-weights"

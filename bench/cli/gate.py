@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from bench.cli.compare import percent
 from bench.cli.waiting import Waiting
-from bench.judge.compare import INCONCLUSIVE, Thresholds, exit_status, marks_of, to_markdown
+from bench.judge.compare import INCONCLUSIVE, Finding, Thresholds, exit_status, marks_of, to_markdown
 from bench.judge.regression import C, Comparison, Plan, compare_checkouts
 from bench.judge.statistics import LEAST_LAUNCHES
 from bench.messages import check_count, check_positive, refuse, visible
@@ -108,10 +109,16 @@ class Gate(Generic[C]):
         notes += marks_of(found.base, found.change)
         return to_markdown(found.findings, found.thresholds, title=title, notes=notes)
 
-    def run(self, revision: str) -> tuple[int, str]:
-        """Compare with the base: the exit status, and the summary."""
+    def run(self, revision: str, also: Callable[[Comparison], Sequence[Finding]] = lambda found: ()) -> tuple[int, str]:
+        """Compare with the base: the exit status, and the summary.
+
+        Args:
+            revision: The base's.
+            also: Findings beside those of the base, from what was measured.
+        """
         base = check_out_base(ROOT, revision, self.scratch / "base")
         found = self.compare(base, self.change, "run")
+        found = replace(found, findings=(*found.findings, *also(found)))
         return exit_status(found.findings), self.summary(found, f"{self.change.name} against {base.name}")
 
 

@@ -71,8 +71,8 @@ HELPS = {
     ),
     "regression": Help(
         groups={
-            WHAT: "base best_of history suite case device against_itself self_test",
-            VERDICT: "launches least_effect noise seconds seed",
+            WHAT: "base suite case device against_itself self_test",
+            VERDICT: "launches least_effect noise seconds seed best_of stored",
             LIMITS: "time_limit out summary",
         },
         examples=(

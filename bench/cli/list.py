@@ -15,7 +15,6 @@ from dig.family import closest
 from dig.packages import MissingPackageError
 from dig.progress import following, open_console
 from dig.registry import families, parse_name
-from dig.spec import VAE_FACTOR, ModelSpec
 
 
 def list_models(
@@ -69,22 +68,14 @@ def _counted(names: Sequence[str]) -> Table:
 
 def _figures(name: str) -> tuple[str, str, str, str]:
     """A model's row of the table."""
-
-    from bench.measure.flops import paper_macs
-    from dig.flops import UncountedError, model_macs
-    from dig.meta import on_meta
-    from dig.model import DiG
+    from bench.inspect.counts import count
+    from dig.flops import UncountedError
 
     family, size, _ = parse_name(name)
-    side = 256 // VAE_FACTOR
-    spec = ModelSpec(name=name, input_size=(side, side), in_channels=4, num_classes=1000)
     try:
-        with on_meta():
-            model = spec.build()
-        macs = model_macs(spec, model)
+        found = count(name)
     except (UncountedError, MissingPackageError) as error:
         return name, "", str(error), ""
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    paper = f"{paper_macs(model, macs) / 1e9:.3f}" if isinstance(model, DiG) else ""
+    paper = "" if found.paper_macs is None else f"{found.paper_macs / 1e9:.3f}"
     mark = " (assumed)" if size in family.assumed else ""
-    return name + mark, f"{count:,}", f"{macs / 1e9:.3f}", paper
+    return name + mark, f"{found.parameters:,}", f"{found.macs / 1e9:.3f}", paper

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -31,18 +31,17 @@ from bench.cli.gate import (
 from bench.cli.options import one_of
 from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, exit_status
-from bench.judge.history import best_of as best_of_commits
 from bench.judge.regression import BUDGETS, SUITES, Comparison, compare_sides
 from bench.judge.statistics import noise_floor
+from bench.judge.stored import against_best
 from bench.messages import cell, check_count, refuse
-from bench.run.checkouts import Checkout, copy_tree, last_commits, slow_down
+from bench.run.checkouts import Checkout, copy_tree, slow_down
 from bench.run.side import Side
-from bench.store.rows import Row, read_results
+from bench.store.rows import ResultError, Row, read_results
 from dig.environment import ROOT, gpu_present
 from dig.registry import parse_name
 
 SLOWDOWN = 0.05
-MOST_COMMITS = 10_000
 BOOST_MHZ = 1980.0
 """An H100's SM clock, where NVML hides it."""
 
@@ -72,13 +71,16 @@ def regression(
     best_of: Annotated[
         int,
         typer.Option(
-            "--best-of",
-            help="Compare with the fastest of the last so many commits of --base instead, by the rows of --history: "
-            "drift in steps too small to be seen one by one.",
+            metavar="N",
+            help="Compare with the best of the last N stored results of each case too: many steps below the least "
+            "effect add up, and are seen. 0: with the base alone.",
         ),
     ] = 0,
-    history: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Rows of those commits; again for another file.")
+    stored: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH", help="Results files, or folders of this command's runs, for --best-of. Default: --out."
+        ),
     ] = None,
     against_itself: Annotated[
         int, typer.Option(help="Compare the tree with a copy of itself so many times, and print the noise floor.")
@@ -100,11 +102,11 @@ def regression(
     raised an alarm and the slowed copy did.
     """
     check_count(against_itself, "--against-itself", least=0, most=MOST_LAUNCHES)
-    check_count(best_of, "--best-of", least=0, most=MOST_COMMITS)
-    if bool(best_of) != bool(history):
-        refuse("--best-of and --history go together: how many commits, and the files with their rows")
+    check_count(best_of, "--best-of", least=0, most=MOST_LAUNCHES)
+    if stored and not best_of:
+        refuse("--stored is what --best-of N chooses from; give both")
     if best_of and (against_itself or self_test):
-        refuse("--best-of chooses a base, which --against-itself and --self-test don't have; leave out one of them")
+        refuse("--best-of is of a comparison with the base, not of the gate's self-test")
     if case and suite is not None:
         refuse("--suite and --case each say what to measure; give one of them")
     cases = without_repeats(parse_case(text, device=device) for text in case) if case else _cases_of(suite or "auto")
@@ -118,31 +120,32 @@ def regression(
         seed=seed,
     )
 
+    try:
+        earlier = _stored(stored or [out], required=bool(stored)) if best_of else []
+    except ResultError as error:
+        refuse(str(error))
+
     def judge(scratch: Path, folder: Path, console: Console) -> tuple[int, str]:
         gate = _Gate(plan, scratch, folder, console)
         if against_itself or self_test:
             return gate.test_itself(runs=against_itself, slowed=self_test)
-        return gate.run(_best_base(base, best_of, history, cases, console) if history else base)
+        return gate.run(base, also=lambda found: against_best(found.change, earlier, best_of, found.thresholds))
 
     conclude(judge, out=out, summary=summary)
 
 
-def _best_base(base: str, count: int, history: list[Path], cases: list[Case], console: Console) -> str:
-    """The fastest of the base's last commits, by stored rows, which it tells. Raises ValueError where there is none."""
-    commits = last_commits(ROOT, base, count)
-    rows = [row for path in history for row in read_results(path).rows]
-    found = best_of_commits(commits, rows, cases)
-    if found is None:
-        files = ", ".join(map(str, history))
-        raise ValueError(
-            f"none of the last {len(commits)} commits of {base} has rows of every case in {files}; measure one there "
-            "(python -m bench run --out FILE), or leave out --best-of"
-        )
-    console.print(
-        f"base: {found.commit[:12]}, the fastest of {found.known} commits with rows among the last {found.asked}",
-        highlight=False,
-    )
-    return found.commit
+def _stored(paths: Sequence[Path], *, required: bool) -> list[Row]:
+    """The rows of files, and of folders' runs; a folder's self-tests are none.
+
+    Raises:
+        ResultError: A file cannot be read, or nothing is there and something is required.
+    """
+    files = []
+    for path in paths:
+        files += sorted(path.glob("*/run/*.jsonl")) if path.is_dir() else [path] if required else []
+    if required and not files:
+        raise ResultError(f"no runs in {', '.join(map(str, paths))}; name results files, or a folder of earlier runs")
+    return [row for file in files for row in read_results(file).rows]
 
 
 def _cases_of(suite: str) -> list[Case]:

@@ -116,7 +116,12 @@ class Finding:
 
 
 def compare_rows(
-    base: Iterable[Measured], change: Iterable[Measured], thresholds: Thresholds, *, across_machines: bool = False
+    base: Iterable[Measured],
+    change: Iterable[Measured],
+    thresholds: Thresholds,
+    *,
+    across_machines: bool = False,
+    rounds: bool = True,
 ) -> list[Finding]:
     """Compare two sides, case by case, in the base's order; a case that only one side has is left out.
 
@@ -128,6 +133,7 @@ def compare_rows(
         base, change: Rows, in the order they were measured.
         thresholds: What counts as a difference.
         across_machines: Judge a case on two machines too, as two sides without rounds.
+        rounds: Take launches of equal numbers as rounds; not where the sides were measured at different times.
     """
     sides = [by_case_and_machine(newest(rows).rows) for rows in (base, change)]
     findings = []
@@ -136,7 +142,7 @@ def compare_rows(
         if others is None:
             continue
         for name in (common := [name for name in machines if name in others]):
-            found = _compare_case(case, machines[name], others[name], thresholds)
+            found = _compare_case(case, machines[name], others[name], thresholds, paired=rounds)
             findings += [replace(finding, machine=name) for finding in found]
         if not common:
             names = [list(side)[-1] for side in (machines, others)]

@@ -100,21 +100,6 @@ def check_out_base(repository: Path, base: str, target: Path) -> Checkout:
     return Checkout(root=target, name=name)
 
 
-def last_commits(repository: Path, base: str, count: int) -> list[str]:
-    """Full names of a revision and of those before it, the newest first; of merges the first parent's side.
-
-    Raises:
-        CheckoutError: No such revision.
-    """
-    try:
-        words = ("rev-list", "--first-parent", f"--max-count={count}", "--end-of-options", base)
-        return _git(repository, *words).decode().split()
-    except CheckoutError as error:
-        raise CheckoutError(
-            f"--base {base!r} is no revision here, whose last commits --best-of asks for ({error})"
-        ) from None
-
-
 def describe_tree(repository: Path) -> str:
     """The change's name: its commit, ``-dirty`` where the tree differs from it; ``working tree`` without git."""
     try:

@@ -1,1 +1,1 @@
-"""Claims of the paper and of this project's README, and what the rows say of them."""
+"""What the paper and README claim, held against stored rows: said, measured, interval, verdict."""

@@ -1,120 +1,215 @@
-"""Time against tokens: from which resolution on one model takes less than another, and how it grows.
-
-Between two measured resolutions the logarithm of a ratio is taken as linear in the logarithm of the tokens, as it is
-where both times are powers of the tokens.
-"""
+"""Times and memory against resolution: where two cases cross, and to which power of the tokens one grows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.measure.intervals import MedianInterval
+import numpy as np
+
+from bench.cases.suites import PAPER_RESOLUTIONS
 from bench.store.rows import Row
-from reports.series import Launches
+from reports.best import failure
+from reports.cells import number
+from reports.claims.commands import measuring_subjects
+from reports.claims.finding import Finding, Verdict, marks
+from reports.claims.ratio import FIGURES, Figure, ends_ms, ratio_of
+from reports.claims.readme import Section
+from reports.claims.rows import Files, Source
+from reports.claims.spec import HOLE, Crossover, Exponent
+from reports.claims.subject import Subject
 
-FEWEST = 3
-"""Points that an exponent with an interval takes."""
+POINTS = 3
+"""How many of the largest resolutions an exponent is taken over."""
+
+
+def _resolutions(subject: Subject, source: Source) -> list[int]:
+    return sorted({row.case.resolution for row in subject.of(source.rows)})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Between:
-    """A number with an interval; its ends are None where none can be given."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crossover:
-    """From which resolution on one model is ahead of another.
+class Point:
+    """Two cases at one resolution.
 
     Attributes:
-        words: In words, where it is none of the measured range's inside: ``ahead from 256, the smallest measured``.
-        side: Pixels; None where words say it.
-        resolutions: Those where both were measured.
+        resolution: Pixels.
+        rows: Ours, and the peer's where it has a time.
+        lead, low, high: Logarithm of the peer's time over ours, and of its ends: above 0 ours is ahead. Infinite where
+            the peer could not run and ours did.
+        note: Why the peer has no time.
     """
 
-    words: str = ""
-    side: Between | None = None
-    resolutions: tuple[int, ...] = ()
+    resolution: int
+    rows: tuple[Row, ...]
+    lead: float
+    low: float
+    high: float
+    note: str = ""
 
 
-def interval_of(row: Row) -> MedianInterval:
-    """The median of a row's steps with its 95% interval; of several launches their median, with their range."""
-    if isinstance(row, Launches):
-        low, high = row.spread_ms
-        return MedianInterval(median=row.median_ms, low=low, high=high, confidence=0.95)
-    return MedianInterval.of(row.samples_ms)
+def points(ours: Subject, peer: Subject, source: Source) -> list[Point]:
+    """Resolutions at which both were measured, or the peer did not fit in memory."""
+    found = []
+    for resolution in _resolutions(ours, source):
+        own, other = (source.find(subject.at(resolution)) for subject in (ours, peer))
+        if own is None or own.status != "ok" or other is None:
+            continue
+        if ratio := ratio_of(other, own, "time"):
+            ends = [math.log(x) for x in (ratio.ratio, ratio.low, ratio.high)]
+            found.append(Point(resolution=resolution, rows=(own, other), lead=ends[0], low=ends[1], high=ends[2]))
+        elif other.status == "oom":
+            note = f"{peer.name} at {resolution}: {failure(other)}"
+            found.append(
+                Point(resolution=resolution, rows=(own,), lead=math.inf, low=math.inf, high=math.inf, note=note)
+            )
+    return found
 
 
-def ratio(of: Row, than: Row) -> Between:
-    """How many times as long the second takes: the widest that both medians' intervals allow."""
-    a, b = interval_of(of), interval_of(than)
-    return Between(value=b.median / a.median, low=b.low / a.high, high=b.high / a.low)
+def crossing(resolutions: Sequence[int], leads: Sequence[float]) -> float | None:
+    """From which resolution on the lead stays above 0, interpolated over log tokens; None if it does not at the end.
 
-
-def crossover(of: Mapping[int, Row], than: Mapping[int, Row]) -> Crossover | None:
-    """The resolution from which on the first takes less time than the second at all larger ones measured.
+    The smallest resolution where it is above 0 at all of them; above it where the next one is infinite.
 
     Args:
-        of: Rows with times by resolution.
-        than: The other model's.
-
-    Returns:
-        None where they have no resolution in common. The interval's ends are where the ends of the ratios' intervals
-        cross 1.
+        resolutions: Ascending, at least one.
+        leads: Logarithms, one each.
     """
-    shared = tuple(sorted(of.keys() & than.keys()))
-    if not shared:
+    if leads[-1] <= 0:
         return None
-    ratios = [ratio(of[side], than[side]) for side in shared]
-    middles = [math.log(one.value) for one in ratios]
-    if middles[-1] <= 0:
-        return Crossover(words=f"not ahead at {shared[-1]}, the largest measured", resolutions=shared)
-    behind = [place for place, value in enumerate(middles) if value <= 0]
+    behind = [index for index, lead in enumerate(leads) if lead <= 0]
     if not behind:
-        return Crossover(words=f"ahead from {shared[0]}, the smallest measured", resolutions=shared)
-    at = behind[-1]
-    sides = shared[at], shared[at + 1]
-    ends = [(getattr(ratios[at], end), getattr(ratios[at + 1], end)) for end in ("high", "low")]
-    low, high = (_root(sides, [math.log(value) for value in pair]) for pair in ends)
-    middle = _root(sides, middles[at : at + 2])
-    assert middle is not None
-    return Crossover(side=Between(value=middle, low=low, high=high), resolutions=shared)
+        return float(resolutions[0])
+    index = behind[-1]
+    if math.isinf(leads[index + 1]):
+        return float(resolutions[index + 1])
+    # Tokens go with the resolution's square, so that logarithms of both interpolate alike.
+    x0, x1 = math.log(resolutions[index]), math.log(resolutions[index + 1])
+    share = -leads[index] / (leads[index + 1] - leads[index])
+    return math.exp(x0 + share * (x1 - x0))
 
 
-def _root(sides: tuple[int, int], values: Sequence[float]) -> float | None:
-    """Where a line through two logarithms of ratios is zero, in pixels; None where not between them."""
-    if values[0] > 0 or values[1] <= 0:
-        return None
-    share = values[0] / (values[0] - values[1])
-    logs = [math.log(side) for side in sides]
-    return math.exp(logs[0] + share * (logs[1] - logs[0]))
+def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
+    """From where on ours is ahead: it holds where that is so at the largest resolution, with its whole interval.
 
+    Where ours is behind at the largest that was measured, and that is not the paper's largest, nothing is known.
 
-def exponent(values: Mapping[int, float]) -> Between | None:
-    """By which power of its tokens something grows: least squares on logarithms, with the slope's 95% interval.
-
-    Args:
-        values: By resolution in pixels, of which tokens are the square over a constant.
-
-    Returns:
-        None of fewer than two. With two there is no interval.
+    Raises:
+        ClaimError: README doesn't say what it is said to.
+        ResultError: A file cannot be read.
     """
-    from scipy.stats import t
+    ours, peer = Subject.parse(claim.ours), Subject.parse(claim.peer)
+    source = files.source(claim.rows)
+    found = points(ours, peer, source) if source is not None else []
+    said = claim.said or f"{ours.name} overtakes {peer.name}"
+    printed = ""
+    if claim.quote:
+        printed = readme.quoted(claim.quote)[1]
+        said = claim.quote.replace(HOLE, printed)
+    command = claim.command or measuring_subjects([ours, peer])
+    if source is None or not found:
+        where = source.name if source is not None else claim.rows
+        note = f"no resolution in {where} at which both have rows"
+        return Finding(
+            id=claim.id, source=claim.source, said=said, verdict="not measured", command=command, notes=(note,)
+        )
+    sizes = [point.resolution for point in found]
+    middle, latest, earliest = (
+        crossing(sizes, [getattr(point, end) for point in found]) for end in ("lead", "low", "high")
+    )
+    verdict: Verdict = "holds" if latest is not None else "holds in part" if middle is not None else "does not hold"
+    leads = ", ".join(
+        f"{point.resolution}: {'alone' if math.isinf(point.lead) else f'{math.exp(point.lead):.3g}'}" for point in found
+    )
+    notes = [f"{source.name}: the peer's time over ours at {leads}", *source.notes]
+    notes += [point.note for point in found if point.note] + marks(row for point in found for row in point.rows)
+    if printed and (middle is None or abs(middle - float(printed)) > _rounding(printed)):
+        verdict = "does not hold"
+    elif middle is None and sizes[-1] < PAPER_RESOLUTIONS[-1]:
+        verdict = "not measured"
+    ahead = middle == sizes[0]
+    return Finding(
+        id=claim.id,
+        source=claim.source,
+        said=said,
+        verdict=verdict,
+        measured=_said(middle, sizes),
+        interval=None if ahead or earliest is None or latest is None else (earliest, latest),
+        command=command,
+        notes=tuple(notes),
+    )
 
-    points = [(2 * math.log(side), math.log(value)) for side, value in sorted(values.items()) if value > 0]
-    n = len(points)
-    if n < FEWEST - 1:
-        return None
-    x_mean, y_mean = (sum(point[i] for point in points) / n for i in (0, 1))
-    spread = sum((x - x_mean) ** 2 for x, _ in points)
-    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / spread
-    if n < FEWEST:
-        return Between(value=slope)
-    rest = sum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in points)
-    half = float(t.ppf(0.975, n - 2)) * math.sqrt(rest / (n - 2) / spread)
-    return Between(value=slope, low=slope - half, high=slope + half)
+
+def _rounding(text: str) -> float:
+    """Half of what a resolution is rounded to, by its zeros: 50 of ``1300``."""
+    return 0.5 * 10.0 ** (len(text) - len(text.rstrip("0")))
+
+
+def _said(middle: float | None, sizes: Sequence[int]) -> str:
+    if middle is None:
+        return f"not ahead at {sizes[-1]}, the largest measured"
+    if middle == sizes[0]:
+        only = "the only one" if len(sizes) == 1 else "the smallest"
+        return f"ahead from {sizes[0]} pixels, {only} measured"
+    return f"ahead from {middle:.0f} pixels"
+
+
+def slope(tokens: Sequence[float], values: Sequence[float]) -> float:
+    """Least squares' slope of log values over log tokens."""
+    return float(np.polyfit(np.log(tokens), np.log(values), 1)[0])
+
+
+def slope_range(tokens: Sequence[float], ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The least and the largest slope between neighbours, each value at the worse end of its interval."""
+    x = np.log(tokens)
+    logs = np.log(np.asarray(ends))
+    low, high = (logs[1:, i] - logs[:-1, 1 - i] for i in (0, 1))
+    return float(np.min(low / np.diff(x))), float(np.max(high / np.diff(x)))
+
+
+def judge_exponent(claim: Exponent, files: Files) -> Finding:
+    """The power of the tokens that time or memory grows with; it holds where it is not above the theory's.
+
+    From above it can't be reached at these sizes: what doesn't grow with the tokens (launches, weights) and what grows
+    with a lesser power (products) still counts, and fades.
+
+    Raises:
+        ResultError: A file cannot be read.
+    """
+    subject = Subject.parse(claim.of)
+    source = files.source(claim.rows)
+    rows = [] if source is None else [source.find(subject.at(size)) for size in _resolutions(subject, source)]
+    timed = [row for row in rows if row is not None and FIGURES[claim.figure](row)][-POINTS:]
+    said = claim.said or f"{claim.figure} of {subject.name} grows with tokens to the power {claim.theory:g}"
+    command = claim.command or measuring_subjects([subject])
+    if source is None or len(timed) < POINTS:
+        note = f"it takes {POINTS} resolutions; {source.name if source else claim.rows} has {len(timed)}"
+        return Finding(
+            id=claim.id, source=claim.source, said=said, verdict="not measured", command=command, notes=(note,)
+        )
+    sizes = [row.case.resolution for row in timed]
+    tokens = [(size / 8 / subject.case.patch) ** 2 for size in sizes]
+    values = [FIGURES[claim.figure](row) or 0.0 for row in timed]
+    low, high = slope_range(tokens, [_ends(row, claim.figure) for row in timed])
+    value = slope(tokens, values)
+    room = claim.theory + 0.05
+    verdict: Verdict = "holds" if high <= room else "does not hold" if low > room else "holds in part"
+    notes = [f"{source.name}: {', '.join(map(str, sizes))} pixels", *source.notes]
+    notes += marks(timed) if claim.figure == "time" else []
+    return Finding(
+        id=claim.id,
+        source=claim.source,
+        said=said,
+        verdict=verdict,
+        measured=f"to the power {number(value)}",
+        interval=(low, high),
+        command=command,
+        notes=tuple(notes),
+    )
+
+
+def _ends(row: Row, figure: Figure) -> tuple[float, float]:
+    if figure == "time":
+        return ends_ms(row, together=POINTS)
+    peak = FIGURES[figure](row) or 0.0
+    return peak, peak

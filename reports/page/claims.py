@@ -37,14 +37,17 @@ class Claim:
     notes: str = ""
 
     @property
-    def own(self) -> bool:
-        """Whether the project itself makes it, in its README."""
-        return self.source.startswith("README")
+    def group(self) -> str:
+        """Who makes it, without the place; nobody of the paper's, which stand first: ``""``."""
+        who = self.source.partition(",")[0].partition(":")[0].strip()
+        return "" if "paper" in who.lower() else who
 
     @property
     def tone(self) -> str:
         """How the verdict looks: ``good``, ``bad`` or ``open``."""
         words = self.verdict.lower().replace("-", " ").split()
+        if "part" in words:
+            return "open"
         if not words or {"not", "no", "fails", "failed", "false", "refuted", "wrong"} & set(words):
             measured = "measured" in words or not words
             return "open" if measured else "bad"

@@ -147,6 +147,7 @@ def page(evidence: Evidence, figures: Sequence[Figure | Picture], title: str | N
         facts=facts(evidence),
         sections=sections(evidence, [_shown(figure) for figure in figures]),
         claims=evidence.claims,
+        counted=counted,
         entries=[_visible(entry) for entry in listed],
         controls=CONTROLS,
         filters=FILTERS,

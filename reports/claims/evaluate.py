@@ -1,0 +1,40 @@
+"""Every claim's verdict."""
+
+from __future__ import annotations
+
+from reports.claims.counts import judge_count
+from reports.claims.curves import judge_crossover, judge_exponent
+from reports.claims.finding import Finding
+from reports.claims.ratios import judge_ratio
+from reports.claims.readme import Section
+from reports.claims.rows import Files
+from reports.claims.runs import judge_order
+from reports.claims.spec import Claim, Claims, Count, Crossover, Exponent, Order, Ratio
+
+
+def judge(claim: Claim, files: Files, readme: Section) -> Finding:
+    """The verdict on a claim of whatever kind.
+
+    Raises:
+        ClaimError: README doesn't say what it is said to, or there is no such model.
+        ResultError: A file cannot be read.
+    """
+    match claim:
+        case Ratio():
+            return judge_ratio(claim, files, readme)
+        case Count():
+            return judge_count(claim)
+        case Order():
+            return judge_order(claim, files)
+        case Crossover():
+            return judge_crossover(claim, files, readme)
+        case Exponent():
+            return judge_exponent(claim, files)
+    raise TypeError(type(claim).__name__)
+
+
+def judge_all(claims: Claims, files: Files, readme: Section) -> list[Finding]:
+    """Of all, those of one source together, in their order."""
+    sources = list(dict.fromkeys(claim.source for claim in claims.claims))
+    ordered = sorted(claims.claims, key=lambda claim: sources.index(claim.source))
+    return [judge(claim, files, readme) for claim in ordered]

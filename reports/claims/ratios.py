@@ -1,0 +1,153 @@
+"""A ratio that somebody claims, held against the rows of its two cases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from bench.store.rows import Row
+from reports.best import ATTENTION_NAMES, failure
+from reports.cells import GIB, number
+from reports.claims.commands import measuring, measuring_subjects
+from reports.claims.finding import (
+    Finding,
+    Verdict,
+    about,
+    at_least,
+    at_most,
+    marks,
+    same_as_printed,
+)
+from reports.claims.ratio import FIGURES, Figure, ratio_of
+from reports.claims.readme import LEAD, Section
+from reports.claims.rows import Files, Source
+from reports.claims.spec import HOLE, Form, Ratio
+from reports.claims.subject import Subject
+from reports.series import Launches
+
+FORMS: Mapping[Form, Callable[[float], float]] = {
+    "times": lambda ratio: ratio,
+    "percent more": lambda ratio: 100 * (ratio - 1),
+    "percent less": lambda ratio: 100 * (1 - ratio),
+}
+LETTERS = {"throttled": "ᵗ", "unsteady": "ᵘ"}
+"""What README writes after the time of a row with this mark."""
+
+
+def said_by_readme(claim: Ratio, readme: Section) -> tuple[str, str]:
+    """The sentence, and the number in it.
+
+    Raises:
+        ClaimError: README says no such thing.
+    """
+    if claim.quote:
+        text = readme.quoted(claim.quote)[1]
+        return claim.said or claim.quote.replace(HOLE, text), text
+    line = readme.line(*claim.line)
+    return claim.said or f"{' · '.join(claim.line)}: a lead of {line[LEAD]} times", line[LEAD]
+
+
+def judge_ratio(claim: Ratio, files: Files, readme: Section) -> Finding:
+    """The verdict on a ratio.
+
+    Raises:
+        ClaimError: README doesn't say what it is said to.
+        ResultError: A file cannot be read.
+    """
+    said, text = said_by_readme(claim, readme) if claim.finds_its_words else (claim.said, claim.value)
+    value = claim.value or text
+    subjects = [Subject.parse(words) for words in (claim.over, claim.under)]
+    source = files.source(claim.rows)
+    found = [source.find(subject, claim.figure) if source is not None else None for subject in subjects]
+    over, under = found
+    ratio = ratio_of(over, under, claim.figure) if over is not None and under is not None else None
+    if source is None or over is None or under is None or ratio is None:
+        notes = [_absent(subject, row, source, claim.rows) for subject, row in zip(subjects, found, strict=True)]
+        return Finding(
+            id=claim.id, source=claim.source, said=said, verdict="not measured",
+            command=claim.command or measuring_subjects(subjects), notes=tuple(filter(None, notes)),
+        )  # fmt: skip
+    form = FORMS[claim.form]
+    measured = form(ratio.ratio)
+    low, high = sorted((form(ratio.low), form(ratio.high)))
+    notes = [f"{source.name}: {_described(over, claim.figure)} over {_described(under, claim.figure)}", *source.notes]
+    verdict = _verdict(claim, measured, low, high, value)
+    if claim.finds_its_words and claim.value and claim.value != text:
+        verdict, notes = "does not hold", [*notes, f"README gives it as {text}, which was said to be {claim.value}"]
+    if claim.line and (wrong := wrong_cells(readme.line(*claim.line), subjects[0], subjects[1], source)):
+        verdict, notes = "does not hold", [*notes, *wrong]
+    return Finding(
+        id=claim.id,
+        source=claim.source,
+        said=said,
+        verdict=verdict,
+        measured=f"{number(measured)}{' times' if claim.form == 'times' else '%'}",
+        interval=(low, high),
+        command=claim.command or measuring([over.case, under.case]),
+        notes=(*notes, *(marks((over, under)) if claim.figure == "time" else ())),
+    )
+
+
+def _verdict(claim: Ratio, measured: float, low: float, high: float, value: str) -> Verdict:
+    if claim.relation == "printed":
+        return "holds" if same_as_printed(measured, value) else "does not hold"
+    if claim.relation == "about":
+        return about(low, high, value, claim.within)
+    return (at_least if claim.relation == "at least" else at_most)(low, high, value)
+
+
+def _described(row: Row, figure: Figure) -> str:
+    value = FIGURES[figure](row) or 0
+    many = f", {len(row.launch_ms)} launches" if isinstance(row, Launches) else ""
+    shown = f"{number(value)} ms" if figure == "time" else f"{number(value / GIB)} GiB"
+    return f"{row.case.describe()}, {shown}{many}"
+
+
+def _absent(subject: Subject, row: Row | None, source: Source | None, rows: str) -> str:
+    if row is not None and row.status != "ok":
+        return f"{row.case.describe()}: {failure(row)}"
+    if row is None:
+        where = source.name if source is not None else rows
+        return f"no row of {subject.name} at {subject.case.resolution} in {where}"
+    return ""
+
+
+def _leading(text: str) -> tuple[str, str, str]:
+    """A cell's number, the letters of its marks, and the rest."""
+    found = re.match(r"\s*(\d+(?:\.\d+)?)([ᵗᵘ]*)(?: ms| GiB)?(?:, )?(.*)", text)
+    return (found[1], found[2], found[3].strip()) if found else ("", "", text)
+
+
+def wrong_cells(line: Mapping[str, str], peer: Subject, ours: Subject, source: Source) -> list[str]:
+    """What a line of leads says beside its lead that the rows don't: both times with marks, the way, both peaks.
+
+    Args:
+        line: Its cells, after the first: DiG's time, the peer's time and way, the lead, both peaks.
+        peer, ours: What it compares.
+        source: The rows.
+    """
+    cells = list(line.values())[1:]
+    wrong = []
+    for subject, cell in ((ours, cells[0]), (peer, cells[1])):
+        row = source.find(subject)
+        text, letters, way = _leading(cell)
+        if row is None or row.median_ms is None or not text or not same_as_printed(row.median_ms, text):
+            wrong.append(f"README gives {cell} for {subject.name}, the row {row and row.median_ms} ms")
+            continue
+        if letters != (expected := "".join(sign for mark, sign in LETTERS.items() if mark in row.marks)):
+            wrong.append(f"README marks {cell} with {letters or 'nothing'}, the row with {expected or 'nothing'}")
+        if subject.best and way != _way(row):
+            wrong.append(f"README says {way or 'nothing'} of {cell}, the fastest row is {_way(row)}")
+    peaks = [part.strip().removesuffix(" GiB") for part in cells[3].split(",")] if len(cells) > 3 else []
+    for subject, text in zip((ours, peer), peaks, strict=False):
+        least = source.find(subject, "memory")
+        peak = FIGURES["memory"](least) if least is not None else None
+        if peak is None or not same_as_printed(peak / GIB, text):
+            wrong.append(f"README gives {text} GiB for {subject.name}, the rows {peak and number(peak / GIB)}")
+    return wrong
+
+
+def _way(row: Row) -> str:
+    """``FA4``; ``cuDNN, whole`` where the whole model was compiled."""
+    names = [ATTENTION_NAMES.get(word, word) for _, word in row.case.options]
+    return ", ".join([*names, *(["whole"] if row.case.scope == "model" else [])])

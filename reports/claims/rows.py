@@ -1,0 +1,109 @@
+"""The rows that claims are tested on: files by name, each file's newest rows, one machine's."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.store.files import read_file
+from bench.store.rows import ResultError, Row
+from bench.store.selection import machine
+from reports.claims.ratio import FIGURES, Figure
+from reports.claims.subject import Subject
+from reports.series import read_sweep
+
+
+def _first(path: Path) -> object:
+    """The first line's JSON; None where it is none."""
+    try:
+        content = read_file(path)
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        return json.loads(next((line for line in content.splitlines() if line.strip()), b""))
+    except (ValueError, RecursionError):
+        return None
+
+
+def of_steps(path: Path) -> bool:
+    """Whether a file holds rows of steps: what is no JSON at all is for its reader to refuse."""
+    record = _first(path)
+    return not isinstance(record, dict) or (record.get("kind") is None and {"case", "schema"} <= record.keys())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows that one claim may be tested on.
+
+    Attributes:
+        name: The file's.
+        rows: Of one machine, launches merged.
+        notes: What a reader should know of them.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def find(self, subject: Subject, figure: Figure = "time") -> Row | None:
+        """The subject's row with the least time (or memory); where none has any, one that says why, or None."""
+        found = subject.of(self.rows)
+        measured = [(value, row) for row in found if (value := FIGURES[figure](row)) is not None]
+        return min(measured, key=lambda pair: pair[0])[1] if measured else next(iter(found), None)
+
+
+class Files:
+    """Results files, read when a claim asks for them.
+
+    A claim names its file. Where a file of that name was not given, the claim is tested on those that were given and
+    that no claim names: somebody's own.
+
+    Args:
+        paths: Any files; those that hold no rows of steps are left alone.
+        named: The names that claims know.
+    """
+
+    def __init__(self, paths: Sequence[Path], named: Iterable[str]) -> None:
+        known = set(named)
+        self._named: dict[str, list[Path]] = {}
+        for path in paths:
+            if path.name in known:
+                self._named.setdefault(path.name, []).append(path)
+        self._own = [path for path in paths if path.name not in known]
+        self._read: dict[str, Source | None] = {}
+        self.used: set[Path] = set()
+
+    def paths(self, name: str) -> list[Path]:
+        """The files of a name."""
+        self.used.update(found := self._named.get(name, []))
+        return found
+
+    def source(self, name: str) -> Source | None:
+        """The rows for a claim that names this file; None where there are none.
+
+        Raises:
+            ResultError: A file cannot be read.
+        """
+        if name not in self._read:
+            self._read[name] = self._source(name)
+        return self._read[name]
+
+    def _source(self, name: str) -> Source | None:
+        paths = self.paths(name)
+        if not paths:
+            paths = [path for path in self._own if of_steps(path)]
+            self.used.update(paths)
+        if not paths:
+            return None
+        sweep = read_sweep(paths)
+        counts = Counter(map(machine, sweep.rows))
+        where = min(counts, key=lambda one: (-counts[one], one))
+        notes = [f"on {where}, of {len(counts)} machines there"] if len(counts) > 1 else []
+        return Source(
+            name=", ".join(path.name for path in paths),
+            rows=tuple(row for row in sweep.rows if machine(row) == where),
+            notes=tuple(notes),
+        )

@@ -1,0 +1,145 @@
+"""Training runs, a JSON line each, as ``examples/ablation.py`` writes them: arms of an experiment, seeds of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench.judge.statistics import CONFIDENCE, Interval, ratio_interval
+from bench.store.decoding import parse_json
+from bench.store.lines import ResultError, read_lines
+from reports.cells import number
+from reports.claims.finding import Finding, Verdict, together
+from reports.claims.rows import Files
+from reports.claims.spec import Order
+from reports.series import span
+
+COMMAND = "python examples/ablation.py DATA OUT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, as far as orders of arms go.
+
+    Attributes:
+        experiment, arm: Which.
+        seed: Of weights and data.
+        frechet, loss: What came of it; less is better. None where it was not measured.
+    """
+
+    experiment: str
+    arm: str
+    seed: int
+    frechet: float | None
+    loss: float | None
+
+    def to_json(self) -> str:
+        """Nothing is written from here."""
+        raise NotImplementedError("runs are written by examples/ablation.py")
+
+    @classmethod
+    def from_json(cls, line: str) -> Run:
+        """Read a line.
+
+        Raises:
+            ResultError: It is no run.
+        """
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise ResultError(f"not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ResultError("not a training run: no object")
+        for name, kind in (("experiment", str), ("arm", str), ("seed", int)):
+            if type(record.get(name)) is not kind:
+                raise ResultError(f"not a training run: {name} must be {kind.__name__}; got {record.get(name)!r:.40}")
+        return cls(
+            experiment=record["experiment"],
+            arm=record["arm"],
+            seed=record["seed"],
+            frechet=_positive(record, "frechet"),
+            loss=_positive(record, "loss"),
+        )
+
+
+def _positive(record: dict[str, Any], name: str) -> float | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ResultError(f"not a training run: {name} must be above 0; got {value!r:.40}")
+    return float(value)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs of files, of an arm and seed the last one.
+
+    Raises:
+        ResultError: A file cannot be read, or holds a line that is no run.
+    """
+    runs = [run for path in paths for run in read_lines(path, Run.from_json).rows]
+    return list({(run.experiment, run.arm, run.seed): run for run in runs}.values())
+
+
+def _compare(better: dict[int, float], worse: dict[int, float]) -> Interval | None:
+    """The worse arm's over the better's, seed beside seed; None with fewer than two seeds in common."""
+    seeds = sorted(better.keys() & worse.keys())
+    if len(seeds) < 2:
+        return None
+    return ratio_interval([better[seed] for seed in seeds], [worse[seed] for seed in seeds], paired=True)
+
+
+def judge_order(claim: Order, files: Files) -> Finding:
+    """Whether each arm is better than the next one, over seeds.
+
+    A pair holds where the whole interval of their ratio says so. It does not where the whole interval says the
+    opposite, and holds in part where the interval leaves it open.
+
+    Raises:
+        ResultError: The file cannot be read.
+    """
+    paths = files.paths(claim.rows)
+    arms: dict[str, dict[int, float]] = {}
+    for run in read_runs(paths):
+        value = getattr(run, claim.measure)
+        if run.experiment == claim.experiment and run.arm in claim.arms and value is not None:
+            arms.setdefault(run.arm, {})[run.seed] = value
+    command = claim.command or COMMAND
+    missing = [arm for arm in claim.arms if arm not in arms]
+    pairs = [_compare(arms[a], arms[b]) for a, b in pairwise(claim.arms)] if not missing else []
+    if missing or None in pairs:
+        what = f"no runs of {', '.join(missing)}" if missing else "a pair needs two seeds in common"
+        return Finding(
+            id=claim.id,
+            source=claim.source,
+            said=claim.said,
+            verdict="not measured",
+            command=command,
+            notes=(f"{what} in {claim.rows}",),
+        )
+    found = [pair for pair in pairs if pair is not None]
+    verdicts: list[Verdict] = [
+        "holds" if pair.low > 1 else "does not hold" if pair.high < 1 else "holds in part" for pair in found
+    ]
+    between = [
+        f"{b} over {a}: {number(pair.ratio)} [{number(pair.low)}, {number(pair.high)}], {verdict}"
+        for (a, b), pair, verdict in zip(pairwise(claim.arms), found, verdicts, strict=True)
+    ]
+    name = {"frechet": "Fréchet distance", "loss": "loss"}[claim.measure]
+    means = f"{name}: {', '.join(f'{arm} {number(mean(arms[arm].values()))}' for arm in claim.arms)}"
+    return Finding(
+        id=claim.id,
+        source=claim.source,
+        said=claim.said,
+        verdict=together(verdicts),
+        # An interval is of a ratio; of several pairs each stands in the notes.
+        measured=f"{number(found[0].ratio)} times ({means})" if len(found) == 1 else means,
+        interval=(found[0].low, found[0].high) if len(found) == 1 else None,
+        command=command,
+        notes=(*between, f"{span(len(own) for own in arms.values())} seeds each, ratios in {CONFIDENCE:.0%}"),
+    )
