@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from bench.messages import check_count, refuse, say
 from bench.store.files import require_appendable
 from dig.family import closest
+
+Weights = Annotated[str, typer.Option(help="fp32 (autocast) or bf16 (a forward pass of a model that was cast).")]
+CompileScope = Annotated[
+    str, typer.Option(help="What one compilation covers: block (one for all blocks of a kind, seconds) or model.")
+]
 
 
 def words(text: str) -> list[str]:

@@ -3,10 +3,12 @@
     python -m bench ops variants --set dig.raster_block.HALVED_TOKENS=0
     python -m bench ops variants --model DiG-S/2:triton --resolution 512 \\
         --set dig.raster._FEW_TOKENS=0 --set "dig.raster._FEW_TOKENS=0; dig.raster._FEW_PROGRAMS=16"
+    python -m bench ops variants --set dig.ops.tiles.sm90.GLA.walk_chunks=8
 
 Each ``--set`` is one variant, of one constant or several with semicolons between them; a value is a Python literal, and
-a constant is named in the module that reads it. Each variant is a CUDA graph of the whole step, as the benchmark
-captures it; what comes of it is compared with the first's, bit for bit.
+a constant is named in the module that reads it. A field of a table of tile choices is set in all its entries. Each
+variant is a CUDA graph of the whole step, as the benchmark captures it; what comes of it is compared with the first's,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,41 +29,103 @@ from bench.cases.case import Case
 from bench.judge.statistics import ratio_interval
 from bench.ops.common import replaced
 from bench.ops.turns import append_row, steps_in_turns
+from dig.ops.tiles import forget_choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A constant and what it is to be."""
+    """A constant and what it is to be.
+
+    Attributes:
+        module: Where it is read.
+        name: Its name there.
+        value: What it is to be.
+        field: Where the constant is a table of tile choices: the field that is set in every entry.
+    """
 
     module: ModuleType
     name: str
     value: Any
+    field: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Setting:
         """From ``dig.raster_block.HALVED_TOKENS=0``.
 
         Raises:
-            ValueError: There is no such constant, or its value is of another type.
+            ValueError: There is no such constant, or its value is of another type or out of range.
         """
         place, equals, literal = text.partition("=")
         path, _, name = place.strip().rpartition(".")
         if not equals or not path:
             raise ValueError(f"a setting is MODULE.NAME=VALUE, as dig.raster_block.HALVED_TOKENS=0; got {text!r}")
-        try:
-            module = importlib.import_module(path)
-        except ImportError as error:
-            raise ValueError(f"{text!r}: there is no module {path} ({error})") from None
-        if name not in module.__dict__:
-            raise ValueError(f"{text!r}: {path} has no {name}")
+        module, name, field = _find(text, path, name)
         try:
             value = ast.literal_eval(literal)
         except (ValueError, SyntaxError):
             raise ValueError(f"{text!r}: {literal!r} is no Python literal") from None
-        kind = type(module.__dict__[name])
-        if type(value) is not kind:
-            raise ValueError(f"{text!r}: {place} is of type {kind.__name__}, {literal} of {type(value).__name__}")
-        return cls(module=module, name=name, value=value)
+        if field:
+            table = module.__dict__[name]
+            kinds = {type(getattr(entry, field)) for entry in table.values()}
+        else:
+            kinds = {type(module.__dict__[name])}
+        if type(value) not in kinds:
+            names = " or ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(f"{text!r}: {place} is of type {names}, {literal} of {type(value).__name__}")
+        setting = cls(module=module, name=name, value=value, field=field)
+        if field:
+            setting.entries()
+        return setting
+
+    def entries(self) -> dict[Any, Any]:
+        """The table's entries as they are to be.
+
+        Raises:
+            ValueError: No tile choice has such a value.
+        """
+        table = self.module.__dict__[self.name]
+        return {key: replace(entry, **{self.field: self.value}) for key, entry in table.items()}
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Let it have this value."""
+        if not self.field:
+            return replaced(self.module, self.name, self.value)
+        return _table_replaced(self.module.__dict__[self.name], self.entries())
+
+
+def _find(text: str, path: str, name: str) -> tuple[ModuleType, str, str]:
+    """Module, constant and, where that is a table of tile choices, the field that ``path.name`` names."""
+    try:
+        module, field = importlib.import_module(path), ""
+    except ImportError as error:
+        outer, _, table = path.rpartition(".")
+        message = f"{text!r}: there is no module {path} ({error})"
+        try:
+            module = importlib.import_module(outer or path)
+        except ImportError:
+            raise ValueError(message) from None
+        path, name, field = outer, table, name
+        entries = module.__dict__.get(name)
+        if not (isinstance(entries, dict) and all(is_dataclass(entry) for entry in entries.values())):
+            raise ValueError(message) from None
+        if not all(hasattr(entry, field) for entry in entries.values()):
+            raise ValueError(f"{text!r}: the entries of {path}.{name} have no {field}") from None
+    if name not in module.__dict__:
+        raise ValueError(f"{text!r}: {path} has no {name}")
+    return module, name, field
+
+
+@contextmanager
+def _table_replaced(table: dict[Any, Any], entries: dict[Any, Any]) -> Iterator[None]:
+    """Let a table of tile choices have these entries."""
+    before = dict(table)
+    table.update(entries)
+    forget_choices()
+    try:
+        yield
+    finally:
+        table.update(before)
+        forget_choices()
 
 
 @contextmanager
@@ -69,7 +133,7 @@ def applied(settings: Sequence[Setting]) -> Iterator[None]:
     """Let the constants have these values."""
     with ExitStack() as stack:
         for setting in settings:
-            stack.enter_context(replaced(setting.module, setting.name, setting.value))
+            stack.enter_context(setting.applied())
         yield
 
 

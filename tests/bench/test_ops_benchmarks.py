@@ -18,6 +18,7 @@ from bench.ops import common, rowwise, srem, variants
 from bench.ops import products as timed_products
 from bench.ops.turns import Way
 from dig import raster, raster_block
+from dig.ops import tiles
 
 runner = CliRunner()
 SETTING = "dig.raster_block.HALVED_TOKENS=0"
@@ -98,6 +99,10 @@ def test_defaults_are_what_the_modules_know() -> None:
         ("dig.raster_block.HALVED=0", "dig.raster_block has no HALVED"),
         ("dig.raster_block.HALVED_TOKENS=many", "'many' is no Python literal"),
         ("dig.raster_block.HALVED_TOKENS=1.5", "is of type int, 1.5 of float"),
+        ("dig.ops.tiles.sm90.GLA.walks=8", "the entries of dig.ops.tiles.sm90.GLA have no walks"),
+        ("dig.ops.tiles.sm90.GLA.chunk=48", "chunk must be 16 times a power of two"),
+        ("dig.ops.tiles.sm90.GLA.chunk=big", "'big' is no Python literal"),
+        ("dig.ops.tiles.sm90.PRODUCTS.rows=8", "there is no module dig.ops.tiles.sm90.PRODUCTS"),
     ],
 )
 def test_settings_are_checked(setting: str, message: str) -> None:
@@ -120,6 +125,14 @@ def test_settings_hold_within_and_end_after() -> None:
     with variants.applied(settings):
         assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == (0, 7)
     assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == before != (0, 7)
+
+
+def test_a_field_of_a_table_holds_within_and_ends_after() -> None:
+    setting = variants.Setting.parse("dig.ops.tiles.interpreter.GLA.chunk=32")
+    before = tiles.INTERPRETER.gla_tiles(32, 64, torch.float32)
+    with variants.applied([setting]):
+        assert tiles.INTERPRETER.gla_tiles(32, 64, torch.float32).chunk == 32 != before.chunk
+    assert tiles.INTERPRETER.gla_tiles(32, 64, torch.float32) == before
 
 
 def test_a_way_says_what_it_took_and_how_far_off_it_is() -> None:

@@ -21,7 +21,16 @@ import torch
 from dig.ops.tiles.architecture import KIB, Architecture
 from dig.ops.tiles.interpreter import ARCHITECTURE as INTERPRETER
 
-__all__ = ["INTERPRETER", "KIB", "Architecture", "architectures", "for_capability", "for_device", "gpu_index"]
+__all__ = [
+    "INTERPRETER",
+    "KIB",
+    "Architecture",
+    "architectures",
+    "for_capability",
+    "for_device",
+    "forget_choices",
+    "gpu_index",
+]
 
 
 LEAST = (8, 0)
@@ -82,6 +91,12 @@ def for_device(device: torch.device) -> Architecture:
 def gpu_index(device: torch.device) -> int:
     """Which GPU a CUDA device is; without an index it is the current one."""
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def forget_choices() -> None:
+    """Choose anew from now on: somebody has changed a table (`bench.ops.variants`)."""
+    _of_gpu.cache_clear()
+    INTERPRETER.forget()
 
 
 @functools.cache

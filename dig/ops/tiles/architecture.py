@@ -107,6 +107,10 @@ class Architecture:
         chosen: T = known[asked]
         return chosen
 
+    def forget(self) -> None:
+        """Choose anew from now on: a table has changed."""
+        self.__dict__.pop("_chosen", None)
+
     def _fits(self, shared_memory: int) -> bool:
         return self.shared_memory is None or shared_memory <= self.shared_memory
 

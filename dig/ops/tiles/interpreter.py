@@ -13,6 +13,7 @@ from dig.ops.tiles.choices import GlaTiles, NormTiles, ProductChoices, SremTiles
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _GLA = GlaTiles(scan_lanes=128, scan_groups=2, short_units=512)
+GLA = {(32, 64, dtype): _GLA for dtype in _DTYPES}
 _ADALN = NormTiles(rows=16, part=256, backward_rows=16, backward_part=1024, programs=6)
 _SREM = SremTiles(channels=512, groups=8, width=2, programs=1)
 
@@ -22,7 +23,7 @@ ARCHITECTURE = Architecture(
     shared_memory=None,
     early_launch=False,
     descriptors=False,
-    gla={(32, 64, dtype): _GLA for dtype in _DTYPES},
+    gla=GLA,
     adaln={(384, dtype): _ADALN for dtype in _DTYPES},
     srem={("forward", dtype): _SREM for dtype in _DTYPES} | {("backward", dtype): _SREM for dtype in _DTYPES},
     swiglu=dict.fromkeys(_DTYPES, SwigluTiles(elements=2**14)),
