@@ -130,7 +130,8 @@ class Lookahead:
     """Prepares a block's modulation and weights while the block before it runs; two blocks' are there at a time.
 
     In the order of preference: in the earlier block's up-projection GEMM (`FusedCast`; the modulation on the side
-    stream), on the side stream, or in the block itself.
+    stream), on the side stream, or in the block itself. Weights that are taken as they are need nothing but modulations,
+    which come all at once, before the first block.
 
     Args:
         weights: Of all blocks; None for one that reads its own, because somebody has to see parts of it called.
@@ -158,14 +159,16 @@ class Lookahead:
         if gathers:
             self._weights, self._conditions, self._across = gathered([w for w in weights if w is not None], c)
         self._prepares = prepares
-        self._fold_gates = folds_gates(x)
+        self._folds = [w is not None and folds_gates(x, w) for w in self._weights]
         self._programs = programs_beside(x.shape[0] * x.shape[1])
         self._upcoming: tuple[Prepared, Point | None] | None = None
         self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None
         known = [w for w in self._weights if w is not None]
-        whole = len(known) == len(weights) and self._fold_gates and not torch.compiler.is_compiling()
-        if whole and all(FusedCast.fits(w.products, x) for w in known):
+        alone = len(x) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        whole = alone and len(known) == len(weights) and prepares
+        self._fuses = whole and all(self._folds) and all(FusedCast.fits(w.products, x) for w in known)
+        if self._fuses or (whole and not any(self._folds)):
             # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
             with on_side_stream(c):
                 self._modulations = modulations_of(known, c)
@@ -201,8 +204,11 @@ class Lookahead:
         weights = self._weights[i] if i < len(self._weights) else None
         if weights is None or not self._prepares:
             return
-        if i and self._modulations is not None:
+        if i and self._fuses:
+            assert self._modulations is not None
             self._fused_cast = FusedCast(weights.products, self._modulations[i : i + 1])
+        elif i and self._modulations is not None:
+            self._upcoming = self._prepare(i, None), None
         elif uses_side_stream():
             with on_side_stream(self._c, self._modulations):
                 prepared = self._prepare(i, self._programs if i else None)
@@ -224,7 +230,7 @@ class Lookahead:
         assert weights is not None
         modulation = None if self._modulations is None else self._modulations[i : i + 1]
         return prepare_block(
-            weights, self._c, self._dtype, fold_gates=self._fold_gates, programs=programs, modulation=modulation
+            weights, self._c, self._dtype, fold_gates=self._folds[i], programs=programs, modulation=modulation
         )
 
 

@@ -145,6 +145,8 @@ def product_variants(architecture: Architecture) -> Iterator[Variant]:
         (384, 1024, choices.narrow, alone, products.NO_SHARES),
         (1152, 3072, choices.wide, alone, products.NO_SHARES),
         (1152, 3072, choices.wide, casts, shares),
+        (384, 1024, choices.few, alone, products.NO_SHARES),
+        (1152, 3072, choices.few, alone, products.NO_SHARES),
     ):
         for which, tiles in table.items():
             up = which != "down"

@@ -10,7 +10,6 @@ from bench.cases.case import Case
 from bench.cases.jobs import BuildJob, Limits
 from bench.run.gpus import Card
 from bench.run.process import Worker
-from dig.registry import find_family
 
 PAUSE = 0.05
 
@@ -18,10 +17,10 @@ PAUSE = 0.05
 def gains(case: Case) -> bool:
     """Whether building a case ahead spares time: Inductor keeps what it made on the disk.
 
-    What tunes itself must do so alone on the card, and is left out.
+    What tunes itself must do so alone on the card: it then finds all that it tries compiled
+    (`bench.measure.build.keep_no_tuning`).
     """
-    family = find_family(case.family)
-    return case.compiles and family.backend_of(dict(case.options)) not in family.tunes
+    return case.compiles
 
 
 def build_ahead(

@@ -43,7 +43,7 @@ def test_what_an_architecture_has() -> None:
         (12, 0): (99, True),
     }
     # Which tiles beat a GEMM and a pass apart was only measured on Hopper.
-    assert [each.capability for each in architectures() if each.product_tiles("up", 384)] == [(9, 0)]
+    assert [each.capability for each in architectures() if each.product_tiles("up", 4096, 384, 1024)] == [(9, 0)]
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,12 @@ def test_heads_that_do_not_fit_at_all_are_one_message(monkeypatch: pytest.Monkey
 def test_a_gemm_whose_stages_do_not_fit_is_done_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Hopper's, 97 KiB is what two take and 193 the third."""
     small = replace(HOPPER, shared_memory=99 * KIB)
-    taken = [small.product_tiles(which, D) is not None for which in ("up", "up alone", "down") for D in (384, 1152)]
+    sizes = ((384, 1024), (1152, 3072))
+    taken = [
+        small.product_tiles(which, 4096, *size) is not None for which in ("up", "up alone", "down") for size in sizes
+    ]
     assert taken == [True, False, True, False, True, False]
-    assert HOPPER.product_tiles("up alone", 1152) is not None
+    assert HOPPER.product_tiles("up alone", 4096, 1152, 3072) is not None
     tokens, F = torch.zeros(1, sm90.PRODUCTS.least_tokens, 384, dtype=BF16), 1024
     for limit, fits in ((97, True), (96, False)):
         limited = replace(HOPPER, shared_memory=limit * KIB)
@@ -167,6 +170,17 @@ def test_a_gemm_whose_stages_do_not_fit_is_done_apart(monkeypatch: pytest.Monkey
         assert (products.tiles_for("up", tokens, F) is not None) == fits
     hidden, _ = products.project_up(tokens, torch.zeros(2 * F, 384, dtype=BF16), False)
     assert not hidden.any()
+
+
+def test_few_tokens_take_small_tiles_of_which_there_are_not_too_many() -> None:
+    few = sm90.PRODUCTS.few["up alone"]
+    assert HOPPER.product_tiles("up alone", 256, 1152, 3072) is few
+    assert HOPPER.product_tiles("up alone", 1024, 384, 1024) is few
+    assert HOPPER.product_tiles("up alone", 1024, 1152, 3072) is None  # 768 programs
+    assert HOPPER.product_tiles("up", 256, 384, 1024) is None
+    assert HOPPER.product_tiles("up alone", 256, 384, 1000) is None
+    tokens = torch.zeros(1, 256, 1152, dtype=BF16)
+    assert not products.fuses_cast(tokens, 3072, [torch.zeros(8, 128)], 0)
 
 
 def test_gemms_that_read_by_descriptors_need_those() -> None:

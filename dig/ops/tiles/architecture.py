@@ -58,7 +58,7 @@ class Architecture:
     condition: VectorTiles
 
     def __post_init__(self) -> None:
-        if not self.descriptors and (self.products.narrow or self.products.wide):
+        if not self.descriptors and (self.products.narrow or self.products.wide or self.products.few):
             raise ValueError(f"products must be apart on {self.name}: its kernels need tensor descriptors")
 
     def gla_tiles(self, K: int, V: int, dtype: torch.dtype) -> GlaTiles:
@@ -90,13 +90,20 @@ class Architecture:
         widths = [width for width, of in self.adaln if of == dtype]
         return self.adaln[min((width for width in widths if width >= D), default=max(widths)), dtype]
 
-    def product_tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
-        """Of a GEMM over tokens of this width; None where a GEMM and a pass of their own do better, or must do."""
-        return self._once((which, D), lambda: self._choose_products(which, D))
+    def product_tiles(self, which: ProductPass, M: int, D: int, F: int) -> ProductTiles | None:
+        """Of a GEMM over M tokens of width D; None where a GEMM and a pass of their own do better, or must do.
 
-    def _choose_products(self, which: ProductPass, D: int) -> ProductTiles | None:
-        tiles = self.products.tiles(which, D)
-        return tiles if tiles is not None and self._fits(tiles.shared_memory(which)) else None
+        F is SwiGLU's inner width.
+        """
+        return self._once((which, M, D, F), lambda: self._choose_products(which, M, D, F))
+
+    def _choose_products(self, which: ProductPass, M: int, D: int, F: int) -> ProductTiles | None:
+        few = self.products.least_tokens > M
+        tiles = self.products.few.get(which) if few else self.products.tiles(which, D)
+        if tiles is None or F % tiles.columns or not self._fits(tiles.shared_memory(which)):
+            return None
+        too_many = few and tiles.programs(M, F) > self.products.few_programs
+        return None if too_many else tiles
 
     def _once(self, asked: tuple[object, ...], choose: Callable[[], T]) -> T:
         """What is chosen, kept by what was asked for: every launch asks."""

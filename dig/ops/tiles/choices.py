@@ -233,6 +233,10 @@ class ProductTiles:
         """As Triton takes them."""
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
+    def programs(self, M: int, F: int) -> int:
+        """How many there are for M tokens and F columns."""
+        return -(-M // self.rows) * (F // self.columns)
+
     def shared_memory(self, which: ProductPass) -> int:
         """Bytes that a program takes at most: its stages' operands, and their barriers. Up has two weights."""
         weights = 1 if which == "down" else 2
@@ -248,6 +252,8 @@ class ProductChoices:
         narrow: Pass → tile choices.
         wide: The same for wider D.
         least_tokens: With fewer, tiles of these sizes leave SMs without work.
+        few: Pass → tile choices with fewer tokens, of any width.
+        few_programs: Most programs of those; with more, a GEMM and a pass apart do better.
         share: Rows and columns of a weight that the up-projection casts together, where weights are cast in it.
     """
 
@@ -255,6 +261,8 @@ class ProductChoices:
     narrow: Mapping[ProductPass, ProductTiles] = field(default_factory=dict)
     wide: Mapping[ProductPass, ProductTiles] = field(default_factory=dict)
     least_tokens: int = 2048
+    few: Mapping[ProductPass, ProductTiles] = field(default_factory=dict)
+    few_programs: int = 2 * 132
     share: tuple[int, int] = (32, 128)
 
     def tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
