@@ -130,8 +130,8 @@ class Lookahead:
     """Prepares a block's modulation and weights while the block before it runs; two blocks' are there at a time.
 
     In the order of preference: in the earlier block's up-projection GEMM (`FusedCast`; the modulation on the side
-    stream), on the side stream, or in the block itself. Weights that are taken as they are need nothing but modulations,
-    which come all at once, before the first block.
+    stream), on the side stream, or in the block itself. Blocks that take their weights as they are need modulations
+    alone, which all come at once, before the first block.
 
     Args:
         weights: Of all blocks; None for one that reads its own, because somebody has to see parts of it called.

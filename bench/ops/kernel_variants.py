@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dig.ops.tiles import KIB, Architecture
+from dig.ops.tiles.choices import GlaTiles
 
 RANK = 16
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -61,11 +62,18 @@ def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
     yield from modulation_variants(architecture)
 
 
+def _recurrences(architecture: Architecture) -> Iterator[tuple[int, int, torch.dtype, GlaTiles]]:
+    """Every entry of the table, and the same for few programs where that is another."""
+    for (K, V, of), tiles in architecture.gla.items():
+        for each in dict.fromkeys((tiles, tiles.of_few)):
+            yield K, V, of, each
+
+
 def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
     """Every kernel that works on chunks, at every entry of the table, forward and backward."""
     from dig.ops.gla import kernels, kernels_backward, kernels_walk, launches
 
-    for (K, V, of), tiles in architecture.gla.items():
+    for K, V, of, tiles in _recurrences(architecture):
         dtype = DTYPES[of]
         padded = {"KP": 1 << (K - 1).bit_length(), "VP": 1 << (V - 1).bit_length()}
         shape = {"K": K, "V": V, **padded, "C": tiles.chunk, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
@@ -100,7 +108,7 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             }
             yield Variant(
                 function=function,
-                sizes=f"K {K} V {V}",
+                sizes=f"K {K} V {V} C {tiles.chunk}",
                 dtype=dtype,
                 shared=(tiles.walk_shared_memory if function is walk[0] else tiles.shared_memory)(K, V, of),
                 constants=shape | constants | heads,
@@ -114,7 +122,7 @@ def scan_variants(architecture: Architecture) -> Iterator[Variant]:
     """The scan over chunks, for as many as each of its forms takes in a round."""
     from dig.ops.gla import kernels, launches
 
-    for (K, V, of), tiles in architecture.gla.items():
+    for K, V, of, tiles in _recurrences(architecture):
         shape = {"K": K, "V": V, "KP": 1 << (K - 1).bit_length(), "C": tiles.chunk}
         for function, N in (
             (kernels.short_scan_kernel, min(tiles.short_chunks, tiles.short_steps)),
@@ -123,7 +131,7 @@ def scan_variants(architecture: Architecture) -> Iterator[Variant]:
             short = function is kernels.short_scan_kernel
             yield Variant(
                 function=function,
-                sizes=f"K {K} V {V}",
+                sizes=f"K {K} V {V} C {tiles.chunk}",
                 dtype=DTYPES[of],
                 shared=UNASKED,
                 constants=shape | (launches.short_scan_sizes if short else launches.scan_sizes)(tiles, N, V, of),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,21 @@ def test_many_heads_of_few_chunks_take_one_launch(monkeypatch: pytest.MonkeyPatc
     assert taken == [1, 3, 1, 3]
     tiles(16, **NEVER)
     assert launched(monkeypatch, 20, 2, 16) == 3
+
+
+def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = GlaTiles(chunk=32, few_chunk=16, few_programs=6)
+    monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
+
+    def chunk(B: int, T: int, H: int) -> int:
+        q, v = (torch.empty(B, T, H, 16, device=DEVICE) for _ in range(2))
+        plan = launches.plan_of(q, v, 1.0, 1.0)
+        assert plan.N == -(-T // plan.tiles.chunk) == launches.empty_states(q, v).shape[3]
+        return plan.tiles.chunk
+
+    assert [chunk(1, 64, 3), chunk(1, 65, 3), chunk(3, 32, 2), chunk(3, 33, 2)] == [16, 32, 16, 32]
+    with pytest.raises(ValueError, match="few_chunk must be 16 times a power of two; got 24"):
+        GlaTiles(few_chunk=24)
 
 
 def test_without_gradients_nothing_is_kept(tiles: Callable[..., None]) -> None:

@@ -75,8 +75,9 @@ class Plan:
 
 def tiles_for(q: Tensor, v: Tensor) -> GlaTiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V), fp32 or bf16."""
+    B, T, H, K = q.shape
     # Plain numbers: a table has no entry for torch.compile's symbols, which dynamic shapes have.
-    return for_device(v.device).gla_tiles(int(q.shape[-1]), int(v.shape[-1]), v.dtype)
+    return for_device(v.device).gla_tiles(int(K), int(v.shape[-1]), v.dtype).of(B, T, H)
 
 
 def plan_of(

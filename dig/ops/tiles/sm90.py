@@ -23,25 +23,27 @@ from dig.ops.tiles.choices import (
     WeightTiles,
 )
 
-# fp32 is here to be right, and nothing of its walk has been timed: only single chunks take it.
+# Of these nobody has timed the walk over several chunks: only single chunks take it.
 _ONE_CHUNK = {"walk_chunks": 1}
-# Heads of 36 leave room for one program of the walk an SM (182 registers at 8 warps). With 4 it is 2% slower (DiG-XL/2,
-# 64 images of 256 pixels).
+# Heads of 36 leave room for one program of the walk an SM (182 registers at 8 warps), and what three launches would do
+# beside each other it does one after the other.
 _EIGHT_WARPS = {
-    "local_warps": 8, "walk_warps": 8, "output_warps": 8, "output_backward_warps": 8, "gradient_warps": 8,
+    **_ONE_CHUNK, "local_warps": 8, "walk_warps": 8, "output_warps": 8, "output_backward_warps": 8,
+    "gradient_warps": 8,
 }  # fmt: skip
 GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
     # The best of `python -m bench ops gla --sweep` that was also the best in a whole model, whose tensors are not in
-    # the L2 cache. Up to 8 chunks the walk is faster than three launches wherever heads are as many as GlaTiles asks
-    # for (in turns, DiG-XL/2 forward, 64 images of 256 pixels: 6%; S/2 32 images: 2%; training 0.5 to 1%).
-    # Walking, 168 registers let three programs share an SM.
-    (32, 64, torch.bfloat16): GlaTiles(walk_registers=168),
+    # the L2 cache. In turns, release variant, where the walk takes all 4 chunks of 256 pixels: DiG-XL/2 forward with 64
+    # images 6% less, S/2 with 32 images 2%, training 0.5 to 1%. Walking, 168 registers let three programs share an SM.
+    # Where chunks of 64 are 24 to 96 programs, chunks of 16 take 4 to 8% from a forward pass and 1.2 to 3.8% from a
+    # training step; where they are 288 or more they add 0.3 to 6%.
+    (32, 64, torch.bfloat16): GlaTiles(few_chunk=16, walk_registers=168),
     # These are the largest chunks at which no kernel keeps registers in memory: where one does while it uses Hopper's
     # asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses
     # (`python -m bench ops registers` compiles all of them and looks, without a GPU).
     (36, 72, torch.bfloat16): GlaTiles(chunk=32, **_EIGHT_WARPS),
     (32, 64, torch.float32): GlaTiles(chunk=16, **_ONE_CHUNK),
-    (36, 72, torch.float32): GlaTiles(chunk=16, **_EIGHT_WARPS, **_ONE_CHUNK),
+    (36, 72, torch.float32): GlaTiles(chunk=16, **_EIGHT_WARPS),
 }
 
 _WIDE_BF16 = NormTiles(part=1024, backward_rows=1, backward_part=1024, programs=4 * 132)
