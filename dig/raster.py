@@ -34,8 +34,9 @@ from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, adaln, 
 from dig.untouched import untouched, untouched_adaln, untouched_layer_norm, untouched_linear
 
 _FEW_TOKENS = 1024
-_FEW_PROGRAMS = 32
-"""How many programs prepare weights beside a block with at most so many tokens: see `programs_beside`."""
+_FEW_PROGRAMS, _FEW_PROGRAMS_GATES = 32, 64
+"""How many programs prepare weights beside a block with at most so many tokens; and if all they do is to gate some of
+them. See `programs_beside`."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -113,7 +114,7 @@ def embed_condition(
     return c, F.silu(c)
 
 
-def programs_beside(tokens: int) -> int | None:
+def programs_beside(tokens: int, *, casts: bool) -> int | None:
     """How many programs prepare a block's weights beside the block before; None: all at once.
 
     Found by `bench.ops.prepare`: with few tokens the GEMMs leave most SMs idle or short of work, and a few of them are
@@ -122,8 +123,11 @@ def programs_beside(tokens: int) -> int | None:
 
     Args:
         tokens: Of all images.
+        casts: Whether weights are cast. Gates alone are soon done, and more programs begin the sooner.
     """
-    return _FEW_PROGRAMS if tokens <= _FEW_TOKENS else None
+    if tokens > _FEW_TOKENS:
+        return None
+    return _FEW_PROGRAMS if casts else _FEW_PROGRAMS_GATES
 
 
 class Lookahead:
@@ -160,7 +164,8 @@ class Lookahead:
             self._weights, self._conditions, self._across = gathered([w for w in weights if w is not None], c)
         self._prepares = prepares
         self._folds = [w is not None and folds_gates(x, w) for w in self._weights]
-        self._programs = programs_beside(x.shape[0] * x.shape[1])
+        casts = any(product.dtype != x.dtype for w in weights if w is not None for product in w.products)
+        self._programs = programs_beside(x.shape[0] * x.shape[1], casts=casts)
         self._upcoming: tuple[Prepared, Point | None] | None = None
         self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None

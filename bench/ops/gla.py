@@ -155,7 +155,7 @@ SCANS = {
 MOST_SHORT = 64
 """Chunks up to which a sweep tries the second of them too, and the forward pass in one launch."""
 WALKS = "walk_kernel"
-WALK = {False: {"walk_chunks": 0}, True: {"walk_chunks": MOST_SHORT, "walk_programs": 0}}
+WALK: dict[bool, dict[str, Any]] = {False: {"walk_chunks": 0}, True: {"walk_chunks": MOST_SHORT, "walk_programs": 0}}
 """Tile choices with which the forward pass is never, or always, one launch."""
 
 

@@ -63,10 +63,11 @@ def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
 
 
 def _recurrences(architecture: Architecture) -> Iterator[tuple[int, int, torch.dtype, GlaTiles]]:
-    """Every entry of the table, and the same for few programs where that is another."""
+    """Every entry of the table, and the choices for few programs that it has."""
     for (K, V, of), tiles in architecture.gla.items():
-        for each in dict.fromkeys((tiles, tiles.of_few)):
-            yield K, V, of, each
+        for each in (tiles, tiles.few):
+            if each is not None:
+                yield K, V, of, each
 
 
 def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:

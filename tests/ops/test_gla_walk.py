@@ -165,7 +165,7 @@ def test_many_heads_of_few_chunks_take_one_launch(monkeypatch: pytest.MonkeyPatc
 
 
 def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = GlaTiles(chunk=32, few_chunk=16, few_programs=6)
+    chosen = GlaTiles(chunk=32, few=GlaTiles(chunk=16), few_programs=6)
     monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
 
     def chunk(B: int, T: int, H: int) -> int:
@@ -175,8 +175,6 @@ def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> No
         return plan.tiles.chunk
 
     assert [chunk(1, 64, 3), chunk(1, 65, 3), chunk(3, 32, 2), chunk(3, 33, 2)] == [16, 32, 16, 32]
-    with pytest.raises(ValueError, match="few_chunk must be 16 times a power of two; got 24"):
-        GlaTiles(few_chunk=24)
 
 
 def test_without_gradients_nothing_is_kept(tiles: Callable[..., None]) -> None:

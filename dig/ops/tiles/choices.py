@@ -5,9 +5,8 @@ A program is what CUDA calls a block (CTA), a warp 32 threads. Shapes as in each
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -43,7 +42,7 @@ class GlaTiles:
 
     Attributes:
         chunk: Tokens of a chunk, 16 times a power of two.
-        few_chunk: The same where `few_programs` or fewer programs take a chunk of a head each; None: no other.
+        few: The choices where `few_programs` or fewer programs take a chunk of a head each; None: these.
         few_programs: With so few, SMs are idle, and a program's own work is what all wait for: the less, the better.
         local_warps: Warps of a program that computes what a chunk adds to the state.
         scan_warps: Warps of a program that scans elements of the state over the chunks.
@@ -73,7 +72,7 @@ class GlaTiles:
     """
 
     chunk: int = 64
-    few_chunk: int | None = None
+    few: GlaTiles | None = None
     few_programs: int = 132
     local_warps: int = 4
     scan_warps: int = 4
@@ -101,20 +100,12 @@ class GlaTiles:
     def __post_init__(self) -> None:
         _check_positive(self, may_be_zero=("short_chunks", "walk_chunks", "walk_programs"))
         _check_powers_of_two(self, "short_units", "short_steps")
-        for name in ("chunk", "few_chunk"):
-            tokens = getattr(self, name)
-            if tokens is not None and (tokens < 16 or tokens & (tokens - 1)):
-                raise ValueError(f"{name} must be 16 times a power of two; got {tokens}")
-
-    @functools.cached_property
-    def of_few(self) -> GlaTiles:
-        """These where few programs take a chunk of a head each."""
-        return self if self.few_chunk is None else replace(self, chunk=self.few_chunk, few_chunk=None)
+        if self.chunk < 16 or self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 
     def of(self, B: int, T: int, H: int) -> GlaTiles:
-        """These for T tokens of so many images and heads."""
-        few = self.few_chunk is not None and B * H * -(-T // self.chunk) <= self.few_programs
-        return self.of_few if few else self
+        """The choices for T tokens of so many images and heads."""
+        return self.few if self.few is not None and B * H * -(-T // self.chunk) <= self.few_programs else self
 
     def shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
         """Bytes that a program takes at most: a state, and a chunk's rows of q, k, v and the output's gradient.

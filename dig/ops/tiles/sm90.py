@@ -6,6 +6,8 @@ of which the numbers of programs are multiples.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dig.ops.tiles.architecture import KIB, Architecture
@@ -24,20 +26,22 @@ from dig.ops.tiles.choices import (
 )
 
 # Of these nobody has timed the walk over several chunks: only single chunks take it.
-_ONE_CHUNK = {"walk_chunks": 1}
+_ONE_CHUNK: dict[str, Any] = {"walk_chunks": 1}
 # Heads of 36 leave room for one program of the walk an SM (182 registers at 8 warps), and what three launches would do
 # beside each other it does one after the other.
-_EIGHT_WARPS = {
+_EIGHT_WARPS: dict[str, Any] = {
     **_ONE_CHUNK, "local_warps": 8, "walk_warps": 8, "output_warps": 8, "output_backward_warps": 8,
     "gradient_warps": 8,
 }  # fmt: skip
+# In turns: where chunks of 64 are 24 to 96 programs, chunks of 16 take 4 to 8% from a forward pass and 1.2 to 3.8% from
+# a training step; where they are 288 or more they add 0.3 to 6%. The scan's choices give 1 to 2% of a forward pass, 8
+# warps in `output_backward_kernel` 0.5% of a training step.
+_FEW = GlaTiles(chunk=16, short_units=32, short_steps=16, output_backward_warps=8)
 GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
     # The best of `python -m bench ops gla --sweep` that was also the best in a whole model, whose tensors are not in
     # the L2 cache. In turns, release variant, where the walk takes all 4 chunks of 256 pixels: DiG-XL/2 forward with 64
     # images 6% less, S/2 with 32 images 2%, training 0.5 to 1%. Walking, 168 registers let three programs share an SM.
-    # Where chunks of 64 are 24 to 96 programs, chunks of 16 take 4 to 8% from a forward pass and 1.2 to 3.8% from a
-    # training step; where they are 288 or more they add 0.3 to 6%.
-    (32, 64, torch.bfloat16): GlaTiles(few_chunk=16, walk_registers=168),
+    (32, 64, torch.bfloat16): GlaTiles(few=_FEW, walk_registers=168),
     # These are the largest chunks at which no kernel keeps registers in memory: where one does while it uses Hopper's
     # asynchronous matrix products, compiled code has been seen to read their operands from wrong addresses
     # (`python -m bench ops registers` compiles all of them and looks, without a GPU).
