@@ -10,6 +10,7 @@ from bench.cases.case import Case
 from bench.cases.jobs import BuildJob, Limits
 from bench.run.gpus import Card
 from bench.run.process import Worker
+from dig.registry import find_family
 
 PAUSE = 0.05
 
@@ -17,10 +18,11 @@ PAUSE = 0.05
 def gains(case: Case) -> bool:
     """Whether building a case ahead spares time: Inductor keeps what it made on the disk.
 
-    What tunes itself must do so alone on the card: it then finds all that it tries compiled
-    (`bench.measure.build.keep_no_tuning`).
+    What tunes itself is left out: beside others, the published DiG's forward passes took five minutes to time all
+    their tiles, and no choice may be kept (`bench.measure.build.keep_no_tuning`). Alone it takes one.
     """
-    return case.compiles
+    family = find_family(case.family)
+    return case.compiles and family.backend_of(dict(case.options)) not in family.tunes
 
 
 def build_ahead(

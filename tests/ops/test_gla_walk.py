@@ -170,9 +170,10 @@ def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 
     def chunk(B: int, T: int, H: int) -> int:
         q, v = (torch.empty(B, T, H, 16, device=DEVICE) for _ in range(2))
-        plan = launches.plan_of(q, v, 1.0, 1.0)
-        assert plan.N == -(-T // plan.tiles.chunk) == launches.empty_states(q, v).shape[3]
-        return plan.tiles.chunk
+        kept, alone = (launches.plan_of(q, v, 1.0, 1.0, alone=alone) for alone in (False, True))
+        assert (kept.tiles.chunk, kept.N) == (32, launches.empty_states(q, v).shape[3])
+        assert -(-T // alone.tiles.chunk) == alone.N
+        return alone.tiles.chunk
 
     assert [chunk(1, 64, 3), chunk(1, 65, 3), chunk(3, 32, 2), chunk(3, 33, 2)] == [16, 32, 16, 32]
 

@@ -41,11 +41,19 @@ def order_code(order: ScanOrder) -> int:
 
 
 def _prepare(
-    projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
+    projected: Tensor,
+    decay_weight: Tensor,
+    decay_bias: Tensor,
+    heads: int,
+    rows: int,
+    columns: int,
+    order: int,
+    *,
+    alone: bool = False,
 ) -> tuple[Plan, tuple[Tensor, Tensor, Tensor], DecayGate, Tensor]:
-    """The launch plan, (q, k, v), the decay gate, and the output gate."""
+    """The launch plan, (q, k, v), the decay gate, and the output gate; ``alone`` as of `plan_of`."""
     q, k, v, gate, low = split_projection(projected, heads, decay_weight.shape[1])
-    plan = plan_of(q, v, q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order)
+    plan = plan_of(q, v, q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order, alone=alone)
     return plan, (q, k, v), DecayGate(values=low, logits=True, weight=decay_weight, bias=decay_bias), gate
 
 
@@ -66,7 +74,7 @@ def mixer_forward(
 
     The backward pass needs the latter; unless ``keep`` they have no elements.
     """
-    plan, qkv, decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
+    plan, qkv, decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order, alone=not keep)
     y, states = run_block(plan, *qkv, decay, gate, norm_weight, eps, keep)
     return y.flatten(2), states
 
