@@ -10,16 +10,13 @@ import typer
 from bench.messages import OneLineCommand, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError
-from dig.environment import ROOT
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge_all
 from reports.claims.readme import read_readme
-from reports.claims.rows import Files
+from reports.claims.rows import ROWS, Files
 from reports.claims.spec import CLAIMS, read_claims
 from reports.claims.telling import counted, to_json, to_markdown, to_text
 from reports.refusing import refusing
-
-ROWS = ROOT / "results" / "h100"
 
 app = typer.Typer(add_completion=False)
 
