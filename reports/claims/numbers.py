@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from bench.store.decoding import parse_json
 from bench.store.files import read_file
-from bench.store.rows import read_results
+from bench.store.rows import Row, read_results
 from dig.registry import PATCHES, find_family
-from reports.best import failure
+from reports.best import failure, memory, time
 from reports.cells import GIB
 from reports.claims.counts import counts_of
 from reports.claims.errors import ClaimError
@@ -19,6 +21,11 @@ from reports.claims.subject import Subject
 
 LETTERS = {"throttled": "ᵗ", "unsteady": "ᵘ"}
 """What pages write after the time of a row with this mark."""
+OF_CASE: Mapping[str, Callable[[Row], float | None]] = {
+    "": time,
+    "memory": lambda row: (memory(row) or 0) / GIB,
+    "ceiling": lambda row: 100 * (row.ceiling_share or 0),
+}
 OF, THAN, WITHIN = " of ", " than ", " in "
 
 
@@ -28,6 +35,7 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
     ======================================  =======================================================================
     ``CASE``, ``best CASE``                 its milliseconds (`reports.claims.subject.Subject`)
     ``memory of CASE``                      its peak in GiB
+    ``ceiling of CASE``                     percent of the matrix products' ceiling that it reaches
     ``last slower of CASES than CASES``     the largest resolution up to which the first takes longer; ``@*`` in both
     ``first leaner of CASES than CASES``    the resolution from which on the first takes less memory
     ``cases of FILE``                       how many cases it has
@@ -35,6 +43,7 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
     ``gmac of MODEL``                       multiply-adds of an image of 256 pixels
     ``least share of FAMILY than FAMILY``   percent of the other's multiply-adds, over all sizes and patches
     ``largest share of FAMILY than FAMILY`` likewise
+    ``most FIELD of FILE``                  of the probes of `bench capacity` that fit
     ``FIELD of FOLDER/FILE.jsonl``          of the last line of a log beside the rows
     ======================================  =======================================================================
 
@@ -48,26 +57,24 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
         ResultError: A file cannot be read.
     """
     words, _, other = query.partition(WITHIN)
-    name, of, thing = words.rpartition(OF)
+    name, _, thing = words.rpartition(OF)
     try:
-        if of and name != "memory":
+        if name not in OF_CASE:
             return _counted(name, thing, other or rows, files), ""
-        return _of_case(Subject.parse(thing), other or rows, "memory" if of else "time", files)
-    except (ValueError, KeyError, TypeError) as error:
+        return _of_case(Subject.parse(thing), other or rows, name, files)
+    except (ValueError, LookupError, TypeError) as error:
         if isinstance(error, ClaimError):
             raise
         raise ClaimError(f"{query!r}: {error}") from None
 
 
-def _of_case(subject: Subject, rows: str, figure: Figure, files: Files) -> tuple[float, str]:
-    row = _source(rows, files).find(subject, figure)
-    value = FIGURES[figure](row) if row is not None else None
-    if row is None or value is None:
-        why = failure(row) if row is not None else "no row"
+def _of_case(subject: Subject, rows: str, name: str, files: Files) -> tuple[float, str]:
+    row = _source(rows, files).find(subject, "memory" if name == "memory" else "time")
+    value = OF_CASE[name](row) if row is not None else None
+    if row is None or not value:
+        why = failure(row) if row is not None and row.status != "ok" else "nothing"
         raise ClaimError(f"{subject.name} at {subject.case.resolution} in {rows}: {why}")
-    if figure == "memory":
-        return value / GIB, ""
-    return value, "".join(letter for mark, letter in LETTERS.items() if mark in row.marks)
+    return value, "" if name else "".join(letter for mark, letter in LETTERS.items() if mark in row.marks)
 
 
 def _source(rows: str, files: Files) -> Source:
@@ -92,7 +99,9 @@ def _counted(name: str, thing: str, rows: str, files: Files) -> float:
             return _sides(first, second, _source(rows, files), "time")[0]
         case "first leaner":
             return _sides(first, second, _source(rows, files), "memory")[1]
-    return _of_log(name, ROWS / thing)
+        case "most batch" | "most resolution":
+            return max(line[name.removeprefix("most ")] for line in _lines(ROWS / thing) if line["fits"])
+    return float(_lines(ROWS / thing)[-1][name])
 
 
 def _minutes(path: Path) -> float:
@@ -127,9 +136,8 @@ def _sides(ours: str, peer: str, source: Source, figure: Figure) -> tuple[int, i
     return sizes[before - 1], sizes[after]
 
 
-def _of_log(name: str, path: Path) -> float:
+def _lines(path: Path) -> list[Any]:
     try:
-        lines = read_file(path).decode().splitlines()
+        return [parse_json(line) for line in read_file(path).decode().splitlines()]
     except OSError as error:
         raise ClaimError(f"cannot read {path}: {error.strerror}") from None
-    return float(parse_json(lines[-1])[name])
