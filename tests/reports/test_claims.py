@@ -98,10 +98,10 @@ def test_bad_claims_are_refused_in_one_line(tmp_path: Path, old: str, new: str, 
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    for words in (["--claims", str(tmp_path)], [str(tmp_path / "none.jsonl")]):
+    for words in (["--claims", str(tmp_path)], [str(tmp_path / "none.jsonl")], [str(tmp_path)]):
         result = runner.invoke(command.app, words)
         assert result.exit_code == 2, words
-        assert "cannot read" in result.stderr
+        assert ("no .jsonl files in" if words == [str(tmp_path)] else "cannot read") in result.stderr
 
 
 def test_the_projects_claims_are_whole() -> None:
@@ -418,6 +418,7 @@ def test_it_is_told_as_text_markdown_and_json(make_row: Callable[..., Row], writ
     result = runner.invoke(command.app, [str(rows), "--claims", str(path)])
     assert result.exit_code == 0
     assert "1 claim: 1 holds\n" in result.output
+    assert runner.invoke(command.app, [str(rows.parent), "--claims", str(path)]).output == result.output
     assert "$ python -m bench run" in result.output
     out = tmp_path / "out"
     assert runner.invoke(command.app, [str(rows), "--claims", str(path), "--out", str(out)]).exit_code == 0
