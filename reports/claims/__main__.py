@@ -28,8 +28,8 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="RESULTS.jsonl",
-            help="Results files, or folders of them. Default: this project's of one H100. A claim is tested on the file "
-            "that it names; where that was not given, on those that no claim names, such as your own.",
+            help="Results files, or folders of them. Default: this project's of one H100. A claim is tested on the "
+            "file that it names; where that was not given, on those that no claim names, such as your own.",
         ),
     ] = None,
     out: Annotated[
