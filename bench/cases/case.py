@@ -93,8 +93,6 @@ class Case:
             raise ValueError("several processes are parallel by ddp or fsdp, and one is by neither")
         if self.parallel and self.mode != "train":
             raise ValueError(f"{self.parallel} is of training; mode is {self.mode}")
-        if self.parallel == "fsdp" and self.captures:
-            raise ValueError("fsdp allocates and frees what it gathers as it runs, and is in no CUDA graph")
 
     @property
     def family(self) -> str:

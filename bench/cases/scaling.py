@@ -62,7 +62,7 @@ class Axes:
 
 
 def scaling_cases(axes: Axes) -> list[Case]:
-    """Model by model and way by way: one process, then more by each kind; fsdp, which no graph holds, launched.
+    """Model by model and way by way: one process, then more by each kind.
 
     Raises:
         ValueError: Something cannot be measured; the message says what to write instead.
@@ -81,10 +81,9 @@ def scaling_cases(axes: Axes) -> list[Case]:
                 device=axes.device,
             )
             alone = _at_its_best(plain)
-            kinds = [kind for kind in axes.parallel if not (kind == "fsdp" and alone.captures)]
             several = [count for count in axes.processes if count > 1]
             cases.append(alone)
-            cases += [replace(alone, processes=count, parallel=kind) for count in several for kind in kinds]
+            cases += [replace(alone, processes=count, parallel=kind) for count in several for kind in axes.parallel]
     return list(dict.fromkeys(cases))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple, cast
 
@@ -123,7 +123,10 @@ def _measure(job: RankJob, ranks: Ranks, kept: _Kept, tell: Callable[[Phase], No
             dtype=cast(Any, case.dtype),
             captured=case.captures,
         )
-        found = _projections(model, loss_of(parallel.network, case, given))
+        loss = loss_of(parallel.network, case, given)
+        found = _projections(model, loss)
+        if case.captures:
+            found = _replayed(model, loss, parallel.warmup)
     error, bound = relative_error(found, due), GRADIENT_BOUND[case.dtype]
     if not error <= bound:
         raise ParityError(f"its gradient is off the mean of the ranks' own by {error:.2g}; {bound:g} is allowed")
@@ -200,16 +203,41 @@ def _projections(model: Backbone, loss: Callable[[], Tensor]) -> Tensor:
     """Every gradient of a loss, each on a random direction that is the same on all ranks: one number a parameter."""
     torch.manual_seed(SEED)
     loss().backward()
+    found = _projected([parameter.grad for parameter in model.parameters()])
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _projected(gradients: Sequence[Tensor | None]) -> Tensor:
     found = []
-    for number, parameter in enumerate(model.parameters()):
-        if parameter.grad is None:
+    for number, share in enumerate(gradients):
+        if share is None:
             continue
-        gradient = whole(parameter.grad).float()
+        gradient = whole(share).float()
         generator = torch.Generator(gradient.device).manual_seed(number)
         direction = torch.randn(gradient.shape, generator=generator, device=gradient.device)
         found.append((gradient * direction).sum())
-        parameter.grad = None
     return torch.stack(found)
+
+
+def _replayed(model: Backbone, loss: Callable[[], Tensor], warmup: int) -> Tensor:
+    """`_projections` of gradients that a CUDA graph of the loss' passes leaves when it is replayed."""
+
+    def passes() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(warmup):
+        passes()
+    replay, _ = capture(passes)
+    for _ in range(3):
+        replay()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    found = _projected(gradients)
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def _in_step(

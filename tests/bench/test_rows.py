@@ -198,7 +198,6 @@ def test_rows_before_schema_5_know_one_process_and_one_gpu(version: int) -> None
         {"processes": 2},
         {"parallel": "ddp"},
         {"processes": 2, "parallel": "ddp", "mode": "forward"},
-        {"processes": 2, "parallel": "fsdp", "execution": "graph"},
         {"processes": 0},
         {"processes": 2, "parallel": "pipeline"},
     ],

@@ -37,11 +37,13 @@ def test_cases_are_compiled_where_the_suite_best_compiles_them() -> None:
     assert found == [
         ("DiG", "graph", "", 1),
         ("DiG", "graph", "ddp", 2),
+        ("DiG", "graph", "fsdp", 2),
         ("DiG", "eager", "", 1),
         ("DiG", "eager", "ddp", 2),
         ("DiG", "eager", "fsdp", 2),
         ("Flash-DiT", "compiled-graph by block", "", 1),
         ("Flash-DiT", "compiled-graph by block", "ddp", 2),
+        ("Flash-DiT", "compiled-graph by block", "fsdp", 2),
         ("Flash-DiT", "compile by block", "", 1),
         ("Flash-DiT", "compile by block", "ddp", 2),
         ("Flash-DiT", "compile by block", "fsdp", 2),

@@ -105,8 +105,9 @@ def wrap(
         if compiled:
             for block in blocks_of(model):
                 block.compile()
-        shard(model, dtype=dtype, mesh=mesh)
-        return Parallel(kind=kind, model=model, network=model, why_eager=NO_GRAPH, warmup=0)
+        shard(model, dtype=dtype, mesh=mesh, keep_whole=captured)
+        warmup = GRAPH_WARMUP if captured else 0
+        return Parallel(kind=kind, model=model, network=model, why_eager=None if captured else NO_GRAPH, warmup=warmup)
     device = next(model.parameters()).device
     # For a graph, its gradients' accumulators have to be made on the stream of the capture.
     with on_capture_stream(device) if captured else nullcontext():
@@ -128,13 +129,15 @@ def mesh_of_all(device: str) -> DeviceMesh:
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
-def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None) -> M:
+def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None, keep_whole: bool = False) -> M:
     """FSDP2 by block, in place: parameters become DTensors, each rank holding a share of every one.
 
     Args:
         model: The same on all ranks, on this one's device or on the host: see `wrap`.
         dtype: See `wrap`.
         mesh: See `wrap`.
+        keep_whole: Whether a block's weights stay gathered from its forward to its backward pass: they take memory, and
+            are gathered once a step.
     """
     if mesh is None:
         mesh = mesh_of_all(next(model.parameters()).device.type)
@@ -143,7 +146,7 @@ def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None
     if dtype == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_whole)
     # What is left, embeddings and the head, is gathered once for a forward and backward pass.
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
