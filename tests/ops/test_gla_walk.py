@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.gla.mixer import gla_mixer
 from dig.ops.gla.tiled import gla_block
 from dig.ops.launch import LaunchContext
-from dig.ops.tiles.choices import GlaTiles
+from dig.ops.tiles import INTERPRETER
 from dig.scan import ScanOrder
 from tests.helpers import relative_error
 from tests.ops.test_gla_mixer import BOUNDS, DEVICE, ORDERS, arguments, expected_output
@@ -25,6 +26,7 @@ from tests.ops.test_gla_mixer import BOUNDS, DEVICE, ORDERS, arguments, expected
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 EPS = 0.1
+BASE = INTERPRETER.gla[32, 64, torch.float32]
 ALWAYS = {"walk_chunks": 100, "walk_programs": 0}
 NEVER = {"walk_chunks": 0}
 
@@ -34,7 +36,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets a call's tile choices."""
 
     def use(chunk: int = 32, **choices: int) -> None:
-        found = GlaTiles(chunk=chunk, scan_lanes=128, scan_groups=2, short_units=512, **choices)
+        found = replace(BASE, chunk=chunk, **choices)
         monkeypatch.setattr(launches, "tiles_for", lambda q, v: found)
 
     return use
@@ -165,7 +167,7 @@ def test_many_heads_of_few_chunks_take_one_launch(monkeypatch: pytest.MonkeyPatc
 
 
 def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = GlaTiles(chunk=32, few=GlaTiles(chunk=16), few_programs=6)
+    chosen = replace(BASE, chunk=32, few=replace(BASE, chunk=16), few_programs=6)
     monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
 
     def chunk(B: int, T: int, H: int) -> int:

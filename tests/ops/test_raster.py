@@ -18,7 +18,6 @@ from dig.ops.srem import fused as srem
 from dig.ops.swiglu import fused as swiglu
 from dig.ops.swiglu import products
 from dig.ops.tiles import INTERPRETER, sm90
-from dig.ops.tiles.choices import ProductChoices, ProductTiles
 from dig.training.step import checkpoint_blocks
 from tests.helpers import example, randomize, relative_error
 
@@ -166,7 +165,7 @@ def test_without_gradients_nothing_is_kept(batch: int) -> None:
 
 def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next block's weights, cast in a block's up-projection GEMM or by a kernel of their own."""
-    wide = ProductTiles(rows=128, columns=128, depth=16, stages=4)
+    wide = replace(sm90.PRODUCTS.wide["up alone"], depth=16)
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
     _, kernels = twins(replace(BASE, width=128, heads=2, depth=2, variant="release"))
     inputs = example(kernels, 1)
@@ -181,7 +180,7 @@ def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(raster_weights, "project_up_preparing", count)
     outputs = []
     for narrowest in (0, 1000):
-        choices = ProductChoices(narrow_width=narrowest, share=(128, 128))
+        choices = replace(INTERPRETER.products, narrow_width=narrowest, share=(128, 128))
         monkeypatch.setattr(products, "for_device", lambda _, own=choices: replace(INTERPRETER, products=own))
         with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
             outputs.append(kernels(*inputs))
