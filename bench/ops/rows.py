@@ -31,10 +31,12 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "products": GPU_ONLY,
     "condition": GPU_ONLY,
     "weights": GPU_ONLY,
+    "modulation": BOTH,
 }
 """Operation → how it can be computed. ``triton`` is what DiG:triton calls: the recurrence with gates and norms (gla),
 SREM's convolution (srem), the gated residual with its norm (adaln), SwiGLU alone (swiglu) and in its matrix products
-(products), the condition of a few images, and a block's weights made ready for the products.
+(products), the condition of a few images, a block's weights made ready for the products, and adaLN's linear layer
+(modulation).
 """
 FORWARD_ONLY = frozenset({"condition"})
 """Without a backward pass: what only inference calls."""
