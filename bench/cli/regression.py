@@ -28,13 +28,12 @@ from bench.cli.gate import (
     conclude,
     make_plan,
 )
-from bench.cli.options import one_of
 from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, exit_status
 from bench.judge.regression import BUDGETS, SUITES, Comparison, compare_sides
 from bench.judge.statistics import noise_floor
 from bench.judge.stored import against_best
-from bench.messages import cell, check_count, refuse
+from bench.messages import cell, check_count, one_of, refuse
 from bench.run.checkouts import Checkout, copy_tree, slow_down
 from bench.run.side import Side
 from bench.store.rows import ResultError, Row, read_results
@@ -109,7 +108,11 @@ def regression(
         refuse("--best-of is of a comparison with the base, not of the gate's self-test")
     if case and suite is not None:
         refuse("--suite and --case each say what to measure; give one of them")
-    cases = without_repeats(parse_case(text, device=device) for text in case) if case else _cases_of(suite or "auto")
+    cases = (
+        without_repeats(parse_case(text, device=device) for text in case)
+        if case
+        else _cases_of("auto" if suite is None else suite)
+    )
     plan = make_plan(
         cases,
         launches=launches,
@@ -150,8 +153,8 @@ def _stored(paths: Sequence[Path], *, required: bool) -> list[Row]:
 
 def _cases_of(suite: str) -> list[Case]:
     """The cases of a suite by name; refused where they cannot be measured here."""
+    one_of(suite, "--suite", ("auto", *SUITES))
     name = ("gpu" if gpu_present() else "cpu") if suite == "auto" else suite
-    one_of(name, "suite", SUITES)
     if name != "cpu" and not gpu_present():
         refuse("no NVIDIA GPU was found; use --suite cpu, or run on a machine with one")
     cases = SUITES[name]()

@@ -72,9 +72,11 @@ class OpCase:
             value = getattr(self, name)
             require(value in known, f"{name} must be one of {', '.join(known)}; got {value!r:.80}")
         known = IMPLEMENTATIONS[self.op]
+        if self.device == "cpu" and known == GPU_ONLY:
+            raise ValueError(f"{self.op} has no implementation for a CPU; it needs an NVIDIA GPU")
         require(self.implementation in known, f"{self.op} has no {self.implementation!r}; it has {', '.join(known)}")
         if self.device == "cpu" and self.implementation == "triton":
-            raise ValueError(f"{self.op}: triton runs on a GPU only" + (", reference on both" * (known == BOTH)))
+            raise ValueError(f"{self.op}: triton runs on a GPU only, reference on both")
         if self.mode == "train" and self.op in FORWARD_ONLY:
             raise ValueError(f"{self.op} has no backward pass, for training does not call it; use --mode forward")
         for name in ("batch", "resolution"):

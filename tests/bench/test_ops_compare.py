@@ -216,17 +216,20 @@ def test_rows_are_read_as_they_were_written_and_nothing_else_is() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--op glu", "unknown op 'glu': did you mean swiglu?"),
-        ("--op ,", "name at least one op"),
-        ("--op gla --implementation fla", "unknown implementation 'fla'"),
+        ("--op glu", "unknown --op 'glu': did you mean swiglu?"),
+        ("--op ,", "--op needs at least one of"),
+        ("--op gla --implementation fla", "unknown --implementation 'fla'"),
         ("--op gla --implementation triton", "triton runs on a GPU only, reference on both"),
-        ("--op condition", "condition has no 'reference'; it has triton"),
-        ("--op gla --mode both", "unknown mode 'both'"),
+        ("--op gla --implementation=", "unknown --implementation ''"),
+        ("--op condition", "condition has no implementation for a CPU; it needs an NVIDIA GPU"),
+        ("--op products --implementation triton", "products has no implementation for a CPU; it needs an NVIDIA GPU"),
+        ("--op gla --mode both", "unknown --mode 'both'"),
         ("--op gla --model DiT-S/2", "these are DiG's operations; DiT-S/2 is none"),
         ("--op gla --model DiG-S", "DiG-S"),
         ("--op gla --resolution 100", "resolution 100 is not a multiple of 16"),
         ("--op gla --batch 0", "--batch must be at least 1"),
-        ("--op gla --dtype fp16", "dtype must be one of"),
+        ("--op gla --dtype fp16", "unknown --dtype 'fp16'"),
+        ("--op gla --dtype=", "unknown --dtype ''"),
         ("--op gla --launches 4", "--launches must be at least 5"),
         ("--op gla --base no-such", "neither a revision nor a folder"),
         ("--op gla --device cuda", "no NVIDIA GPU was found"),
@@ -238,6 +241,28 @@ def test_bad_input(options: str, message: str, tmp_path: Path, monkeypatch: pyte
     assert result.exit_code == 2, result.output
     assert result.output.count("\n") == 1, result.output
     assert message in result.output
+
+
+def test_an_operation_without_a_reference_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.cases.choices.gpu_present", lambda: True)
+    words = ["ops", "compare", "--op", "condition", "--implementation", "reference", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert "condition has no 'reference'; it has triton" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--op gla --base main", "--op is no option of ops alone, but of a command: ops compare --op\n"),
+        ("--cold 5", "No such option: --cold"),
+    ],
+)
+def test_an_option_before_its_command_is_told_where_it_belongs(options: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["ops", *options.split()])
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert result.output.count("\n") == 1
 
 
 def test_all_operations_are_those_that_run_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,8 @@ def test_suites_are_small_and_fit_their_device() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "gpus"], "did you mean gpu?"),
+        (["--suite", "gpus"], "unknown --suite 'gpus': did you mean gpu?"),
+        (["--suite", ""], "unknown --suite '': Known: auto, gpu, quick, cpu"),
         (["--suite", "gpu"], "no NVIDIA GPU was found"),
         (["--suite", "cpu", "--launches", "4"], "--launches must be at least 5"),
         (["--suite", "cpu", "--base", "no-such"], "neither a revision nor a folder"),
