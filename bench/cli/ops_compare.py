@@ -13,11 +13,11 @@ from bench.cases.case import Dtype, Mode
 from bench.cases.choices import choose_device, default_dtype
 from bench.cli.gate import (
     Base,
-    Gate,
     Launches,
     LeastEffect,
     Noise,
     Out,
+    RegressionGate,
     Seconds,
     Summary,
     TimeLimit,
@@ -102,6 +102,6 @@ def compare(
     )
 
     def judge(scratch: Path, folder: Path, console: Console) -> tuple[int, str]:
-        return Gate(plan, scratch, folder, console, side=OpSide).run(base)
+        return RegressionGate(plan, scratch, folder, console, side=OpSide).run(base)
 
     conclude(judge, out=out, summary=summary)

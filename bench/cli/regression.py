@@ -17,11 +17,11 @@ from bench.cases.suites import without_repeats
 from bench.cli.gate import (
     MOST_LAUNCHES,
     Base,
-    Gate,
     Launches,
     LeastEffect,
     Noise,
     Out,
+    RegressionGate,
     Seconds,
     Summary,
     TimeLimit,
@@ -105,7 +105,7 @@ def regression(
     if stored and not best_of:
         refuse("--stored is what --best-of N chooses from; give both")
     if best_of and (against_itself or self_test):
-        refuse("--best-of is of a comparison with the base, not of the gate's self-test")
+        refuse("--best-of is of a comparison with the base, not of the regression gate's self-test")
     if case and suite is not None:
         refuse("--suite and --case each say what to measure; give one of them")
     cases = (
@@ -129,7 +129,7 @@ def regression(
         refuse(str(error))
 
     def judge(scratch: Path, folder: Path, console: Console) -> tuple[int, str]:
-        gate = _Gate(plan, scratch, folder, console)
+        gate = _OfSteps(plan, scratch, folder, console)
         if against_itself or self_test:
             return gate.test_itself(runs=against_itself, slowed=self_test)
         return gate.run(base, also=lambda found: against_best(found.change, earlier, best_of, found.thresholds))
@@ -167,7 +167,7 @@ def _cases_of(suite: str) -> list[Case]:
 _SAID = {NO_REGRESSION: "no alarm", REGRESSION: "an alarm", INCONCLUSIVE: "inconclusive"}
 
 
-class _Gate(Gate[Case]):
+class _OfSteps(RegressionGate[Case]):
     """The regression gate for whole steps, with its self-test."""
 
     def test_itself(self, *, runs: int, slowed: bool) -> tuple[int, str]:

@@ -19,14 +19,15 @@ from bench.cli import ops_compare
 from bench.cli.main import app
 from bench.judge.compare import Thresholds, exit_status
 from bench.judge.regression import Plan, compare_checkouts
-from bench.ops import calls
+from bench.measure.timing import Sampled
+from bench.ops import calls, side
 from bench.ops.calls import MAKERS, tensors_of
 from bench.ops.measure import measure
 from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase, OpJob, OpRow
 from bench.ops.side import OpSide
 from bench.run.checkouts import copy_tree
 from bench.run.runner import run_job
-from bench.run.side import SideError
+from bench.run.side import Question, SideError
 from bench.store.lines import ResultError, read_lines
 from dig.environment import ROOT
 from dig.ops import srem
@@ -179,6 +180,42 @@ def test_every_registered_operation_belongs_to_one_that_is_timed() -> None:
     assert sorted(found) == sorted([*timed, *ALSO])
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("op", ["gla", "srem", "adaln", "swiglu", "modulation"])
+def test_a_call_is_of_the_images_of_its_case(op: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = _small_step(monkeypatch, op=op, mode="forward", batch=3, implementation=implementation)
+    assert [len(tensor) for tensor in tensors_of(step())] in ([3], [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("model", "resolution", "side"), [("DiG-S/2", 1792, 112), ("DiG-S/4", 256, 8), ("DiG-S/8", 64, 1)]
+)
+def test_an_image_has_the_tokens_of_its_models_patches(model: str, resolution: int, side: int) -> None:
+    assert replace(SREM, model=model, resolution=resolution).side == side
+
+
+@pytest.mark.parametrize(("warmup", "marks"), [("bound", ("unsteady",)), ("steady", ()), ("none", ())])
+def test_times_that_never_settled_are_marked(
+    warmup: str, marks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = Sampled(samples_ms=(1.0, 2.0), host_ms=1.0, stop_reason="time", warmup=warmup, warmup_steps=1)
+    monkeypatch.setattr("bench.ops.measure.sample", lambda *_, **__: sampled)
+    row = measure(OpJob(case=SREM, budget=QUICK, environment={}))
+    assert (row.status, row.marks) == ("ok", marks)
+
+
+@pytest.mark.parametrize(("returned", "marks"), [(False, ("unwatched", "memory-kept")), (True, ("unwatched",))])
+def test_memory_that_does_not_come_back_is_marked(
+    returned: bool, marks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = OpRow(case=SREM, status="ok", started_at="2026-01-01T00:00:00+00:00", samples_ms=(1.0,), marks=("unwatched",))
+    monkeypatch.setattr("bench.ops.side.run_job", lambda *_, **__: row.to_json())
+    monkeypatch.setattr("bench.ops.side.Referee.wait_for_memory", lambda self: returned)
+    question = Question(case=json.loads(row.to_json())["case"], budget=QUICK, launch=0, time_limit=9.0)
+    answered = OpRow.from_json(side._start()(question, lambda doing: None))
+    assert answered == replace(row, marks=marks)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_modulation_is_that_of_the_reference(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same inputs give the same results; one image takes the kernel of a matrix and a vector."""
@@ -272,7 +309,7 @@ def test_all_operations_are_those_that_run_there(tmp_path: Path, monkeypatch: py
         seen.extend(plan.cases)
         raise SideError("seen")
 
-    monkeypatch.setattr(ops_compare, "Gate", stop)
+    monkeypatch.setattr(ops_compare, "RegressionGate", stop)
     on_a_cpu = {"gla", "srem", "adaln", "swiglu", "modulation"}
     for present, expected in ((False, on_a_cpu), (True, {*IMPLEMENTATIONS} - FORWARD_ONLY)):
         monkeypatch.setattr("bench.cases.choices.gpu_present", lambda present=present: present)

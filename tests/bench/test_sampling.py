@@ -20,6 +20,7 @@ from bench.cli import sampling as commands
 from bench.cli.main import app
 from bench.cli.sampling import default_batch
 from bench.measure.intervals import MedianInterval
+from bench.sampling import run as turns
 from bench.sampling.measure import Contestant
 from bench.sampling.rows import RowsWriter, SamplingCase, SamplingRow, compare, read_rows
 from bench.sampling.run import measure
@@ -157,6 +158,34 @@ def test_the_command_measures_in_turns(tmp_path: Path) -> None:
     assert rows[0].run == rows[1].run
     assert "commit" in rows[0].environment
     assert "peer" in done.stdout
+
+
+def test_every_other_turn_is_in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gets slower within a turn, the card as it warms up, then costs no model more than another."""
+    order: list[str] = []
+
+    class Told:
+        def __init__(self, entry: str, case: SamplingCase) -> None:
+            self.family, self.word = case.family, ""
+
+        def tell(self, word: str) -> None:
+            self.word = word
+            if word == "sample":
+                order.append(self.family)
+
+        def answer(self, time_limit: float) -> tuple[str, Any]:
+            return "ok", {"peak_memory_gib": None, "versions": {}} if self.word == "finish" else float(len(order) + 1)
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(turns, "Worker", Told)
+    third = replace(CASE, model="DiT-S/8")
+    rows = list(measure([[DIG, CASE, third]], repeats=3, time_limit=1, environment={}))
+    forth = ["DiG", "Flash-DiT", "DiT"]
+    assert order == [*forth, *reversed(forth), *forth]
+    # Each row has its own model's times, whatever the order was.
+    assert [each.seconds for each in rows] == [(2.0, 7.0, 8.0), (3.0, 6.0, 9.0), (4.0, 5.0, 10.0)]
 
 
 @pytest.mark.slow
