@@ -67,7 +67,7 @@ def make_plan(
     )
 
 
-class Gate(Generic[C]):
+class RegressionGate(Generic[C]):
     """The comparisons that one call of a command makes.
 
     Args:

@@ -45,10 +45,10 @@ def refused(found: Result, message: str) -> None:
         (("--warps", "4,-1"), "--warps must be at least 1"),
         (("--warps", "4 8"), "--warps takes whole numbers separated by commas"),
         (("--warps", ""), "--warps needs at least one number"),
-        (("--dtype", "fp8"), "unknown dtype 'fp8'"),
-        (("--dtype", "bf16,fp32"), "unknown dtype 'bf16,fp32'"),
-        (("--implementations", "magic"), "unknown implementation 'magic'"),
-        (("--implementations", ","), "name at least one implementation: triton"),
+        (("--dtype", "fp8"), "unknown --dtype 'fp8'"),
+        (("--dtype", "bf16,fp32"), "unknown --dtype 'bf16,fp32'"),
+        (("--implementations", "magic"), "unknown --implementations 'magic'"),
+        (("--implementations", ","), "--implementations needs at least one of triton"),
         (("--json", "."), "choose another --json"),
         (("--nothing",), "--help"),
     ],
@@ -58,7 +58,7 @@ def test_options_are_checked(program: str, words: tuple[str, ...], message: str)
 
 
 def test_products_and_ways_to_prepare_weights_are_checked() -> None:
-    refused(ops("products", "--passes", "sideways"), "unknown pass 'sideways'")
+    refused(ops("products", "--passes", "sideways"), "unknown --passes 'sideways'")
     refused(ops("prepare", "--programs", "-1"), "--programs must be at least 0")
 
 
