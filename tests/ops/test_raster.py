@@ -84,9 +84,9 @@ def test_gates_of_one_image_are_folded_or_not(name: str, monkeypatch: pytest.Mon
     reference, kernels = twins(replace(BASE, depth=3, variant=name))
     inputs = example(reference, 1)
     launched: dict[int, list[str]] = {}
-    monkeypatch.setattr(raster_block, "UNFOLDED_WIDTH", 0)
     for most in (0, 1000):
-        monkeypatch.setattr(raster_block, "UNFOLDED_TOKENS", most)
+        passes = replace(sm90.PASSES, unfolded_tokens=most, unfolded_width=0)
+        monkeypatch.setattr(raster_block, "passes_for", lambda device, passes=passes: passes)
         with torch.no_grad(), _Calls() as calls:
             output = kernels(*inputs)
             assert relative_error(output, reference(*inputs)) < 1e-5
@@ -98,7 +98,7 @@ def test_gates_of_one_image_are_folded_or_not(name: str, monkeypatch: pytest.Mon
 
 
 def test_weights_of_another_dtype_are_cast_and_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raster_block, "UNFOLDED_WIDTH", 0)
+    monkeypatch.setattr(raster_block, "passes_for", lambda device: replace(sm90.PASSES, unfolded_width=0))
     _, kernels = twins(replace(BASE, depth=2))
     inputs = example(kernels, 1)
     with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16), _Calls() as calls:

@@ -21,6 +21,7 @@ from dig.ops.tiles.choices import (
     VectorTiles,
     WeightTiles,
 )
+from dig.ops.tiles.passes import PassChoices
 
 KIB = 1024
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Architecture:
         products: Of SwiGLU's GEMMs. They read tiles by descriptors: without those, all are apart.
         weights: Of casts of weights and what else reads each weight once.
         condition: Of the condition's two products.
+        passes: Which of its ways a block's pass takes.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Architecture:
     products: ProductChoices
     weights: WeightTiles
     condition: VectorTiles
+    passes: PassChoices
 
     def __post_init__(self) -> None:
         if not self.descriptors and (self.products.narrow or self.products.wide or self.products.few):

@@ -52,4 +52,5 @@ ARCHITECTURE = Architecture(
     products=sm90.PRODUCTS.apart(),
     weights=sm90.WEIGHTS,
     condition=sm90.CONDITION,
+    passes=sm90.PASSES,
 )

@@ -27,6 +27,7 @@ from dig.ops.tiles.choices import (
     VectorTiles,
     WeightTiles,
 )
+from dig.ops.tiles.passes import PassChoices
 
 # What the entries share, as it was found for heads of 32 and 64 in bf16.
 _HEADS = GlaTiles(
@@ -198,6 +199,25 @@ WEIGHTS = WeightTiles(
 # Not swept: as `WEIGHTS.vector`, for reading the weights is all the work.
 CONDITION = VectorTiles(rows=8, columns=512, warps=4)
 
+PASSES = PassChoices(
+    # With 32 programs XL's forward pass at 512 pixels took 3.82 ms instead of 4.05, at 256 2.60 instead of 2.89; with
+    # 4096 tokens any number of them was slower (`python -m bench ops prepare`).
+    beside_tokens=1024,
+    beside_programs=32,
+    # In turns: S/2's forward pass with bf16 weights at 256 pixels 2.4% less than with 32, at 512 the same.
+    beside_programs_gates=64,
+    # Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that delays a CUDA graph by 6.5 µs.
+    # Halves of 4096 rows need none and take as long as the whole (D = 1152), which saves 1.8% of XL's forward pass. At
+    # 16,384 rows the whole is faster.
+    halved_tokens=4096,
+    # In turns, unfolded: XL/2 at 256 pixels 9.3% less, at 512 7.4%, at 1024 and 2048 the same; L/2 and B/2 at 256 7.4%
+    # and 2.2% less; S/2 at 256 0.6% more.
+    unfolded_tokens=1024,
+    unfolded_width=768,
+    # Not swept: every image reads the weights again, from the L2 cache; of more images a GEMM is faster.
+    condition_images=8,
+)
+
 ARCHITECTURE = Architecture(
     name="Hopper",
     capability=(9, 0),
@@ -211,4 +231,5 @@ ARCHITECTURE = Architecture(
     products=PRODUCTS,
     weights=WEIGHTS,
     condition=CONDITION,
+    passes=PASSES,
 )
