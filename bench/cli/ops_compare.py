@@ -21,6 +21,7 @@ from bench.cli.gate import (
     Seconds,
     Summary,
     TimeLimit,
+    check_base,
     conclude,
     make_plan,
 )
@@ -62,6 +63,7 @@ def compare(
     regression judges steps. Exit status 0: nothing got slower; 1: something did; 3: nothing measured, or inconclusive;
     2: bad input.
     """
+    check_base(base)
     check_count(resolution, "--resolution")
     check_count(batch, "--batch")
     where = choose_device(device)

@@ -25,6 +25,7 @@ from bench.cli.gate import (
     Seconds,
     Summary,
     TimeLimit,
+    check_base,
     conclude,
     make_plan,
 )
@@ -100,6 +101,7 @@ def regression(
     --against-itself and --self-test the status says whether the regression gate works: 0 if no run of unchanged code
     raised an alarm and the slowed copy did.
     """
+    check_base(base)
     check_count(against_itself, "--against-itself", least=0, most=MOST_LAUNCHES)
     check_count(best_of, "--best-of", least=0, most=MOST_LAUNCHES)
     if stored and not best_of:

@@ -268,6 +268,7 @@ def test_rows_are_read_as_they_were_written_and_nothing_else_is() -> None:
         ("--op gla --dtype fp16", "unknown --dtype 'fp16'"),
         ("--op gla --dtype=", "unknown --dtype ''"),
         ("--op gla --launches 4", "--launches must be at least 5"),
+        ("--op gla --base=", "--base needs a revision"),
         ("--op gla --base no-such", "neither a revision nor a folder"),
         ("--op gla --device cuda", "no NVIDIA GPU was found"),
     ],

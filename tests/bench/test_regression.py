@@ -196,6 +196,7 @@ def test_suites_are_small_and_fit_their_device() -> None:
     ("options", "message"),
     [
         (["--suite", "gpus"], "unknown --suite 'gpus': did you mean gpu?"),
+        (["--suite", "cpu", "--base", ""], "--base needs a revision, or a folder with a checkout"),
         (["--suite", ""], "unknown --suite '': Known: auto, gpu, quick, cpu"),
         (["--suite", "gpu"], "no NVIDIA GPU was found"),
         (["--suite", "cpu", "--launches", "4"], "--launches must be at least 5"),
