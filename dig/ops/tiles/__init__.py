@@ -90,9 +90,14 @@ def for_device(device: torch.device) -> Architecture:
     return _of_gpu(gpu_index(device))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def passes_for(device: torch.device) -> PassChoices:
     """Which of its ways a block's pass takes there; of a device that launches nothing, as in the interpreter."""
+    return _passes_for(device)
+
+
+@functools.cache
+def _passes_for(device: torch.device) -> PassChoices:
     return (for_device(device) if device.type == "cuda" and torch.cuda.is_available() else INTERPRETER).passes
 
 
@@ -104,7 +109,7 @@ def gpu_index(device: torch.device) -> int:
 def forget_choices() -> None:
     """Choose anew from now on: somebody has changed a table (`bench.ops.variants`)."""
     _of_gpu.cache_clear()
-    passes_for.cache_clear()
+    _passes_for.cache_clear()
     INTERPRETER.forget()
 
 
