@@ -143,6 +143,8 @@ def prepare(asked: Asked, console: Console) -> Drawing:
 
         found, adapter_sha256 = with_adapter(found, asked.adapter)
     size, (family, *_) = Footprint.of(found.spec), parse_name(found.spec.name)
+    if asked.dtype == "bf16" and not family.cast:
+        raise ValueError(f"{family.name} does not say that its models can be cast to bf16: use --dtype autocast")
     plan = plan_samples(
         classes=asked.classes,
         class_names=found.class_names,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import dig
+from dig import registry
 from dig.cli import app
 from dig.environment import ROOT
 from dig.registry import find_family
@@ -146,6 +148,16 @@ def test_the_command_casts_where_it_is_told_to(run: Path, tmp_path: Path) -> Non
     assert np.array_equal(found[""], found["fp32"])  # On a CPU.
     assert not np.array_equal(found["bf16"], found["autocast"])
     assert relative_error(torch.from_numpy(found["bf16"]), torch.from_numpy(found["fp32"])) < 0.05
+
+
+def test_a_family_that_does_not_say_so_is_not_cast(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    family, *rest = registry.parse_name("DiG-S/2")
+    monkeypatch.setattr(registry, "parse_name", lambda name: (replace(family, cast=False), *rest))
+    arguments = ["sample", "--checkpoint", str(run), "--npz", str(tmp_path / "a.npz"), "--dtype", "bf16"]
+    told = CliRunner().invoke(app, arguments)
+    assert (told.exit_code, told.stderr) == (
+        2, "error: DiG does not say that its models can be cast to bf16: use --dtype autocast\n",
+    )  # fmt: skip
 
 
 def test_precision_where_nobody_says() -> None:
