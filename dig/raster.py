@@ -25,18 +25,15 @@ from dig.config import EPS
 from dig.layers import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, adaln_linear
 from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
-from dig.ops.condition import MOST_IMAGES, condition
+from dig.ops.condition import condition
 from dig.ops.side_stream import Point, mark, on_side_stream, uses_side_stream, wait
+from dig.ops.tiles import passes_for
+from dig.ops.tiles.passes import PassChoices
 from dig.ops.weights import matrix_vector
 from dig.raster_block import folds_gates
 from dig.raster_gradients import gathered
 from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, adaln, modulations_of, prepare_block
 from dig.untouched import untouched, untouched_adaln, untouched_layer_norm, untouched_linear
-
-_FEW_TOKENS = 1024
-_FEW_PROGRAMS, _FEW_PROGRAMS_GATES = 32, 64
-"""How many programs prepare weights beside a block with at most so many tokens; and if all they do is to gate some of
-them. See `programs_beside`."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -103,7 +100,7 @@ def embed_condition(
     times: TimestepEmbedder, labels: LabelEmbedder, t: Tensor, y: Tensor, unseen: bool
 ) -> tuple[Tensor, Tensor]:
     """The condition before and after its SiLU, (B, D) both; ``unseen`` is what `untouched_embedders` says."""
-    few = t.dim() == 1 and y.shape == t.shape and len(t) <= MOST_IMAGES
+    few = t.dim() == 1 and y.shape == t.shape and len(t) <= passes_for(t.device).condition_images
     plain = not (y.is_floating_point() or torch.is_grad_enabled())
     if unseen and few and plain and times.frequencies % 2 == 0 and not (labels.training and labels.dropout > 0):
         first, second = cast(nn.Linear, times.mlp[0]), cast(nn.Linear, times.mlp[2])
@@ -114,20 +111,17 @@ def embed_condition(
     return c, F.silu(c)
 
 
-def programs_beside(tokens: int, *, casts: bool) -> int | None:
+def programs_beside(passes: PassChoices, tokens: int, *, casts: bool) -> int | None:
     """How many programs prepare a block's weights beside the block before; None: all at once.
 
-    Found by `bench.ops.prepare`: with few tokens the GEMMs leave most SMs idle or short of work, and a few of them are
-    enough for the weights; with many, cuBLAS' tiles are as many as there are SMs, so that each one taken away costs a
-    GEMM twice its time.
-
     Args:
+        passes: The device's.
         tokens: Of all images.
-        casts: Whether weights are cast. Gates alone are soon done, and more programs begin the sooner.
+        casts: Whether weights are cast.
     """
-    if tokens > _FEW_TOKENS:
+    if tokens > passes.beside_tokens:
         return None
-    return _FEW_PROGRAMS if casts else _FEW_PROGRAMS_GATES
+    return passes.beside_programs if casts else passes.beside_programs_gates
 
 
 class Lookahead:
@@ -165,7 +159,7 @@ class Lookahead:
         self._prepares = prepares
         self._folds = [w is not None and folds_gates(x, w) for w in self._weights]
         casts = any(product.dtype != x.dtype for w in weights if w is not None for product in w.products)
-        self._programs = programs_beside(x.shape[0] * x.shape[1], casts=casts)
+        self._programs = programs_beside(passes_for(x.device), x.shape[0] * x.shape[1], casts=casts)
         self._upcoming: tuple[Prepared, Point | None] | None = None
         self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None

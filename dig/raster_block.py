@@ -14,30 +14,14 @@ from torch.nn import functional as F
 from dig.config import EPS
 from dig.ops.gla.mixer import order_code
 from dig.ops.linear import as_rows
+from dig.ops.tiles import passes_for
 from dig.raster_operations import add_and_convolve, linear, operations_for
 from dig.raster_training import train_block
 from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, Settings, prepare_block
 
-HALVED_TOKENS = 4096
-"""Up to so many rows, a wide model projects q, k, v and gates in two halves of the rows.
-
-Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that delays a CUDA graph by 6.5 µs. Halves of
-4096 rows need none and take as long as the whole (D = 1152, an H100), which saves 1.8% of DiG-XL's forward pass. At
-16,384 rows the whole is faster.
-"""
-
-
-UNFOLDED_TOKENS, UNFOLDED_WIDTH = 1024, 768
-"""Up to so many tokens at least so wide, one image's gates are not folded into weights that need no cast.
-
-Folding copies two weights a block, each after that block's modulation. Unfolded, all modulations come in one launch
-before the first block, and nothing runs beside the blocks. In turns on an H100, unfolded: DiG-XL/2 at 256 pixels 9.3%
-less, at 512 7.4%, at 1024 and 2048 the same; L/2 and B/2 at 256 7.4% and 2.2% less; S/2 at 256 0.6% more.
-"""
-
 
 def _linear_in_halves(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear`, half of the rows at a time: see `HALVED_TOKENS`."""
+    """`linear`, half of the rows at a time: see `PassChoices`."""
     rows = as_rows(x)
     out, half = rows.new_empty(len(rows), len(weight)), len(rows) // 2
     for part in (slice(half), slice(half, None)):
@@ -62,7 +46,7 @@ def infer_block(
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
     ops = operations_for(x)
     h, _ = ops.norm(x, shift1, scale1, w.norm1, settings.norm, EPS, x.dtype)
-    halved = fused_cast is not None and h.shape[1] <= HALVED_TOKENS
+    halved = fused_cast is not None and h.shape[1] <= passes_for(x.device).halved_tokens
     projected = _linear_in_halves(h, p.in_proj) if halved else linear(h, p.in_proj)
     y, _ = ops.mixer(
         projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, False
@@ -129,5 +113,6 @@ def folds_gates(x: Tensor, weights: BlockWeights) -> bool:
     images, tokens, width = x.shape
     if images != 1 or torch.is_grad_enabled():
         return False
-    many = tokens > UNFOLDED_TOKENS or width < UNFOLDED_WIDTH
+    passes = passes_for(x.device)
+    many = tokens > passes.unfolded_tokens or width < passes.unfolded_width
     return many or any(weight.dtype != x.dtype for weight in weights.products)

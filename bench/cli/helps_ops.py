@@ -70,7 +70,7 @@ HELPS = {
     "variants": Help(
         groups={"Ways": "settings", STEP: "model resolution mode batch weights", HOW: "rounds replays json"},
         examples=(
-            "python -m bench ops variants --set dig.raster_block.HALVED_TOKENS=0",
+            "python -m bench ops variants --set dig.ops.tiles.sm90.PASSES.halved_tokens=0",
             "python -m bench ops variants --set MODULE.NAME=1 --set MODULE.NAME=2",
         ),
     ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from bench.cases.case import Case
+from bench.cases.case import Mode as Modes
 from bench.cases.choices import one_case
-from bench.cli.options import Weights, check_appendable, numbers, words
+from bench.cli.options import Weights, check_appendable, numbers, some_of, words
 from bench.messages import check_count, refuse
 from dig.environment import gpu_present
 
@@ -97,13 +98,14 @@ def chain(
     See dig.ops.early_launch. Each is a CUDA graph of the whole step.
     """
     sides = numbers(resolutions, "--resolutions")
+    chosen = some_of(modes, "--modes", get_args(Modes))
     _check(rounds, replays, json)
     cases = [
         _graph(model, resolution=side, mode=mode, batch=batch, weights=weights)
-        for model, side, mode in itertools.product(words(CHAINED if models is None else models), sides, words(modes))
+        for model, side, mode in itertools.product(words(CHAINED if models is None else models), sides, chosen)
     ]
     if not cases:
-        refuse("nothing to time: --models and --modes must name something")
+        refuse("nothing to time: --models must name something")
     import torch
 
     from bench.ops.chain import compare_orders

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from bench.ops.common import (
     set_count,
     use_tiles,
 )
+from dig.ops.tiles import for_device
 
 NORMALIZER = 16.0
 
@@ -168,14 +169,14 @@ def sweep(shape: Shape, choices: Choices) -> None:
     from triton.runtime.errors import OutOfResources
 
     from dig.ops.gla import launches
-    from dig.ops.tiles.choices import GlaTiles
 
     step = mixer_step(shape)
+    base = replace(for_device(torch.device("cuda")).gla_tiles(shape.K, shape.V, DTYPES[shape.dtype]), few=None)
     best: dict[str, tuple[float, dict[str, Any]]] = {}
 
     def time(names: Collection[str], **choice: Any) -> None:
         try:
-            with use_tiles(launches, GlaTiles(**WALK[names == [WALKS]], **choice)):
+            with use_tiles(launches, replace(base, **WALK[names == [WALKS]], **choice)):
                 kernels = kernel_times(step)
         except OutOfResources as error:
             print(f"{choice}: {error}", flush=True)

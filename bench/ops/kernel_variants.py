@@ -63,8 +63,9 @@ def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
 
 
 def _recurrences(architecture: Architecture) -> Iterator[tuple[int, int, torch.dtype, GlaTiles]]:
-    """Every entry of the table, and the choices for few programs that it has."""
-    for (K, V, of), tiles in architecture.gla.items():
+    """What is chosen for the heads of every entry of the table, and the choices for few programs that it has."""
+    for K, V, of in architecture.gla:
+        tiles = architecture.gla_tiles(K, V, of)
         for each in (tiles, tiles.few):
             if each is not None:
                 yield K, V, of, each
@@ -306,7 +307,7 @@ def modulation_variants(architecture: Architecture) -> Iterator[Variant]:
     """adaLN's linear layer for a full tile of images."""
     from dig.ops.modulation import kernels
 
-    D, tiles = WIDTHS[1], architecture.weights.modulation
+    D, tiles = WIDTHS[1], architecture.modulation_tiles()
     gradient = {"ROWS": tiles.gradient_rows, "COLS": tiles.gradient_columns}
     for function, constants in (
         (kernels.modulation_kernel, {"ROWS": tiles.rows, "COLS": tiles.columns, "IMAGES": tiles.images}),

@@ -1,14 +1,15 @@
 """Time a model's step with constants of the code changed, beside the step as it is, all in turns.
 
-    python -m bench ops variants --set dig.raster_block.HALVED_TOKENS=0
+    python -m bench ops variants --set dig.ops.tiles.sm90.PASSES.halved_tokens=0
     python -m bench ops variants --model DiG-S/2:triton --resolution 512 \\
-        --set dig.raster._FEW_TOKENS=0 --set "dig.raster._FEW_TOKENS=0; dig.raster._FEW_PROGRAMS=16"
+        --set dig.ops.tiles.sm90.PASSES.beside_tokens=0 \\
+        --set "dig.ops.tiles.sm90.PASSES.beside_tokens=0; dig.ops.tiles.sm90.PASSES.beside_programs=16"
     python -m bench ops variants --set dig.ops.tiles.sm90.GLA.walk_chunks=8
 
 Each ``--set`` is one variant, of one constant or several with semicolons between them; a value is a Python literal, and
-a constant is named in the module that reads it. A field of a table of tile choices is set in all its entries. Each
-variant is a CUDA graph of the whole step, as the benchmark captures it; what comes of it is compared with the first's,
-bit for bit.
+a constant is named in the module that reads it. Of tile choices a field is named; of a table of them it is set in all
+entries. Each variant is a CUDA graph of the whole step, as the benchmark captures it; what comes of it is compared with
+the first's, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +41,7 @@ class Setting:
         module: Where it is read.
         name: Its name there.
         value: What it is to be.
-        field: Where the constant is a table of tile choices: the field that is set in every entry.
+        field: Where the constant is one of tile choices, or a table of them: the field that is set, in every entry.
     """
 
     module: ModuleType
@@ -50,7 +51,7 @@ class Setting:
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """From ``dig.raster_block.HALVED_TOKENS=0``.
+        """From ``dig.ops.tiles.sm90.PASSES.halved_tokens=0``.
 
         Raises:
             ValueError: There is no such constant, or its value is of another type or out of range.
@@ -58,15 +59,14 @@ class Setting:
         place, equals, literal = text.partition("=")
         path, _, name = place.strip().rpartition(".")
         if not equals or not path:
-            raise ValueError(f"a setting is MODULE.NAME=VALUE, as dig.raster_block.HALVED_TOKENS=0; got {text!r}")
+            raise ValueError(f"a setting is MODULE.NAME=VALUE, as dig.ops.tiles.sm90.GLA.walk_chunks=0; got {text!r}")
         module, name, field = _find(text, path, name)
         try:
             value = ast.literal_eval(literal)
         except (ValueError, SyntaxError):
             raise ValueError(f"{text!r}: {literal!r} is no Python literal") from None
         if field:
-            table = module.__dict__[name]
-            kinds = {type(getattr(entry, field)) for entry in table.values()}
+            kinds = {type(getattr(entry, field)) for entry in _entries(module.__dict__[name]).values()}
         else:
             kinds = {type(module.__dict__[name])}
         if type(value) not in kinds:
@@ -74,23 +74,54 @@ class Setting:
             raise ValueError(f"{text!r}: {place} is of type {names}, {literal} of {type(value).__name__}")
         setting = cls(module=module, name=name, value=value, field=field)
         if field:
-            setting.entries()
+            setting.changed()
         return setting
 
-    def entries(self) -> dict[Any, Any]:
-        """The table's entries as they are to be.
+    def changed(self) -> dict[Any, Any]:
+        """The tile choices as they are to be, by their place in the table.
 
         Raises:
             ValueError: No tile choice has such a value.
         """
-        table = self.module.__dict__[self.name]
-        return {key: replace(entry, **{self.field: self.value}) for key, entry in table.items()}
+        found = _entries(self.module.__dict__[self.name])
+        return {place: replace(entry, **{self.field: self.value}) for place, entry in found.items()}
 
-    def applied(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def applied(self) -> Iterator[None]:
         """Let it have this value."""
         if not self.field:
-            return replaced(self.module, self.name, self.value)
-        return _table_replaced(self.module.__dict__[self.name], self.entries())
+            with replaced(self.module, self.name, self.value):
+                yield
+            return
+        chosen = self.module.__dict__[self.name]
+        before = _entries(chosen)
+        _put(chosen, self.changed())
+        try:
+            yield
+        finally:
+            _put(chosen, before)
+
+
+def _entries(chosen: Any) -> dict[Any, Any]:
+    """Tile choices by their place in a table; by None where they are not in one. Copies: see `_put`.
+
+    Raises:
+        ValueError: Something else.
+    """
+    entries = dict(chosen) if isinstance(chosen, dict) else {None: chosen}
+    if not entries or not all(is_dataclass(entry) and not isinstance(entry, type) for entry in entries.values()):
+        raise ValueError("these are no tile choices")
+    return {place: replace(entry) for place, entry in entries.items()}
+
+
+def _put(chosen: Any, entries: Mapping[Any, Any]) -> None:
+    """Let a table, or the choices themselves, be these. An architecture holds them by reference."""
+    if isinstance(chosen, dict):
+        chosen.update(entries)
+    else:
+        for each in fields(chosen):
+            object.__setattr__(chosen, each.name, getattr(entries[None], each.name))
+    forget_choices()
 
 
 def _find(text: str, path: str, name: str) -> tuple[ModuleType, str, str]:
@@ -98,34 +129,19 @@ def _find(text: str, path: str, name: str) -> tuple[ModuleType, str, str]:
     try:
         module, field = importlib.import_module(path), ""
     except ImportError as error:
-        outer, _, table = path.rpartition(".")
+        outer, _, constant = path.rpartition(".")
         message = f"{text!r}: there is no module {path} ({error})"
         try:
             module = importlib.import_module(outer or path)
-        except ImportError:
+            entries = _entries(module.__dict__.get(constant))
+        except (ImportError, ValueError):
             raise ValueError(message) from None
-        path, name, field = outer, table, name
-        entries = module.__dict__.get(name)
-        if not (isinstance(entries, dict) and all(is_dataclass(entry) for entry in entries.values())):
-            raise ValueError(message) from None
+        path, name, field = outer, constant, name
         if not all(hasattr(entry, field) for entry in entries.values()):
-            raise ValueError(f"{text!r}: the entries of {path}.{name} have no {field}") from None
+            raise ValueError(f"{text!r}: {path}.{name} has no {field}") from None
     if name not in module.__dict__:
         raise ValueError(f"{text!r}: {path} has no {name}")
     return module, name, field
-
-
-@contextmanager
-def _table_replaced(table: dict[Any, Any], entries: dict[Any, Any]) -> Iterator[None]:
-    """Let a table of tile choices have these entries."""
-    before = dict(table)
-    table.update(entries)
-    forget_choices()
-    try:
-        yield
-    finally:
-        table.update(before)
-        forget_choices()
 
 
 @contextmanager

@@ -25,12 +25,13 @@ from dig.layers import Backbone
 from dig.sampling.decoder import Decoder, open_decoder
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.planning import doubts, plan_samples
-from dig.sampling.runner import BatchSampler
+from dig.sampling.runner import BatchSampler, default_precision
 from dig.sampling.trained import Trained
 from dig.sampling.weights import Published, load_weights, read_choice
 from dig.training.needs import Footprint, check_sampling
 
 logger = logging.getLogger(__name__)
+
 
 TRAINED = "trained"
 """Where `load` leaves what a model was trained with."""
@@ -171,7 +172,8 @@ def sample(
         model_batch: Images that the model takes at once, part of what decides on their last bits.
         vae: Decodes latents: a folder or a hub name. The one that came with the model if not given.
         other_vae: Whether it may be another one than the latents were made with.
-        dtype: ``bf16`` (autocast) or ``fp32``; bf16 on a GPU if not given.
+        dtype: ``bf16``, of a model that was cast (``model.to(torch.bfloat16)``), ``autocast`` to that, or ``fp32``. If
+            not given, bf16 for what was cast, else autocast on a GPU.
         execution: ``graph`` (the whole loop as a CUDA graph) or ``eager``; graph on a GPU if not given.
 
     Raises:
@@ -198,9 +200,8 @@ def sample(
         raise TypeError(f"vae must be a folder or a name on the hub; got {vae!r:.80}")
     if not isinstance(other_vae, bool):
         raise TypeError(f"other_vae must be True or False; got {other_vae!r:.80}")
-    where = next(model.parameters()).device
-    if dtype not in (None, "bf16", "fp32"):
-        raise ValueError(f"dtype must be bf16 or fp32; got {dtype!r}")
+    first_weight = next(model.parameters())
+    where = first_weight.device
     if execution not in (None, "graph", "eager"):
         raise ValueError(f"execution must be graph or eager; got {execution!r}")
     if execution == "graph" and where.type != "cuda":
@@ -223,7 +224,7 @@ def sample(
         steps=steps,
         eta=eta,
         seed=seed,
-        bf16=(dtype or ("bf16" if where.type == "cuda" else "fp32")) == "bf16",
+        precision=default_precision(where.type, cast=first_weight.dtype == torch.bfloat16) if dtype is None else dtype,
     )
     decoder = None
     if trained is not None:

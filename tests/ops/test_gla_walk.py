@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dig.ops.gla import launches
+from dig.ops.gla import launches, mixer
 from dig.ops.gla.block_launches import run_block
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.gla.mixer import gla_mixer
 from dig.ops.gla.tiled import gla_block
 from dig.ops.launch import LaunchContext
-from dig.ops.tiles.choices import GlaTiles
+from dig.ops.tiles import INTERPRETER
 from dig.scan import ScanOrder
 from tests.helpers import relative_error
 from tests.ops.test_gla_mixer import BOUNDS, DEVICE, ORDERS, arguments, expected_output
@@ -25,6 +27,7 @@ from tests.ops.test_gla_mixer import BOUNDS, DEVICE, ORDERS, arguments, expected
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 EPS = 0.1
+BASE = INTERPRETER.gla[32, 64, torch.float32]
 ALWAYS = {"walk_chunks": 100, "walk_programs": 0}
 NEVER = {"walk_chunks": 0}
 
@@ -34,7 +37,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets a call's tile choices."""
 
     def use(chunk: int = 32, **choices: int) -> None:
-        found = GlaTiles(chunk=chunk, scan_lanes=128, scan_groups=2, short_units=512, **choices)
+        found = replace(BASE, chunk=chunk, **choices)
         monkeypatch.setattr(launches, "tiles_for", lambda q, v: found)
 
     return use
@@ -165,7 +168,7 @@ def test_many_heads_of_few_chunks_take_one_launch(monkeypatch: pytest.MonkeyPatc
 
 
 def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = GlaTiles(chunk=32, few=GlaTiles(chunk=16), few_programs=6)
+    chosen = replace(BASE, chunk=32, few=replace(BASE, chunk=16), few_programs=6)
     monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
 
     def chunk(B: int, T: int, H: int) -> int:
@@ -176,6 +179,25 @@ def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> No
         return alone.tiles.chunk
 
     assert [chunk(1, 64, 3), chunk(1, 65, 3), chunk(3, 32, 2), chunk(3, 33, 2)] == [16, 32, 16, 32]
+
+
+@pytest.mark.parametrize(("keep", "chunk"), [(True, 32), (False, 16)])
+def test_what_a_backward_pass_follows_takes_none_of_them(
+    monkeypatch: pytest.MonkeyPatch, keep: bool, chunk: int
+) -> None:
+    chosen = replace(BASE, chunk=32, few=replace(BASE, chunk=16), few_programs=100)
+    monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
+    taken: list[int] = []
+
+    def run(plan: launches.Plan, *rest: Any) -> tuple[Tensor, Tensor]:
+        taken.append(plan.tiles.chunk)
+        return run_block(plan, *rest)
+
+    monkeypatch.setattr(mixer, "run_block", run)
+    _, states = mixer.mixer_forward(*arguments((4, 12), 1, 16, torch.float32), 1, 4, 12, 0, EPS, keep)
+    assert taken == [chunk]
+    if keep:
+        assert states.shape[3] == 2
 
 
 def test_without_gradients_nothing_is_kept(tiles: Callable[..., None]) -> None:

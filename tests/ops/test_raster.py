@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dig import raster_block, raster_weights
+from dig import raster, raster_block, raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
@@ -18,7 +18,6 @@ from dig.ops.srem import fused as srem
 from dig.ops.swiglu import fused as swiglu
 from dig.ops.swiglu import products
 from dig.ops.tiles import INTERPRETER, sm90
-from dig.ops.tiles.choices import ProductChoices, ProductTiles
 from dig.training.step import checkpoint_blocks
 from tests.helpers import example, randomize, relative_error
 
@@ -85,9 +84,9 @@ def test_gates_of_one_image_are_folded_or_not(name: str, monkeypatch: pytest.Mon
     reference, kernels = twins(replace(BASE, depth=3, variant=name))
     inputs = example(reference, 1)
     launched: dict[int, list[str]] = {}
-    monkeypatch.setattr(raster_block, "UNFOLDED_WIDTH", 0)
     for most in (0, 1000):
-        monkeypatch.setattr(raster_block, "UNFOLDED_TOKENS", most)
+        passes = replace(sm90.PASSES, unfolded_tokens=most, unfolded_width=0)
+        monkeypatch.setattr(raster_block, "passes_for", lambda device, passes=passes: passes)
         with torch.no_grad(), _Calls() as calls:
             output = kernels(*inputs)
             assert relative_error(output, reference(*inputs)) < 1e-5
@@ -98,8 +97,14 @@ def test_gates_of_one_image_are_folded_or_not(name: str, monkeypatch: pytest.Mon
     assert [launched[most].count("matrix_vectors") for most in launched] == [4, 2]
 
 
+def test_few_programs_prepare_weights_beside_few_tokens() -> None:
+    passes = replace(sm90.PASSES, beside_tokens=10, beside_programs=3, beside_programs_gates=5)
+    asked = [(10, True), (10, False), (11, True), (11, False)]
+    assert [raster.programs_beside(passes, tokens, casts=casts) for tokens, casts in asked] == [3, 5, None, None]
+
+
 def test_weights_of_another_dtype_are_cast_and_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raster_block, "UNFOLDED_WIDTH", 0)
+    monkeypatch.setattr(raster_block, "passes_for", lambda device: replace(sm90.PASSES, unfolded_width=0))
     _, kernels = twins(replace(BASE, depth=2))
     inputs = example(kernels, 1)
     with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16), _Calls() as calls:
@@ -166,7 +171,7 @@ def test_without_gradients_nothing_is_kept(batch: int) -> None:
 
 def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next block's weights, cast in a block's up-projection GEMM or by a kernel of their own."""
-    wide = ProductTiles(rows=128, columns=128, depth=16, stages=4)
+    wide = replace(sm90.PRODUCTS.wide["up alone"], depth=16)
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
     _, kernels = twins(replace(BASE, width=128, heads=2, depth=2, variant="release"))
     inputs = example(kernels, 1)
@@ -181,7 +186,7 @@ def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(raster_weights, "project_up_preparing", count)
     outputs = []
     for narrowest in (0, 1000):
-        choices = ProductChoices(narrow_width=narrowest, share=(128, 128))
+        choices = replace(INTERPRETER.products, narrow_width=narrowest, share=(128, 128))
         monkeypatch.setattr(products, "for_device", lambda _, own=choices: replace(INTERPRETER, products=own))
         with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
             outputs.append(kernels(*inputs))

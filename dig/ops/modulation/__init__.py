@@ -51,7 +51,7 @@ def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     c, weight, bias = c.contiguous(), weight.contiguous(), bias.contiguous()
     (B, M), N = c.shape, weight.shape[0]
-    tiles = for_device(c.device).weights.modulation
+    tiles = for_device(c.device).modulation_tiles()
     images = _images(tiles, B)
     out = torch.empty(B, N, dtype=weight.dtype, device=c.device)
     with launching(c.device) as launch:
@@ -67,7 +67,7 @@ def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor
     """Gradients of c (B, M) in its dtype, weight (N, M) and bias (N,), from dout (B, N)."""
     dout, c, weight = dout.contiguous(), c.contiguous(), weight.contiguous()
     (B, M), N = c.shape, weight.shape[0]
-    tiles = for_device(c.device).weights.modulation
+    tiles = for_device(c.device).modulation_tiles()
     images = _images(tiles, B)
     dweight, dbias = empty(weight), torch.empty(N, dtype=weight.dtype, device=c.device)
     inner = min(images, tiles.inner_images)
