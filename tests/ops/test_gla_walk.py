@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dig.ops.gla import launches
+from dig.ops.gla import launches, layouts
 from dig.ops.gla.block_launches import run_block
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.kernels_walk import walk_kernel
@@ -145,9 +145,9 @@ def test_slices_of_fused_projections_and_fp32_decays_are_read_in_place(tiles: Ca
 def launched(monkeypatch: pytest.MonkeyPatch, B: int, H: int, T: int) -> int:
     """How many kernels the forward pass launches."""
     kernels = []
-    monkeypatch.setattr(LaunchContext, "early", lambda self, kernel, *rest, **named: kernels.append(kernel))
+    monkeypatch.setattr(LaunchContext, "start", lambda self, launch, *tensors: kernels.append(launch.kernel))
     q, v = (torch.empty(B, T, H, 16, device=DEVICE) for _ in range(2))
-    gate = launches.DecayGate(values=q, logits=True)
+    gate = layouts.DecayGate(values=q, logits=True)
     plan = launches.plan_of(q, v, 1.0, 1.0)
     run_block(plan, q, q, v, gate, v, v[0, 0, 0], EPS, False)
     assert (walk_kernel in kernels) == (len(kernels) == 1)
