@@ -164,9 +164,12 @@ class Lookahead:
         self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None
         known = [w for w in self._weights if w is not None]
-        whole = len(known) == len(weights) and self._fold_gates and not torch.compiler.is_compiling()
-        if whole and all(FusedCast.fits(w.products, x) for w in known):
-            # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside.
+        whole = len(known) == len(weights) and x.shape[0] == 1 and not torch.compiler.is_compiling()
+        self._fuses_casts = whole and self._fold_gates and all(FusedCast.fits(w.products, x) for w in known)
+        # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside; and
+        # in order, where nothing runs beside anything, one launch costs the host less.
+        alike = len({w.adaln_weight.dtype for w in known}) == 1
+        if self._fuses_casts or (whole and alike and prepares and not uses_side_stream()):
             with on_side_stream(c):
                 self._modulations = modulations_of(known, c)
 
@@ -201,7 +204,7 @@ class Lookahead:
         weights = self._weights[i] if i < len(self._weights) else None
         if weights is None or not self._prepares:
             return
-        if i and self._modulations is not None:
+        if i and self._fuses_casts and self._modulations is not None:
             self._fused_cast = FusedCast(weights.products, self._modulations[i : i + 1])
         elif uses_side_stream():
             with on_side_stream(self._c, self._modulations):

@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
+from dig.ops.adaln.fused import (
+    norm_gradients,
+    norm_modulate_backward,
+    norm_modulate_forward,
+    residual_norm_modulate_forward,
+)
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums
 from dig.ops.library import unseen
-from dig.ops.srem.fused import srem_backward, srem_forward
+from dig.ops.srem.fused import srem_backward, srem_forward, srem_gradients
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weights import gated_weight_gradient
 from dig.raster_weights import BlockWeights, Settings
@@ -37,7 +42,10 @@ class Operations(NamedTuple):
 
 
 _REGISTERED = Operations()
-_DIRECT = Operations._make(operation.function for operation in _REGISTERED)
+# Called directly, those whose results have an optional part give None for it, and make nothing to stand for it.
+_DIRECT = Operations._make(operation.function for operation in _REGISTERED)._replace(
+    norm_backward=norm_gradients, srem_backward=srem_gradients
+)
 
 
 def operations_for(x: Tensor) -> Operations:

@@ -36,7 +36,6 @@ from dig.raster_weights import (
     Settings,
     adaln_backward,
     cast_products,
-    gates_of_one_image,
 )
 
 
@@ -157,7 +156,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     one_image = x.shape[0] == 1
     ops = operations_for(dout)
     with on_side_stream(ahead=True):
-        p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
+        p = cast_products(w.products, [gate1, gate2] if one_image else [], x.dtype)
     weights_ready = mark(ahead=True)
     with on_side_stream(projected, ahead=True):
         # Of the recurrence's backward pass the first kernel waits for no gradient.
@@ -273,5 +272,5 @@ def train_block(
 
 def _gated_gradients(ops: Operations, d: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gate (1, N) of ``gate ⊙ (weight x)`` of one image, from its gradient d."""
-    dweight, dgate = ops.gated_gradient(weight_gradient(as_rows(d), as_rows(x)), weight, gate[0])
-    return dweight, dgate.unsqueeze(0)
+    gradients: tuple[Tensor, Tensor] = ops.gated_gradient(weight_gradient(as_rows(d), as_rows(x)), weight, gate)
+    return gradients
