@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D width, R rank of the decay gate, F inner width of S
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,6 +114,12 @@ class Settings:
     order: ScanOrder
 
 
+@functools.lru_cache(maxsize=1024)
+def settings_of(norm: str, heads: int, grid: tuple[int, int], order: ScanOrder) -> Settings:
+    """The same `Settings` each time: every block asks in every step."""
+    return Settings(norm=norm, heads=heads, grid=grid, order=order)
+
+
 class FusedCast:
     """The weights of a block that are cast in the one before, in its up-projection GEMM: `project_up_preparing`.
 
@@ -213,7 +220,7 @@ def adaln(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     take as long again.
     """
     if takes(weight):
-        return modulation(c, weight, bias)
+        return modulation.recorded(c, weight, bias)
     with without_autocast(c.device):
         return F.linear(c.to(weight.dtype), weight, bias)
 

@@ -370,7 +370,7 @@ def fused_norm_modulate(
         ValueError: A width, dtype, device or stride that the kernels do not take; the message names the argument.
     """
     _check_arguments(x, None, {"shift": shift, "scale": scale}, weight, dtype)
-    h: Tensor = norm_modulate_forward(x, shift, scale, weight, norm, eps, dtype)[0]
+    h: Tensor = norm_modulate_forward.recorded(x, shift, scale, weight, norm, eps, dtype)[0]
     return h
 
 
