@@ -199,9 +199,12 @@ def norm_gradients(
     dx_new: Tensor | None,
     dh: Tensor,
     norm: str,
+    dshift: Tensor | None = None,
+    dscale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`norm_modulate_backward`, with None for what was not asked for."""
-    dx, dshift, dscale = empty(x), empty(scale), empty(scale)
+    """`norm_modulate_backward`, with None for what was not asked for; dshift and dscale, if given, take these."""
+    dx, dshift = empty(x), empty(scale) if dshift is None else dshift
+    dscale = empty(scale) if dscale is None else dscale
     dbranch, dgate = None if branch is None else empty(branch), None if gate is None else empty(gate)
     dweight, h = None if weight is None else empty(weight), None if shift is None else empty(dh)
     dh = last_contiguous(dh)

@@ -108,18 +108,25 @@ def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | 
     return product[0]
 
 
+def gated_gradients(
+    product: Tensor, weight: Tensor, gate: Tensor, dgate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`gated_weight_gradient`, whose second is written into dgate, if given."""
+    product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
+    dweight, dgate = empty(weight), empty(gate) if dgate is None else dgate
+    kernel = _gradient_launch(for_device(weight.device).weights, weight.shape)
+    with launching(weight.device) as launch:
+        launch.start(kernel, product, weight, gate, dweight, dgate)
+    return dweight, dgate
+
+
 @operation("dig::gated_weight_gradient")
 def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight (N, M) and gate (N elements) from ``product = d^T x``, d that of ``gate ⊙ (W x)``.
 
     ``dW = gate ⊙ product`` by rows and ``dgate_i = sum_j W_ij product_ij``; product (N, M) in fp32.
     """
-    product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
-    dweight, dgate = empty(weight), empty(gate)
-    kernel = _gradient_launch(for_device(weight.device).weights, weight.shape)
-    with launching(weight.device) as launch:
-        launch.start(kernel, product, weight, gate, dweight, dgate)
-    return dweight, dgate
+    return gated_gradients(product, weight, gate)
 
 
 @functools.lru_cache(maxsize=1024)
