@@ -34,6 +34,7 @@ from dig.raster_operations import (
     linear,
     linear_backward,
     modulation_room,
+    on_device,
     operations_for,
 )
 from dig.raster_weights import (
@@ -107,7 +108,8 @@ class RasterBlock(torch.autograd.Function):
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
         refuse_second_derivatives()
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
-        with side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device):
+        beside = side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device)
+        with on_device(dout), beside:
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
         found = zip(gradients, needed, strict=True)
         weights = (gradient if asked else None for gradient, asked in found)

@@ -16,6 +16,7 @@ import copy
 import threading
 from collections.abc import Callable
 from functools import reduce
+from itertools import accumulate
 from operator import attrgetter, or_
 from typing import Any, NamedTuple
 
@@ -89,10 +90,12 @@ class Launch:
         parts: Where each tensor of the kernel lies: in which of the tensors that `LaunchContext.start` is given, and
             at which of its elements. Views of parts would take the host as long as memory of their own. Without, they
             are those that are given.
+        tuples: Of how many tensors each parameter is a tuple, where the kernel takes tuples alone; they are given one
+            after the other.
         constants: Its constants, and the options that it is compiled with.
     """
 
-    __slots__ = ("constants", "early", "forms", "grid", "kernel", "numbers", "parts", "programs")
+    __slots__ = ("constants", "early", "forms", "grid", "kernel", "numbers", "parts", "programs", "tuples")
 
     def __init__(
         self,
@@ -102,16 +105,21 @@ class Launch:
         *,
         early: bool = False,
         parts: tuple[tuple[int, int], ...] | None = None,
+        tuples: tuple[int, ...] = (),
         **constants: Any,
     ) -> None:
         self.kernel, self.grid, self.numbers, self.early, self.constants = kernel, grid, numbers, early, constants
         self.parts = parts
+        ends = tuple(accumulate(tuples, initial=0))
+        self.tuples = tuple(slice(*ends[i : i + 2]) for i in range(len(tuples)))
         self.programs = (*grid, 1, 1)[:3]
         self.forms: dict[tuple[Any, ...], tuple[_Form, tuple[tuple[int, int], ...]]] = {}
         """By device, order of launch and dtypes; beside each, ``parts`` in bytes."""
 
     def given(self, tensors: tuple[Argument, ...]) -> tuple[Argument, ...]:
-        """The tensors of the kernel, of those that they are parts of."""
+        """The kernel's, of those that it is started with."""
+        if self.tuples:
+            return tuple(tensors[each] for each in self.tuples)
         if self.parts is None:
             return tensors
         # How far it goes no kernel asks: an element stands for the part.
@@ -142,6 +150,13 @@ class LaunchContext:
         self._forms: dict[Any, _Form] = {}
         self._entered = [] if entered is None else entered
         self._early: bool | None = None
+        self._current: Callable[[int], int] | None = None
+
+    def _ask_for_streams(self) -> Callable[[int], int]:
+        """What gives a GPU's current stream, as Triton asks for it."""
+        found: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
+        self._current = found
+        return found
 
     def __enter__(self) -> LaunchContext:
         gpu = self._gpu
@@ -183,7 +198,7 @@ class LaunchContext:
             if not bits % ALIGNMENT and isinstance(compiled, CompiledKernel):
                 self._keep(key, kernel, compiled, len(tensors) + len(numbers), constants)
             return
-        stream = triton.runtime.driver.active.get_current_stream(self._gpu)
+        stream = (self._current or self._ask_for_streams())(self._gpu)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         form.run(x, y, z, stream, *form.before, *addresses, *numbers, *form.after)
 
@@ -193,34 +208,41 @@ class LaunchContext:
         self._forms[key] = _form(compiled, kernel, _ordered(kernel, given, constants))
 
     def start(self, launch: Launch, *tensors: Argument) -> None:
-        """Launch a kernel on the current stream, as `__call__`.
+        """Launch a kernel on the current stream, as `__call__`, and on this device, whichever is the current one.
 
         Args:
             launch: All but the tensors.
-            tensors: What it reads and writes, or what this is part of: tensors, tuples of them, or descriptors.
+            tensors: What it reads and writes, or what this is part of: tensors, or descriptors.
         """
+        gpu, entered = self._gpu, self._entered
+        if gpu >= 0 and not (entered and entered[-1][0] == gpu):
+            with self:
+                self.start(launch, *tensors)
+            return
         order = self._order() if launch.early else _ANYHOW
-        if self._gpu < 0 or _watched(launch.kernel):
+        if gpu < 0 or _watched(launch.kernel):
             self._through_triton(launch, order, tensors)
             return
         try:
             addresses: list[Any] = [*map(_address, tensors)]
         except TypeError:
             addresses, types, bits = _looked_into(tensors)
-            key: tuple[Any, ...] = (self._gpu, order, types)
+            key: tuple[Any, ...] = (gpu, order, types)
             known = launch.forms.get(key)
         else:
-            key = (self._gpu, order, *map(_dtype, tensors))
+            key = (gpu, order, *map(_dtype, tensors))
             known = launch.forms.get(key)
             if known is not None and known[1]:
                 addresses = [addresses[which] + offset for which, offset in known[1]]
             bits = reduce(or_, addresses)
+            if launch.tuples:
+                addresses = [tuple(addresses[each]) for each in launch.tuples]
         if known is None or bits % ALIGNMENT:
             self._through_triton(launch, order, tensors, key)
             return
-        form = known[0]
-        stream = triton.runtime.driver.active.get_current_stream(self._gpu)
-        form.run(*launch.programs, stream, *form.before, *addresses, *form.after)
+        run, before, after, _ = known[0]
+        stream = (self._current or self._ask_for_streams())(gpu)
+        run(*launch.programs, stream, *before, *addresses, *after)
 
     def _through_triton(
         self, launch: Launch, order: int, tensors: tuple[Argument, ...], key: tuple[Any, ...] | None = None
@@ -341,7 +363,8 @@ def launch_context(device: torch.device) -> LaunchContext:
     Looked up, and not handed down from the model, because PyTorch's custom operations take tensors and numbers alone,
     and because it is autograd that calls their backward passes. Nothing else of a launch is ambient.
     """
-    gpu = gpu_index(device) if device.type == "cuda" else -1
+    index = device.index if device.type == "cuda" else -1
+    gpu = gpu_index(device) if index is None else index
     contexts = _contexts
     context = contexts.by_gpu.get(gpu)
     if context is None:

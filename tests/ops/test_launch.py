@@ -87,6 +87,8 @@ def direct(context: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> LaunchCon
     """On a GPU whose current stream is number 7."""
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda gpu: 7))
     monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     return context
 
 
@@ -196,6 +198,32 @@ def test_a_launch_has_a_form_for_each_dtype_order_and_device(
         context.start(made, *pair)
     assert [call[-1].get("launch_pdl") for call in kernel.through_triton] == [True, None, True] * 2
     assert [launched[4] for launched in kernel.launched] == ["function 1", "function 4"]
+
+
+def test_a_launch_is_made_on_its_own_device(direct: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one; within its context nobody asks."""
+    current, asked = [0], []
+
+    def current_device() -> int:
+        asked.append(current[0])
+        return current[0]
+
+    monkeypatch.setattr(torch.cuda, "current_device", current_device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    kernel, pair = _Kernel(), tensors(torch.float32, torch.int32)
+    made, found = started(kernel), []
+    compiled, other = kernel.__getitem__, LaunchContext(torch.device("cuda:1"), direct._entered)
+    monkeypatch.setattr(_Kernel, "__getitem__", lambda self, grid: found.append(current[0]) or compiled(grid))
+    other.start(made, *pair)
+    assert (found, current) == ([1], [0])
+    with other:
+        asked.clear()
+        other.start(made, *pair)
+        assert not asked
+        direct.start(made, *pair)
+        assert current == [1]
+    assert found == [1, 0]
+    assert current == [0]
 
 
 def test_a_launch_of_odd_addresses_goes_through_triton(direct: LaunchContext) -> None:

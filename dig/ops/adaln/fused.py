@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
 from dig.ops.derivatives import once
-from dig.ops.launch import Launch, empty, last_contiguous, launching, or_none
+from dig.ops.launch import Launch, empty, last_contiguous, launch_context, or_none
 from dig.ops.library import operation
 from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
@@ -126,8 +126,7 @@ def _forward(
         tiles_for(x), x.shape, x.stride(), None if branch is None else branch.stride(), b_gate.stride(0),
         shift.stride(0), scale.stride(0), norm, eps,
     )  # fmt: skip
-    with launching(x.device) as launch:
-        launch.start(kernel, x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats)
+    launch_context(x.device).start(kernel, x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats)
     return x_new, h, stats
 
 
@@ -215,15 +214,15 @@ def norm_gradients(
         (b_gate.stride(0), b_shift.stride(0), scale.stride(0)),
         norm, dx_new is not None, branch is not None, shift is not None,
     )  # fmt: skip
-    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    partials = torch.empty(*shape, dtype=torch.float32, device=x.device)
     b_dgate, b_dweight = dx if dgate is None else dgate, dx if dweight is None else dweight
-    with launching(x.device) as launch:
-        launch.start(
-            first, x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx,
-            dx if dbranch is None else dbranch, dh if h is None else h, partials,
-        )  # fmt: skip
-        with on_side_stream(partials, scale, b_weight, dshift, dscale, dgate, dweight):
-            launch.start(second, partials, scale, b_weight, dshift, dscale, b_dgate, b_dweight)
+    launch = launch_context(x.device)
+    launch.start(
+        first, x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx,
+        dx if dbranch is None else dbranch, dh if h is None else h, partials,
+    )  # fmt: skip
+    with on_side_stream(partials, scale, b_weight, dshift, dscale, dgate, dweight):
+        launch.start(second, partials, scale, b_weight, dshift, dscale, b_dgate, b_dweight)
     return dx, dbranch, dgate, dshift, dscale, dweight, h
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H heads, K key width, V value width, N chunks.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from dig.ops.gla.launches import (
     walk_rounds,
 )
 from dig.ops.gla.layouts import DecayGate, Layout, Rows, Slots, rows_of
-from dig.ops.launch import Launch, empty, launching
+from dig.ops.launch import Launch, empty, launch_context
 from dig.ops.side_stream import on_side_stream
 
 
@@ -43,17 +44,17 @@ def run_rows(
     Unless ``keep``, the latter have no elements.
     """
     first = rows.tensors[0]
-    out = torch.empty(shape, dtype=first.dtype, device=first.device)
-    with launching(first.device) as launch:
-        if plan.walks:
-            states = no_states(first)
-            if keep:
-                states = torch.empty(1, *plan.state_shape, dtype=first.dtype, device=first.device)
-            launch.start(_walk_launch(plan, rows.layout, eps, keep), *rows.tensors, norm_weight, states, out)
-            return out, states
-        states, sums = local_states(launch, plan, rows)
-        scan_states(launch, plan, states, sums, direction=0)
-        launch.start(output_launch(plan, rows.layout, eps), *rows.tensors, norm_weight, sums, states, out)
+    out = torch.empty(*shape, dtype=first.dtype, device=first.device)
+    launch = launch_context(first.device)
+    if plan.walks:
+        states = no_states(first)
+        if keep:
+            states = torch.empty(1, *plan.state_shape, dtype=first.dtype, device=first.device)
+        launch.start(_walk_launch(plan, rows.layout, eps, keep), *rows.tensors, norm_weight, states, out)
+        return out, states
+    states, sums = local_states(launch, plan, rows)
+    scan_states(launch, plan, states, sums, direction=0)
+    launch.start(output_launch(plan, rows.layout, eps), *rows.tensors, norm_weight, sums, states, out)
     return out, states if keep else no_states(first)
 
 
@@ -77,7 +78,7 @@ def output_launch(plan: Plan, layout: Layout, eps: float, norm_gate: bool = True
     """`output_kernel`'s: on the inputs, the norm's weight, the sums, the states and the result."""
     n = layout.tensors
     # Registers were measured with the norm and gate alone.
-    registers = {"maxnreg": plan.tiles.output_registers} if norm_gate else {}
+    registers: dict[str, Any] = {"maxnreg": plan.tiles.output_registers} if norm_gate else {}
     return Launch(
         output_kernel, plan.grid,
         (*layout.qkv_strides, *layout.g_strides, plan.T, plan.N, *plan.scan, plan.scale, eps),
@@ -146,19 +147,19 @@ def run_rows_backward(
     device, (V,) = dy.device, norm_weight.shape
     do = torch.empty(plan.B, plan.T, plan.H, V, dtype=states.dtype, device=device)
     dweight = torch.empty(plan.B * plan.N * plan.H, V, dtype=torch.float32, device=device)
-    with launching(device) as launch:
-        sums = decay_sums(launch, plan, rows) if sums is None else sums
-        own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=device)
-        state_gradients = empty(states)
-        launch.start(
-            _output_backward_launch(plan, rows.layout, slots, dy_strides, eps, y is not None),
-            *rows.tensors, *outputs, norm_weight, dy, sums, states, state_gradients, own, do, dweight,
-            do if y is None else y,
-        )  # fmt: skip
-        scan_states(launch, plan, state_gradients, sums, direction=1)
-        dbias = gradients_of(
-            launch, plan, rows, slots, outputs, do, sums, states, state_gradients, own, bias=bias is not None
-        )
-        with on_side_stream(dweight, dbias):
-            dnorm = column_sums(launch, plan.tiles, dweight, norm_weight.dtype)
-            return dnorm, dbias if bias is None else column_sums(launch, plan.tiles, dbias, bias.dtype)
+    launch = launch_context(device)
+    sums = decay_sums(launch, plan, rows) if sums is None else sums
+    own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=device)
+    state_gradients = empty(states)
+    launch.start(
+        _output_backward_launch(plan, rows.layout, slots, dy_strides, eps, y is not None),
+        *rows.tensors, *outputs, norm_weight, dy, sums, states, state_gradients, own, do, dweight,
+        do if y is None else y,
+    )  # fmt: skip
+    scan_states(launch, plan, state_gradients, sums, direction=1)
+    dbias = gradients_of(
+        launch, plan, rows, slots, outputs, do, sums, states, state_gradients, own, bias=bias is not None
+    )
+    with on_side_stream(dweight, dbias):
+        dnorm = column_sums(launch, plan.tiles, dweight, norm_weight.dtype)
+        return dnorm, dbias if bias is None else column_sums(launch, plan.tiles, dbias, bias.dtype)

@@ -185,7 +185,7 @@ def decay_sums(launch: LaunchContext, plan: Plan, rows: Rows) -> Tensor:
 
 def empty_sums(plan: Plan, like: Tensor) -> Tensor:
     """Room for the sums of the decays of every chunk's tokens (B, H, N C, KP) in fp32."""
-    return torch.empty(plan.sums_shape, dtype=torch.float32, device=like.device)
+    return torch.empty(*plan.sums_shape, dtype=torch.float32, device=like.device)
 
 
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
@@ -247,7 +247,7 @@ def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple
 def gradients_of(
     launch: LaunchContext,
     plan: Plan,
-    rows: Rows,
+    inputs: Rows,
     slots: Slots,
     outputs: tuple[Tensor, ...],
     do: Tensor,
@@ -263,10 +263,10 @@ def gradients_of(
     Returns:
         Every chunk's part of the gradient of the gate's bias (B N, H K); of no rows without a bias.
     """
-    shape = (plan.B * plan.N if bias else 0, plan.H * plan.constants["K"])
-    dbias = torch.empty(shape, dtype=torch.float32, device=do.device)
-    kernel = _gradient_launch(plan, rows.layout, slots, strides_of(do))
-    launch.start(kernel, *rows.tensors, *outputs, do, sums, states, state_gradients, own, dbias)
+    rows = plan.B * plan.N if bias else 0
+    dbias = torch.empty(rows, plan.H * plan.constants["K"], dtype=torch.float32, device=do.device)
+    kernel = _gradient_launch(plan, inputs.layout, slots, strides_of(do))
+    launch.start(kernel, *inputs.tensors, *outputs, do, sums, states, state_gradients, own, dbias)
     return dbias
 
 

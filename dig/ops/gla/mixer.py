@@ -22,7 +22,7 @@ from dig.ops.gla.launches import Plan, check_kept, decay_sums, empty_states, emp
 from dig.ops.gla.layouts import Layout, Outline, Rows, Slots, gate_constants
 from dig.ops.gla.projection import GATE_NORMALIZER, projection_splits, split_projection
 from dig.ops.gla.tiled import check_qkv
-from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.launch import empty, last_contiguous, launch_context
 from dig.ops.library import operation
 from dig.ops.linear import as_rows, weight_gradient, without_autocast
 from dig.ops.side_stream import on_side_stream
@@ -113,8 +113,7 @@ def mixer_sums(
 ) -> Tensor:
     """The sums of the decays, which the backward pass begins with: they depend on no gradient."""
     plan, inputs, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-    with launching(projected.device) as launch:
-        return decay_sums(launch, plan, inputs)
+    return decay_sums(launch_context(projected.device), plan, inputs)
 
 
 @mixer_sums.register_fake
@@ -156,16 +155,27 @@ def mixer_backward(
         plan, inputs, p.slots, (gradient, dlogits), norm_weight, decay_bias, states, dy,
         (batch, token, p.v.shape[-1]), eps, y if rebuild else None, sums,
     )  # fmt: skip
+    factor = decay_weight if decay_weight.dtype == dlogits.dtype else decay_weight.to(dlogits.dtype)
     with without_autocast(projected.device):
-        torch.mm(dlogits, decay_weight.to(dlogits.dtype), out=as_rows(gradient)[:, p.low :])
+        torch.mm(dlogits, factor, out=_low(gradient, p))
         with on_side_stream(dlogits, projected):
-            dweight = weight_gradient(dlogits, as_rows(projected)[:, p.low :])
+            dweight = weight_gradient(dlogits, _low(projected, p))
     return gradient, dweight, dbias, dnorm, y
+
+
+def _low(rows: Tensor, p: _Projection) -> Tensor:
+    """The columns (B T, R) of the decay gate's factor."""
+    if rows.is_contiguous():
+        columns = rows.shape[2]
+        first = rows.storage_offset() + p.low
+        return rows.as_strided((rows.shape[0] * rows.shape[1], columns - p.low), (columns, 1), first)
+    return as_rows(rows)[:, p.low :]
 
 
 def _rebuilt(projected: Tensor, norm_weight: Tensor, heads: int, rebuild: bool) -> Tensor:
     width = heads * norm_weight.shape[0] if rebuild else 0
-    return torch.empty(*projected.shape[:2], width, dtype=projected.dtype, device=projected.device)
+    batch, tokens, _ = projected.shape
+    return torch.empty(batch, tokens, width, dtype=projected.dtype, device=projected.device)
 
 
 @mixer_forward.register_fake

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.launch import Launch, empty, launching
+from dig.ops.launch import Launch, empty, launch_context
 from dig.ops.library import operation
 from dig.ops.modulation.kernels import condition_gradient_kernel, modulation_kernel, weight_gradient_kernel
 from dig.ops.tiles import for_device
@@ -53,8 +53,9 @@ def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     c, weight, bias = c.contiguous(), weight.contiguous(), bias.contiguous()
     (B, M), N = c.shape, weight.shape[0]
     out = torch.empty(B, N, dtype=weight.dtype, device=c.device)
-    with launching(c.device) as launch:
-        launch.start(_launches(for_device(c.device).weights.modulation, B, M, N).product, c, weight, bias, out)
+    launch_context(c.device).start(
+        _launches(for_device(c.device).weights.modulation, B, M, N).product, c, weight, bias, out
+    )
     return out
 
 
@@ -97,9 +98,9 @@ def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor
     _, of_weight, of_condition, shares = _launches(for_device(c.device).weights.modulation, B, M, N)
     dweight, dbias = empty(weight), torch.empty(N, dtype=weight.dtype, device=c.device)
     partials = torch.empty(shares, B, M, dtype=torch.float32, device=c.device)
-    with launching(c.device) as launch:
-        launch.start(of_weight, dout, c, dweight, dbias)
-        launch.start(of_condition, dout, weight, partials)
+    launch = launch_context(c.device)
+    launch.start(of_weight, dout, c, dweight, dbias)
+    launch.start(of_condition, dout, weight, partials)
     return partials.sum(0).to(c.dtype), dweight, dbias
 
 

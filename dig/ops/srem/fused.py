@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.launch import Launch, empty, launching, or_none
+from dig.ops.launch import Launch, empty, launch_context, or_none
 from dig.ops.library import operation
 from dig.ops.side_stream import on_side_stream
 from dig.ops.srem import check_shapes
@@ -126,8 +126,8 @@ def srem_forward(
     """`fused_srem` as torch sees it."""
     plan = _plan("forward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed))
     y = empty(x)
-    with launching(x.device) as launch:
-        launch.start(plan.walk, x, x if branch is None else branch, x if gate is None else gate, weight, bias, y)
+    b_branch, b_gate = x if branch is None else branch, x if gate is None else gate
+    launch_context(x.device).start(plan.walk, x, b_branch, b_gate, weight, bias, y)
     return y
 
 
@@ -150,15 +150,15 @@ def srem_gradients(
     dx, dweight, dbias = empty(x), empty(weight), empty(bias)
     asked = not (branch is None or gate is None or sum_only)
     dbranch, dgate = (empty(branch), empty(gate)) if asked else (None, None)  # type: ignore[arg-type]
-    sums = torch.empty(plan.sums_shape, dtype=torch.float32, device=x.device)
+    sums = torch.empty(*plan.sums_shape, dtype=torch.float32, device=x.device)
     assert plan.sums is not None
-    with launching(x.device) as launch:
-        launch.start(
-            plan.walk, x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx,
-            dx if dbranch is None else dbranch, sums,
-        )  # fmt: skip
-        with on_side_stream(sums, dweight, dbias, dgate):
-            launch.start(plan.sums, sums, dweight, dbias, dx if dgate is None else dgate)
+    launch = launch_context(x.device)
+    launch.start(
+        plan.walk, x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx,
+        dx if dbranch is None else dbranch, sums,
+    )  # fmt: skip
+    with on_side_stream(sums, dweight, dbias, dgate):
+        launch.start(plan.sums, sums, dweight, dbias, dx if dgate is None else dgate)
     return dx, dbranch, dgate, dweight, dbias
 
 

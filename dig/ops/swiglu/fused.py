@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.launch import Launch, empty, last_contiguous, launching, or_none
+from dig.ops.launch import Launch, empty, last_contiguous, launch_context, or_none
 from dig.ops.library import operation
 from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
 from dig.ops.tiles import for_device
@@ -49,8 +49,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     """Hidden (..., F) from gate_up (..., 2F)."""
     hidden = _empty_hidden(gate_up)
     kernel = _forward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up))
-    with launching(gate_up.device) as launch:
-        launch.start(kernel, gate_up, hidden)
+    launch_context(gate_up.device).start(kernel, gate_up, hidden)
     return hidden
 
 
@@ -89,8 +88,7 @@ def swiglu_gradients(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[T
     dgate_up, hidden = empty(gate_up), _empty_hidden(gate_up) if rebuild else None
     between = F if gradient is dhidden else gradient.stride(0)
     kernel = _backward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up), between, rebuild)
-    with launching(gate_up.device) as launch:
-        launch.start(kernel, gate_up, gradient, dgate_up, dgate_up if hidden is None else hidden)
+    launch_context(gate_up.device).start(kernel, gate_up, gradient, dgate_up, dgate_up if hidden is None else hidden)
     return dgate_up, hidden
 
 

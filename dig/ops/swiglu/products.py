@@ -74,7 +74,8 @@ def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     if t is None:
         with without_autocast(x.device):
             gate_up = linear(x, weight)
-        return swiglu_forward(gate_up), gate_up if keep else x.new_empty(0)
+        # Of an operation within this one PyTorch is not told.
+        return swiglu_forward.function(gate_up), gate_up if keep else x.new_empty(0)
     hidden, gate_up = _empty_up(x, weight, keep)
     # A pointer that a kernel does not touch can be anything.
     _launch_up(t, x, weight, gate_up if keep else hidden, hidden, ((x,), (x,), (x,)), NO_SHARES, KEEP=keep)
@@ -211,8 +212,7 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
     if t is None:
         with without_autocast(dout.device):
             dhidden = torch.matmul(dout, weight)
-        gradients: tuple[Tensor, Tensor] = swiglu_backward(gate_up, dhidden, True)
-        return gradients
+        return swiglu_backward.function(gate_up, dhidden, True)
     dgate_up, hidden = _empty_down(dout, weight, gate_up)
     M, tile = dout.numel() // D, (t.rows, t.columns)
     with launching(dout.device) as launch:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dig.ops.launch import Launch, empty, launching
+from dig.ops.launch import Launch, empty, launch_context, launching
 from dig.ops.library import operation
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import CopyTiles, WeightTiles
@@ -30,13 +30,13 @@ from dig.ops.whole import ceil_div, power_of_two
 
 @functools.lru_cache(maxsize=1024)
 def _prepare_launch(tiles: CopyTiles, shapes: tuple[torch.Size, ...], ungated: int, programs: int | None) -> Launch:
-    """`prepare_kernel`'s: on tuples of the weights, of their gates and of the copies."""
+    """`prepare_kernel`'s: on the weights, their gates or what stands for these, and the copies."""
     sizes = tuple(shape.numel() for shape in shapes)
     # Elements of each weight that one of its gate serves.
     columns = tuple(1 if i < ungated else shape[-1] for i, shape in enumerate(shapes))
     blocks = sum(ceil_div(size, tiles.elements) for size in sizes)
     return Launch(
-        prepare_kernel, (blocks if programs is None else min(programs, blocks),), (),
+        prepare_kernel, (blocks if programs is None else min(programs, blocks),), (), tuples=(len(shapes),) * 3,
         SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=tiles.elements, num_warps=tiles.warps,
     )  # fmt: skip
 
@@ -58,8 +58,7 @@ def prepare_weights(
     kernel = _prepare_launch(tiles, tuple([weight.shape for weight in weights]), ungated, programs)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
-    with launching(device) as launch:
-        launch.start(kernel, tuple(weights), factors, tuple(copies))
+    launch_context(device).start(kernel, *weights, *factors, *copies)
     return copies
 
 
@@ -115,8 +114,7 @@ def gated_gradients(
     product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
     dweight, dgate = empty(weight), empty(gate) if dgate is None else dgate
     kernel = _gradient_launch(for_device(weight.device).weights, weight.shape)
-    with launching(weight.device) as launch:
-        launch.start(kernel, product, weight, gate, dweight, dgate)
+    launch_context(weight.device).start(kernel, product, weight, gate, dweight, dgate)
     return dweight, dgate
 
 
