@@ -111,8 +111,7 @@ class RasterBlock(torch.autograd.Function):
         beside = side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device)
         with on_device(dout), beside:
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
-        found = zip(gradients, needed, strict=True)
-        weights = (gradient if asked else None for gradient, asked in found)
+        weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
         return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
 
 
@@ -272,7 +271,7 @@ def train_block(
     """
     # A parameter that is its own copy goes in once, so that it has one gradient.
     pairs = zip(prepared.products, weights.products, strict=True)
-    copies = (None if copy is weight else copy for copy, weight in pairs)
+    copies = [None if copy is weight else copy for copy, weight in pairs]
     out: Tensor = RasterBlock.apply(x, c, settings, across, prepared.modulation, *copies, *weights)
     return out
 

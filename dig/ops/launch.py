@@ -219,7 +219,9 @@ class LaunchContext:
             with self:
                 self.start(launch, *tensors)
             return
-        order = self._order() if launch.early else _ANYHOW
+        order = _ANYHOW
+        if launch.early:
+            order = _EARLY if self._early and not self._waited else self._order()
         if gpu < 0 or _watched(launch.kernel):
             self._through_triton(launch, order, tensors)
             return
@@ -380,9 +382,7 @@ launches ask for. On a CPU kernels are interpreted."""
 
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Of x's shape and device, contiguous whatever the strides of x; of x's dtype unless another is given."""
-    if x.is_contiguous():
-        return torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def or_none(tensor: Tensor | None, like: Tensor) -> Tensor:

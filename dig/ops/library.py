@@ -64,13 +64,12 @@ class Operation(Generic[P, R]):
         function: Callable[..., Any] = self.function
 
         class Recorded(torch.autograd.Function):
+            # In one, for PyTorch binds arguments by the signature of a forward that has a setup_context beside it.
             @staticmethod
-            def forward(*arguments: Any) -> Any:
-                return function(*arguments)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                setup_context(ctx=ctx, inputs=inputs, output=output)
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                output = function(*arguments)
+                setup_context(ctx=ctx, inputs=arguments, output=output)
+                return output
 
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:

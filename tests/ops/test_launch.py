@@ -251,6 +251,17 @@ def test_parts_are_launched_where_they_lie(direct: LaunchContext) -> None:
     assert len(kernel.through_triton) == 4
 
 
+def test_tuples_are_given_one_after_the_other(direct: LaunchContext) -> None:
+    kernel, (a, b, c) = _Kernel(), tensors(torch.float32, torch.bfloat16, torch.float32)
+    made = started(kernel, tuples=(2, 1))
+    for _ in range(2):
+        direct.start(made, a, b, c)
+    direct.start(made, a, b[1:], c)
+    assert [call[1:3] for call in kernel.through_triton[:1]] == [((a, b), (c,))]
+    assert len(kernel.through_triton) == 2
+    assert [call[9:11] for call in kernel.launched] == [((a.data_ptr(), b.data_ptr()), (c.data_ptr(),))]
+
+
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook", "pre_run_hooks"])
 def test_hooks_are_told_of_launches_made_once(
     direct: LaunchContext, monkeypatch: pytest.MonkeyPatch, hook: str
