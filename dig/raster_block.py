@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dig.config import EPS
 from dig.ops.gla.mixer import order_code
 from dig.ops.linear import as_rows
-from dig.raster_operations import add_and_convolve, linear, on_device, operations_for
+from dig.raster_operations import add_and_convolve, linear, operations_for
 from dig.raster_training import train_block
 from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, Settings, prepare_block
 
@@ -107,13 +107,12 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     prepared = None if ahead is None else ahead.prepared
     if prepared is None:
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)
-    with on_device(x):
-        if torch.is_grad_enabled():
-            return train_block(x, activated, prepared, weights, settings, None if ahead is None else ahead.across)
-        if not fold_gates:
-            return infer_images(x, prepared, weights, settings)
-        fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
-        return infer_block(x, prepared, weights, settings, fused_cast=fused_cast, in_place=in_place)
+    if torch.is_grad_enabled():
+        return train_block(x, activated, prepared, weights, settings, None if ahead is None else ahead.across)
+    if not fold_gates:
+        return infer_images(x, prepared, weights, settings)
+    fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
+    return infer_block(x, prepared, weights, settings, fused_cast=fused_cast, in_place=in_place)
 
 
 def folds_gates(x: Tensor) -> bool:

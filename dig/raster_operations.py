@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from dig.ops.adaln.fused import (
     residual_norm_modulate_forward,
 )
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums
-from dig.ops.launch import ALIGNMENT, empty, launching
+from dig.ops.launch import ALIGNMENT, empty
 from dig.ops.library import unseen
 from dig.ops.srem.fused import srem_backward, srem_forward, srem_gradients
 from dig.ops.swiglu.products import project_down_backward, project_up
@@ -43,7 +42,6 @@ class Operations(NamedTuple):
     gated_gradient: Any = gated_weight_gradient
 
 
-_AS_IT_IS = nullcontext()
 _REGISTERED = Operations()
 # Called directly, those whose results have an optional part give None for it, and make nothing to stand for it; and
 # gradients of a modulation's parts can be written where the caller has room for them.
@@ -55,11 +53,6 @@ _DIRECT = Operations._make(operation.function for operation in _REGISTERED)._rep
 def operations_for(x: Tensor) -> Operations:
     """Those to call for tokens x: where nobody asks PyTorch about them, the functions, asked for once and not each."""
     return _DIRECT if unseen(x) else _REGISTERED
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Make x's device the current one, once for a pass and not at every launch; nobody else's code may run within."""
-    return _AS_IT_IS if torch.compiler.is_compiling() else launching(x.device)
 
 
 def modulation_room(ops: Operations, modulation: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:

@@ -34,7 +34,6 @@ from dig.raster_operations import (
     linear,
     linear_backward,
     modulation_room,
-    on_device,
     operations_for,
 )
 from dig.raster_weights import (
@@ -108,8 +107,7 @@ class RasterBlock(torch.autograd.Function):
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
         refuse_second_derivatives()
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
-        beside = side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device)
-        with on_device(dout), beside:
+        with side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device):
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
         weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
         return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights

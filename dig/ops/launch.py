@@ -40,6 +40,8 @@ MOST_FORMS = 4096
 
 _dtype = attrgetter("dtype")
 _address = Tensor.data_ptr
+_current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""Without first asking whether CUDA is there: who launches has tensors on it."""
 
 
 class _Form(NamedTuple):
@@ -140,15 +142,14 @@ class LaunchContext:
 
     Args:
         device: The device.
-        entered: What its thread is within, of all devices: which one, and which was the current one before.
     """
 
-    def __init__(self, device: torch.device, entered: list[tuple[int, int]] | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self._waited: set[int] = set()
         self._gpu = gpu_index(device) if device.type == "cuda" else -1
         self._forms: dict[Any, _Form] = {}
-        self._entered = [] if entered is None else entered
+        self._before: list[int] = []
         self._early: bool | None = None
         self._current: Callable[[int], int] | None = None
 
@@ -159,20 +160,17 @@ class LaunchContext:
         return found
 
     def __enter__(self) -> LaunchContext:
-        gpu = self._gpu
-        if gpu >= 0:
-            entered = self._entered
-            # Within itself nothing is asked: a block's operations enter in turn what the block has entered.
-            current = gpu if entered and entered[-1][0] == gpu else torch.cuda.current_device()
-            entered.append((gpu, current))
-            if current != gpu:
-                torch.cuda.set_device(gpu)
+        if self._gpu >= 0:
+            current = torch.cuda.current_device()
+            self._before.append(current)
+            if current != self._gpu:
+                torch.cuda.set_device(self._gpu)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._gpu >= 0:
-            gpu, before = self._entered.pop()
-            if before != gpu:
+            before = self._before.pop()
+            if before != self._gpu:
                 torch.cuda.set_device(before)
 
     def __call__(
@@ -214,8 +212,8 @@ class LaunchContext:
             launch: All but the tensors.
             tensors: What it reads and writes, or what this is part of: tensors, or descriptors.
         """
-        gpu, entered = self._gpu, self._entered
-        if gpu >= 0 and not (entered and entered[-1][0] == gpu):
+        gpu = self._gpu
+        if gpu >= 0 and _current_gpu() != gpu:
             with self:
                 self.start(launch, *tensors)
             return
@@ -353,7 +351,6 @@ class _Contexts(threading.local):
 
     def __init__(self) -> None:
         self.by_gpu: dict[int, LaunchContext] = {}
-        self.entered: list[tuple[int, int]] = []
 
 
 _contexts = _Contexts()
@@ -367,11 +364,10 @@ def launch_context(device: torch.device) -> LaunchContext:
     """
     index = device.index if device.type == "cuda" else -1
     gpu = gpu_index(device) if index is None else index
-    contexts = _contexts
-    context = contexts.by_gpu.get(gpu)
+    by_gpu = _contexts.by_gpu
+    context = by_gpu.get(gpu)
     if context is None:
-        known = torch.device("cuda", gpu) if gpu >= 0 else device
-        context = contexts.by_gpu[gpu] = LaunchContext(known, contexts.entered)
+        context = by_gpu[gpu] = LaunchContext(torch.device("cuda", gpu) if gpu >= 0 else device)
     return context
 
 
