@@ -17,7 +17,6 @@ nox.options.reuse_existing_virtualenvs = True
 
 CPU_TORCH = "torch==2.13.0"
 """What CPU sessions test with, so that they all test the same."""
-TRITON = "triton==3.6.0"
 GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
 SKIP_BUILDS = "DIG_SKIP_BUILDS"
 HAS_GPU = shutil.which("nvidia-smi") is not None
@@ -227,7 +226,10 @@ def scaling(session: nox.Session) -> None:
 
 @nox.session
 def bench_ops(session: nox.Session) -> None:
-    """Time every operation alone on a GPU against its reference and its peer, beside the card's copy rate."""
+    """Time the recurrence, adaptive norm, SwiGLU and SREM alone on a GPU, beside references, peers and a copy's rate.
+
+    ``python -m bench ops compare`` times these and the other operations, each against a base.
+    """
     if may_install(session):
         install(session, "test", gpu=True)
         install_peers(session)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Collection
 from typing import NoReturn
 
 import typer
 
 from dig.command_line import OneLineCommand, OneLineGroup
+from dig.family import closest
 
 __all__ = [
     "MOST_COUNT",
@@ -20,6 +22,7 @@ __all__ = [
     "cell",
     "check_count",
     "check_positive",
+    "one_of",
     "refuse",
     "say",
     "visible",
@@ -76,6 +79,12 @@ def check_count(value: int, option: str, *, least: int = 1, most: int = MOST_COU
         bound = f"at least {least}" if value < least else f"at most {most}"
         # A number of thousands of digits has no place in a message, nor may Python turn it into text.
         refuse(f"{option} must be {bound}; got {value if abs(value) < 10**20 else 'far more or less'}")
+
+
+def one_of(value: str, option: str, known: Collection[str]) -> None:
+    """Refuse a word that is not known, offering the closest that is."""
+    if value not in known:
+        refuse(f"unknown {option} {value[:80]!r}: {closest(value, tuple(known))}")
 
 
 def check_positive(value: float, option: str, *, most: float = MOST_SECONDS) -> None:

@@ -59,9 +59,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, D) to (…, D) in fp32, as LayerNorm under autocast."""
+        """(…, D) to (…, D) in fp32, as LayerNorm under autocast; in the weight's dtype where that is narrower."""
         x = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # A model that was cast has GEMMs that take no other dtype, and no autocast around them.
+        return normed.to(self.weight.dtype) if self.weight.dtype.itemsize == 2 else normed
 
 
 @fusible

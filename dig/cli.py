@@ -7,13 +7,13 @@ import typer
 from dig.command_line import OneLineGroup, root
 from dig.commands.classifier import classifier_command
 from dig.commands.consolidate import consolidate_command
+from dig.commands.encode import encode_command
 from dig.commands.evaluate import evaluate_command
 from dig.commands.export import export_command
 from dig.commands.helps import FIRST, HELPS
 from dig.commands.sample import sample_command
 from dig.commands.train import train_command
 from dig.helping import add_help
-from dig.training.data.encode_command import encode_command
 
 HELP = "Train DiG and its peers on images, sample from them, and measure the samples."
 app = typer.Typer(cls=OneLineGroup, add_completion=False, no_args_is_help=True)

@@ -25,17 +25,15 @@ from dig.config import EPS
 from dig.layers import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, adaln_linear
 from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
-from dig.ops.condition import MOST_IMAGES, condition
+from dig.ops.condition import condition
 from dig.ops.side_stream import Point, mark, on_side_stream, uses_side_stream, wait
+from dig.ops.tiles import passes_for
+from dig.ops.tiles.passes import PassChoices
 from dig.ops.weights import matrix_vector
 from dig.raster_block import folds_gates
 from dig.raster_gradients import gathered
 from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, adaln, modulations_of, prepare_block
 from dig.untouched import untouched, untouched_adaln, untouched_layer_norm, untouched_linear
-
-_FEW_TOKENS = 1024
-_FEW_PROGRAMS = 32
-"""How many programs prepare weights beside a block with at most so many tokens: see `programs_beside`."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -102,7 +100,7 @@ def embed_condition(
     times: TimestepEmbedder, labels: LabelEmbedder, t: Tensor, y: Tensor, unseen: bool
 ) -> tuple[Tensor, Tensor]:
     """The condition before and after its SiLU, (B, D) both; ``unseen`` is what `untouched_embedders` says."""
-    few = t.dim() == 1 and y.shape == t.shape and len(t) <= MOST_IMAGES
+    few = t.dim() == 1 and y.shape == t.shape and len(t) <= passes_for(t.device).condition_images
     plain = not (y.is_floating_point() or torch.is_grad_enabled())
     if unseen and few and plain and times.frequencies % 2 == 0 and not (labels.training and labels.dropout > 0):
         first, second = cast(nn.Linear, times.mlp[0]), cast(nn.Linear, times.mlp[2])
@@ -113,24 +111,25 @@ def embed_condition(
     return c, F.silu(c)
 
 
-def programs_beside(tokens: int) -> int | None:
+def programs_beside(passes: PassChoices, tokens: int, *, casts: bool) -> int | None:
     """How many programs prepare a block's weights beside the block before; None: all at once.
 
-    Found by `bench.ops.prepare`: with few tokens the GEMMs leave most SMs idle or short of work, and a few of them are
-    enough for the weights; with many, cuBLAS' tiles are as many as there are SMs, so that each one taken away costs a
-    GEMM twice its time.
-
     Args:
+        passes: The device's.
         tokens: Of all images.
+        casts: Whether weights are cast.
     """
-    return _FEW_PROGRAMS if tokens <= _FEW_TOKENS else None
+    if tokens > passes.beside_tokens:
+        return None
+    return passes.beside_programs if casts else passes.beside_programs_gates
 
 
 class Lookahead:
     """Prepares a block's modulation and weights while the block before it runs; two blocks' are there at a time.
 
     In the order of preference: in the earlier block's up-projection GEMM (`FusedCast`; the modulation on the side
-    stream), on the side stream, or in the block itself.
+    stream), on the side stream, or in the block itself. Blocks that take their weights as they are need modulations
+    alone, which all come at once, before the first block.
 
     Args:
         weights: Of all blocks; None for one that reads its own, because somebody has to see parts of it called.
@@ -158,18 +157,21 @@ class Lookahead:
         if gathers:
             self._weights, self._conditions, self._across = gathered([w for w in weights if w is not None], c)
         self._prepares = prepares
-        self._fold_gates = folds_gates(x)
-        self._programs = programs_beside(x.shape[0] * x.shape[1])
+        self._folds = [w is not None and folds_gates(x, w) for w in self._weights]
+        casts = any(product.dtype != x.dtype for w in weights if w is not None for product in w.products)
+        self._programs = programs_beside(passes_for(x.device), x.shape[0] * x.shape[1], casts=casts)
         self._upcoming: tuple[Prepared, Point | None] | None = None
         self._fused_cast: FusedCast | None = None
         self._modulations: Tensor | None = None
         known = [w for w in self._weights if w is not None]
-        whole = len(known) == len(weights) and x.shape[0] == 1 and not torch.compiler.is_compiling()
-        self._fuses_casts = whole and self._fold_gates and all(FusedCast.fits(w.products, x) for w in known)
+        grad = torch.is_grad_enabled()
+        whole = len(known) == len(weights) and len(x) == 1 and prepares and not torch.compiler.is_compiling()
+        self._fuses = whole and all(self._folds) and all(FusedCast.fits(w.products, x) for w in known)
         # Apart, each of the blocks' products of a vector and a matrix would hold up the block that it runs beside; and
         # in order, where nothing runs beside anything, one launch costs the host less.
         alike = len({w.adaln_weight.dtype for w in known}) == 1
-        if self._fuses_casts or (whole and alike and prepares and not uses_side_stream()):
+        unfolded = not grad and not any(self._folds)
+        if whole and (self._fuses or unfolded or (alike and not uses_side_stream())):
             with on_side_stream(c):
                 self._modulations = modulations_of(known, c)
 
@@ -204,8 +206,11 @@ class Lookahead:
         weights = self._weights[i] if i < len(self._weights) else None
         if weights is None or not self._prepares:
             return
-        if i and self._fuses_casts and self._modulations is not None:
+        if i and self._fuses:
+            assert self._modulations is not None
             self._fused_cast = FusedCast(weights.products, self._modulations[i : i + 1])
+        elif i and self._modulations is not None and uses_side_stream():
+            self._upcoming = self._prepare(i, None), None
         elif uses_side_stream():
             with on_side_stream(self._c, self._modulations):
                 prepared = self._prepare(i, self._programs if i else None)
@@ -227,7 +232,7 @@ class Lookahead:
         assert weights is not None
         modulation = None if self._modulations is None else self._modulations[i : i + 1]
         return prepare_block(
-            weights, self._c, self._dtype, fold_gates=self._fold_gates, programs=programs, modulation=modulation
+            weights, self._c, self._dtype, fold_gates=self._folds[i], programs=programs, modulation=modulation
         )
 
 

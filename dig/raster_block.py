@@ -14,21 +14,14 @@ from torch.nn import functional as F
 from dig.config import EPS
 from dig.ops.gla.mixer import order_code
 from dig.ops.linear import as_rows
+from dig.ops.tiles import passes_for
 from dig.raster_operations import add_and_convolve, linear, operations_for
 from dig.raster_training import train_block
 from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, Settings, prepare_block
 
-HALVED_TOKENS = 4096
-"""Up to so many rows, a wide model projects q, k, v and gates in two halves of the rows.
-
-Before a GEMM of many tiles cuBLAS clears a counter of them, by a memset that delays a CUDA graph by 6.5 µs. Halves of
-4096 rows need none and take as long as the whole (D = 1152, an H100), which saves 1.8% of DiG-XL's forward pass. At
-16,384 rows the whole is faster.
-"""
-
 
 def _linear_in_halves(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear`, half of the rows at a time: see `HALVED_TOKENS`."""
+    """`linear`, half of the rows at a time: see `PassChoices`."""
     rows = as_rows(x)
     out, half = rows.new_empty(len(rows), len(weight)), len(rows) // 2
     for part in (slice(half), slice(half, None)):
@@ -53,7 +46,7 @@ def infer_block(
     shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
     ops = operations_for(x)
     h, _ = ops.norm(x, shift1, scale1, w.norm1, settings.norm, EPS, x.dtype)
-    halved = fused_cast is not None and h.shape[1] <= HALVED_TOKENS
+    halved = fused_cast is not None and h.shape[1] <= passes_for(x.device).halved_tokens
     projected = _linear_in_halves(h, p.in_proj) if halved else linear(h, p.in_proj)
     y, _ = ops.mixer(
         projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, False
@@ -69,7 +62,7 @@ def infer_block(
 
 
 def infer_images(x: Tensor, prepared: Prepared, weights: BlockWeights, settings: Settings) -> Tensor:
-    """The forward pass alone of several images, each with a condition of its own; arguments as of `train_block`.
+    """The forward pass alone of images with a condition each; arguments as of `train_block`: no gate is folded.
 
     What only a backward pass reads is not written: above all SwiGLU's input, the largest tensor of a block.
     """
@@ -102,7 +95,7 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
         (B, T, D) in x's dtype.
     """
     # Gates can act on weights instead of tokens where one condition serves all of them, and no gradient asks for both.
-    fold_gates = folds_gates(x)
+    fold_gates = folds_gates(x, weights)
     activated = F.silu(c) if ahead is None else ahead.activated
     prepared = None if ahead is None else ahead.prepared
     if prepared is None:
@@ -115,6 +108,11 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     return infer_block(x, prepared, weights, settings, fused_cast=fused_cast, in_place=in_place)
 
 
-def folds_gates(x: Tensor) -> bool:
+def folds_gates(x: Tensor, weights: BlockWeights) -> bool:
     """Whether `run_block` takes weights with folded gates for such tokens."""
-    return x.shape[0] == 1 and not torch.is_grad_enabled()
+    images, tokens, width = x.shape
+    if images != 1 or torch.is_grad_enabled():
+        return False
+    passes = passes_for(x.device)
+    many = tokens > passes.unfolded_tokens or width < passes.unfolded_width
+    return many or any(weight.dtype != x.dtype for weight in weights.products)

@@ -13,6 +13,7 @@ import typer
 from bench.messages import OneLineCommand, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError
+from dig.family import closest
 from reports.best_figure import best
 from reports.figures import Drawing, model_size, speed_memory
 from reports.refusing import refusing
@@ -109,7 +110,10 @@ def _write(folder: Path, name: str, drawing: Drawing | None, reason: str) -> Non
 
 
 def main(words: Sequence[str]) -> None:
-    """Run the report that the first word names, else this one."""
+    """Run the report that the first word names, else this one. A word that could only be a name must be one."""
+    if words and words[0].isalpha() and words[0] not in OTHERS and not Path(words[0]).exists():
+        say(f"error: no file and no report {words[0]!r:.80}: {closest(words[0], list(OTHERS))}", err=True)
+        raise SystemExit(2)
     if words and words[0] in OTHERS:
         other = importlib.import_module(OTHERS[words[0]])
         other.app(list(words[1:]), prog_name=f"python -m reports {words[0]}")

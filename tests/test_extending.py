@@ -15,6 +15,7 @@ from bench.store.rows import read_results
 from dig.environment import ROOT
 from dig.family import Family
 from dig.ops.tiles import Architecture
+from dig.ops.tiles.choices import GlaTiles, ProductChoices, WeightTiles
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
@@ -64,14 +65,31 @@ def first_cells(heading: str) -> list[str]:
     table = re.search(r"^\|.*?\n(?!\|)", PAGE.partition(heading)[2], re.M | re.S)
     assert table is not None
     rows = [row.split("|")[1] for row in table.group().splitlines()[2:]]
-    return [name for cell in rows for name in re.findall(r"`(\w+)`", cell)]
+    return [name for cell in rows for name in re.findall(r"`([\w.]+)`", cell)]
 
 
 def test_tables_and_names_of_the_page_are_there() -> None:
     assert set(first_cells("### What a family may say")) <= set(Family.__dataclass_fields__)
-    facts = {"name", "capability", "shared_memory", "early_launch", "descriptors"}
-    assert set(first_cells("## A GPU added")) == set(Architecture.__dataclass_fields__) - facts
     solvers = (ROOT / "dig/diffusion/solvers.py").read_text()
     assert all(
         word in solvers for word in ("class Solver(Protocol)", "SamplerName", "DEFAULT_STEPS", "def build_solver")
     )
+
+
+def test_the_table_of_tile_choices_names_every_field() -> None:
+    """Each field once; of those with parts that are found in different ways, each part."""
+    parts = {
+        "products": set(ProductChoices.__dataclass_fields__),
+        "weights": set(WeightTiles.__dataclass_fields__),
+        "gla": {"few", "few_programs"},
+    }
+    assert parts["gla"] < set(GlaTiles.__dataclass_fields__)
+    expected = set(Architecture.__dataclass_fields__) - {"products", "weights"}
+    expected |= {f"{field}.{name}" for field, names in parts.items() for name in names}
+    assert sorted(first_cells("## A GPU added")) == sorted(expected)
+
+
+def test_lines_of_the_page_end_where_others_do() -> None:
+    """Tables and code apart."""
+    prose = re.sub(r"```.*?```", "", PAGE, flags=re.S).splitlines()
+    assert not [line for line in prose if len(line) > 120 and not line.startswith("|")]

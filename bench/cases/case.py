@@ -14,6 +14,8 @@ COMPILED: tuple[Execution, ...] = ("compile", "compiled-graph")
 CAPTURED: tuple[Execution, ...] = ("graph", "compiled-graph")
 """The executions that torch.compile, and that a CUDA graph, has a part in."""
 Scope = Literal["", "block", "model"]
+SCOPES = tuple(word for word in get_args(Scope) if word)
+"""What a command line may say; the empty one is of executions that do not compile."""
 Weights = Literal["fp32", "bf16"]
 
 

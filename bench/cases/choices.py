@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast, get_args
 
-from bench.cases.case import Case, Device, Dtype, Execution, Mode, Scope
+from bench.cases.case import SCOPES, Case, Device, Dtype, Execution, Mode, Weights
 from bench.cases.suites import sweep
-from bench.messages import check_count, refuse
+from bench.messages import check_count, one_of, refuse
 from dig.environment import gpu_present
 from dig.family import closest
 from dig.registry import find_family, parse_family, parse_name
@@ -15,7 +15,7 @@ from dig.registry import find_family, parse_family, parse_name
 def choose_device(device: str, *, present: bool | None = None) -> str:
     """``cuda`` or ``cpu`` for ``auto``, ``cuda`` or ``cpu``; anything else, or a GPU that is not there, is refused."""
     if device not in ("auto", "cuda", "cpu"):
-        refuse(f"unknown device {device!r}: choose auto, cuda or cpu")
+        refuse(f"unknown --device {device[:80]!r}: choose auto, cuda or cpu")
     found = gpu_present() if present is None else present
     if device == "cuda" and not found:
         refuse("no NVIDIA GPU was found; use --device cpu, or run on a machine with one")
@@ -55,6 +55,13 @@ def one_case(
     resolution = default_resolution(where) if resolution is None else resolution
     check_count(resolution, "--resolution")
     check_count(batch, "--batch")
+    one_of(mode, "--mode", get_args(Mode))
+    one_of(scope, "--compile-scope", SCOPES)
+    one_of(weights, "--weights", get_args(Weights))
+    if execution is not None:
+        one_of(execution, "--execution", get_args(Execution))
+    if dtype is not None:
+        one_of(dtype, "--dtype", get_args(Dtype))
     try:
         case = _case(
             model,
@@ -97,11 +104,11 @@ def _case(
         patch=patch,
         resolutions=[resolution],
         modes=cast(Any, [mode]),
-        executions=cast(Any, [execution or default_execution(device)]),
+        executions=cast(Any, [default_execution(device) if execution is None else execution]),
         scope=cast(Any, scope),
         max_autotune=max_autotune,
         batch=batch,
-        dtype=cast(Any, dtype or default_dtype(device)),
+        dtype=cast(Any, default_dtype(device) if dtype is None else dtype),
         weights=cast(Any, [weights]),
         device=cast(Any, device),
     )
@@ -183,7 +190,7 @@ COMPILED, TUNED, CAST = ("compile", "compiled-graph"), "max-autotune", "bf16-wei
 _WORDS: dict[str, tuple[str, ...]] = {
     "mode": get_args(Mode),
     "execution": get_args(Execution),
-    "scope": tuple(word for word in get_args(Scope) if word),
+    "scope": SCOPES,
     TUNED: (TUNED,),
     "dtype": (*get_args(Dtype), CAST),
 }

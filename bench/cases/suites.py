@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from bench.cases.case import CAPTURED, COMPILED, Case, Device, Dtype, Execution, Mode, Scope, Weights
+from bench.cases.case import CAPTURED, COMPILED, SCOPES, Case, Device, Dtype, Execution, Mode, Scope, Weights
 from dig.family import BACKEND, Family, UnknownModelError, closest
 from dig.registry import find_family, model_name, parse_family, source_of
 from dig.spec import check_resolution
@@ -83,13 +83,13 @@ def sweep(
     """
     choices = [ModelChoice.parse(text, device) for text in models]
     axes = (
-        ("mode", modes, Mode), ("execution", executions, Execution), ("weights", weights, Weights),
-        ("compile-scope", (scope,), Scope),
+        ("mode", modes, get_args(Mode)), ("execution", executions, get_args(Execution)),
+        ("weights", weights, get_args(Weights)), ("compile-scope", (scope,), SCOPES),
     )  # fmt: skip
-    for axis, given, kind in axes:
+    for axis, given, known in axes:
         for value in given:
-            if value not in get_args(kind):
-                raise ValueError(f"unknown {axis} {value!r}: {closest(value, get_args(kind))}")
+            if value not in known:
+                raise ValueError(f"unknown {axis} {value!r}: {closest(value, known)}")
     if device == "cpu" and (found := set(CAPTURED) & set(executions)):
         raise ValueError(f"execution {min(found)} is a CUDA graph and needs a GPU; use --executions eager on a CPU")
     if max_autotune and not set(COMPILED) & set(executions):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bench.cases.case import Case
 from bench.cases.choices import one_case
+from bench.cli.options import CompileScope, Weights
 from bench.inspect.capacity import (
     MOST_BATCH,
     MOST_RESOLUTION,
@@ -38,7 +39,9 @@ def capacity(
     resolution: Annotated[int, typer.Option(help="Image side in pixels at which the largest batch is sought.")] = 256,
     batch: Annotated[int, typer.Option(help="Images a step at which the largest resolution is sought.")] = 1,
     execution: Annotated[str | None, typer.Option(help="eager, graph or compile; default as for run.")] = None,
+    compile_scope: CompileScope = "block",
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
+    weights: Weights = "fp32",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     limit: Annotated[float | None, typer.Option(help="GiB a process may take; default: all there are.")] = None,
     most_batch: Annotated[int, typer.Option(help="Largest batch to try.")] = MOST_BATCH,
@@ -59,7 +62,15 @@ def capacity(
         check_count(value, option)
     check_positive(time_limit, "--time-limit")
     case = one_case(
-        model, resolution=resolution, mode=mode, execution=execution, batch=batch, dtype=dtype, device=device
+        model,
+        resolution=resolution,
+        mode=mode,
+        execution=execution,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        scope=compile_scope,
+        weights=weights,
     )
     if case.device == "cpu" and limit is None:
         refuse("on a CPU say how much memory there is to fill: --limit GIB; filling all of the host's would stop it")

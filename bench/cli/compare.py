@@ -119,7 +119,7 @@ def export(
     from bench.store.export import FORMATS, export_rows
 
     if format not in FORMATS:
-        refuse(f"unknown format {format!r}: choose {' or '.join(FORMATS)}")
+        refuse(f"unknown --format {format[:80]!r}: choose {' or '.join(FORMATS)}")
     try:
         rows = read_results(results).rows
         if not rows:

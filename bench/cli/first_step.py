@@ -39,7 +39,7 @@ def first_step(
     eagerly, each until the device is done. The driver's own cache of compiled code is left alone.
     """
     where = choose_device(device)
-    model = model or (ON_GPU if where == "cuda" else ON_CPU)
+    model = (ON_GPU if where == "cuda" else ON_CPU) if model is None else model
     resolution = default_resolution(where, on_gpu=1792) if resolution is None else resolution
     case = one_case(model, resolution=resolution, mode=mode, execution="eager", batch=batch, dtype=dtype, device=device)
     with fitting(case), tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:

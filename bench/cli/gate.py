@@ -40,6 +40,12 @@ Out = Annotated[Path, typer.Option(help="Folder for rows and summary; each run m
 Summary = Annotated[Path | None, typer.Option(help="Append the Markdown summary to this file too.")]
 
 
+def check_base(base: str) -> None:
+    """Refuse an empty base, which as a folder would be this one: the tree would be compared with itself."""
+    if not base.strip():
+        refuse("--base needs a revision, or a folder with a checkout")
+
+
 def make_plan(
     cases: Sequence[C],
     *,
@@ -67,7 +73,7 @@ def make_plan(
     )
 
 
-class Gate(Generic[C]):
+class RegressionGate(Generic[C]):
     """The comparisons that one call of a command makes.
 
     Args:

@@ -81,14 +81,18 @@ HELPS = {
         ),
     ),
     "kernels": Help(
-        groups={WHAT: "model resolution mode batch", HOW: "execution dtype device", "Output": "top in_order"},
+        groups={
+            WHAT: "model resolution mode batch",
+            HOW: "execution compile_scope dtype weights device",
+            "Output": "top in_order",
+        },
         examples=(
             "python -m bench kernels --model DiG-S/2",
             "python -m bench kernels --model DiT-S/2 --resolution 256 --top 10",
         ),
     ),
     "profile": Help(
-        groups={WHAT: "model resolution mode batch", HOW: "dtype device", "Output": "out rows"},
+        groups={WHAT: "model resolution mode batch", HOW: "dtype weights device", "Output": "out rows"},
         examples=(
             "python -m bench profile --model DiG-S/2",
             "python -m bench profile --model DiT-S/2 --mode forward --out out/dit",
@@ -97,7 +101,7 @@ HELPS = {
     "capacity": Help(
         groups={
             WHAT: "model mode resolution batch",
-            HOW: "execution dtype device",
+            HOW: "execution compile_scope dtype weights device",
             LIMITS: "limit most_batch most_resolution time_limit out",
         },
         examples=(

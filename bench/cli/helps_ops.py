@@ -60,17 +60,17 @@ HELPS = {
         ),
     ),
     "prepare": Help(
-        groups={STEP: "model resolution mode batch", "Ways": "programs fused", HOW: "rounds replays json"},
+        groups={STEP: "model resolution mode batch weights", "Ways": "programs fused", HOW: "rounds replays json"},
         examples=("python -m bench ops prepare", "python -m bench ops prepare --resolution 512 --programs 0,32"),
     ),
     "chain": Help(
-        groups={STEP: "models resolutions modes batch", HOW: "rounds replays json"},
+        groups={STEP: "models resolutions modes batch weights", HOW: "rounds replays json"},
         examples=("python -m bench ops chain", "python -m bench ops chain --resolutions 256 --modes train"),
     ),
     "variants": Help(
-        groups={"Ways": "settings", STEP: "model resolution mode batch", HOW: "rounds replays json"},
+        groups={"Ways": "settings", STEP: "model resolution mode batch weights", HOW: "rounds replays json"},
         examples=(
-            "python -m bench ops variants --set dig.raster_block.HALVED_TOKENS=0",
+            "python -m bench ops variants --set dig.ops.tiles.sm90.PASSES.halved_tokens=0",
             "python -m bench ops variants --set MODULE.NAME=1 --set MODULE.NAME=2",
         ),
     ),

@@ -12,6 +12,7 @@ from rich.text import Text
 from bench.cases.case import Case
 from bench.cases.choices import one_case
 from bench.cli.fitting import fitting
+from bench.cli.options import CompileScope, Weights
 from bench.messages import check_count, refuse
 
 
@@ -23,7 +24,9 @@ def kernels(
     mode: Annotated[str, typer.Option(help="train or forward.")] = "train",
     execution: Annotated[str | None, typer.Option(help="eager, graph or compile; default as for run.")] = None,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
+    compile_scope: CompileScope = "block",
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
+    weights: Weights = "fp32",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     top: Annotated[int, typer.Option(help="Rows to print.")] = 25,
     in_order: Annotated[
@@ -32,7 +35,15 @@ def kernels(
 ) -> None:
     """Print where a step's device time goes, kernel by kernel (operator by operator on a CPU)."""
     case = one_case(
-        model, resolution=resolution, mode=mode, execution=execution, batch=batch, dtype=dtype, device=device
+        model,
+        resolution=resolution,
+        mode=mode,
+        execution=execution,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        scope=compile_scope,
+        weights=weights,
     )
     check_count(top, "--top")
     if in_order and case.device != "cuda":

@@ -6,13 +6,13 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 
 from bench.cases import suites as case_lists
-from bench.cases.case import Case
+from bench.cases.case import SCOPES, Case, Dtype, Execution, Mode, Weights
 from bench.cases.choices import choose_device, default_dtype, default_execution, default_resolution
 from bench.cases.jobs import Limits
 from bench.cli import helps, helps_ops
@@ -24,13 +24,13 @@ from bench.cli.first_step import first_step
 from bench.cli.kernels import kernels
 from bench.cli.list import list_models
 from bench.cli.ops import ops
-from bench.cli.options import numbers, one_of, words
+from bench.cli.options import check_patch, check_sizes, numbers, some_of, words
 from bench.cli.profile import profile
 from bench.cli.regression import regression
 from bench.cli.sampling import sampling
 from bench.cli.scaling import scaling
 from bench.cli.waiting import Waiting
-from bench.messages import OneLineGroup, check_count, check_positive, refuse, visible
+from bench.messages import OneLineGroup, check_count, check_positive, one_of, refuse, visible
 from bench.run.ahead import build_ahead
 from bench.run.gpus import Card, choose_cards, visible_cards
 from bench.run.lanes import ALONE, SPREAD, Alone, Plan, Spread, comparison, run_on_cards
@@ -52,6 +52,11 @@ app.callback(help="Measure speed and memory of DiG, DiT, Flash-DiT and DiS again
 GIB = 2**30
 MOST_LAUNCHES = 10_000
 MOST_AHEAD = 256
+AXES = (
+    "models", "sizes", "patch", "resolutions", "modes", "batch", "executions", "compile_scope", "max_autotune", "dtype",
+    "weights",
+)  # fmt: skip
+"""Options of a run that a suite has values of its own for."""
 
 
 def _default_models(device: str) -> list[str]:
@@ -59,6 +64,7 @@ def _default_models(device: str) -> list[str]:
 
 
 def run(
+    ctx: typer.Context,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -166,8 +172,11 @@ def run(
 
     A launch whose clock was held down is measured once more when all others are done, for half a minute in all.
     """
+    if suite is not None:
+        _refuse_axes(ctx, suite)
     check_count(batch, "--batch")
-    check_count(patch, "--patch")
+    check_patch(patch)
+    one_of(compile_scope, "--compile-scope", SCOPES)
     check_count(launches, "--launches", most=MOST_LAUNCHES)
     check_positive(time_limit, "--time-limit")
     check_positive(prepare_limit, "--prepare-limit")
@@ -180,25 +189,32 @@ def run(
             refuse("--gpus is of GPUs, and --device cpu measures on none; leave one of them out")
         cards = () if gpus is None else choose_cards(gpus, visible_cards() if where == "cuda" else [])
         if suite is not None:
+            one_of(suite, "--suite", ("auto", *case_lists.SUITES))
             name = ("paper" if where == "cuda" else "cpu") if suite == "auto" else suite
             selected = case_lists.suite(name)
             if where == "cpu" and any(case.device == "cuda" for case in selected):
                 refuse(f"the suite {name} needs an NVIDIA GPU; use --suite cpu")
         else:
+            named = words(models) if models is not None else _default_models(where)
+            of_sizes = words(sizes)
+            check_sizes(of_sizes, "--sizes", [case_lists.ModelChoice.parse(text, where).family for text in named])
+            ways = default_execution(where) if executions is None else executions
+            number = default_dtype(where) if dtype is None else dtype
+            one_of(number, "--dtype", get_args(Dtype))
             selected = case_lists.sweep(
-                words(models) if models is not None else _default_models(where),
-                sizes=words(sizes),
+                named,
+                sizes=of_sizes,
                 patch=patch,
                 resolutions=[default_resolution(where)]
                 if resolutions is None
                 else numbers(resolutions, "--resolutions"),
-                modes=cast(Any, words(modes)),
-                executions=cast(Any, words(executions or default_execution(where))),
+                modes=cast(Any, some_of(modes, "--modes", get_args(Mode))),
+                executions=cast(Any, some_of(ways, "--executions", get_args(Execution))),
                 scope=cast(Any, compile_scope),
                 max_autotune=max_autotune,
                 batch=batch,
-                dtype=cast(Any, dtype or default_dtype(where)),
-                weights=cast(Any, words(weights)),
+                dtype=cast(Any, number),
+                weights=cast(Any, some_of(weights, "--weights", get_args(Weights))),
                 device=cast(Any, where),
             )
         # What stands twice, by two names perhaps (DiG and DiG:reference), is measured once.
@@ -215,6 +231,14 @@ def run(
         _run(selected, out=out, resume=resume, limits=limits, launches=launches, ahead=ahead, quiet=quiet, **where_to)
     except (ValueError, ResultError) as error:
         refuse(str(error))
+
+
+def _refuse_axes(ctx: typer.Context, suite: str) -> None:
+    """Refuse options that say what a suite says already; it would be measured as if they were not there."""
+    typed = [name for name in AXES if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if typed:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        refuse(f"{given}: --suite {suite[:80]} has cases of its own, and axes belong to a run without --suite")
 
 
 def _require_packages(selected: list[Case]) -> None:

@@ -5,21 +5,39 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bench.cli.ops_compare import compare
 from bench.cli.ops_in_steps import chain, prepare, variants
-from bench.cli.options import check_appendable, numbers, one_of, some_of
-from bench.messages import OneLineGroup, check_count, refuse
+from bench.cli.options import check_appendable, numbers, some_of
+from bench.messages import OneLineGroup, check_count, one_of, refuse
 from dig.environment import gpu_present
 
 if TYPE_CHECKING:
     from bench.ops.common import Times
 
+
+class OpsGroup(OneLineGroup):
+    """Commands of operations; an option that stands before its command is told where it belongs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # Of which package this exception is, depends on typer's version.
+            option = getattr(error, "option_name", None)
+            own = [name for name, command in self.commands.items() if any(option in p.opts for p in command.params)]
+            if option is not None and own:
+                meant = ", ".join(f"ops {name} {option}" for name in own)
+                refuse(f"{option} is no option of ops alone, but of a command: {meant}")
+            raise
+
+
 ops = typer.Typer(
-    cls=OneLineGroup,
+    cls=OpsGroup,
     no_args_is_help=True,
     help="Time single operations on a GPU, or whole steps with one thing changed; search tile choices; look at "
     "registers.",
@@ -98,9 +116,9 @@ def gla(
         check_count(value, option)
     check_count(batch, "--batch")
     check_count(samples, "--samples")
-    one_of(dtype, "dtype", DTYPES)
-    chosen = some_of(operations, "operation", ("recurrence", "block"))
-    ways = some_of(implementations, "implementation", ("triton", "fla"))
+    one_of(dtype, "--dtype", DTYPES)
+    chosen = some_of(operations, "--operations", ("recurrence", "block"))
+    ways = some_of(implementations, "--implementations", ("triton", "fla"))
     tried = numbers_tried(
         chunks=chunks,
         warps=warps,
@@ -151,8 +169,8 @@ def srem(
     grids = numbers(sides, "--sides")
     for value, option in ((width, "--width"), (batch, "--batch"), (samples, "--samples"), (best, "--best")):
         check_count(value, option)
-    one_of(dtype, "dtype", DTYPES)
-    ways = some_of(implementations, "implementation", ("triton", "reference", "moved"))
+    one_of(dtype, "--dtype", DTYPES)
+    ways = some_of(implementations, "--implementations", ("triton", "reference", "moved"))
     tried = numbers_tried(channels=channels, groups=groups, widths=widths, rows=rows, warps=warps, registers=registers)
     times = begin(json, sweep=sweep, samples=samples, kernels=kernels)
     from bench.ops import srem as timed
@@ -195,11 +213,11 @@ def rowwise(
     columns, sizes = numbers(widths, "--widths"), numbers(tokens, "--tokens")
     check_count(batch, "--batch")
     check_count(samples, "--samples")
-    one_of(norm, "norm", ("rms", "layer"))
-    one_of(stream, "stream", DTYPES)
-    one_of(dtype, "dtype", DTYPES)
-    chosen = some_of(operations, "operation", ("norm_modulate", "residual_norm_modulate", "swiglu"))
-    ways = some_of(implementations, "implementation", ("triton", "reference", "compiled"))
+    one_of(norm, "--norm", ("rms", "layer"))
+    one_of(stream, "--stream", DTYPES)
+    one_of(dtype, "--dtype", DTYPES)
+    chosen = some_of(operations, "--operations", ("norm_modulate", "residual_norm_modulate", "swiglu"))
+    ways = some_of(implementations, "--implementations", ("triton", "reference", "compiled"))
     tried = numbers_tried(rows=rows, parts=parts, warps=warps, programs=programs)
     times = begin(json, sweep=sweep, samples=samples, kernels=kernels)
     from bench.ops import rowwise as timed
@@ -228,8 +246,8 @@ def products(
     """
     sizes = numbers(tokens, "--tokens", empty=True)
     check_count(samples, "--samples")
-    chosen = some_of(passes, "pass", ("up", "up alone", "down"))
-    ways = some_of(implementations, "implementation", ("fused", "apart"))
+    chosen = some_of(passes, "--passes", ("up", "up alone", "down"))
+    ways = some_of(implementations, "--implementations", ("fused", "apart"))
     ready(json)
     from bench.ops import products as timed
 
@@ -262,9 +280,9 @@ def registers(
         known = list(by_capability())
     except ValueError as error:
         refuse(str(error))
-    chosen = some_of(capabilities, "compute capability", known) if capabilities else known
+    chosen = some_of(capabilities, "--capabilities", known) if capabilities else known
     names = kernel_names(chosen)
-    if not report(chosen, some_of(kernels, "kernel", names) if kernels else names, quick=quick):
+    if not report(chosen, some_of(kernels, "--kernels", names) if kernels else names, quick=quick):
         raise typer.Exit(1)
 
 

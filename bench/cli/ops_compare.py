@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 
+from bench.cases.case import Dtype, Mode
 from bench.cases.choices import choose_device, default_dtype
 from bench.cli.gate import (
     Base,
-    Gate,
     Launches,
     LeastEffect,
     Noise,
     Out,
+    RegressionGate,
     Seconds,
     Summary,
     TimeLimit,
+    check_base,
     conclude,
     make_plan,
 )
-from bench.cli.options import one_of, some_of
-from bench.messages import check_count, refuse
-from bench.ops.rows import FORWARD_ONLY, IMPLEMENTATIONS, OpCase
+from bench.cli.options import some_of
+from bench.messages import check_count, one_of, refuse
+from bench.ops.rows import BOTH, FORWARD_ONLY, IMPLEMENTATIONS, OpCase
 from bench.ops.side import OpSide
 
 
@@ -61,13 +63,16 @@ def compare(
     regression judges steps. Exit status 0: nothing got slower; 1: something did; 3: nothing measured, or inconclusive;
     2: bad input.
     """
+    check_base(base)
     check_count(resolution, "--resolution")
     check_count(batch, "--batch")
     where = choose_device(device)
-    way = implementation or ("triton" if where == "cuda" else "reference")
-    one_of(way, "implementation", ("triton", "reference"))
-    modes = some_of(mode, "mode", ("train", "forward"))
-    named = some_of(op, "op", IMPLEMENTATIONS) if op is not None else None
+    way = ("triton" if where == "cuda" else "reference") if implementation is None else implementation
+    one_of(way, "--implementation", BOTH)
+    number = default_dtype(where) if dtype is None else dtype
+    one_of(number, "--dtype", get_args(Dtype))
+    modes = some_of(mode, "--mode", get_args(Mode))
+    named = some_of(op, "--op", IMPLEMENTATIONS) if op is not None else None
     pairs = list(itertools.product(named or IMPLEMENTATIONS, modes))
     if named is None:
         # All means all that there are.
@@ -81,7 +86,7 @@ def compare(
                 resolution=resolution,
                 batch=batch,
                 mode=cast(Any, one),
-                dtype=cast(Any, dtype or default_dtype(where)),
+                dtype=cast(Any, number),
                 device=cast(Any, where),
             )
             for name, one in pairs
@@ -99,6 +104,6 @@ def compare(
     )
 
     def judge(scratch: Path, folder: Path, console: Console) -> tuple[int, str]:
-        return Gate(plan, scratch, folder, console, side=OpSide).run(base)
+        return RegressionGate(plan, scratch, folder, console, side=OpSide).run(base)
 
     conclude(judge, out=out, summary=summary)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from bench.cases.case import Case
+from bench.cases.case import Mode as Modes
 from bench.cases.choices import one_case
-from bench.cli.options import check_appendable, numbers, words
+from bench.cli.options import Weights, check_appendable, numbers, some_of, words
 from bench.messages import check_count, refuse
 from dig.environment import gpu_present
 
@@ -31,12 +32,19 @@ def _check(rounds: int, replays: int, json: Path | None) -> None:
     check_appendable(json, "--json")
 
 
-def _graph(model: str, *, resolution: int, mode: str, batch: int) -> Case:
+def _graph(model: str, *, resolution: int, mode: str, batch: int, weights: str) -> Case:
     """The case of a model's step as a CUDA graph in bf16."""
     if not gpu_present():
         refuse("no NVIDIA GPU was found; what this times runs on one")
     return one_case(
-        model, resolution=resolution, mode=mode, execution="graph", batch=batch, dtype="bf16", device="cuda"
+        model,
+        resolution=resolution,
+        mode=mode,
+        execution="graph",
+        batch=batch,
+        dtype="bf16",
+        device="cuda",
+        weights=weights,
     )
 
 
@@ -45,6 +53,7 @@ def prepare(
     resolution: Resolution = 1024,
     mode: Mode = "forward",
     batch: Batch = 1,
+    weights: Weights = "fp32",
     programs: Annotated[
         str, typer.Option(help="Programs that prepare weights on the side stream; 0: all at once.")
     ] = "0,16,32,64",
@@ -60,7 +69,7 @@ def prepare(
     beside = numbers(programs, "--programs", least=0)
     shares = numbers(fused, "--fused", empty=True)
     _check(rounds, replays, json)
-    case = _graph(model, resolution=resolution, mode=mode, batch=batch)
+    case = _graph(model, resolution=resolution, mode=mode, batch=batch, weights=weights)
     from bench.ops.prepare import Choice, compare_choices
 
     choices = [Choice(fused=rows, programs=0) for rows in shares]
@@ -79,6 +88,7 @@ def chain(
     resolutions: Annotated[str, typer.Option(help="Image sides in pixels, separated by commas.")] = "256,512,1024,1792",
     modes: Annotated[str, typer.Option(help="train, forward, or both.")] = "train,forward",
     batch: Batch = 1,
+    weights: Weights = "fp32",
     rounds: Rounds = 12,
     replays: Replays = 8,
     json: Json = None,
@@ -88,13 +98,14 @@ def chain(
     See dig.ops.early_launch. Each is a CUDA graph of the whole step.
     """
     sides = numbers(resolutions, "--resolutions")
+    chosen = some_of(modes, "--modes", get_args(Modes))
     _check(rounds, replays, json)
     cases = [
-        _graph(model, resolution=side, mode=mode, batch=batch)
-        for model, side, mode in itertools.product(words(CHAINED if models is None else models), sides, words(modes))
+        _graph(model, resolution=side, mode=mode, batch=batch, weights=weights)
+        for model, side, mode in itertools.product(words(CHAINED if models is None else models), sides, chosen)
     ]
     if not cases:
-        refuse("nothing to time: --models and --modes must name something")
+        refuse("nothing to time: --models must name something")
     import torch
 
     from bench.ops.chain import compare_orders
@@ -117,6 +128,7 @@ def variants(
     resolution: Resolution = 1024,
     mode: Mode = "forward",
     batch: Batch = 1,
+    weights: Weights = "fp32",
     rounds: Rounds = 12,
     replays: Replays = 8,
     json: Json = None,
@@ -133,5 +145,5 @@ def variants(
         ways = parse_variants(settings)
     except ValueError as error:
         refuse(str(error))
-    case = _graph(model, resolution=resolution, mode=mode, batch=batch)
+    case = _graph(model, resolution=resolution, mode=mode, batch=batch, weights=weights)
     compare_variants(case, ways, rounds=rounds, replays=replays, json_file=json)

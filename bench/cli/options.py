@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Annotated
 
-from bench.messages import check_count, refuse, say
+import typer
+
+from bench.messages import check_count, one_of, refuse, say
 from bench.store.files import require_appendable
-from dig.family import closest
+from dig.family import Family, closest
+from dig.registry import PATCHES
+
+Weights = Annotated[str, typer.Option(help="fp32 (autocast) or bf16 (a forward pass of a model that was cast).")]
+CompileScope = Annotated[
+    str, typer.Option(help="What one compilation covers: block (one for all blocks of a kind, seconds) or model.")
+]
 
 
 def words(text: str) -> list[str]:
@@ -30,18 +39,27 @@ def numbers(text: str, option: str, *, least: int = 1, empty: bool = False) -> l
     return found if found or empty else refuse(f"{option} needs at least one number")
 
 
-def one_of(value: str, what: str, known: Collection[str]) -> None:
-    """Refuse a word that is not known, offering the closest that is."""
-    if value not in known:
-        refuse(f"unknown {what} {value[:80]!r}: {closest(value, tuple(known))}")
-
-
-def some_of(text: str, what: str, known: Collection[str]) -> list[str]:
+def some_of(text: str, option: str, known: Collection[str]) -> list[str]:
     """The words of a list, each one that is known; at least one."""
     found = words(text)
     for word in found:
-        one_of(word, what, known)
-    return found or refuse(f"name at least one {what}: {', '.join(known)}")
+        one_of(word, option, known)
+    return found or refuse(f"{option} needs at least one of {', '.join(known)}")
+
+
+def check_patch(patch: int) -> None:
+    """Refuse a patch that no model has."""
+    check_count(patch, "--patch")
+    if patch not in PATCHES:
+        refuse(f"--patch must be one of {', '.join(map(str, PATCHES))}; got {min(patch, 10**20)}")
+
+
+def check_sizes(sizes: Iterable[str], option: str, families: Iterable[Family]) -> None:
+    """Refuse a size that one of the families has not."""
+    for family in families:
+        for size in sizes:
+            if size not in family.sizes:
+                refuse(f"unknown {option} {size[:80]!r} of {family.name}: {closest(size, family.sizes)}")
 
 
 def check_appendable(path: Path | None, option: str) -> None:

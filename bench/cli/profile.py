@@ -12,7 +12,7 @@ import typer
 
 from bench.cases.choices import one_case
 from bench.cli.fitting import fitting
-from bench.cli.options import check_appendable
+from bench.cli.options import Weights, check_appendable
 from bench.messages import refuse, say
 from bench.run.lifeline import scratch_folder
 from bench.store.files import require_appendable, write_file
@@ -30,6 +30,7 @@ def profile(
     mode: Annotated[str, typer.Option(help="train or forward.")] = "train",
     batch: Annotated[int, typer.Option(help="Images a step.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default as for run.")] = None,
+    weights: Weights = "fp32",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("out/profile"),
     rows: Annotated[
@@ -42,7 +43,16 @@ def profile(
     ] = None,
 ) -> None:
     """Profile one step: index.html to read, trace.json for ui.perfetto.dev, profile.json with every figure."""
-    case = one_case(model, resolution=resolution, mode=mode, execution="eager", batch=batch, dtype=dtype, device=device)
+    case = one_case(
+        model,
+        resolution=resolution,
+        mode=mode,
+        execution="eager",
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("index.html", "trace.json", "profile.json"):

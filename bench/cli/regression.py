@@ -17,24 +17,24 @@ from bench.cases.suites import without_repeats
 from bench.cli.gate import (
     MOST_LAUNCHES,
     Base,
-    Gate,
     Launches,
     LeastEffect,
     Noise,
     Out,
+    RegressionGate,
     Seconds,
     Summary,
     TimeLimit,
+    check_base,
     conclude,
     make_plan,
 )
-from bench.cli.options import one_of
 from bench.cli.waiting import Waiting
 from bench.judge.compare import INCONCLUSIVE, NO_REGRESSION, REGRESSION, exit_status
 from bench.judge.regression import BUDGETS, SUITES, Comparison, compare_sides
 from bench.judge.statistics import noise_floor
 from bench.judge.stored import against_best
-from bench.messages import cell, check_count, refuse
+from bench.messages import cell, check_count, one_of, refuse
 from bench.run.checkouts import Checkout, copy_tree, slow_down
 from bench.run.side import Side
 from bench.store.rows import ResultError, Row, read_results
@@ -101,15 +101,20 @@ def regression(
     --against-itself and --self-test the status says whether the regression gate works: 0 if no run of unchanged code
     raised an alarm and the slowed copy did.
     """
+    check_base(base)
     check_count(against_itself, "--against-itself", least=0, most=MOST_LAUNCHES)
     check_count(best_of, "--best-of", least=0, most=MOST_LAUNCHES)
     if stored and not best_of:
         refuse("--stored is what --best-of N chooses from; give both")
     if best_of and (against_itself or self_test):
-        refuse("--best-of is of a comparison with the base, not of the gate's self-test")
+        refuse("--best-of is of a comparison with the base, not of the regression gate's self-test")
     if case and suite is not None:
         refuse("--suite and --case each say what to measure; give one of them")
-    cases = without_repeats(parse_case(text, device=device) for text in case) if case else _cases_of(suite or "auto")
+    cases = (
+        without_repeats(parse_case(text, device=device) for text in case)
+        if case
+        else _cases_of("auto" if suite is None else suite)
+    )
     plan = make_plan(
         cases,
         launches=launches,
@@ -126,7 +131,7 @@ def regression(
         refuse(str(error))
 
     def judge(scratch: Path, folder: Path, console: Console) -> tuple[int, str]:
-        gate = _Gate(plan, scratch, folder, console)
+        gate = _OfSteps(plan, scratch, folder, console)
         if against_itself or self_test:
             return gate.test_itself(runs=against_itself, slowed=self_test)
         return gate.run(base, also=lambda found: against_best(found.change, earlier, best_of, found.thresholds))
@@ -150,8 +155,8 @@ def _stored(paths: Sequence[Path], *, required: bool) -> list[Row]:
 
 def _cases_of(suite: str) -> list[Case]:
     """The cases of a suite by name; refused where they cannot be measured here."""
+    one_of(suite, "--suite", ("auto", *SUITES))
     name = ("gpu" if gpu_present() else "cpu") if suite == "auto" else suite
-    one_of(name, "suite", SUITES)
     if name != "cpu" and not gpu_present():
         refuse("no NVIDIA GPU was found; use --suite cpu, or run on a machine with one")
     cases = SUITES[name]()
@@ -164,7 +169,7 @@ def _cases_of(suite: str) -> list[Case]:
 _SAID = {NO_REGRESSION: "no alarm", REGRESSION: "an alarm", INCONCLUSIVE: "inconclusive"}
 
 
-class _Gate(Gate[Case]):
+class _OfSteps(RegressionGate[Case]):
     """The regression gate for whole steps, with its self-test."""
 
     def test_itself(self, *, runs: int, slowed: bool) -> tuple[int, str]:

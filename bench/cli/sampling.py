@@ -11,17 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases.case import CAPTURED, COMPILED, Execution
+from bench.cases.case import CAPTURED, COMPILED, SCOPES, Dtype, Execution, Weights
 from bench.cases.choices import choose_device, default_dtype, default_execution
 from bench.cases.suites import ModelChoice
-from bench.cli.options import numbers, one_of, words
-from bench.messages import check_count, check_positive, refuse, visible
+from bench.cli.options import check_patch, check_sizes, numbers, words
+from bench.cli.waiting import Waiting
+from bench.messages import check_count, check_positive, one_of, refuse, visible
 from bench.sampling.rows import MOST_CFG, RowsWriter, SamplingCase, SamplingRow, compare
 from bench.sampling.run import measure
 from bench.store.lines import ResultError
 from dig.environment import describe_environment
-from dig.family import closest
-from dig.registry import PATCHES
 from dig.spec import check_resolution
 
 MOST_REPEATS = 10_000
@@ -43,8 +42,7 @@ def _cases(
     sides = numbers(resolutions, "--resolutions")
     if not ways:
         raise ValueError("nothing to measure: --models must name something")
-    if patch not in PATCHES:
-        raise ValueError(f"--patch must be one of {', '.join(map(str, PATCHES))}; got {min(patch, 10**20)}")
+    check_patch(patch)
     # What stands twice would only take turns with itself.
     ways = list({(choice.family.name, choice.options, *how.values()): (choice, how) for choice, how in ways}.values())
     for choice, _ in ways:
@@ -52,6 +50,7 @@ def _cases(
         choice.family.require_device(options, setting["device"])
         if message := choice.family.missing_packages(options):
             raise ValueError(message)
+    check_sizes([size], "--size", [choice.family for choice, _ in ways])
     groups = []
     for resolution in sides:
         check_resolution(resolution, patch)
@@ -75,12 +74,11 @@ def _way(text: str, setting: dict[str, Any]) -> tuple[ModelChoice, dict[str, Any
     """A model, and how it runs: ``Flash-DiT:sdpa-cudnn@compiled-graph``, or as all do where it says nothing.
 
     Raises:
-        ValueError: No such model or execution, or one that this device has not.
+        ValueError: No such model, or an execution that this device has not.
     """
-    name, _, word = text.partition("@")
-    execution = word or setting["execution"]
-    if execution not in get_args(Execution):
-        raise ValueError(f"unknown execution {execution!r}: {closest(execution, get_args(Execution))}")
+    name, mark, word = text.partition("@")
+    execution = word if mark else setting["execution"]
+    one_of(execution, f"execution of --models {name}" if mark else "--execution", get_args(Execution))
     if setting["device"] == "cpu" and execution in CAPTURED:
         raise ValueError(f"execution {execution} is a CUDA graph and needs an NVIDIA GPU; use eager")
     scope = setting["scope"] if execution in COMPILED else ""
@@ -146,17 +144,17 @@ def sampling(
             "steps": steps,
             "cfg": cfg,
             "cfg_channels": cfg_channels,
-            "dtype": dtype or default_dtype(where),
+            "dtype": default_dtype(where) if dtype is None else dtype,
             "device": where,
-            "execution": execution or default_execution(where),
+            "execution": default_execution(where) if execution is None else execution,
             "scope": compile_scope,
             "weights": weights,
         }
-        one_of(sampler, "sampler", SAMPLERS)
-        one_of(cfg_channels, "cfg-channels", ("three", "all"))
-        one_of(setting["dtype"], "dtype", ("bf16", "fp32"))
-        one_of(compile_scope, "compile-scope", ("block", "model"))
-        one_of(weights, "weights", ("fp32", "bf16"))
+        one_of(sampler, "--sampler", SAMPLERS)
+        one_of(cfg_channels, "--cfg-channels", ("three", "all"))
+        one_of(setting["dtype"], "--dtype", get_args(Dtype))
+        one_of(compile_scope, "--compile-scope", SCOPES)
+        one_of(weights, "--weights", get_args(Weights))
         check_count(steps, "--steps")
         check_count(repeats, "--repeats", most=MOST_REPEATS)
         check_count(1 if batch is None else batch, "--batch")
@@ -165,30 +163,34 @@ def sampling(
             raise ValueError(f"--cfg must be a number up to {MOST_CFG:g}; got {cfg:g}")
         if where == "cpu":
             size, resolutions, batch = (
-                size or "S",
+                "S" if size is None else size,
                 "64" if resolutions is None else resolutions,
                 4 if batch is None else batch,
             )
         sides = "256,1024" if resolutions is None else resolutions
-        groups = _cases(models or DEFAULT_MODELS[where], size or "XL", patch, sides, batch, setting)
+        size = "XL" if size is None else size
+        named = DEFAULT_MODELS[where] if models is None else models
+        groups = _cases(named, size, patch, sides, batch, setting)
     except ValueError as error:
         refuse(str(error))
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     rows = []
     try:
         # Opened before anything is measured that could not be kept.
-        with RowsWriter(out) as writer, console.status("starting") as status:
+        with RowsWriter(out) as writer:
             if said := writer.said_of_torn_line:
                 console.print(visible(said), style="yellow", markup=False)
-            for row in measure(
-                groups,
-                repeats=repeats,
-                time_limit=time_limit,
-                environment=describe_environment(),
-                on_step=lambda text: status.update(Text(visible(text))),
-            ):
-                writer.write(row)
-                rows.append(row)
+            with Waiting(console, total=sum(map(len, groups))) as waiting:
+                for row in measure(
+                    groups,
+                    repeats=repeats,
+                    time_limit=time_limit,
+                    environment=describe_environment(),
+                    on_step=waiting.show,
+                ):
+                    writer.write(row)
+                    rows.append(row)
+                    waiting.advance()
     except ResultError as error:
         refuse(str(error))
     except KeyboardInterrupt:

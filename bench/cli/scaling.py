@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases.case import Case
+from bench.cases.case import Case, Dtype
 from bench.cases.choices import choose_device, default_dtype
 from bench.cases.jobs import Limits, RankJob
 from bench.cases.scaling import (
@@ -37,10 +37,11 @@ from bench.cases.scaling import (
     scaling_cases,
     to_measure,
 )
-from bench.cli.options import numbers, some_of, words
+from bench.cases.suites import ModelChoice
+from bench.cli.options import check_patch, check_sizes, numbers, some_of, words
 from bench.cli.waiting import Waiting
 from bench.judge.scaling import Point, points
-from bench.messages import check_count, check_positive, refuse, say, visible
+from bench.messages import check_count, check_positive, one_of, refuse, say, visible
 from bench.run.gpus import Card, choose_cards, visible_cards
 from bench.run.process import WorkerError, expect_compiling
 from bench.run.ranks import QUIET, run_ranks
@@ -107,26 +108,33 @@ def scaling(
 
     Exit status 1: a case could not be measured; its row says why. 2: bad input.
     """
-    check_count(patch, "--patch")
+    check_patch(patch)
+    check_count(1 if batch is None else batch, "--batch")
+    check_count(1 if resolution is None else resolution, "--resolution")
     check_positive(time_limit, "--time-limit")
     check_positive(prepare_limit, "--prepare-limit")
     where = choose_device(device, present=gpu_present())
     try:
         cards = _cards(gpus, device, where)
         counts = _counts(processes, cards, where)
+        named = words(",".join(MODELS[where]) if models is None else models)
+        of_size = SIZE[where] if size is None else size
+        check_sizes([of_size], "--size", [ModelChoice.parse(text, where).family for text in named])
+        ways = executions
+        if ways is None:
+            ways = "eager" if where == "cpu" else ",".join(EXECUTIONS)
+        number = default_dtype(where) if dtype is None else dtype
+        one_of(number, "--dtype", get_args(Dtype))
         axes = Axes(
-            models=words(",".join(MODELS[where]) if models is None else models),
-            size=size or SIZE[where],
+            models=named,
+            size=of_size,
             patch=patch,
             resolution=RESOLUTION[where] if resolution is None else resolution,
             batch=BATCH[where] if batch is None else batch,
             processes=counts,
-            parallel=cast(Any, some_of(parallel, "kind of --parallel", PARALLEL)),
-            executions=cast(
-                Any,
-                some_of(executions or ("eager" if where == "cpu" else ",".join(EXECUTIONS)), "execution", EXECUTIONS),
-            ),
-            dtype=cast(Any, dtype or default_dtype(where)),
+            parallel=cast(Any, some_of(parallel, "--parallel", PARALLEL)),
+            executions=cast(Any, some_of(ways, "--executions", EXECUTIONS)),
+            dtype=cast(Any, number),
             device=cast(Any, where),
         )
         cases = scaling_cases(axes)

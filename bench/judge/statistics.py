@@ -56,13 +56,13 @@ def _signed_rank_law(n: int) -> np.ndarray:
 @cache
 def _rank_sum_law(m: int, n: int) -> np.ndarray:
     """P(U ≤ k) for k = 0, 1, …: U counts the pairs of m and n values whose first is larger, all orders alike likely."""
-    ways = [np.eye(1, m * n + 1)[0] for _ in range(n + 1)]  # Of j values of the one side among none of the other.
+    chances = [np.eye(1, m * n + 1)[0] for _ in range(n + 1)]  # Of j values of the one side among none of the other.
     for i in range(1, m + 1):
         for j in range(1, n + 1):
             # The largest of all is of the one side, and above the j others, or of the other.
-            ways[j] = np.concatenate([np.zeros(j), ways[j][: m * n + 1 - j]]) + ways[j - 1]
-        assert ways[n].sum() == math.comb(i + n, n)
-    return np.asarray(np.cumsum(ways[n]) / math.comb(m + n, n))
+            above = np.concatenate([np.zeros(j), chances[j][: m * n + 1 - j]])
+            chances[j] = (i * above + j * chances[j - 1]) / (i + j)
+    return np.cumsum(chances[n])
 
 
 def _by_ranks(values: np.ndarray, law: np.ndarray, confidence: float) -> tuple[float, float] | None:

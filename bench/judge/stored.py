@@ -1,7 +1,7 @@
 """A change against the best of what was measured before, so that many small steps are seen as what they add up to.
 
-Each of five changes that takes 1% more passes a gate whose least effect is 2%. Against the best of the last few results
-the second of them is over it already, and an interval says so from the third on. No torch here.
+Each of five changes that takes 1% more passes a regression gate whose least effect is 2%. Against the best of the last
+few results the second of them is over it already, and an interval says so from the third on. No torch here.
 """
 
 from __future__ import annotations

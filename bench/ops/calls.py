@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from bench.ops import gla, rowwise, srem
 from bench.ops.common import DTYPES, MODES, Step, make_step, set_count
@@ -126,6 +127,28 @@ def _weights(case: OpCase) -> Step:
     return both
 
 
+def _modulation(case: OpCase) -> Step:
+    from dig.ops.modulation import modulation, modulation_backward
+    from dig.ops.weights import matrix_vector
+
+    width, _, _ = _sizes(case)
+    draw = partial(_random, case, dtype=torch.float32)
+    # The condition is in fp32, for the labels' table is.
+    c, weight, bias = draw(case.batch, width), draw(6 * width, width) / width**0.5, draw(6 * width)
+    dout = torch.randn_like(bias.expand(case.batch, -1))
+    if case.implementation == "reference":
+        leaves = [leaf.requires_grad_() for leaf in (c, weight, bias)]
+        return make_step(linear, _mode(case), leaves, [dout])
+
+    def forward() -> list[Tensor]:
+        # As `dig.raster_weights.modulation_of` chooses.
+        return [matrix_vector(weight, c[0], bias) if case.batch == 1 else modulation(c, weight, bias)]
+
+    if case.mode == "forward":
+        return forward
+    return lambda: [*forward(), *modulation_backward(dout, c, weight)]
+
+
 MAKERS: dict[str, Callable[[OpCase], Step]] = {
     "gla": _gla,
     "srem": _srem,
@@ -134,6 +157,7 @@ MAKERS: dict[str, Callable[[OpCase], Step]] = {
     "products": _products,
     "condition": _condition,
     "weights": _weights,
+    "modulation": _modulation,
 }
 
 

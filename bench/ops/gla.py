@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from bench.ops.common import (
     set_count,
     use_tiles,
 )
+from dig.ops.tiles import for_device
 
 NORMALIZER = 16.0
 
@@ -155,7 +156,7 @@ SCANS = {
 MOST_SHORT = 64
 """Chunks up to which a sweep tries the second of them too, and the forward pass in one launch."""
 WALKS = "walk_kernel"
-WALK = {False: {"walk_chunks": 0}, True: {"walk_chunks": MOST_SHORT, "walk_programs": 0}}
+WALK: dict[bool, dict[str, Any]] = {False: {"walk_chunks": 0}, True: {"walk_chunks": MOST_SHORT, "walk_programs": 0}}
 """Tile choices with which the forward pass is never, or always, one launch."""
 
 
@@ -168,14 +169,14 @@ def sweep(shape: Shape, choices: Choices) -> None:
     from triton.runtime.errors import OutOfResources
 
     from dig.ops.gla import launches
-    from dig.ops.tiles.choices import GlaTiles
 
     step = mixer_step(shape)
+    base = replace(for_device(torch.device("cuda")).gla_tiles(shape.K, shape.V, DTYPES[shape.dtype]), few=None)
     best: dict[str, tuple[float, dict[str, Any]]] = {}
 
     def time(names: Collection[str], **choice: Any) -> None:
         try:
-            with use_tiles(launches, GlaTiles(**WALK[names == [WALKS]], **choice)):
+            with use_tiles(launches, replace(base, **WALK[names == [WALKS]], **choice)):
                 kernels = kernel_times(step)
         except OutOfResources as error:
             print(f"{choice}: {error}", flush=True)

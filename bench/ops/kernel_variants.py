@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dig.ops.tiles import KIB, Architecture
+from dig.ops.tiles.choices import GlaTiles
 
 RANK = 16
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -61,11 +62,20 @@ def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
     yield from modulation_variants(architecture)
 
 
+def _recurrences(architecture: Architecture) -> Iterator[tuple[int, int, torch.dtype, GlaTiles]]:
+    """What is chosen for the heads of every entry of the table, and the choices for few programs that it has."""
+    for K, V, of in architecture.gla:
+        tiles = architecture.gla_tiles(K, V, of)
+        for each in (tiles, tiles.few):
+            if each is not None:
+                yield K, V, of, each
+
+
 def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
     """Every kernel that works on chunks, at every entry of the table, forward and backward."""
     from dig.ops.gla import kernels, kernels_backward, kernels_walk, launches
 
-    for (K, V, of), tiles in architecture.gla.items():
+    for K, V, of, tiles in _recurrences(architecture):
         dtype = DTYPES[of]
         padded = {"KP": 1 << (K - 1).bit_length(), "VP": 1 << (V - 1).bit_length()}
         shape = {"K": K, "V": V, **padded, "C": tiles.chunk, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
@@ -100,7 +110,7 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             }
             yield Variant(
                 function=function,
-                sizes=f"K {K} V {V}",
+                sizes=f"K {K} V {V} C {tiles.chunk}",
                 dtype=dtype,
                 shared=(tiles.walk_shared_memory if function is walk[0] else tiles.shared_memory)(K, V, of),
                 constants=shape | constants | heads,
@@ -114,7 +124,7 @@ def scan_variants(architecture: Architecture) -> Iterator[Variant]:
     """The scan over chunks, for as many as each of its forms takes in a round."""
     from dig.ops.gla import kernels, launches
 
-    for (K, V, of), tiles in architecture.gla.items():
+    for K, V, of, tiles in _recurrences(architecture):
         shape = {"K": K, "V": V, "KP": 1 << (K - 1).bit_length(), "C": tiles.chunk}
         for function, N in (
             (kernels.short_scan_kernel, min(tiles.short_chunks, tiles.short_steps)),
@@ -123,7 +133,7 @@ def scan_variants(architecture: Architecture) -> Iterator[Variant]:
             short = function is kernels.short_scan_kernel
             yield Variant(
                 function=function,
-                sizes=f"K {K} V {V}",
+                sizes=f"K {K} V {V} C {tiles.chunk}",
                 dtype=DTYPES[of],
                 shared=UNASKED,
                 constants=shape | (launches.short_scan_sizes if short else launches.scan_sizes)(tiles, N, V, of),
@@ -145,6 +155,8 @@ def product_variants(architecture: Architecture) -> Iterator[Variant]:
         (384, 1024, choices.narrow, alone, products.NO_SHARES),
         (1152, 3072, choices.wide, alone, products.NO_SHARES),
         (1152, 3072, choices.wide, casts, shares),
+        (384, 1024, choices.few, alone, products.NO_SHARES),
+        (1152, 3072, choices.few, alone, products.NO_SHARES),
     ):
         for which, tiles in table.items():
             up = which != "down"
@@ -295,7 +307,7 @@ def modulation_variants(architecture: Architecture) -> Iterator[Variant]:
     """adaLN's linear layer for a full tile of images."""
     from dig.ops.modulation import kernels
 
-    D, tiles = WIDTHS[1], architecture.weights.modulation
+    D, tiles = WIDTHS[1], architecture.modulation_tiles()
     gradient = {"ROWS": tiles.gradient_rows, "COLS": tiles.gradient_columns}
     for function, constants in (
         (kernels.modulation_kernel, {"ROWS": tiles.rows, "COLS": tiles.columns, "IMAGES": tiles.images}),

@@ -49,7 +49,7 @@ class Choice:
 def chosen(choice: Choice) -> Iterator[None]:
     """Let models prepare their weights so."""
     with ExitStack() as stack:
-        stack.enter_context(replaced(raster, "programs_beside", lambda tokens: choice.programs or None))
+        stack.enter_context(replaced(raster, "programs_beside", lambda passes, tokens, casts: choice.programs or None))
         if choice.fused:
             own = for_device(torch.device("cuda"))
             share = choice.fused, own.products.share[1]

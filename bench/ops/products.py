@@ -26,7 +26,7 @@ from bench.store.files import append_line
 from dig.ops.swiglu import products
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.tiles import for_device
-from dig.ops.tiles.choices import ProductChoices, ProductTiles
+from dig.ops.tiles.choices import ProductTiles
 
 IMPLEMENTATIONS = ("fused", "apart")
 PASSES = ("up", "up alone", "down")
@@ -95,7 +95,7 @@ def time_shape(
     """Time passes (`PASSES`) of implementations (`IMPLEMENTATIONS`), a line each, also in a file where one is given."""
     for which, implementation in itertools.product(passes, implementations):
         own = for_device(torch.device("cuda"))
-        chosen = own if implementation == "fused" else replace(own, products=ProductChoices())
+        chosen = own if implementation == "fused" else replace(own, products=own.products.apart())
         with replaced(products, "for_device", lambda _, chosen=chosen: chosen):
             steps, size, flops = make_steps(T, D, which)
             us = time_of(steps, samples)

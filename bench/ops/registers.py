@@ -9,6 +9,11 @@ compiles the kernels of `dig.ops` at the tile choices of an architecture (`dig.o
 while it uses asynchronous matrix products, takes more shared memory than its tiles count with or the GPU has, touches
 memory before it has waited for the kernel before it, or if the code shows the following fault.
 
+**Spills alone are no fault.** They count beside asynchronous products only: Hopper's (HGMMA) and those of Blackwell for
+data centres (tcgen05: UTCHMMA and others). Ampere, Ada and Blackwell for desktops have none: their products (HMMA) take
+operands from a thread's registers, so that a spill costs time and nothing else. A line says ``spills without
+asynchronous products: ok``.
+
 **The fault.** Hopper's asynchronous products (HGMMA) find their operands by 64-bit descriptors, which are computed in
 the 63 registers that a warp's threads share: the low word as a base and an offset, the high word as the carry and a
 constant. Where those registers are short, ptxas 12.8 has been seen to hand two products the same base, which it also
@@ -20,7 +25,8 @@ reads as the 0 of the high word::
 
 The products then read other memory than they should, with no error or with an illegal address. PTX is right, the
 interpreter is right, and so is memcheck where the wrong address happens to exist. `wrong_descriptors` looks for a carry
-added to the very register that the low word was computed from.
+added to the very register that the low word was computed from. It has been seen on Hopper alone, and is looked for in
+Hopper's instructions. Blackwell's asynchronous products find operands by descriptors too, hence the rule about spills.
 """
 
 from __future__ import annotations
@@ -54,7 +60,7 @@ class Compiled:
         registers: Of a thread.
         spills: Instructions that store a register to memory.
         shared: Bytes of shared memory of a program.
-        products: Asynchronous matrix products (HGMMA) in the code.
+        products: Asynchronous matrix products in the code.
         wrong: What `wrong_descriptors`, `hasty_accesses` and `too_much_shared` found.
     """
 
@@ -70,8 +76,20 @@ class Compiled:
 
     @property
     def faulty(self) -> bool:
-        """Whether this must not run."""
+        """Whether this must not run. Spills count beside asynchronous products only."""
         return bool(self.wrong) or (self.products > 0 and self.spills > 0)
+
+    @property
+    def verdict(self) -> str:
+        """What is wrong, or that it may run."""
+        if self.faulty:
+            return "; ".join(self.wrong) or "spills beside asynchronous products"
+        return "spills without asynchronous products: ok" if self.spills else "ok"
+
+
+def asynchronous_products(sass: str) -> int:
+    """Matrix products of a listing that find their operands by descriptors: Hopper's, and Blackwell's tcgen05."""
+    return len(re.findall(r"\b(?:HGMMA|UTC[A-Z]*MMA)\b", sass))
 
 
 def wrong_descriptors(sass: str) -> tuple[str, ...]:
@@ -164,7 +182,7 @@ def inspect_variants(variants: Sequence[Variant], architecture: Architecture) ->
                 registers=_registers(each.asm["cubin"]),
                 spills=sass.count("STL"),
                 shared=shared,
-                products=sass.count("HGMMA"),
+                products=asynchronous_products(sass),
                 wrong=wrong + too_much_shared(shared, variant, architecture),
             )
         )
@@ -249,11 +267,10 @@ def report(capabilities: Iterable[str], kernels: Collection[str], *, quick: bool
         while group := list(islice(variants, AT_ONCE)):
             for found in inspect_variants(group, architecture):
                 faulty = faulty or found.faulty
-                verdict = "; ".join(found.wrong) or ("spills beside asynchronous products" if found.faulty else "ok")
                 print(
                     f"{capability:>4} {found.kernel:29} {found.sizes:18} {found.dtype} warps {found.warps:2} "
                     f"registers {found.registers:3} spills {found.spills:3} shared {found.shared / KIB:5.1f} KiB "
-                    f"HGMMA {found.products:3} {verdict}",
+                    f"asynchronous products {found.products:3} {found.verdict}",
                     flush=True,
                 )
     return not faulty

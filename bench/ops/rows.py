@@ -31,10 +31,12 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "products": GPU_ONLY,
     "condition": GPU_ONLY,
     "weights": GPU_ONLY,
+    "modulation": BOTH,
 }
 """Operation → how it can be computed. ``triton`` is what DiG:triton calls: the recurrence with gates and norms (gla),
 SREM's convolution (srem), the gated residual with its norm (adaln), SwiGLU alone (swiglu) and in its matrix products
-(products), the condition of a few images, and a block's weights made ready for the products.
+(products), the condition of a few images, a block's weights made ready for the products, and adaLN's linear layer
+(modulation).
 """
 FORWARD_ONLY = frozenset({"condition"})
 """Without a backward pass: what only inference calls."""
@@ -70,9 +72,11 @@ class OpCase:
             value = getattr(self, name)
             require(value in known, f"{name} must be one of {', '.join(known)}; got {value!r:.80}")
         known = IMPLEMENTATIONS[self.op]
+        if self.device == "cpu" and known == GPU_ONLY:
+            raise ValueError(f"{self.op} has no implementation for a CPU; it needs an NVIDIA GPU")
         require(self.implementation in known, f"{self.op} has no {self.implementation!r}; it has {', '.join(known)}")
         if self.device == "cpu" and self.implementation == "triton":
-            raise ValueError(f"{self.op}: triton runs on a GPU only" + (", reference on both" * (known == BOTH)))
+            raise ValueError(f"{self.op}: triton runs on a GPU only, reference on both")
         if self.mode == "train" and self.op in FORWARD_ONLY:
             raise ValueError(f"{self.op} has no backward pass, for training does not call it; use --mode forward")
         for name in ("batch", "resolution"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from bench.ops.common import (
 )
 from dig.ops.adaln import norm_modulate, residual_norm_modulate
 from dig.ops.swiglu import swiglu
+from dig.ops.tiles import for_device
 
 OPERATIONS = ("norm_modulate", "residual_norm_modulate", "swiglu")
 IMPLEMENTATIONS = ("triton", "reference", "compiled")
@@ -120,7 +121,6 @@ def sweep(shape: Shape, choices: Choices) -> None:
     together.
     """
     from dig.ops.adaln import fused
-    from dig.ops.tiles.choices import NormTiles
 
     count = set_count(shape.least_bytes("residual_norm_modulate", "forward"), most=32)
     sets = [make_inputs(shape, "residual_norm_modulate") for _ in range(count)]
@@ -140,12 +140,13 @@ def sweep(shape: Shape, choices: Choices) -> None:
         return step
 
     steps = [step_of(leaves, gradients) for leaves, gradients in sets]
+    base = for_device(torch.device("cuda")).adaln_tiles(shape.D, DTYPES[shape.stream])
     best: dict[str, tuple[float, dict[str, int]]] = {}
     grid = itertools.product(choices.rows, choices.parts, choices.warps, choices.programs)
     for rows, part, warps, programs in grid:
         forward = {"rows": rows, "part": part, "warps": warps}
         backward = {f"backward_{name}": value for name, value in forward.items()} | {"programs": programs}
-        with use_tiles(fused, NormTiles(**forward, **backward)):
+        with use_tiles(fused, replace(base, **forward, **backward)):
             kernels = kernel_times(lambda: [step() for step in steps], repeats=5)
         for name, taken in (("norm_modulate_kernel", forward), ("norm_modulate_backward_kernel", backward)):
             microseconds = kernels[name][0]

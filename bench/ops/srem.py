@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -129,13 +129,15 @@ def sweep(shape: Shape, choices: Choices) -> None:
             fused.srem_forward(x, branch, gate, weight, bias, rows, columns, *order)
             fused.srem_backward(x, branch, gate, weight, bias, gradient, rows, columns, *order, True)
 
+    base = fused.tiles_for("forward", x)
     times: dict[str, list[tuple[float, SremTiles]]] = {name: [] for name in KERNELS}
     for channels, groups, width, rows, warps, registers in itertools.product(
         choices.channels, choices.groups, choices.widths, choices.rows, choices.warps, choices.registers
     ):
         if channels * groups not in (64 * warps, 128 * warps):
             continue  # two or four channels a thread
-        tiles = SremTiles(
+        tiles = replace(
+            base,
             channels=channels,
             groups=groups,
             width=width,

@@ -1,4 +1,4 @@
-"""Every operation against its reference and its peer under pytest-benchmark: ``nox -s bench_ops``.
+"""Recurrence, adaptive norm, SwiGLU, SREM against references and peers under pytest-benchmark: ``nox -s bench_ops``.
 
 One round is a replay of a CUDA graph that holds the step once for each of its input sets (see `bench.ops.common`), so a
 round's time over the number of sets is a step's. ``extra_info`` has that, the bytes that the step must move, and the

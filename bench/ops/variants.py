@@ -1,12 +1,15 @@
 """Time a model's step with constants of the code changed, beside the step as it is, all in turns.
 
-    python -m bench ops variants --set dig.raster_block.HALVED_TOKENS=0
+    python -m bench ops variants --set dig.ops.tiles.sm90.PASSES.halved_tokens=0
     python -m bench ops variants --model DiG-S/2:triton --resolution 512 \\
-        --set dig.raster._FEW_TOKENS=0 --set "dig.raster._FEW_TOKENS=0; dig.raster._FEW_PROGRAMS=16"
+        --set dig.ops.tiles.sm90.PASSES.beside_tokens=0 \\
+        --set "dig.ops.tiles.sm90.PASSES.beside_tokens=0; dig.ops.tiles.sm90.PASSES.beside_programs=16"
+    python -m bench ops variants --set dig.ops.tiles.sm90.GLA.walk_chunks=8
 
 Each ``--set`` is one variant, of one constant or several with semicolons between them; a value is a Python literal, and
-a constant is named in the module that reads it. Each variant is a CUDA graph of the whole step, as the benchmark
-captures it; what comes of it is compared with the first's, bit for bit.
+a constant is named in the module that reads it. Of tile choices a field is named; of a table of them it is set in all
+entries. Each variant is a CUDA graph of the whole step, as the benchmark captures it; what comes of it is compared with
+the first's, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import ast
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,41 +30,118 @@ from bench.cases.case import Case
 from bench.judge.statistics import ratio_interval
 from bench.ops.common import replaced
 from bench.ops.turns import append_row, steps_in_turns
+from dig.ops.tiles import forget_choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A constant and what it is to be."""
+    """A constant and what it is to be.
+
+    Attributes:
+        module: Where it is read.
+        name: Its name there.
+        value: What it is to be.
+        field: Where the constant is one of tile choices, or a table of them: the field that is set, in every entry.
+    """
 
     module: ModuleType
     name: str
     value: Any
+    field: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """From ``dig.raster_block.HALVED_TOKENS=0``.
+        """From ``dig.ops.tiles.sm90.PASSES.halved_tokens=0``.
 
         Raises:
-            ValueError: There is no such constant, or its value is of another type.
+            ValueError: There is no such constant, or its value is of another type or out of range.
         """
         place, equals, literal = text.partition("=")
         path, _, name = place.strip().rpartition(".")
         if not equals or not path:
-            raise ValueError(f"a setting is MODULE.NAME=VALUE, as dig.raster_block.HALVED_TOKENS=0; got {text!r}")
-        try:
-            module = importlib.import_module(path)
-        except ImportError as error:
-            raise ValueError(f"{text!r}: there is no module {path} ({error})") from None
-        if name not in module.__dict__:
-            raise ValueError(f"{text!r}: {path} has no {name}")
+            raise ValueError(f"a setting is MODULE.NAME=VALUE, as dig.ops.tiles.sm90.GLA.walk_chunks=0; got {text!r}")
+        module, name, field = _find(text, path, name)
         try:
             value = ast.literal_eval(literal)
         except (ValueError, SyntaxError):
             raise ValueError(f"{text!r}: {literal!r} is no Python literal") from None
-        kind = type(module.__dict__[name])
-        if type(value) is not kind:
-            raise ValueError(f"{text!r}: {place} is of type {kind.__name__}, {literal} of {type(value).__name__}")
-        return cls(module=module, name=name, value=value)
+        if field:
+            kinds = {type(getattr(entry, field)) for entry in _entries(module.__dict__[name]).values()}
+        else:
+            kinds = {type(module.__dict__[name])}
+        if type(value) not in kinds:
+            names = " or ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(f"{text!r}: {place} is of type {names}, {literal} of {type(value).__name__}")
+        setting = cls(module=module, name=name, value=value, field=field)
+        if field:
+            setting.changed()
+        return setting
+
+    def changed(self) -> dict[Any, Any]:
+        """The tile choices as they are to be, by their place in the table.
+
+        Raises:
+            ValueError: No tile choice has such a value.
+        """
+        found = _entries(self.module.__dict__[self.name])
+        return {place: replace(entry, **{self.field: self.value}) for place, entry in found.items()}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let it have this value."""
+        if not self.field:
+            with replaced(self.module, self.name, self.value):
+                yield
+            return
+        chosen = self.module.__dict__[self.name]
+        before = _entries(chosen)
+        _put(chosen, self.changed())
+        try:
+            yield
+        finally:
+            _put(chosen, before)
+
+
+def _entries(chosen: Any) -> dict[Any, Any]:
+    """Tile choices by their place in a table; by None where they are not in one. Copies: see `_put`.
+
+    Raises:
+        ValueError: Something else.
+    """
+    entries = dict(chosen) if isinstance(chosen, dict) else {None: chosen}
+    if not entries or not all(is_dataclass(entry) and not isinstance(entry, type) for entry in entries.values()):
+        raise ValueError("these are no tile choices")
+    return {place: replace(entry) for place, entry in entries.items()}
+
+
+def _put(chosen: Any, entries: Mapping[Any, Any]) -> None:
+    """Let a table, or the choices themselves, be these. An architecture holds them by reference."""
+    if isinstance(chosen, dict):
+        chosen.update(entries)
+    else:
+        for each in fields(chosen):
+            object.__setattr__(chosen, each.name, getattr(entries[None], each.name))
+    forget_choices()
+
+
+def _find(text: str, path: str, name: str) -> tuple[ModuleType, str, str]:
+    """Module, constant and, where that is a table of tile choices, the field that ``path.name`` names."""
+    try:
+        module, field = importlib.import_module(path), ""
+    except ImportError as error:
+        outer, _, constant = path.rpartition(".")
+        message = f"{text!r}: there is no module {path} ({error})"
+        try:
+            module = importlib.import_module(outer or path)
+            entries = _entries(module.__dict__.get(constant))
+        except (ImportError, ValueError):
+            raise ValueError(message) from None
+        path, name, field = outer, constant, name
+        if not all(hasattr(entry, field) for entry in entries.values()):
+            raise ValueError(f"{text!r}: {path}.{name} has no {field}") from None
+    if name not in module.__dict__:
+        raise ValueError(f"{text!r}: {path} has no {name}")
+    return module, name, field
 
 
 @contextmanager
@@ -69,7 +149,7 @@ def applied(settings: Sequence[Setting]) -> Iterator[None]:
     """Let the constants have these values."""
     with ExitStack() as stack:
         for setting in settings:
-            stack.enter_context(replaced(setting.module, setting.name, setting.value))
+            stack.enter_context(setting.applied())
         yield
 
 

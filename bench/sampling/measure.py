@@ -44,7 +44,7 @@ class Contestant:
             cfg_scale=case.cfg,
             cfg_channels=cast(Any, case.cfg_channels),
             model_batch=case.batch,
-            bf16=case.dtype == "bf16" and case.weights == "fp32",
+            precision="bf16" if case.weights == "bf16" else "autocast" if case.dtype == "bf16" else "fp32",
         )
         self._sampler = BatchSampler(model.eval(), plan, device, graph=case.captures, finish=lambda x: x.cpu().numpy())
         self._number = 0

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from bench.cases.case import Case
 from bench.store.decoding import decode_dataclass, parse_json, require, with_options
+from bench.store.kinds import other_kind
 from bench.store.ledgers import Checks, Clocks, Memory, Placement, Scaling, Timing
 from bench.store.lines import LinesWriter, ResultError, Results, read_lines
 from bench.store.migrations import SCHEMA, to_present
@@ -185,6 +186,8 @@ class Row:
             raise ResultError(f"not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ResultError("not a result row: it has no schema version")
+        if said := other_kind(record):
+            raise ResultError(f"not a result row, but {said}")
         try:
             record = to_present(record)
         except ValueError as error:

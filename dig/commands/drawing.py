@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from dig.commands.common import choose_precision, one_device, open_decoder
+from dig.commands.common import one_device, open_decoder
 from dig.memory import peak_memory
 from dig.messages import one_line
 from dig.progress import following
@@ -96,6 +96,8 @@ class Drawing:
         from dig.sampling.runner import BatchSampler
 
         network = self.found.build(self.device)
+        if self.plan.precision == "bf16":
+            network.to(torch.bfloat16)
         at = f", step {self.found.step}" if self.found.step is not None else ""
         if console is not None:
             console.print(f"{self.found.spec.describe()}{at}, on {self.device}")
@@ -110,7 +112,6 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         ValueError: It can't be sampled; the message says what to change.
     """
     where = one_device(asked.device)
-    bf16 = choose_precision(asked.dtype, where) == "bf16"
     captures = (asked.execution or ("graph" if where == "cuda" else "eager")) == "graph"
     if asked.execution not in (None, "graph", "eager"):
         raise ValueError(f"execution must be graph or eager; got {asked.execution!r}")
@@ -120,7 +121,10 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         raise ValueError("--image-size and --num-classes describe a published file, together with --model")
     if asked.other_vae and asked.vae is None:
         raise ValueError("--other-vae is about the one that --vae names")
+    from dig.family import BACKEND
+    from dig.registry import parse_name
     from dig.sampling.planning import doubts, plan_samples
+    from dig.sampling.runner import default_precision
     from dig.sampling.weights import Published, load_weights, read_choice
     from dig.training.needs import Footprint, check_sampling
 
@@ -139,7 +143,7 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         from dig.sampling.adapters import with_adapter
 
         found, adapter_sha256 = with_adapter(found, asked.adapter)
-    size = Footprint.of(found.spec)
+    size, (family, *_) = Footprint.of(found.spec), parse_name(found.spec.name)
     plan = plan_samples(
         classes=asked.classes,
         class_names=found.class_names,
@@ -156,7 +160,7 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         steps=asked.steps,
         eta=asked.eta,
         seed=asked.seed,
-        bf16=bf16,
+        precision=asked.dtype or default_precision(family.name, found.spec.options.get(BACKEND), where),
     )
     for warning in doubts(found, plan):
         typer.echo(f"warning: {one_line(warning)}", err=True)

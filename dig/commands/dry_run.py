@@ -102,7 +102,7 @@ def rehearse_sampling(runner: BatchSampler, *, model: str, parameters: int, devi
         samples=f"{plan.count:,} of {len(set(plan.classes)):,} classes, from index {plan.first:,} on",
         sampler=f"{plan.sampler}, {runner.steps} steps{guidance}",
         batch=f"{M} at once, {batches:,} batches",
-        device=f"{device}, {'bf16' if plan.bf16 else 'fp32'}",
+        device=f"{device}, {plan.precision}",
     )
     runner.one_step()
     started = time.perf_counter()

@@ -104,7 +104,13 @@ def sample_command(
             "--backend", "--implementation", help="Which implementation runs: triton, fla, reference, sdpa-cudnn, ..."
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32. Default: bf16 on a GPU.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bf16 (weights too), autocast (to bf16, of fp32 weights) or fp32. Default on a GPU: bf16 for DiG on "
+            "this project's kernels, else autocast."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     execution: Annotated[
         str | None,

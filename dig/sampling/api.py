@@ -5,6 +5,7 @@ Shapes: N samples, C channels, h and w of the model's space, H and W pixels.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -22,15 +23,26 @@ from torch import Tensor
 
 from dig.fields import check_word, real_number, whole_number
 from dig.layers import Backbone
+from dig.model import DiG
 from dig.sampling.decoder import Decoder, open_decoder
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.planning import doubts, plan_samples
-from dig.sampling.runner import BatchSampler
+from dig.sampling.runner import BatchSampler, Precision, default_precision
 from dig.sampling.trained import Trained
 from dig.sampling.weights import Published, load_weights, read_choice
 from dig.training.needs import Footprint, check_sampling
 
 logger = logging.getLogger(__name__)
+
+
+def _precision(model: Backbone, device: str) -> Precision:
+    """What a model is sampled in where nobody says."""
+    if next(model.parameters()).dtype == torch.bfloat16:
+        return "bf16"
+    inner = getattr(model, "_orig_mod", model)
+    family, backend = ("DiG", inner.config.backend) if isinstance(inner, DiG) else ("", None)
+    return default_precision(family, backend, device)
+
 
 TRAINED = "trained"
 """Where `load` leaves what a model was trained with."""
@@ -171,7 +183,8 @@ def sample(
         model_batch: Images that the model takes at once, part of what decides on their last bits.
         vae: Decodes latents: a folder or a hub name. The one that came with the model if not given.
         other_vae: Whether it may be another one than the latents were made with.
-        dtype: ``bf16`` (autocast) or ``fp32``; bf16 on a GPU if not given.
+        dtype: ``bf16`` (of a copy of the model that is cast, where it isn't), ``autocast`` (to bf16) or ``fp32``. On a
+            GPU, if not given, bf16 for DiG on its own kernels and for what was cast, else autocast.
         execution: ``graph`` (the whole loop as a CUDA graph) or ``eager``; graph on a GPU if not given.
 
     Raises:
@@ -199,8 +212,6 @@ def sample(
     if not isinstance(other_vae, bool):
         raise TypeError(f"other_vae must be True or False; got {other_vae!r:.80}")
     where = next(model.parameters()).device
-    if dtype not in (None, "bf16", "fp32"):
-        raise ValueError(f"dtype must be bf16 or fp32; got {dtype!r}")
     if execution not in (None, "graph", "eager"):
         raise ValueError(f"execution must be graph or eager; got {execution!r}")
     if execution == "graph" and where.type != "cuda":
@@ -223,7 +234,7 @@ def sample(
         steps=steps,
         eta=eta,
         seed=seed,
-        bf16=(dtype or ("bf16" if where.type == "cuda" else "fp32")) == "bf16",
+        precision=dtype or _precision(model, where.type),
     )
     decoder = None
     if trained is not None:
@@ -237,8 +248,11 @@ def sample(
     captures = (execution or ("graph" if where.type == "cuda" else "eager")) == "graph"
     training = model.training
     model.eval()
+    sampled = model
+    if plan.precision == "bf16" and next(model.parameters()).dtype != torch.bfloat16:
+        sampled = copy.deepcopy(model).to(torch.bfloat16)
     try:
-        runner = BatchSampler(model, plan, where, graph=captures, finish=lambda x: x.float().cpu().numpy())
+        runner = BatchSampler(sampled, plan, where, graph=captures, finish=lambda x: x.float().cpu().numpy())
         tensor = torch.from_numpy(runner.samples(range(plan.first, plan.first + plan.count)).copy())
     finally:
         model.train(training)

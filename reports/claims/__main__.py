@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -10,16 +11,13 @@ import typer
 from bench.messages import OneLineCommand, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError
-from dig.environment import ROOT
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge_all
 from reports.claims.readme import read_readme
-from reports.claims.rows import Files
+from reports.claims.rows import ROWS, Files
 from reports.claims.spec import CLAIMS, read_claims
 from reports.claims.telling import counted, to_json, to_markdown, to_text
 from reports.refusing import refusing
-
-ROWS = ROOT / "results" / "h100"
 
 app = typer.Typer(add_completion=False)
 
@@ -30,8 +28,8 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="RESULTS.jsonl",
-            help="Results files. Default: this project's of one H100. A claim is tested on the file that it names; "
-            "where that was not given, on those that no claim names, such as your own.",
+            help="Results files, or folders of them. Default: this project's of one H100. A claim is tested on the "
+            "file that it names; where that was not given, on those that no claim names, such as your own.",
         ),
     ] = None,
     out: Annotated[
@@ -48,8 +46,8 @@ def report(
 
     Exit status 2: a file cannot be read or written, or a claim cannot be tested.
     """
-    paths = files or sorted(ROWS.glob("*.jsonl"))
     with refusing(ClaimError, ResultError, folder=out or Path(), hint="; choose another --out"):
+        paths = list(_files(files or [ROWS]))
         said = read_claims(claims)
         given = Files(paths, said.files)
         findings = judge_all(said, given, read_readme())
@@ -63,6 +61,15 @@ def report(
             write_file(out / name, content)
             say(f"wrote {out / name}")
         say(counted(findings))
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files, and those of folders."""
+    for path in paths:
+        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not found:
+            raise ResultError(f"no .jsonl files in {path}")
+        yield from found
 
 
 if __name__ == "__main__":

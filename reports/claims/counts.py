@@ -18,7 +18,17 @@ UNITS = {"parameters": "× 2^20", "paper gmac": "GMAC", "gmac": "GMAC", "paper s
 
 
 @cache
-def _count(name: str, options: str) -> Counts:
+def counts_of(name: str, options: str = "") -> Counts:
+    """A model's counts.
+
+    Args:
+        name: ``DiG-S/4``.
+        options: As in a case, ``fla:variant=release``.
+
+    Raises:
+        ClaimError: No such model.
+        ImportError: torch is not installed.
+    """
     try:
         family = find_family(name.rpartition("-")[0])
         return count(name, family.read_words([word for word in options.split(":") if word]))
@@ -27,13 +37,13 @@ def _count(name: str, options: str) -> Counts:
 
 
 def _figure(claim: Count, index: int) -> float:
-    own = _count(claim.models[index], claim.options)
+    own = counts_of(claim.models[index], claim.options)
     macs = own.paper_macs if claim.what.startswith("paper") else own.macs
     if claim.what == "parameters":
         return own.parameters / MEBI
     if macs is None:
         raise ClaimError(f"{claim.id}: the paper counts DiG alone, not {claim.models[index]}")
-    return 100 * macs / _count(claim.peers[index], "").macs if claim.peers else macs / 1e9
+    return 100 * macs / counts_of(claim.peers[index]).macs if claim.peers else macs / 1e9
 
 
 def judge_count(claim: Count) -> Finding:

@@ -14,10 +14,11 @@ from reports.best import failure
 from reports.cells import number
 from reports.claims.commands import measuring_subjects
 from reports.claims.finding import Finding, Verdict, marks
+from reports.claims.prose import HOLE
 from reports.claims.ratio import FIGURES, Figure, ends_ms, ratio_of
 from reports.claims.readme import Section
 from reports.claims.rows import Files, Source
-from reports.claims.spec import HOLE, Crossover, Exponent
+from reports.claims.spec import Crossover, Exponent
 from reports.claims.subject import Subject
 
 POINTS = 3

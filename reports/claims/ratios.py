@@ -18,10 +18,12 @@ from reports.claims.finding import (
     marks,
     same_as_printed,
 )
+from reports.claims.numbers import LETTERS
+from reports.claims.prose import HOLE
 from reports.claims.ratio import FIGURES, Figure, ratio_of
 from reports.claims.readme import LEAD, Section
 from reports.claims.rows import Files, Source
-from reports.claims.spec import HOLE, Form, Ratio
+from reports.claims.spec import Form, Ratio
 from reports.claims.subject import Subject
 from reports.series import Launches
 
@@ -30,8 +32,6 @@ FORMS: Mapping[Form, Callable[[float], float]] = {
     "percent more": lambda ratio: 100 * (ratio - 1),
     "percent less": lambda ratio: 100 * (1 - ratio),
 }
-LETTERS = {"throttled": "ᵗ", "unsteady": "ᵘ"}
-"""What README writes after the time of a row with this mark."""
 
 
 def said_by_readme(claim: Ratio, readme: Section) -> tuple[str, str]:

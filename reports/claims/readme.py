@@ -1,4 +1,4 @@
-"""README's section on the H100: its sentences with their numbers, the lines of its tables, and what no claim covers."""
+"""README's section on the H100: its sentences, the lines of its tables, and which of them no claim covers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.store.files import read_file
-from dig.environment import ROOT
 from reports.claims.errors import ClaimError
-from reports.claims.spec import HOLE
+from reports.claims.prose import README, prose, quoted, read_page
 
-README = ROOT / "README.md"
 HEADING = "## What the H100 says"
 LEAD = "DiG's lead"
 """The heading of a column of ratios."""
-_NUMBER = r"\d+(?:\.\d+)?"
-_RATIO = re.compile(rf"(?<![\d.,]){_NUMBER}(?=(?: times|%)(?!\w))")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +20,7 @@ class Section:
     """What README says of the H100.
 
     Attributes:
-        prose: Everything but tables, on one line, without asterisks.
+        prose: As `reports.claims.prose.prose` has it.
         tables: Each a list of lines, a line its cells by heading; the first cell's heading names the table.
     """
 
@@ -42,18 +37,16 @@ class Section:
         _, found, rest = page.partition(f"{HEADING}\n")
         if not found:
             raise ClaimError(f"README has no section {HEADING!r}")
-        words: list[str] = []
+        section = re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
         tables: list[list[list[str]]] = []
         within = False
-        for line in re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0].splitlines():
+        for line in section.splitlines():
             if line.lstrip().startswith("|"):
                 tables += [] if within else [[]]
                 tables[-1].append([cell.strip().strip("*") for cell in line.strip().strip("|").split("|")])
-            else:
-                words += line.split()
             within = line.lstrip().startswith("|")
         return cls(
-            prose=" ".join(words).replace("*", ""),
+            prose=prose(section),
             tables=tuple(
                 tuple(dict(zip(head, line, strict=False)) for line in lines) for head, _, *lines in tables if lines
             ),
@@ -65,12 +58,7 @@ class Section:
         Raises:
             ClaimError: Nowhere, or in several places.
         """
-        before, after = (re.escape(" ".join(part.split(" "))) for part in quote.split(HOLE))
-        found = list(re.finditer(rf"{before}(?<![\d.])({_NUMBER})(?![\d]|\.\d){after}", self.prose))
-        if len(found) != 1:
-            places = "no longer says" if not found else f"says {len(found)} times"
-            raise ClaimError(f"README {places} {quote!r}; quote it as it is now")
-        return found[0]
+        return quoted(self.prose, quote)
 
     def line(self, table: str, first: str) -> Mapping[str, str]:
         """A line of a table of leads, by the table's first heading and the line's first cell.
@@ -88,23 +76,16 @@ class Section:
     def _with_leads(self) -> list[tuple[Mapping[str, str], ...]]:
         return [lines for lines in self.tables if LEAD in lines[0]]
 
-    def uncovered(self, quotes: Iterable[str], lines: Iterable[tuple[str, ...]]) -> list[str]:
-        """Every "N times", "N%" and line of leads that is in none of these quotes and lines, with the words before it.
-
-        Raises:
-            ClaimError: A quote stands nowhere.
-        """
-        covered = {self.quoted(quote).start(1) for quote in quotes}
-        missing = [
-            self.prose[max(0, match.start() - 60) : match.end() + len(" times as")].strip()
-            for match in _RATIO.finditer(self.prose)
-            if match.start() not in covered
-        ]
+    def uncovered(self, lines: Iterable[tuple[str, ...]]) -> list[str]:
+        """The lines of leads that are none of these, each with its table's first heading."""
         known = set(lines)
-        for table in self._with_leads():
-            heading = next(iter(table[0]))
-            missing += [f"{heading}: {line[heading]}" for line in table if (heading, line[heading]) not in known]
-        return missing
+        return [
+            f"{heading}: {line[heading]}"
+            for table in self._with_leads()
+            for heading in [next(iter(table[0]))]
+            for line in table
+            if (heading, line[heading]) not in known
+        ]
 
 
 def read_readme(path: Path = README) -> Section:
@@ -113,9 +94,4 @@ def read_readme(path: Path = README) -> Section:
     Raises:
         ClaimError: It cannot be read, or has none.
     """
-    try:
-        return Section.of(read_file(path).decode())
-    except OSError as error:
-        raise ClaimError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ClaimError(f"{path}: not UTF-8") from None
+    return Section.of(read_page(path))

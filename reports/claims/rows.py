@@ -11,9 +11,13 @@ from pathlib import Path
 from bench.store.files import read_file
 from bench.store.rows import ResultError, Row
 from bench.store.selection import machine
+from dig.environment import ROOT
 from reports.claims.ratio import FIGURES, Figure
 from reports.claims.subject import Subject
 from reports.series import read_sweep
+
+ROWS = ROOT / "results" / "h100"
+"""The published ones."""
 
 
 def _first(path: Path) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from bench.store.decoding import decode_dataclass, require
 from bench.store.files import read_file
 from reports.claims.errors import ClaimError
+from reports.claims.prose import HOLE
 from reports.claims.ratio import Figure
 from reports.claims.subject import NOTATION, Subject
 
@@ -22,7 +23,6 @@ Relation = Literal["at least", "at most", "about", "printed"]
 Counted = Literal["parameters", "paper gmac", "gmac", "paper share", "share"]
 _ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-HOLE = "{}"
 
 
 def _number(text: str, name: str) -> None:
@@ -225,6 +225,7 @@ KINDS: dict[str, type[Claim]] = {
 
 
 C = TypeVar("C", bound=Claim)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +250,21 @@ def read_claims(path: Path = CLAIMS) -> Claims:
     Raises:
         ClaimError: It cannot be read, or a claim in it cannot be tested.
     """
+    claims = read_tables(path, KINDS)
+    repeated = [name for name, count in Counter(claim.id for claim in claims).items() if count > 1]
+    if repeated:
+        raise ClaimError(f"{path}: two claims have the id {min(repeated)!r}")
+    if not claims:
+        raise ClaimError(f"{path}: it holds no claims")
+    return Claims(claims=tuple(claims))
+
+
+def read_tables(path: Path, kinds: Mapping[str, type[T]]) -> list[T]:
+    """Read a TOML file of tables that are written ``[[name]]``, each a dataclass by its name.
+
+    Raises:
+        ClaimError: It cannot be read, or says something else.
+    """
     try:
         record = tomllib.loads(read_file(path).decode())
     except OSError as error:
@@ -256,24 +272,20 @@ def read_claims(path: Path = CLAIMS) -> Claims:
     except ValueError as error:
         raise ClaimError(f"{path}: not TOML: {error}") from None
     try:
-        claims = tuple(_decoded(record))
-        repeated = [name for name, count in Counter(claim.id for claim in claims).items() if count > 1]
-        require(not repeated, f"two claims have the id {min(repeated, default='')!r}")
-        require(bool(claims), "it holds no claims")
+        return list(_decoded(record, kinds))
     except ValueError as error:
         raise ClaimError(f"{path}: {error}") from None
-    return Claims(claims=claims)
 
 
-def _decoded(record: dict[str, Any]) -> Iterator[Claim]:
+def _decoded(record: dict[str, Any], kinds: Mapping[str, type[T]]) -> Iterator[T]:
     for name, entries in record.items():
-        require(name in KINDS, f"unknown table {name!r:.80}; there are {', '.join(f'[[{kind}]]' for kind in KINDS)}")
-        require(isinstance(entries, list), f"{name} must be written [[{name}]], one for each claim")
+        require(name in kinds, f"unknown table {name!r:.80}; there are {', '.join(f'[[{kind}]]' for kind in kinds)}")
+        require(isinstance(entries, list), f"{name} must be written [[{name}]], one for each")
         for index, entry in enumerate(entries, 1):
             where = f"{name} {index}"
             if isinstance(entry, dict) and isinstance(entry.get("id"), str):
                 where = f"{name} {entry['id']!r:.80}"
             try:
-                yield decode_dataclass(KINDS[name], entry, where)
+                yield decode_dataclass(kinds[name], entry, where)
             except ValueError as error:
                 raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None

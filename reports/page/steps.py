@@ -113,17 +113,25 @@ def figure_1(evidence: Evidence) -> list[Chart | Missing]:
         "fig1a": (f"{words.capitalize()}, images/s", speed, "Higher is faster. A line ends where the model fails."),
         "fig1b": (f"{words.capitalize()}, peak {memory} in GiB", peak, "Lower is leaner. A line ends where it fails."),
     }
-    return [
-        replace(
-            _lines(evidence, rows, name, x=lambda row: float(row.case.resolution), figure=figure),
-            name=key,
-            title=titles[key],
-            x_label="Image side in pixels",
-            y_label=y_label,
-            reading=reading,
+    found: list[Chart | Missing] = []
+    for key, (y_label, figure, reading) in labels.items():
+        if not any(figure(row) for row in rows):
+            why = f"no row of size {SIZE} and patch {PATCH} says what memory it took"
+            command = sweep_command(evidence)
+            found.append(Missing(name=key, section="speed", title=titles[key], why=why, command=command))
+            continue
+        chart = _lines(evidence, rows, name, x=lambda row: float(row.case.resolution), figure=figure)
+        found.append(
+            replace(
+                chart,
+                name=key,
+                title=titles[key],
+                x_label="Image side in pixels",
+                y_label=y_label,
+                reading=reading,
+            )
         )
-        for key, (y_label, figure, reading) in labels.items()
-    ]
+    return found
 
 
 def figure_2(evidence: Evidence) -> list[Chart | Missing]:

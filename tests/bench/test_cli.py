@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cases.case import Case
+from bench.cases.suites import cpu_suite
 from bench.cli import capacity as capacity_command
 from bench.cli import main as cli
 from bench.inspect.capacity import Probe
@@ -31,18 +33,26 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--models", "Dig"], "unknown model 'Dig': did you mean DiG?"),
         (["--models", "DiG:flash"], "did you mean fla?"),
-        (["--sizes", "XXL"], "did you mean XL?"),
-        (["--patch", "3"], "resolution 128 is not a multiple of 24"),
+        (["--sizes", "XXL"], "unknown --sizes 'XXL' of DiG: did you mean XL?"),
+        (["--patch", "3"], "--patch must be one of 2, 4, 8; got 3"),
         (["--resolution", "100"], "resolution 100 is not a multiple of 16"),
         (["--resolution", "big"], "--resolutions takes whole numbers"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--time-limit", "0"], "--time-limit must be positive"),
-        (["--modes", "tain"], "did you mean train?"),
+        (["--modes", "tain"], "unknown --modes 'tain': did you mean train?"),
+        (["--modes", ""], "--modes needs at least one of train, forward"),
+        (["--weights", "fp8"], "unknown --weights 'fp8'"),
+        (["--executions", "x"], "unknown --executions 'x'"),
+        (["--executions", ""], "--executions needs at least one of eager"),
+        (["--compile-scope", "x"], "unknown --compile-scope 'x': Known: block, model"),
+        (["--compile-scope", ""], "unknown --compile-scope '': Known: block, model"),
         (["--executions", "graph"], "needs a GPU"),
         (["--device", "cuda"], "no NVIDIA GPU was found"),
-        (["--device", "tpu"], "choose auto, cuda or cpu"),
-        (["--dtype", "fp8"], "dtype must be one of"),
-        (["--suite", "papers"], "did you mean paper?"),
+        (["--device", "tpu"], "unknown --device 'tpu': choose auto, cuda or cpu"),
+        (["--dtype", "fp8"], "unknown --dtype 'fp8'"),
+        (["--dtype", ""], "unknown --dtype ''"),
+        (["--suite", "papers"], "unknown --suite 'papers': did you mean paper?"),
+        (["--suite", ""], "unknown --suite '': Known: auto, paper, best, cpu"),
         (["--suite", "paper"], "needs an NVIDIA GPU"),
         (["--suite", "best"], "the suite best needs an NVIDIA GPU"),
         (["--models", ""], "nothing to measure"),
@@ -53,7 +63,45 @@ def test_bad_input(options: list[str], message: str, tmp_path: Path) -> None:
     result = runner.invoke(cli.app, ["run", *options, "--out", str(tmp_path / "results.jsonl")])
     assert result.exit_code == 2, result.output
     assert message in result.output
-    assert "Traceback" not in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--models", "nonsense"],
+        ["--sizes", "S"],
+        ["--patch", "3"],
+        ["--resolutions", "7"],
+        ["--modes", "train,forward"],
+        ["--batch", "1"],
+        ["--executions", ""],
+        ["--compile-scope", "model"],
+        ["--max-autotune"],
+        ["--dtype", "fp32"],
+        ["--weights", "bf16"],
+    ],
+)
+def test_a_suite_takes_no_axes(options: list[str], tmp_path: Path) -> None:
+    """Those that name a default, too: whoever types one means it."""
+    result = runner.invoke(cli.app, ["run", "--suite", "cpu", *options, "--out", str(tmp_path / "results.jsonl")])
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith(f"error: {options[0]}: --suite cpu has cases of its own")
+    assert result.output.count("\n") == 1
+
+
+def test_every_option_of_what_is_measured_is_an_axis_or_no_case_hangs_on_it() -> None:
+    (run,) = (info.callback for info in cli.app.registered_commands if info.callback is cli.run)
+    others = "suite device out resume ahead prepare_limit time_limit launches dry_run quiet gpus alone spread ctx"
+    assert {*cli.AXES, *others.split()} == set(inspect.signature(run).parameters)
+
+
+def test_a_suite_alone_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Case] = []
+    monkeypatch.setattr(cli, "_run", lambda cases, **_: found.extend(cases))
+    options = ["--device", "cpu", "--launches", "2", "--resume", "--out", str(tmp_path / "results.jsonl")]
+    assert runner.invoke(cli.app, ["run", "--suite", "auto", *options]).exit_code == 0
+    assert found == cpu_suite()
 
 
 def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,10 +206,11 @@ def test_nothing_in_common_is_inconclusive(tmp_path: Path) -> None:
         (["--least-effect", "two"], "--least-effect takes a percentage"),
         (["--least-effect", "0"], "--least-effect takes a percentage"),
         (["--noise", "200%"], "--noise takes a percentage"),
-        (["--out", "/nowhere/s.md"], "cannot write"),
+        (["--out", "a.jsonl/s.md"], "cannot write a.jsonl/s.md: Not a directory; choose another --out"),
     ],
 )
-def test_bad_options(options: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_options(options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "a.jsonl", rows(STEADY))
     result = runner.invoke(cli.app, ["compare", path, path, *options])
     assert result.exit_code == 2

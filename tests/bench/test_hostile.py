@@ -315,9 +315,9 @@ def _measuring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (capacity, "run_job"),
         (kernels_command, "_print_by_time"),
         (profile_command, "profile_case"),
-        (regression_command, "_Gate"),
+        (regression_command, "_OfSteps"),
         (sampling_command, "measure"),
-        (ops_compare, "Gate"),
+        (ops_compare, "RegressionGate"),
     ):
         monkeypatch.setattr(module, name, begin, raising=False)
     monkeypatch.setattr("bench.inspect.profile.profile_case", begin)

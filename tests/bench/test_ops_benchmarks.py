@@ -17,10 +17,11 @@ from bench.cli.main import app
 from bench.ops import common, rowwise, srem, variants
 from bench.ops import products as timed_products
 from bench.ops.turns import Way
-from dig import raster, raster_block
+from dig import config
+from dig.ops import tiles
 
 runner = CliRunner()
-SETTING = "dig.raster_block.HALVED_TOKENS=0"
+SETTING = "dig.config.EPS=0.5"
 TIMED = ("gla", "srem", "rowwise", "products")
 IN_STEPS = ("prepare", "chain", "variants")
 
@@ -44,10 +45,10 @@ def refused(found: Result, message: str) -> None:
         (("--warps", "4,-1"), "--warps must be at least 1"),
         (("--warps", "4 8"), "--warps takes whole numbers separated by commas"),
         (("--warps", ""), "--warps needs at least one number"),
-        (("--dtype", "fp8"), "unknown dtype 'fp8'"),
-        (("--dtype", "bf16,fp32"), "unknown dtype 'bf16,fp32'"),
-        (("--implementations", "magic"), "unknown implementation 'magic'"),
-        (("--implementations", ","), "name at least one implementation: triton"),
+        (("--dtype", "fp8"), "unknown --dtype 'fp8'"),
+        (("--dtype", "bf16,fp32"), "unknown --dtype 'bf16,fp32'"),
+        (("--implementations", "magic"), "unknown --implementations 'magic'"),
+        (("--implementations", ","), "--implementations needs at least one of triton"),
         (("--json", "."), "choose another --json"),
         (("--nothing",), "--help"),
     ],
@@ -57,7 +58,7 @@ def test_options_are_checked(program: str, words: tuple[str, ...], message: str)
 
 
 def test_products_and_ways_to_prepare_weights_are_checked() -> None:
-    refused(ops("products", "--passes", "sideways"), "unknown pass 'sideways'")
+    refused(ops("products", "--passes", "sideways"), "unknown --passes 'sideways'")
     refused(ops("prepare", "--programs", "-1"), "--programs must be at least 0")
 
 
@@ -92,12 +93,17 @@ def test_defaults_are_what_the_modules_know() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("HALVED_TOKENS=0", "a setting is MODULE.NAME=VALUE"),
-        ("dig.raster_block.HALVED_TOKENS", "a setting is MODULE.NAME=VALUE"),
+        ("EPS=0.5", "a setting is MODULE.NAME=VALUE"),
+        ("dig.config.EPS", "a setting is MODULE.NAME=VALUE"),
         ("dig.rasters.X=0", "there is no module dig.rasters"),
-        ("dig.raster_block.HALVED=0", "dig.raster_block has no HALVED"),
-        ("dig.raster_block.HALVED_TOKENS=many", "'many' is no Python literal"),
-        ("dig.raster_block.HALVED_TOKENS=1.5", "is of type int, 1.5 of float"),
+        ("dig.config.ESP=0", "dig.config has no ESP"),
+        ("dig.config.EPS=many", "'many' is no Python literal"),
+        ("dig.config.EPS=1", "is of type float, 1 of int"),
+        ("dig.ops.tiles.sm90.GLA.walks=8", "dig.ops.tiles.sm90.GLA has no walks"),
+        ("dig.ops.tiles.sm90.GLA.chunk=48", "chunk must be 16 times a power of two"),
+        ("dig.ops.tiles.sm90.GLA.chunk=big", "'big' is no Python literal"),
+        ("dig.ops.tiles.sm90.PASSES.walks=8", "dig.ops.tiles.sm90.PASSES has no walks"),
+        ("dig.ops.tiles.sm90.KIB.rows=8", "there is no module dig.ops.tiles.sm90.KIB"),
     ],
 )
 def test_settings_are_checked(setting: str, message: str) -> None:
@@ -110,16 +116,28 @@ def test_one_round_is_too_few(program: str) -> None:
 
 
 def test_settings_hold_within_and_end_after() -> None:
-    other = "dig.raster._FEW_TOKENS=7"
+    other = "dig.ops.tiles.sm90.PASSES.halved_tokens=7"
     settings = [variants.Setting.parse(text) for text in (SETTING, other)]
     assert variants.parse_variants([f"{SETTING}; {other}"]) == {
         "as it is": (),
         f"{SETTING}; {other}": tuple(settings),
     }
-    before = raster_block.HALVED_TOKENS, raster._FEW_TOKENS
+
+    def now() -> tuple[float, int]:
+        return config.EPS, tiles.INTERPRETER.passes.halved_tokens
+
+    before = now()
     with variants.applied(settings):
-        assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == (0, 7)
-    assert (raster_block.HALVED_TOKENS, raster._FEW_TOKENS) == before != (0, 7)
+        assert now() == (0.5, 7)
+    assert now() == before != (0.5, 7)
+
+
+def test_a_field_of_a_table_holds_within_and_ends_after() -> None:
+    setting = variants.Setting.parse("dig.ops.tiles.interpreter.GLA.chunk=32")
+    before = tiles.INTERPRETER.gla_tiles(32, 64, torch.float32)
+    with variants.applied([setting]):
+        assert tiles.INTERPRETER.gla_tiles(32, 64, torch.float32).chunk == 32 != before.chunk
+    assert tiles.INTERPRETER.gla_tiles(32, 64, torch.float32) == before
 
 
 def test_a_way_says_what_it_took_and_how_far_off_it_is() -> None:

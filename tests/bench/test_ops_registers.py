@@ -13,13 +13,20 @@ import torch
 from typer.testing import CliRunner
 
 from bench.cli.main import app
-from bench.ops.registers import Compiled, by_capability, hasty_accesses, too_much_shared, wrong_descriptors
+from bench.ops.registers import (
+    Compiled,
+    asynchronous_products,
+    by_capability,
+    hasty_accesses,
+    too_much_shared,
+    wrong_descriptors,
+)
 from dig.ops.tiles import KIB, sm90
 
-QUICK, ALL = 22, 82
-"""Kernels, and their variants; SwiGLU's GEMMs, of which there are two and five, are Hopper's alone."""
-OTHERWISE = {"9.0": (2, 5), "10.0": (-1, -12)}
-"""More of them, or fewer: Blackwell for data centres has no forward pass in one launch."""
+QUICK, ALL = 22, 95
+"""Kernels, and their variants; SwiGLU's GEMMs, of which there are two and seven, are Hopper's alone."""
+OTHERWISE = {"9.0": (2, 7), "10.0": (0, -12)}
+"""More of them, or fewer: Blackwell for data centres has a forward pass in one launch of few programs alone."""
 
 # From a listing of gradient_kernel whose products read wrong operands on an H100.
 FAULT = """
@@ -63,10 +70,28 @@ def test_what_must_not_run() -> None:
     good = Compiled(
         kernel="k", sizes="K 32 V 64", dtype="bf16", warps=4, registers=255, spills=0, shared=0, products=8, wrong=()
     )
-    assert not good.faulty
-    assert not replace(good, spills=3, products=0).faulty
-    assert replace(good, spills=3).faulty
-    assert replace(good, wrong=("5680: UIADD3.X",)).faulty
+    assert (good.faulty, good.verdict) == (False, "ok")
+    slow = replace(good, spills=3, products=0)
+    assert (slow.faulty, slow.verdict) == (False, "spills without asynchronous products: ok")
+    spilling = replace(good, spills=3)
+    assert (spilling.faulty, spilling.verdict) == (True, "spills beside asynchronous products")
+    wrong = replace(slow, wrong=("5680: UIADD3.X", "56a0: UIADD3.X"))
+    assert (wrong.faulty, wrong.verdict) == (True, "5680: UIADD3.X; 56a0: UIADD3.X")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "counted"),
+    [
+        ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], !UPT", 1),
+        ("UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR12]", 1),
+        ("UTCQMMA.2CTA gdesc[UR8], gdesc[UR10], tmem[UR12]", 1),
+        ("HMMA.16816.F32.BF16 R4, R8, R12, R4", 0),
+        ("UTCBAR [UR4], URZ", 0),
+    ],
+)
+def test_products_whose_operands_are_found_by_descriptors(instruction: str, counted: int) -> None:
+    """Spills beside any other product are slow and no fault."""
+    assert asynchronous_products(f"        /*53c0*/                   {instruction} ;\n" * 2) == 2 * counted
 
 
 def test_shared_memory_is_held_to_tiles_and_gpu() -> None:
@@ -82,10 +107,10 @@ def test_shared_memory_is_held_to_tiles_and_gpu() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--capabilities", "9.1"), "unknown compute capability '9.1'"),
-        (("--capabilities", "9.0,9.1"), "unknown compute capability '9.1'"),
-        (("--kernels", "gradient_kernels"), "unknown kernel 'gradient_kernels': did you mean gradient_kernel?"),
-        (("--kernels", ","), "name at least one kernel"),
+        (("--capabilities", "9.1"), "unknown --capabilities '9.1'"),
+        (("--capabilities", "9.0,9.1"), "unknown --capabilities '9.1'"),
+        (("--kernels", "gradient_kernels"), "unknown --kernels 'gradient_kernels': did you mean gradient_kernel?"),
+        (("--kernels", ","), "--kernels needs at least one of"),
     ],
 )
 def test_options_are_checked(words: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

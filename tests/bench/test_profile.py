@@ -186,7 +186,7 @@ def test_a_real_profile(tmp_path: Path) -> None:
     [
         (["--model", "DiG-S2"], "is not a model name"),
         (["--model", "DiG-S/2", "--resolution", "100"], "not a multiple of 16"),
-        (["--model", "DiG-S/2", "--mode", "x", "--device", "cpu"], "unknown mode"),
+        (["--model", "DiG-S/2", "--mode", "x", "--device", "cpu"], "unknown --mode 'x'"),
         (["--model", "DiG-S/2", "--device", "cpu", "--out", "/dev/null/x"], "cannot write"),
     ],
 )

@@ -195,7 +195,9 @@ def test_suites_are_small_and_fit_their_device() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "gpus"], "did you mean gpu?"),
+        (["--suite", "gpus"], "unknown --suite 'gpus': did you mean gpu?"),
+        (["--suite", "cpu", "--base", ""], "--base needs a revision, or a folder with a checkout"),
+        (["--suite", ""], "unknown --suite '': Known: auto, gpu, quick, cpu"),
         (["--suite", "gpu"], "no NVIDIA GPU was found"),
         (["--suite", "cpu", "--launches", "4"], "--launches must be at least 5"),
         (["--suite", "cpu", "--base", "no-such"], "neither a revision nor a folder"),
@@ -240,7 +242,7 @@ def test_cases_are_named_on_the_command_line(tmp_path: Path, monkeypatch: pytest
         chosen.extend(plan.cases)
         raise SideError("seen")
 
-    monkeypatch.setattr(regression_command, "_Gate", stop)
+    monkeypatch.setattr(regression_command, "_OfSteps", stop)
     words = ["--case", "DiT-S/8@64:forward", "--case", "DiG-S/8@64", "--case", "DiT-S/8@64:forward", "--device", "cpu"]
     assert runner.invoke(cli.app, ["regression", *words, "--out", str(tmp_path)]).exit_code == 3
     assert [(case.model, case.mode) for case in chosen] == [("DiT-S/8", "forward"), ("DiG-S/8", "train")]

@@ -1,4 +1,4 @@
-"""The gate against the best of what was stored: small steps that add up are seen, noise is not."""
+"""The regression gate against the best of what was stored: small steps that add up are seen, noise is not."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_the_command_takes_the_best_of_stored_files(
     monkeypatch.setattr(gate, "copy_tree", unpacked)
     monkeypatch.setattr(gate, "check_out_base", unpacked)
     monkeypatch.setattr(judged, "Side", Steady)
-    monkeypatch.setattr(gate.Gate.__init__, "__defaults__", (Steady,))
+    monkeypatch.setattr(gate.RegressionGate.__init__, "__defaults__", (Steady,))
     earlier = tmp_path / "earlier" / "20261101T000000" / "run"
     earlier.mkdir(parents=True)
     rows = [row for day in (1, 2) for row in result(day, [stored * (1 + i / 10_000) for i in range(6)])]

@@ -16,10 +16,10 @@ import typer
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
+from dig.commands.encode import encode_command
 from dig.locks import LockedError
 from dig.packages import MissingPackageError, require
 from dig.training.data import DataError, encode
-from dig.training.data.encode_command import encode_command
 from dig.training.data.encoding import Progress
 from tests.dig.encoded import OPTIONS, contents, run
 from tests.dig.test_data_images import make_folder
@@ -218,7 +218,7 @@ def test_paths_are_no_markup(
         yield Progress(shards=2, done=1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dig.training.data.encode_command.encode", interrupted)
+    monkeypatch.setattr("dig.commands.encode.encode", interrupted)
     app = typer.Typer()
     app.command()(encode_command)
     out = tmp_path / "[red]a[" / "b]"

@@ -17,11 +17,12 @@ import dig
 from dig.cli import app
 from dig.environment import ROOT
 from dig.sampling.exporting import export
+from dig.sampling.runner import default_precision
 from dig.sampling.weights import load_weights
 from dig.spec import create_model
 from tests.dig.test_export import tiny_vae, weights_of
 from tests.dig.tiny import TINY, TINY_DIT, make_class_folders, using
-from tests.helpers import randomize
+from tests.helpers import randomize, relative_error
 
 runner = CliRunner()
 NAMES = ("Bag", "Dress", "Sneaker")
@@ -111,6 +112,33 @@ def test_a_model_of_ones_own_is_sampled_too() -> None:
     assert dig.sample(pixels, steps=2).images[0].size == (8, 8)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "autocast"])
+def test_what_is_sampled_in_bf16_is_near_and_leaves_the_model_alone(run: Path, dtype: str) -> None:
+    model = dig.load(run, device="cpu")
+    exact, rounded = (dig.sample(model, steps=3, samples=2, dtype=chosen).tensor for chosen in (None, dtype))
+    assert 0 < relative_error(rounded, exact) < 0.05
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_what_was_cast_is_sampled_as_it_is(run: Path) -> None:
+    model = dig.load(run, device="cpu")
+    cast = dig.sample(model, steps=3, samples=2, dtype="bf16").tensor
+    assert torch.equal(dig.sample(model.bfloat16(), steps=3, samples=2).tensor, cast)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "device", "precision"),
+    [
+        ("DiG", "triton", "cuda", "bf16"),
+        ("DiG", "fla", "cuda", "autocast"),
+        ("Flash-DiT", "sdpa-cudnn", "cuda", "autocast"),
+        ("DiG", "triton", "cpu", "fp32"),
+    ],
+)
+def test_weights_are_cast_where_that_is_faster(family: str, backend: str, device: str, precision: str) -> None:
+    assert default_precision(family, backend, device) == precision
+
+
 def test_what_cannot_be_sampled_is_told(run: Path) -> None:
     model = dig.load(run, device="cpu")
     for options, message in (
@@ -120,7 +148,7 @@ def test_what_cannot_be_sampled_is_told(run: Path) -> None:
         ({"classes": []}, r"classes must be one or more, or None for all; got \[\]"),
         ({"sampler": "euler"}, "trained with the loss hybrid"),
         ({"execution": "graph"}, "needs an NVIDIA GPU"),
-        ({"dtype": "fp16"}, "dtype must be bf16 or fp32; got 'fp16'"),
+        ({"dtype": "fp16"}, "dtype must be bf16, autocast or fp32; got 'fp16'"),
         ({"vae": "x"}, "needs no --vae"),
         ({"samples": 0}, "samples must be at least 1"),
     ):

@@ -118,7 +118,14 @@ def test_the_sampling_graph_is_the_loop(sampler: Any) -> None:
     randomize(model, 0.02)
     model.cuda().eval()
     plan = SamplePlan(
-        classes=(1, 2), count=8, sampler=sampler, steps=6, cfg_scale=1.5, cfg_channels="all", model_batch=4, bf16=True
+        classes=(1, 2),
+        count=8,
+        sampler=sampler,
+        steps=6,
+        cfg_scale=1.5,
+        cfg_channels="all",
+        model_batch=4,
+        precision="autocast",
     )
     found = []
     for graph in (False, True):

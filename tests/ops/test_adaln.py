@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dig.ops.adaln import fused, norm_modulate, residual_norm_modulate
 from dig.ops.adaln.fused import MAX_WIDTH, parts_of, tiles_for
+from dig.ops.tiles import INTERPRETER
 from dig.ops.tiles.choices import NormTiles
 from dig.ops.tiles.sm90 import ADALN
 from tests.helpers import LARGE, relative_error
@@ -26,6 +27,7 @@ LENGTHS = (1, 15, 63, 65, 4097) if LARGE else (1, 15, 63, 65)
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = (torch.float32, torch.bfloat16)
 NORMS = ("rms", "layer")
+BASE = INTERPRETER.adaln[384, torch.float32]
 OPERATIONS = {"norm_modulate": norm_modulate, "residual_norm_modulate": residual_norm_modulate}
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -142,7 +144,7 @@ def test_long_sums_over_tokens(norm: str) -> None:
 
 @pytest.mark.slow
 def test_more_partial_sums_than_one_read_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = NormTiles(rows=16, part=32, backward_rows=1, backward_part=32, programs=140)
+    many = replace(BASE, part=32, backward_rows=1, backward_part=32, programs=140)
     monkeypatch.setattr(fused, "tiles_for", lambda x: many)
     inputs = make_inputs("residual_norm_modulate", 75, 8, B=2)
     assert_close("residual_norm_modulate", inputs, norm="rms", dtype=torch.float32)
@@ -310,6 +312,6 @@ def test_too_wide_rows_and_bad_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match=rf"^x must have a width of at most {MAX_WIDTH}; got"):
         norm_modulate(*inputs, norm="rms", dtype=torch.float32, implementation="triton")
     with pytest.raises(ValueError, match=r"^part must be a power of two; got 384"):
-        NormTiles(part=384, backward_rows=1, backward_part=128, programs=1)
+        replace(BASE, part=384)
     with pytest.raises(ValueError, match=r"^programs must be at least 1; got 0"):
-        NormTiles(part=128, backward_rows=1, backward_part=128, programs=0)
+        replace(BASE, programs=0)

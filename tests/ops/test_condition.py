@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dig.layers import LabelEmbedder, TimestepEmbedder
-from dig.ops.condition import MOST_IMAGES, condition
+from dig.ops.condition import condition
+from dig.ops.tiles import sm90
 from tests.helpers import LARGE, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +38,7 @@ def fused(times: TimestepEmbedder, labels: LabelEmbedder, t: Tensor, y: Tensor) 
     [
         (width, frequencies, images)
         for width, frequencies in SIZES
-        for images in (1, 3, MOST_IMAGES)
+        for images in (1, 3, sm90.PASSES.condition_images)
         if LARGE or width < 384 or images == 3
     ],
 )

@@ -11,12 +11,13 @@ from torch import Tensor
 from dig.ops.gla import launches
 from dig.ops.gla.kernels import scan_kernel, short_scan_kernel
 from dig.ops.launch import LaunchContext, launching
+from dig.ops.tiles import INTERPRETER
 from dig.ops.tiles.choices import GlaTiles
 from tests.helpers import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-TILES = GlaTiles(chunk=16, scan_lanes=128, scan_groups=2, scan_steps=4, short_units=512, short_steps=2)
+TILES = replace(INTERPRETER.gla[32, 64, torch.float32], chunk=16, scan_steps=4, short_steps=2)
 LIMIT = TILES.short_chunks
 
 

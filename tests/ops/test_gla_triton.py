@@ -6,6 +6,8 @@ operations allocate is filled with NaN first, so an element that no kernel write
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from dig.ops.gla import gated_linear_attention, launches, recurrent_gla
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.tiled import gla_block, tiled_gla
-from dig.ops.tiles.choices import GlaTiles
+from dig.ops.tiles import INTERPRETER
 from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()
@@ -24,6 +26,7 @@ HEADS = 3 if LARGE else 1
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = ((32, 64), (36, 72))
+BASE = INTERPRETER.gla[32, 64, torch.float32]
 
 
 # Pairs of tokens that a kernel masks afterwards may overflow first; NumPy, under the interpreter, says so.
@@ -32,7 +35,7 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ign
 
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    tiles = GlaTiles(chunk=request.param, scan_lanes=128, scan_groups=4, scan_steps=2)
+    tiles = replace(BASE, chunk=request.param, scan_groups=4, scan_steps=2, short_units=128)
     monkeypatch.setattr(launches, "tiles_for", lambda q, v: tiles)
     return request.param
 
@@ -252,7 +255,7 @@ def test_bad_block_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^gate_normalizer must be more than 0"):
         gla_block(**good, scale=1.0, gate_normalizer=0.0)
     with pytest.raises(ValueError, match=r"^chunk must be 16 times a power of two"):
-        GlaTiles(chunk=48)
+        replace(BASE, chunk=48)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])

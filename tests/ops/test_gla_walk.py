@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.gla.mixer import gla_mixer
 from dig.ops.gla.tiled import gla_block
 from dig.ops.launch import LaunchContext
-from dig.ops.tiles.choices import GlaTiles
+from dig.ops.tiles import INTERPRETER
 from dig.scan import ScanOrder
 from tests.helpers import relative_error
 from tests.ops.test_gla_mixer import BOUNDS, DEVICE, ORDERS, arguments, expected_output
@@ -24,6 +26,7 @@ from tests.ops.test_gla_mixer import BOUNDS, DEVICE, ORDERS, arguments, expected
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 EPS = 0.1
+BASE = INTERPRETER.gla[32, 64, torch.float32]
 ALWAYS = {"walk_chunks": 100, "walk_programs": 0}
 NEVER = {"walk_chunks": 0}
 
@@ -33,7 +36,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets a call's tile choices."""
 
     def use(chunk: int = 32, **choices: int) -> None:
-        found = GlaTiles(chunk=chunk, scan_lanes=128, scan_groups=2, short_units=512, **choices)
+        found = replace(BASE, chunk=chunk, **choices)
         monkeypatch.setattr(launches, "tiles_for", lambda q, v: found)
 
     return use
@@ -161,6 +164,20 @@ def test_many_heads_of_few_chunks_take_one_launch(monkeypatch: pytest.MonkeyPatc
     assert taken == [1, 3, 1, 3]
     tiles(16, **NEVER)
     assert launched(monkeypatch, 20, 2, 16) == 3
+
+
+def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = replace(BASE, chunk=32, few=replace(BASE, chunk=16), few_programs=6)
+    monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
+
+    def chunk(B: int, T: int, H: int) -> int:
+        q, v = (torch.empty(B, T, H, 16, device=DEVICE) for _ in range(2))
+        kept, alone = (launches.plan_of(q, v, 1.0, 1.0, alone=alone) for alone in (False, True))
+        assert (kept.tiles.chunk, kept.N) == (32, launches.empty_states(q, v).shape[3])
+        assert -(-T // alone.tiles.chunk) == alone.N
+        return alone.tiles.chunk
+
+    assert [chunk(1, 64, 3), chunk(1, 65, 3), chunk(3, 32, 2), chunk(3, 33, 2)] == [16, 32, 16, 32]
 
 
 def test_without_gradients_nothing_is_kept(tiles: Callable[..., None]) -> None:

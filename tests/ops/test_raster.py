@@ -18,7 +18,6 @@ from dig.ops.srem import fused as srem
 from dig.ops.swiglu import fused as swiglu
 from dig.ops.swiglu import products
 from dig.ops.tiles import INTERPRETER, sm90
-from dig.ops.tiles.choices import ProductChoices, ProductTiles
 from dig.training.step import checkpoint_blocks
 from tests.helpers import example, randomize, relative_error
 
@@ -77,6 +76,34 @@ def test_output_and_every_gradient_in_fp32(name: str, batch: int) -> None:
     # Gates multiply weights in one and tokens in the other, so roundings differ.
     assert relative_error(output, actual) < 1e-5
     assert torch.equal(inputs[0], before)
+
+
+@pytest.mark.parametrize("name", ["release", "paper"])
+def test_gates_of_one_image_are_folded_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside few tokens nothing is copied, and all modulations come at once; the result is the same."""
+    reference, kernels = twins(replace(BASE, depth=3, variant=name))
+    inputs = example(reference, 1)
+    launched: dict[int, list[str]] = {}
+    for most in (0, 1000):
+        passes = replace(sm90.PASSES, unfolded_tokens=most, unfolded_width=0)
+        monkeypatch.setattr(raster_block, "passes_for", lambda device, passes=passes: passes)
+        with torch.no_grad(), _Calls() as calls:
+            output = kernels(*inputs)
+            assert relative_error(output, reference(*inputs)) < 1e-5
+        launched[most] = [name.split(".")[1] for name, _ in calls.seen if name.startswith("dig.")]
+    assert launched[0].count("prepare_weights") == 3
+    assert "prepare_weights" not in launched[1000]
+    # The output head's own is another.
+    assert [launched[most].count("matrix_vectors") for most in launched] == [4, 2]
+
+
+def test_weights_of_another_dtype_are_cast_and_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raster_block, "passes_for", lambda device: replace(sm90.PASSES, unfolded_width=0))
+    _, kernels = twins(replace(BASE, depth=2))
+    inputs = example(kernels, 1)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16), _Calls() as calls:
+        kernels(*inputs)
+    assert sum(name == "dig.prepare_weights.default" for name, _ in calls.seen) == 2
 
 
 def gradients_of(model: DiG, output: Tensor, weight: Tensor) -> Tensor:
@@ -138,7 +165,7 @@ def test_without_gradients_nothing_is_kept(batch: int) -> None:
 
 def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next block's weights, cast in a block's up-projection GEMM or by a kernel of their own."""
-    wide = ProductTiles(rows=128, columns=128, depth=16, stages=4)
+    wide = replace(sm90.PRODUCTS.wide["up alone"], depth=16)
     monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
     _, kernels = twins(replace(BASE, width=128, heads=2, depth=2, variant="release"))
     inputs = example(kernels, 1)
@@ -153,7 +180,7 @@ def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(raster_weights, "project_up_preparing", count)
     outputs = []
     for narrowest in (0, 1000):
-        choices = ProductChoices(narrow_width=narrowest, share=(128, 128))
+        choices = replace(INTERPRETER.products, narrow_width=narrowest, share=(128, 128))
         monkeypatch.setattr(products, "for_device", lambda _, own=choices: replace(INTERPRETER, products=own))
         with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
             outputs.append(kernels(*inputs))

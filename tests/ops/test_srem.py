@@ -7,6 +7,7 @@ NaN first, so an element that no kernel writes cannot pass.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from dig.ops.srem import fused, srem
 from dig.ops.tiles.choices import SremTiles
+from dig.ops.tiles.sm90 import SREM
 from dig.scan import RASTER, ScanOrder, reorder
 from tests.helpers import LARGE, relative_error
 
@@ -24,6 +26,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = (torch.float32, torch.bfloat16)
 ORDERS = [ScanOrder(transposed, reversed) for transposed in (False, True) for reversed in (False, True)]
 GRIDS = [(1, 1), (3, 5), (7, 2), (1, 9), (16, 16)] + ([(37, 1), (33, 63), (112, 112)] if LARGE else [])
+BASE = SREM["forward", torch.bfloat16]
 NAMES = ("x", "branch", "gate", "weight", "bias")
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -98,10 +101,14 @@ def test_convolution_alone(order: ScanOrder, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "tiles",
     [
-        SremTiles(channels=16, groups=4, width=1, rows=3, programs=1, warps=1),
-        SremTiles(channels=64, groups=1, width=4, rows=2, programs=1, warps=1),
-        SremTiles(channels=32, groups=2, width=2, rows=8, programs=20, warps=1),
-        *([SremTiles(width=2), SremTiles(rows=1), SremTiles(channels=128, groups=8, warps=8)] if LARGE else []),
+        replace(BASE, channels=16, groups=4, width=1, rows=3, programs=1, warps=1),
+        replace(BASE, channels=64, groups=1, width=4, rows=2, programs=1, warps=1),
+        replace(BASE, channels=32, groups=2, width=2, rows=8, programs=20, warps=1),
+        *(
+            [replace(BASE, width=2), replace(BASE, rows=1), replace(BASE, channels=128, groups=8, warps=8)]
+            if LARGE
+            else []
+        ),
     ],
     ids=str,
 )
@@ -226,8 +233,8 @@ def test_bad_arguments_are_named(message: str) -> None:
 
 def test_bad_tiles_are_named() -> None:
     with pytest.raises(ValueError, match=r"^channels must be a power of two"):
-        SremTiles(channels=48)
+        replace(BASE, channels=48)
     with pytest.raises(ValueError, match=r"^rows must be at least 1"):
-        SremTiles(rows=0)
+        replace(BASE, rows=0)
     with pytest.raises(ValueError, match=r"^warps must be at most"):
-        SremTiles(channels=32, groups=4)
+        replace(BASE, channels=32, groups=4)

@@ -6,6 +6,7 @@ Every buffer that the operations allocate is filled with NaN first, so an elemen
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dig.ops.swiglu import fused, swiglu
-from dig.ops.tiles.choices import SwigluTiles
 from dig.ops.tiles.sm90 import SWIGLU
 from tests.helpers import LARGE, relative_error
 
@@ -154,7 +154,7 @@ def test_unknown_implementation_and_bad_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^implementation must be one of reference, triton; got 'apex'"):
         swiglu(random(4, 64), implementation="apex")
     with pytest.raises(ValueError, match=r"^columns must be a power of two; got 384"):
-        SwigluTiles(elements=1024, columns=384)
+        replace(SWIGLU[torch.float32], columns=384)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

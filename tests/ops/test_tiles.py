@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from dig.ops import tiles
+from bench.ops.kernel_variants import kernel_variants
+from dig.ops import modulation, tiles
 from dig.ops.gla import launches, recurrent_gla
 from dig.ops.gla.tiled import tiled_gla
+from dig.ops.launch import LaunchContext
 from dig.ops.swiglu import products
-from dig.ops.tiles import INTERPRETER, KIB, architectures, for_capability, for_device, sm90
-from dig.ops.tiles.choices import CopyTiles, GlaTiles, NormTiles, VectorTiles
+from dig.ops.tiles import INTERPRETER, KIB, architectures, choices, for_capability, for_device, sm90
+from dig.ops.tiles.choices import CopyTiles, VectorTiles
 from tests.helpers import relative_error
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="launches on the CPU, in the interpreter")
@@ -43,7 +46,7 @@ def test_what_an_architecture_has() -> None:
         (12, 0): (99, True),
     }
     # Which tiles beat a GEMM and a pass apart was only measured on Hopper.
-    assert [each.capability for each in architectures() if each.product_tiles("up", 384)] == [(9, 0)]
+    assert [each.capability for each in architectures() if each.product_tiles("up", 4096, 384, 1024)] == [(9, 0)]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +129,11 @@ def test_other_widths_take_the_next_wider_tiles() -> None:
 def test_a_chunk_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """And computes the same recurrence."""
     assert HOPPER.gla_tiles(32, 64, BF16).shared_memory(32, 64, BF16) == 28 * KIB
-    for limit, chunk in ((28, 64), (27, 32), (16, 32), (15, 16)):
+    for limit, chunk in ((32, 64), (27, 32), (15, 16)):
         small = replace(HOPPER, shared_memory=limit * KIB)
         assert small.gla_tiles(32, 64, BF16) == replace(sm90.GLA[32, 64, BF16], chunk=chunk)
+    for limit, chunk in ((28, 64), (16, 32), (10, 16)):
+        assert replace(HOPPER, shared_memory=limit * KIB).gla_tiles(32, 64, BF16).chunk == chunk
     small = replace(INTERPRETER, shared_memory=26 * KIB)
     assert small.gla_tiles(16, 16, FP32).chunk == 64 > small.gla_tiles(32, 64, FP32).chunk == 16
     monkeypatch.setattr(launches, "for_device", lambda device: small)
@@ -136,6 +141,65 @@ def test_a_chunk_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPat
     decay = -torch.rand(1, 40, 1, 32) / 4
     expected = recurrent_gla(*(x.double() for x in (q, k, v, decay)))
     assert relative_error(tiled_gla(q, k, v, decay), expected) < 2e-3
+
+
+def test_programs_that_walk_need_room_for_a_state_more() -> None:
+    """Where they have none, the forward pass is three launches; what few programs take is looked at by itself."""
+    table = sm90.GLA[32, 64, BF16]
+    assert table.walk_shared_memory(32, 64, BF16) == 32 * KIB
+    q, v = (torch.empty(64, 256, 6, width, dtype=BF16, device="meta") for width in (32, 64))
+    for limit, walk_chunks, few_walk_chunks in ((32, 8, 8), (31, 0, 8), (13, 0, 0)):
+        small = replace(HOPPER, shared_memory=limit * KIB)
+        found = small.gla_tiles(32, 64, BF16)
+        assert found.few is not None
+        assert (found.walk_chunks, found.few.walk_chunks) == (walk_chunks, few_walk_chunks)
+        assert found.few == replace(table.few, walk_chunks=few_walk_chunks)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launches, "for_device", lambda device, own=small: own)
+            assert launches.plan_of(q, v, 1.0, 1.0).walks == bool(walk_chunks)
+    # Hopper itself has no room for the widest heads' states twice.
+    assert (HOPPER.gla_tiles(128, 256, FP32).walk_chunks, HOPPER.gla_tiles(64, 128, FP32).walk_chunks) == (0, 1)
+
+
+def test_what_does_not_fit_is_not_compiled_either() -> None:
+    def walks(shared_memory: int) -> set[str]:
+        small = replace(HOPPER, shared_memory=shared_memory * KIB)
+        return {each.sizes for each in kernel_variants(small) if each.function.__name__ == "walk_kernel"}
+
+    assert walks(227) > walks(57) > set()
+
+
+@INTERPRETED
+def test_modulation_keeps_as_many_loads_in_flight_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other stages the sums are the same."""
+    own = sm90.WEIGHTS.modulation
+    assert own.shared_memory() == 57 * KIB
+    for limit, stages in ((57, 3), (56, 2), (41, 2), (40, 1), (25, 1)):
+        small = replace(HOPPER, shared_memory=limit * KIB)
+        assert small.modulation_tiles() == replace(own, stages=stages)
+    c, weight, bias = torch.randn(3, 20), torch.randn(30, 20), torch.randn(30)
+    seen: list[int] = []
+    monkeypatch.setattr(modulation, "for_device", lambda device: replace(HOPPER, shared_memory=40 * KIB))
+    launch = LaunchContext.__call__
+
+    def seeing(*arguments: Any, **named: Any) -> None:
+        seen.append(named["num_stages"])
+        launch(*arguments, **named)
+
+    monkeypatch.setattr(LaunchContext, "__call__", seeing)
+    found = modulation.modulation(c, weight, bias)
+    modulation.modulation_backward(found, c, weight)
+    assert seen == [1, 1, 1]
+    assert relative_error(found, c.double() @ weight.double().T + bias.double()) < 2e-6
+    message = (
+        r"^adaLN's linear layer for a batch needs 25 KiB of shared memory a block; Tiny \(5.3\) has 24: use backend "
+        r"'reference'$"
+    )
+    tiny = replace(HOPPER, name="Tiny", capability=(5, 3), shared_memory=24 * KIB)
+    monkeypatch.setattr(modulation, "for_device", lambda device: tiny)
+    for call in (modulation.modulation, lambda *inputs: modulation.modulation_backward(found, *inputs[:2])):
+        with pytest.raises(ValueError, match=message):
+            call(c, weight, bias)
 
 
 @INTERPRETED
@@ -157,9 +221,12 @@ def test_heads_that_do_not_fit_at_all_are_one_message(monkeypatch: pytest.Monkey
 def test_a_gemm_whose_stages_do_not_fit_is_done_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Hopper's, 97 KiB is what two take and 193 the third."""
     small = replace(HOPPER, shared_memory=99 * KIB)
-    taken = [small.product_tiles(which, D) is not None for which in ("up", "up alone", "down") for D in (384, 1152)]
+    sizes = ((384, 1024), (1152, 3072))
+    taken = [
+        small.product_tiles(which, 4096, *size) is not None for which in ("up", "up alone", "down") for size in sizes
+    ]
     assert taken == [True, False, True, False, True, False]
-    assert HOPPER.product_tiles("up alone", 1152) is not None
+    assert HOPPER.product_tiles("up alone", 4096, 1152, 3072) is not None
     tokens, F = torch.zeros(1, sm90.PRODUCTS.least_tokens, 384, dtype=BF16), 1024
     for limit, fits in ((97, True), (96, False)):
         limited = replace(HOPPER, shared_memory=limit * KIB)
@@ -167,6 +234,17 @@ def test_a_gemm_whose_stages_do_not_fit_is_done_apart(monkeypatch: pytest.Monkey
         assert (products.tiles_for("up", tokens, F) is not None) == fits
     hidden, _ = products.project_up(tokens, torch.zeros(2 * F, 384, dtype=BF16), False)
     assert not hidden.any()
+
+
+def test_few_tokens_take_small_tiles_of_which_there_are_not_too_many() -> None:
+    few = sm90.PRODUCTS.few["up alone"]
+    assert HOPPER.product_tiles("up alone", 256, 1152, 3072) is few
+    assert HOPPER.product_tiles("up alone", 1024, 384, 1024) is few
+    assert HOPPER.product_tiles("up alone", 1024, 1152, 3072) is None  # 768 programs
+    assert HOPPER.product_tiles("up", 256, 384, 1024) is None
+    assert HOPPER.product_tiles("up alone", 256, 384, 1000) is None
+    tokens = torch.zeros(1, 256, 1152, dtype=BF16)
+    assert not products.fuses_cast(tokens, 3072, [torch.zeros(8, 128)], 0)
 
 
 def test_gemms_that_read_by_descriptors_need_those() -> None:
@@ -184,8 +262,22 @@ def test_few_programs_take_other_tiles() -> None:
 
 def test_bad_tiles_are_named() -> None:
     with pytest.raises(ValueError, match=r"^chunk must be 16 times a power of two; got 48"):
-        GlaTiles(chunk=48)
+        replace(sm90.GLA[32, 64, BF16], chunk=48)
     with pytest.raises(ValueError, match=r"^scan_steps must be at least 1; got 0"):
-        GlaTiles(scan_steps=0)
+        replace(sm90.GLA[32, 64, BF16], scan_steps=0)
     with pytest.raises(ValueError, match=r"^part must be a power of two; got 100"):
-        NormTiles(part=100, backward_rows=1, backward_part=128, programs=3)
+        replace(sm90.ADALN[384, BF16], part=100)
+
+
+def test_each_number_stands_in_an_architectures_file() -> None:
+    """Where it says how it was found: a default would be chosen for all of them, and by nobody."""
+    classes = [each for each in vars(choices).values() if isinstance(each, type) and is_dataclass(each)]
+    assert {"GlaTiles", "NormTiles", "SremTiles", "ProductChoices", "ModulationTiles"} <= {c.__name__ for c in classes}
+    defaults = {
+        f"{each.__name__}.{field.name}": field.default if field.default_factory is MISSING else field.default_factory
+        for each in classes
+        for field in fields(each)
+        if field.default is not MISSING or field.default_factory is not MISSING
+    }
+    assert all(default is None for default in defaults.values()), defaults
+    assert {"GlaTiles.few", "ProductTiles.registers"} <= set(defaults)

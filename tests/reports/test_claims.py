@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 from bench.cases.suites import sweep
 from bench.store.rows import ResultError, Row
 from reports.claims import __main__ as command
-from reports.claims.curves import crossing, judge_crossover, judge_exponent, slope, slope_range
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge, judge_all
 from reports.claims.finding import about, at_least, at_most, half_digit, same_as_printed, together
@@ -98,10 +96,10 @@ def test_bad_claims_are_refused_in_one_line(tmp_path: Path, old: str, new: str, 
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    for words in (["--claims", str(tmp_path)], [str(tmp_path / "none.jsonl")]):
+    for words in (["--claims", str(tmp_path)], [str(tmp_path / "none.jsonl")], [str(tmp_path)]):
         result = runner.invoke(command.app, words)
         assert result.exit_code == 2, words
-        assert "cannot read" in result.stderr
+        assert ("no .jsonl files in" if words == [str(tmp_path)] else "cannot read") in result.stderr
 
 
 def test_the_projects_claims_are_whole() -> None:
@@ -242,94 +240,6 @@ def test_every_command_measures_the_cases_of_its_claim() -> None:
             assert row.case in cases, claim.id
 
 
-@pytest.mark.parametrize(
-    ("leads", "expected"),
-    [
-        ([0.1, 0.2, 0.3], 256.0),
-        ([-0.1, -0.2, -0.3], None),
-        # Halfway in the logarithm of 512 and 1024.
-        ([-0.1, -0.2, 0.2], 512 * math.sqrt(2)),
-        # What it loses again doesn't count.
-        ([0.1, -0.1, 0.3], 512 * 2**0.25),
-        ([-0.1, -0.1, math.inf], 1024.0),
-    ],
-)
-def test_where_curves_cross(leads: list[float], expected: float | None) -> None:
-    found = crossing([256, 512, 1024], leads)
-    assert found == (expected if expected is None else pytest.approx(expected))
-
-
-def curve(
-    make_row: Callable[..., Row], model: str, options: Any, times: dict[int, float], spread: float = 0.0
-) -> list[Row]:
-    return [
-        make_row(
-            model,
-            resolution=size,
-            options=options,
-            samples_ms=tuple(ms * (1 + spread * k / 10) for k in range(-10, 11)),
-        )
-        for size, ms in times.items()
-    ]
-
-
-def crossover(**changes: Any) -> Crossover:
-    fields: dict[str, Any] = {"id": "cross", "source": "here", "said": "DiG overtakes DiT", "rows": "rows.jsonl"}
-    return Crossover(**{**fields, "ours": "DiG-S/2:triton@*:train", "peer": "DiT-S/2@*:train", **changes})
-
-
-def test_a_crossover_has_an_interval(make_row: Callable[..., Row], write_rows: Rows) -> None:
-    rows = curve(make_row, "DiG-S/2", TRITON, {256: 1.0, 512: 2.0, 2048: 8.0}, 0.05)
-    rows += curve(make_row, "DiT-S/2", PLAIN, {256: 0.5, 512: 1.0, 2048: 16.0}, 0.05)
-    finding = judge_crossover(crossover(), Files([write_rows(rows)], {"rows.jsonl"}), NOTHING)
-    assert finding.verdict == "holds"
-    assert finding.measured == "ahead from 1024 pixels"
-    assert finding.interval is not None
-    low, high = finding.interval
-    assert 950 < low < 1024 < high < 1100
-
-
-def test_a_crossover_beyond_what_was_measured_is_not_measured(make_row: Callable[..., Row], write_rows: Rows) -> None:
-    rows = curve(make_row, "DiG-S/2", TRITON, {256: 1.0, 512: 2.0}) + curve(
-        make_row, "DiT-S/2", PLAIN, {256: 0.5, 512: 1.5}
-    )
-    files = Files([write_rows(rows)], {"rows.jsonl"})
-    assert judge_crossover(crossover(), files, NOTHING).verdict == "not measured"
-    rows += curve(make_row, "DiG-S/2", TRITON, {2048: 2.0}) + curve(make_row, "DiT-S/2", PLAIN, {2048: 1.5})
-    assert judge_crossover(crossover(), Files([write_rows(rows)], {"rows.jsonl"}), NOTHING).verdict == "does not hold"
-    ahead = curve(make_row, "DiG-S/2", TRITON, {256: 1.0}) + curve(make_row, "DiT-S/2", PLAIN, {256: 1.5})
-    found = judge_crossover(crossover(), Files([write_rows(ahead)], {"rows.jsonl"}), NOTHING)
-    assert (found.verdict, found.measured) == ("holds", "ahead from 256 pixels, the only one measured")
-
-
-def test_exponents(make_row: Callable[..., Row], write_rows: Rows) -> None:
-    tokens = [1024.0, 4096.0, 16384.0]
-    assert slope(tokens, [t**1.5 for t in tokens]) == pytest.approx(1.5)
-    assert slope_range(tokens, [(t, t) for t in tokens]) == pytest.approx((1.0, 1.0))
-    # Each 10% either way: the ends of neighbours lie a factor of 1.21 closer, or further, over one of 4.
-    low, high = slope_range(tokens, [(t / 1.1, t * 1.1) for t in tokens])
-    assert (low, high) == pytest.approx((1 - math.log(1.21) / math.log(4), 1 + math.log(1.21) / math.log(4)))
-    # T and T² in parts: no power, and the neighbours' slopes say how far from one.
-    low, high = slope_range(tokens, [(t + t**2 / 4096,) * 2 for t in tokens])
-    assert 1.2 < low < 1.4 < 1.6 < high < 1.8
-    rows = curve(make_row, "DiT-S/2", PLAIN, {512: 1.0, 1024: 16.0, 2048: 256.0})
-    files = Files([write_rows(rows)], {"rows.jsonl"})
-
-    def verdict(theory: float) -> str:
-        claim = Exponent(
-            id="grows",
-            source="theory",
-            said="grows",
-            of="DiT-S/2@*:train",
-            figure="time",
-            theory=theory,
-            rows="rows.jsonl",
-        )
-        return judge_exponent(claim, files).verdict
-
-    assert [verdict(theory) for theory in (1, 2)] == ["does not hold", "holds"]
-
-
 def write_runs(path: Path, arms: dict[str, list[float]], **changes: Any) -> Path:
     path.write_text(
         "".join(
@@ -418,6 +328,7 @@ def test_it_is_told_as_text_markdown_and_json(make_row: Callable[..., Row], writ
     result = runner.invoke(command.app, [str(rows), "--claims", str(path)])
     assert result.exit_code == 0
     assert "1 claim: 1 holds\n" in result.output
+    assert runner.invoke(command.app, [str(rows.parent), "--claims", str(path)]).output == result.output
     assert "$ python -m bench run" in result.output
     out = tmp_path / "out"
     assert runner.invoke(command.app, [str(rows), "--claims", str(path), "--out", str(out)]).exit_code == 0

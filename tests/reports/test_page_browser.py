@@ -18,7 +18,7 @@ from tests.reports.page_rows import HOSTILE, step_rows, write_everything
 
 pytestmark = pytest.mark.slow
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSERS = (os.environ.get("CHROME_BIN", ""), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DRIVERS = (os.path.join(os.environ.get("CHROMEWEBDRIVER", ""), "chromedriver"), "chromedriver")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from reports.page.evidence import Evidence, Probe, gather
 from reports.page.html import NEEDED, page
 from reports.page.markdown import markdown
 from reports.page.sections import NAMES, figures
-from tests.reports.page_rows import HOSTILE, profiled, timed, write_everything
+from tests.reports.page_rows import HOSTILE, profiled, step_rows, timed, write_everything
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,15 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert "not a file of claims: claim 1: " in one_line(run(folder, "--out", out, "--claims", torn))
     assert "choose another --out" in one_line(run(folder, "--out", alien))
     assert not out.exists()
+
+
+def test_rows_without_memory_leave_out_its_figure_alone(tmp_path: Path) -> None:
+    rows = [replace(row, memory=None) for row in step_rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    result = run(tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "did not write fig1b: no row of size S and patch 2 says what memory it took" in result.output
+    assert (tmp_path / "out" / "figures" / "fig1a.png").is_file()
 
 
 def test_of_a_folder_other_files_are_left_out_and_said(tmp_path: Path) -> None:

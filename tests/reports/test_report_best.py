@@ -231,7 +231,11 @@ def test_a_figure_of_one_setting_draws_one_precision_and_one_scope():
 
 def test_the_published_rows_give_the_published_tables_and_figures(tmp_path):
     folder = ROOT / "results" / "h100"
-    for rows, drawn in (("rows.jsonl", folder), ("best.jsonl", folder / "best")):
+    for rows, drawn in (
+        ("rows.jsonl", folder),
+        ("best.jsonl", folder / "best"),
+        ("best-32fd90f.jsonl", folder / "best-32fd90f"),
+    ):
         result = CliRunner().invoke(app, [str(folder / rows), "--out", str(tmp_path)])
         assert result.exit_code == 0, result.output
         assert (tmp_path / "tables.md").read_bytes() == (drawn / "tables.md").read_bytes()

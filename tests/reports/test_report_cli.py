@@ -143,3 +143,10 @@ def test_rows_that_do_not_count_are_counted(make_row, write_rows, tmp_path):
     assert (
         "rows left out: 3 of older code, versions or circumstances, 1 of launches that were measured" in result.output
     )
+
+
+def test_a_misspelt_report_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["histroy", "out.jsonl"])
+    assert ended.value.code == 2
+    assert "no file and no report 'histroy': did you mean history?" in capsys.readouterr().err

@@ -19,8 +19,6 @@ from dig.ops.library import operation
 from dig.ops.tiles import for_device
 from dig.ops.whole import ceil_div, power_of_two
 
-MOST_IMAGES = 8
-"""Every image reads the weights again, from the L2 cache; of more images a GEMM is faster."""
 MAX_PERIOD = 10_000.0
 """Of the sinusoids."""
 

@@ -93,12 +93,27 @@ def plan_of(
     normalizer: float,
     grid: tuple[int, int] = (0, 0),
     order: int = 0,
+    *,
+    alone: bool = False,
 ) -> Plan:
-    """The launch plan for queries (B, T, H, K) and values (B, T, H, V); order as `scan_tokens` takes it."""
+    """The launch plan for queries (B, T, H, K) and values (B, T, H, V).
+
+    Args:
+        q: Not read.
+        v: Not read.
+        scale: As of `Plan`.
+        normalizer: The inverse of its own.
+        grid: As of its scan.
+        order: As `scan_tokens` takes it.
+        alone: Of a forward pass that no backward pass follows. With few programs it has tiles of its own.
+    """
     B, T, H, K = q.shape
+    tiles = tiles_for(q, v)
+    if alone:
+        tiles = tiles.of(B, T, H)
     # torch.compile's symbols, which dynamic shapes have, are no keys of a cache.
     plan = _plan if type(B) is int and type(T) is int else _plan.__wrapped__
-    return plan(tiles_for(q, v), B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
+    return plan(tiles, B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
 
 
 @functools.lru_cache(maxsize=1024)

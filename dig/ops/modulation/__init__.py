@@ -54,7 +54,7 @@ def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (B, M), N = c.shape, weight.shape[0]
     out = torch.empty(B, N, dtype=weight.dtype, device=c.device)
     launch_context(c.device).start(
-        _launches(for_device(c.device).weights.modulation, B, M, N).product, c, weight, bias, out
+        _launches(for_device(c.device).modulation_tiles(), B, M, N).product, c, weight, bias, out
     )
     return out
 
@@ -95,7 +95,7 @@ def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor
     """Gradients of c (B, M) in its dtype, weight (N, M) and bias (N,), from dout (B, N)."""
     dout, c, weight = dout.contiguous(), c.contiguous(), weight.contiguous()
     (B, M), N = c.shape, weight.shape[0]
-    _, of_weight, of_condition, shares = _launches(for_device(c.device).weights.modulation, B, M, N)
+    _, of_weight, of_condition, shares = _launches(for_device(c.device).modulation_tiles(), B, M, N)
     dweight, dbias = empty(weight), torch.empty(N, dtype=weight.dtype, device=c.device)
     partials = torch.empty(shares, B, M, dtype=torch.float32, device=c.device)
     launch = launch_context(c.device)

@@ -42,11 +42,9 @@ NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_ST
 def tiles_for(which: ProductPass, tokens: Tensor, F: int) -> ProductTiles | None:
     """The tile choices of a pass over tokens (B, T, D), or None where a GEMM and a pass of their own do better."""
     D = tokens.shape[-1]
-    architecture = for_device(tokens.device)
-    tiles = architecture.product_tiles(which, D)
-    many = tokens.numel() >= architecture.products.least_tokens * D
-    fits = tokens.dtype == torch.bfloat16 and D % 8 == 0 and many
-    return None if tiles is None or not fits or F % tiles.columns else tiles
+    if tokens.dtype != torch.bfloat16 or D % 8:
+        return None
+    return for_device(tokens.device).product_tiles(which, tokens.numel() // D, D, F)
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -54,7 +52,7 @@ def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _grid(tiles: ProductTiles, M: int, F: int) -> tuple[int]:
-    return (ceil_div(M, tiles.rows) * (F // tiles.columns),)
+    return (tiles.programs(M, F),)
 
 
 @operation("dig::project_up")
@@ -147,7 +145,7 @@ def shares_of(
 
 
 def fuses_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> bool:
-    """Whether the cast of these weights is fused into the GEMM: they are contiguous, in fp32, and the GEMM is wide."""
+    """Whether the cast of these weights is fused into the GEMM: they are contiguous, in fp32, and the GEMM is large."""
     return _fused_cast(x, F, masters, gated) is not None
 
 
@@ -156,9 +154,9 @@ def _fused_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tup
     t = tiles_for("up alone", x, F)
     plain = all(master.dtype == torch.float32 and master.is_contiguous() for master in masters)
     choices = for_device(x.device).products
-    if t is None or x.shape[-1] <= choices.narrow_width or not plain:
-        return None
     D = x.shape[-1]
+    if t is None or t in choices.few.values() or choices.narrow_width >= D or not plain:
+        return None
     (programs,) = _grid(t, x.numel() // D, F)
     shapes = [(len(w), w.numel() // len(w)) for w in masters]
     shares = shares_of(shapes, gated, share=choices.share, programs=programs, steps=ceil_div(D, t.depth))

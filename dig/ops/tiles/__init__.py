@@ -20,8 +20,19 @@ import torch
 
 from dig.ops.tiles.architecture import KIB, Architecture
 from dig.ops.tiles.interpreter import ARCHITECTURE as INTERPRETER
+from dig.ops.tiles.passes import PassChoices
 
-__all__ = ["INTERPRETER", "KIB", "Architecture", "architectures", "for_capability", "for_device", "gpu_index"]
+__all__ = [
+    "INTERPRETER",
+    "KIB",
+    "Architecture",
+    "architectures",
+    "for_capability",
+    "for_device",
+    "forget_choices",
+    "gpu_index",
+    "passes_for",
+]
 
 
 LEAST = (8, 0)
@@ -79,9 +90,27 @@ def for_device(device: torch.device) -> Architecture:
     return _of_gpu(gpu_index(device))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def passes_for(device: torch.device) -> PassChoices:
+    """Which of its ways a block's pass takes there; of a device that launches nothing, as in the interpreter."""
+    return _passes_for(device)
+
+
+@functools.cache
+def _passes_for(device: torch.device) -> PassChoices:
+    return (for_device(device) if device.type == "cuda" and torch.cuda.is_available() else INTERPRETER).passes
+
+
 def gpu_index(device: torch.device) -> int:
     """Which GPU a CUDA device is; without an index it is the current one."""
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def forget_choices() -> None:
+    """Choose anew from now on: somebody has changed a table (`bench.ops.variants`)."""
+    _of_gpu.cache_clear()
+    _passes_for.cache_clear()
+    INTERPRETER.forget()
 
 
 @functools.cache

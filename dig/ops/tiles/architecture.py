@@ -10,6 +10,7 @@ import torch
 
 from dig.ops.tiles.choices import (
     GlaTiles,
+    ModulationTiles,
     NormTiles,
     ProductChoices,
     ProductPass,
@@ -20,6 +21,7 @@ from dig.ops.tiles.choices import (
     VectorTiles,
     WeightTiles,
 )
+from dig.ops.tiles.passes import PassChoices
 
 KIB = 1024
 T = TypeVar("T")
@@ -42,6 +44,7 @@ class Architecture:
         products: Of SwiGLU's GEMMs. They read tiles by descriptors: without those, all are apart.
         weights: Of casts of weights and what else reads each weight once.
         condition: Of the condition's two products.
+        passes: Which of its ways a block's pass takes.
     """
 
     name: str
@@ -56,13 +59,16 @@ class Architecture:
     products: ProductChoices
     weights: WeightTiles
     condition: VectorTiles
+    passes: PassChoices
 
     def __post_init__(self) -> None:
-        if not self.descriptors and (self.products.narrow or self.products.wide):
+        if not self.descriptors and (self.products.narrow or self.products.wide or self.products.few):
             raise ValueError(f"products must be apart on {self.name}: its kernels need tensor descriptors")
 
     def gla_tiles(self, K: int, V: int, dtype: torch.dtype) -> GlaTiles:
         """Of the first entry for heads at least as wide, or the widest; of a smaller chunk where that doesn't fit.
+
+        Where a program that walks a head's chunks doesn't fit, none does: the forward pass is three launches.
 
         Raises:
             ValueError: Not even the smallest chunk fits into shared memory.
@@ -72,6 +78,10 @@ class Architecture:
     def _choose_gla(self, K: int, V: int, dtype: torch.dtype) -> GlaTiles:
         entries = {(k, v): tiles for (k, v, of), tiles in self.gla.items() if of == dtype}
         tiles = next((tiles for (k, v), tiles in entries.items() if k >= K and v >= V), list(entries.values())[-1])
+        few = None if tiles.few is None else self._fitting_gla(tiles.few, K, V, dtype)
+        return replace(self._fitting_gla(tiles, K, V, dtype), few=few)
+
+    def _fitting_gla(self, tiles: GlaTiles, K: int, V: int, dtype: torch.dtype) -> GlaTiles:
         while not self._fits(tiles.shared_memory(K, V, dtype)):
             if tiles.chunk == 16:
                 raise ValueError(
@@ -80,7 +90,7 @@ class Architecture:
                     f"{(self.shared_memory or 0) / KIB:g}: use backend 'reference' or 'fla', or narrower heads"
                 )
             tiles = replace(tiles, chunk=tiles.chunk // 2)
-        return tiles
+        return tiles if self._fits(tiles.walk_shared_memory(K, V, dtype)) else replace(tiles, walk_chunks=0)
 
     def adaln_tiles(self, D: int, dtype: torch.dtype) -> NormTiles:
         """Of the next wider entry, or the widest."""
@@ -90,13 +100,39 @@ class Architecture:
         widths = [width for width, of in self.adaln if of == dtype]
         return self.adaln[min((width for width in widths if width >= D), default=max(widths)), dtype]
 
-    def product_tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
-        """Of a GEMM over tokens of this width; None where a GEMM and a pass of their own do better, or must do."""
-        return self._once((which, D), lambda: self._choose_products(which, D))
+    def product_tiles(self, which: ProductPass, M: int, D: int, F: int) -> ProductTiles | None:
+        """Of a GEMM over M tokens of width D; None where a GEMM and a pass of their own do better, or must do.
 
-    def _choose_products(self, which: ProductPass, D: int) -> ProductTiles | None:
-        tiles = self.products.tiles(which, D)
-        return tiles if tiles is not None and self._fits(tiles.shared_memory(which)) else None
+        F is SwiGLU's inner width.
+        """
+        return self._once((which, M, D, F), lambda: self._choose_products(which, M, D, F))
+
+    def _choose_products(self, which: ProductPass, M: int, D: int, F: int) -> ProductTiles | None:
+        few = self.products.least_tokens > M
+        tiles = self.products.few.get(which) if few else self.products.tiles(which, D)
+        if tiles is None or F % tiles.columns or not self._fits(tiles.shared_memory(which)):
+            return None
+        too_many = few and tiles.programs(M, F) > self.products.few_programs
+        return None if too_many else tiles
+
+    def modulation_tiles(self) -> ModulationTiles:
+        """Of adaLN's linear layer for a batch; with fewer loads in flight where those don't fit.
+
+        Raises:
+            ValueError: Not even one load fits into shared memory.
+        """
+        return self._once(("modulation",), self._choose_modulation)
+
+    def _choose_modulation(self) -> ModulationTiles:
+        tiles = self.weights.modulation
+        while not self._fits(tiles.shared_memory()):
+            if tiles.stages == 1:
+                raise ValueError(
+                    f"adaLN's linear layer for a batch needs {tiles.shared_memory() / KIB:g} KiB of shared memory a "
+                    f"block; {self} has {(self.shared_memory or 0) / KIB:g}: use backend 'reference'"
+                )
+            tiles = replace(tiles, stages=tiles.stages - 1)
+        return tiles
 
     def _once(self, asked: tuple[object, ...], choose: Callable[[], T]) -> T:
         """What is chosen, kept by what was asked for: every launch asks."""
@@ -107,6 +143,10 @@ class Architecture:
             found = known[asked] = choose()
         chosen: T = found
         return chosen
+
+    def forget(self) -> None:
+        """Choose anew from now on: a table has changed."""
+        self.__dict__.pop("_chosen", None)
 
     def _fits(self, shared_memory: int) -> bool:
         return self.shared_memory is None or shared_memory <= self.shared_memory

@@ -1,12 +1,13 @@
 """What there is to choose of every operation's kernels: one frozen class an operation.
 
-A program is what CUDA calls a block (CTA), a warp 32 threads. Shapes as in each operation's package.
+A program is what CUDA calls a block (CTA), a warp 32 threads. Shapes as in each operation's package. Numbers have no
+defaults here: each stands in an architecture's file, with how it was found. None alone is one, for what is off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,9 @@ class GlaTiles:
 
     Attributes:
         chunk: Tokens of a chunk, 16 times a power of two.
+        few: The choices where `few_programs` or fewer programs take a chunk of a head each, and no backward pass
+            follows; None: these.
+        few_programs: With so few, SMs are idle, and a program's own work is what all wait for: the less, the better.
         local_warps: Warps of a program that computes what a chunk adds to the state.
         scan_warps: Warps of a program that scans elements of the state over the chunks.
         scan_lanes: Elements of a program of that.
@@ -69,29 +73,31 @@ class GlaTiles:
         sum_warps: Its warps.
     """
 
-    chunk: int = 64
-    local_warps: int = 4
-    scan_warps: int = 4
-    scan_lanes: int = 32
-    scan_groups: int = 16
-    scan_steps: int = 16
-    short_chunks: int = 16
-    short_warps: int = 4
-    short_units: int = 128
-    short_steps: int = 8
-    walk_chunks: int = 8
-    walk_programs: int = 44
-    walk_warps: int = 4
+    chunk: int
+    few: GlaTiles | None = None
+    few_programs: int
+    local_warps: int
+    scan_warps: int
+    scan_lanes: int
+    scan_groups: int
+    scan_steps: int
+    short_chunks: int
+    short_warps: int
+    short_units: int
+    short_steps: int
+    walk_chunks: int
+    walk_programs: int
+    walk_warps: int
     walk_registers: int | None = None
-    output_warps: int = 4
-    output_backward_warps: int = 4
-    gradient_warps: int = 4
+    output_warps: int
+    output_backward_warps: int
+    gradient_warps: int
     output_registers: int | None = None
     output_backward_registers: int | None = None
     gradient_registers: int | None = None
-    sum_rows: int = 256
-    sum_columns: int = 8
-    sum_warps: int = 8
+    sum_rows: int
+    sum_columns: int
+    sum_warps: int
 
     def __post_init__(self) -> None:
         _check_positive(self, may_be_zero=("short_chunks", "walk_chunks", "walk_programs"))
@@ -99,16 +105,24 @@ class GlaTiles:
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 
+    def of(self, B: int, T: int, H: int) -> GlaTiles:
+        """The choices for T tokens of so many images and heads."""
+        return self.few if self.few is not None and B * H * -(-T // self.chunk) <= self.few_programs else self
+
     def shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
         """Bytes that a program takes at most: a state, and a chunk's rows of q, k, v and the output's gradient.
 
-        A bound, which the compile check (`bench.ops.registers`) holds the compiler to on every architecture.
+        A bound, by which `Architecture` takes smaller chunks. The compile check (`bench.ops.registers`) holds the
+        compiler to it on every architecture.
         """
         K, V = _padded(K), _padded(V)
         return dtype.itemsize * (K * V + 2 * self.chunk * (K + V))
 
     def walk_shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
-        """The same of a program that walks a head's chunks: beside those, its state on the way between two layouts."""
+        """The same of a program that walks a head's chunks: beside those, its state on the way between two layouts.
+
+        Where that is too much, `Architecture` takes three launches.
+        """
         return self.shared_memory(K, V, dtype) + dtype.itemsize * _padded(K) * _padded(V)
 
 
@@ -133,16 +147,16 @@ class NormTiles:
         sum_warps: Its warps.
     """
 
-    rows: int = 4
+    rows: int
     part: int
-    warps: int = 4
+    warps: int
     backward_rows: int
     backward_part: int
-    backward_warps: int = 4
+    backward_warps: int
     programs: int
-    sum_rows: int = 256
-    sum_columns: int = 8
-    sum_warps: int = 8
+    sum_rows: int
+    sum_columns: int
+    sum_warps: int
 
     def __post_init__(self) -> None:
         _check_positive(self)
@@ -169,17 +183,17 @@ class SremTiles:
         sum_warps: Its warps.
     """
 
-    channels: int = 64
-    groups: int = 4
-    width: int = 4
-    rows: int = 32
-    least_rows: int = 4
-    programs: int = 600
-    warps: int = 4
+    channels: int
+    groups: int
+    width: int
+    rows: int
+    least_rows: int
+    programs: int
+    warps: int
     registers: int | None = None
-    sum_steps: int = 64
-    sum_channels: int = 32
-    sum_warps: int = 4
+    sum_steps: int
+    sum_channels: int
+    sum_warps: int
 
     def __post_init__(self) -> None:
         _check_positive(self)
@@ -199,8 +213,8 @@ class SwigluTiles:
     """
 
     elements: int
-    columns: int = 1024
-    warps: int = 4
+    columns: int
+    warps: int
 
     def __post_init__(self) -> None:
         _check_powers_of_two(self, "elements", "columns", "warps")
@@ -222,16 +236,20 @@ class ProductTiles:
 
     rows: int
     columns: int
-    depth: int = 64
-    group: int = 8
-    warps: int = 8
-    stages: int = 3
+    depth: int
+    group: int
+    warps: int
+    stages: int
     registers: int | None = None
 
     @property
     def options(self) -> dict[str, int | None]:
         """As Triton takes them."""
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+    def programs(self, M: int, F: int) -> int:
+        """How many there are for M tokens and F columns."""
+        return -(-M // self.rows) * (F // self.columns)
 
     def shared_memory(self, which: ProductPass) -> int:
         """Bytes that a program takes at most: its stages' operands, and their barriers. Up has two weights."""
@@ -248,18 +266,26 @@ class ProductChoices:
         narrow: Pass → tile choices.
         wide: The same for wider D.
         least_tokens: With fewer, tiles of these sizes leave SMs without work.
+        few: Pass → tile choices with fewer tokens, of any width.
+        few_programs: Most programs of those; with more, a GEMM and a pass apart do better.
         share: Rows and columns of a weight that the up-projection casts together, where weights are cast in it.
     """
 
-    narrow_width: int = 512
-    narrow: Mapping[ProductPass, ProductTiles] = field(default_factory=dict)
-    wide: Mapping[ProductPass, ProductTiles] = field(default_factory=dict)
-    least_tokens: int = 2048
-    share: tuple[int, int] = (32, 128)
+    narrow_width: int
+    narrow: Mapping[ProductPass, ProductTiles]
+    wide: Mapping[ProductPass, ProductTiles]
+    least_tokens: int
+    few: Mapping[ProductPass, ProductTiles]
+    few_programs: int
+    share: tuple[int, int]
 
     def tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
         """Of a pass over tokens of this width; None where it is done apart."""
         return (self.narrow if self.narrow_width >= D else self.wide).get(which)
+
+    def apart(self) -> ProductChoices:
+        """These without any of the tables: every pass is a GEMM and a pass apart."""
+        return replace(self, narrow={}, wide={}, few={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,19 +333,19 @@ class ModulationTiles:
         stages: Loads in flight.
     """
 
-    rows: int = 64
-    columns: int = 32
-    images: int = 64
-    inner_images: int = 32
-    gradient_rows: int = 64
-    gradient_columns: int = 64
-    shares: int = 16
-    share_rows: int = 32
-    warps: int = 4
-    stages: int = 3
+    rows: int
+    columns: int
+    images: int
+    inner_images: int
+    gradient_rows: int
+    gradient_columns: int
+    shares: int
+    share_rows: int
+    warps: int
+    stages: int
 
     def shared_memory(self) -> int:
-        """Bytes that a program takes at most: factors in fp32, and barriers.
+        """Bytes that a program takes at most: factors in fp32, and barriers. `Architecture` takes fewer stages by it.
 
         Both factors of a step for each load in flight, and of one step the second factor once more: a tf32x3 product
         splits each into two parts, and Triton 3.8 keeps that of the second in shared memory.
@@ -354,7 +380,7 @@ class WeightTiles:
     few: int
     gradient_columns: int
     gradient_warps: int
-    modulation: ModulationTiles = field(default_factory=ModulationTiles)
+    modulation: ModulationTiles
 
     def copy_for(self, programs: int | None) -> CopyTiles:
         """For at most so many programs; None: as many as there are blocks."""

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from dig.ops.tiles import sm90
 from dig.ops.tiles.architecture import KIB
-from dig.ops.tiles.choices import ProductChoices
 
 ARCHITECTURE = replace(
     sm90.ARCHITECTURE,
@@ -15,5 +14,5 @@ ARCHITECTURE = replace(
     shared_memory=163 * KIB,
     early_launch=False,
     descriptors=False,
-    products=ProductChoices(),
+    products=sm90.PRODUCTS.apart(),
 )

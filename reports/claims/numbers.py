@@ -1,0 +1,143 @@
+"""One number by a query: a case's time or memory, a log's last line, a count. What prose's numbers are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from bench.store.decoding import parse_json
+from bench.store.files import read_file
+from bench.store.rows import Row, read_results
+from dig.registry import PATCHES, find_family
+from reports.best import failure, memory, time
+from reports.cells import GIB
+from reports.claims.counts import counts_of
+from reports.claims.errors import ClaimError
+from reports.claims.ratio import FIGURES, Figure
+from reports.claims.rows import ROWS, Files, Source
+from reports.claims.subject import Subject
+
+LETTERS = {"throttled": "ᵗ", "unsteady": "ᵘ"}
+"""What pages write after the time of a row with this mark."""
+OF_CASE: Mapping[str, Callable[[Row], float | None]] = {
+    "": time,
+    "memory": lambda row: (memory(row) or 0) / GIB,
+    "ceiling": lambda row: 100 * (row.ceiling_share or 0),
+}
+OF, THAN, WITHIN = " of ", " than ", " in "
+
+
+def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
+    """What a query gives, and the letters of its row's marks.
+
+    ======================================  =======================================================================
+    ``CASE``, ``best CASE``                 its milliseconds (`reports.claims.subject.Subject`)
+    ``memory of CASE``                      its peak in GiB
+    ``ceiling of CASE``                     percent of the matrix products' ceiling that it reaches
+    ``last slower of CASES than CASES``     the largest resolution up to which the first takes longer; ``@*`` in both
+    ``first leaner of CASES than CASES``    the resolution from which on the first takes less memory
+    ``cases of FILE``                       how many cases it has
+    ``minutes of FILE``                     from its first row's start to its last row's end
+    ``gmac of MODEL``                       multiply-adds of an image of 256 pixels
+    ``least share of FAMILY than FAMILY``   percent of the other's multiply-adds, over all sizes and patches
+    ``largest share of FAMILY than FAMILY`` likewise
+    ``most FIELD of FILE``                  of the probes of `bench capacity` that fit
+    ``FIELD of FOLDER/FILE.jsonl``          of the last line of a log beside the rows
+    ======================================  =======================================================================
+
+    Args:
+        query: One of these; `` in FILE`` at its end names another results file.
+        rows: Name of the results file of cases.
+        files: The rows.
+
+    Raises:
+        ClaimError: There is no such number.
+        ResultError: A file cannot be read.
+    """
+    words, _, other = query.partition(WITHIN)
+    name, _, thing = words.rpartition(OF)
+    try:
+        if name not in OF_CASE:
+            return _counted(name, thing, other or rows, files), ""
+        return _of_case(Subject.parse(thing), other or rows, name, files)
+    except (ValueError, LookupError, TypeError) as error:
+        if isinstance(error, ClaimError):
+            raise
+        raise ClaimError(f"{query!r}: {error}") from None
+
+
+def _of_case(subject: Subject, rows: str, name: str, files: Files) -> tuple[float, str]:
+    row = _source(rows, files).find(subject, "memory" if name == "memory" else "time")
+    value = OF_CASE[name](row) if row is not None else None
+    if row is None or not value:
+        why = failure(row) if row is not None and row.status != "ok" else "nothing"
+        raise ClaimError(f"{subject.name} at {subject.case.resolution} in {rows}: {why}")
+    return value, "" if name else "".join(letter for mark, letter in LETTERS.items() if mark in row.marks)
+
+
+def _source(rows: str, files: Files) -> Source:
+    source = files.source(rows)
+    if source is None:
+        raise ClaimError(f"no file {rows!r} of rows")
+    return source
+
+
+def _counted(name: str, thing: str, rows: str, files: Files) -> float:
+    first, _, second = thing.partition(THAN)
+    match name:
+        case "cases":
+            return len({row.case for row in _source(thing, files).rows})
+        case "minutes":
+            return _minutes(files.paths(thing)[0])
+        case "gmac":
+            return counts_of(thing).macs / 1e9
+        case "least share" | "largest share":
+            return (min if name.startswith("least") else max)(_shares(first, second))
+        case "last slower":
+            return _sides(first, second, _source(rows, files), "time")[0]
+        case "first leaner":
+            return _sides(first, second, _source(rows, files), "memory")[1]
+        case "most batch" | "most resolution":
+            return max(line[name.removeprefix("most ")] for line in _lines(ROWS / thing) if line["fits"])
+    return float(_lines(ROWS / thing)[-1][name])
+
+
+def _minutes(path: Path) -> float:
+    rows = sorted(read_results(path).rows, key=lambda row: row.started_at)
+    first, last = (datetime.fromisoformat(row.started_at) for row in (rows[0], rows[-1]))
+    return ((last - first).total_seconds() + sum(rows[-1].seconds.values())) / 60
+
+
+def _shares(family: str, peer: str) -> list[float]:
+    """Percent of the peer's multiply-adds, of every size and patch."""
+    return [
+        100 * counts_of(f"{family}-{size}/{patch}").macs / counts_of(f"{peer}-{size}/{patch}").macs
+        for size in find_family(family).sizes
+        for patch in PATCHES
+    ]
+
+
+def _sides(ours: str, peer: str, source: Source, figure: Figure) -> tuple[int, int]:
+    """The largest resolution up to which ours takes more everywhere, and the least from which on it takes less."""
+    subjects = [Subject.parse(text) for text in (ours, peer)]
+    less = {}
+    for size in sorted({row.case.resolution for row in subjects[0].of(source.rows)}):
+        own, other = (source.find(subject.at(size), figure) for subject in subjects)
+        values = [FIGURES[figure](row) if row is not None else None for row in (own, other)]
+        if values[0] and values[1]:
+            less[size] = values[0] < values[1]
+    sizes = list(less)
+    before = next((at for at, size in enumerate(sizes) if less[size]), len(sizes))
+    after = next((at for at in range(len(sizes), 0, -1) if not less[sizes[at - 1]]), 0)
+    if before == 0 or after == len(sizes):
+        raise ClaimError(f"{subjects[0].name} and {subjects[1].name} do not change places: {less}")
+    return sizes[before - 1], sizes[after]
+
+
+def _lines(path: Path) -> list[Any]:
+    try:
+        return [parse_json(line) for line in read_file(path).decode().splitlines()]
+    except OSError as error:
+        raise ClaimError(f"cannot read {path}: {error.strerror}") from None
