@@ -53,6 +53,7 @@ def _build_dis(size: str, **fields: Any) -> Backbone:
 DIT = register(
     Family(
         name="DiT",
+        cast=True,
         sizes=("S", "B", "L", "XL"),
         build=_build_dit,
         options={BACKEND: ("materialized",)},
@@ -74,6 +75,7 @@ DIT = register(
 FLASH_DIT = register(
     Family(
         name="Flash-DiT",
+        cast=True,
         sizes=("S", "B", "L", "XL"),
         build=_build_dit,
         options={BACKEND: ATTENTIONS},
@@ -119,6 +121,7 @@ FLASH_DIT = register(
 DIS = register(
     Family(
         name="DiS",
+        cast=True,
         sizes=("S", "B", "M", "L", "XL", "H"),
         assumed=frozenset({"XL"}),
         build=_build_dis,

@@ -34,6 +34,7 @@ def _operation(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
 DIG = register(
     Family(
         name="DiG",
+        cast=True,
         sizes=("S", "B", "L", "XL"),
         build=_build,
         options={

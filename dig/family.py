@@ -148,6 +148,8 @@ class Family:
         operation: ``operation(model, batch, dtype)`` is what the backend's kernels compute, alone, at the model's own
             shape, with a truth beside it (`dig.operation`): what an error at that shape is found by. Without it rows
             say that only a small input was compared.
+        cast: Whether its models run after ``model.to(torch.bfloat16)`` without autocast, as accurately as with it:
+            `python -m dig sample` then casts weights once on a GPU.
         tunes: Backends whose kernels tune themselves for minutes when they first run: suites measure them last.
         reshaped_by: Options that change the names or shapes of weights: what checkpoints are searched by.
         look: In figures.
@@ -167,6 +169,7 @@ class Family:
     reference: str | None = None
     signatures: Mapping[tuple[str, str], Signature] = field(default_factory=dict)
     operation: Callable[..., Operation] | None = None
+    cast: bool = False
     tunes: frozenset[str] = frozenset()
     reshaped_by: tuple[str, ...] = ()
     look: Look | None = None

@@ -3,7 +3,7 @@
 Within a CUDA graph the gradients of a block's weights are computed beside the chain of kernels. What autograd is given
 it may read at once: so a block that gave it its own would first have to wait for them, some 50 µs of the 390 that a
 block of DiG-S goes back in with 32 images of 256 pixels, and nearly nothing of it computed by the whole card. Here
-blocks are given stand-ins for their parameters, whose gradients meet in one node. Autograd reaches it after all blocks,
+blocks are given proxies of their parameters, whose gradients meet in one node. Autograd reaches it after all blocks,
 it waits once, and hands them on to the parameters. Hooks of parameters and accumulated gradients see what they always
 see.
 
@@ -29,10 +29,10 @@ def gathers() -> bool:
 
 
 def gathered(weights: Sequence[BlockWeights], c: Tensor) -> tuple[list[BlockWeights], list[Tensor], Across]:
-    """Stand-ins for all blocks' parameters and for the condition.
+    """Proxies of all blocks' parameters and for the condition.
 
     Args:
-        weights: Of all blocks; one that is in two of them has a stand-in in each.
+        weights: Of all blocks; one that is in two of them has a proxy in each.
         c: (B, D), the condition after its SiLU, which each block reads.
 
     Returns:

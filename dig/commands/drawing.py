@@ -121,7 +121,6 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         raise ValueError("--image-size and --num-classes describe a published file, together with --model")
     if asked.other_vae and asked.vae is None:
         raise ValueError("--other-vae is about the one that --vae names")
-    from dig.family import BACKEND
     from dig.registry import parse_name
     from dig.sampling.planning import doubts, plan_samples
     from dig.sampling.runner import default_precision
@@ -144,6 +143,8 @@ def prepare(asked: Asked, console: Console) -> Drawing:
 
         found, adapter_sha256 = with_adapter(found, asked.adapter)
     size, (family, *_) = Footprint.of(found.spec), parse_name(found.spec.name)
+    if asked.dtype == "bf16" and not family.cast:
+        raise ValueError(f"{family.name} does not say that its models can be cast to bf16: use --dtype autocast")
     plan = plan_samples(
         classes=asked.classes,
         class_names=found.class_names,
@@ -160,7 +161,9 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         steps=asked.steps,
         eta=asked.eta,
         seed=asked.seed,
-        precision=asked.dtype or default_precision(family.name, found.spec.options.get(BACKEND), where),
+        precision=default_precision(where, cast=where == "cuda" and family.cast)
+        if asked.dtype is None
+        else asked.dtype,
     )
     for warning in doubts(found, plan):
         typer.echo(f"warning: {one_line(warning)}", err=True)

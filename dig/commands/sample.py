@@ -107,8 +107,8 @@ def sample_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="bf16 (weights too), autocast (to bf16, of fp32 weights) or fp32. Default on a GPU: bf16 for DiG on "
-            "this project's kernels, else autocast."
+            help="bf16 (weights too), autocast (to bf16, of fp32 weights) or fp32. Default on a GPU: bf16 where the "
+            "family takes it, else autocast."
         ),
     ] = None,
     device: DeviceOption = "auto",

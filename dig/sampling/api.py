@@ -5,7 +5,6 @@ Shapes: N samples, C channels, h and w of the model's space, H and W pixels.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -23,25 +22,15 @@ from torch import Tensor
 
 from dig.fields import check_word, real_number, whole_number
 from dig.layers import Backbone
-from dig.model import DiG
 from dig.sampling.decoder import Decoder, open_decoder
 from dig.sampling.images import make_grid, to_pixels
 from dig.sampling.planning import doubts, plan_samples
-from dig.sampling.runner import BatchSampler, Precision, default_precision
+from dig.sampling.runner import BatchSampler, default_precision
 from dig.sampling.trained import Trained
 from dig.sampling.weights import Published, load_weights, read_choice
 from dig.training.needs import Footprint, check_sampling
 
 logger = logging.getLogger(__name__)
-
-
-def _precision(model: Backbone, device: str) -> Precision:
-    """What a model is sampled in where nobody says."""
-    if next(model.parameters()).dtype == torch.bfloat16:
-        return "bf16"
-    inner = getattr(model, "_orig_mod", model)
-    family, backend = ("DiG", inner.config.backend) if isinstance(inner, DiG) else ("", None)
-    return default_precision(family, backend, device)
 
 
 TRAINED = "trained"
@@ -183,8 +172,8 @@ def sample(
         model_batch: Images that the model takes at once, part of what decides on their last bits.
         vae: Decodes latents: a folder or a hub name. The one that came with the model if not given.
         other_vae: Whether it may be another one than the latents were made with.
-        dtype: ``bf16`` (of a copy of the model that is cast, where it isn't), ``autocast`` (to bf16) or ``fp32``. On a
-            GPU, if not given, bf16 for DiG on its own kernels and for what was cast, else autocast.
+        dtype: ``bf16``, of a model that was cast (``model.to(torch.bfloat16)``), ``autocast`` to that, or ``fp32``. If
+            not given, bf16 for what was cast, else autocast on a GPU.
         execution: ``graph`` (the whole loop as a CUDA graph) or ``eager``; graph on a GPU if not given.
 
     Raises:
@@ -211,7 +200,8 @@ def sample(
         raise TypeError(f"vae must be a folder or a name on the hub; got {vae!r:.80}")
     if not isinstance(other_vae, bool):
         raise TypeError(f"other_vae must be True or False; got {other_vae!r:.80}")
-    where = next(model.parameters()).device
+    first_weight = next(model.parameters())
+    where = first_weight.device
     if execution not in (None, "graph", "eager"):
         raise ValueError(f"execution must be graph or eager; got {execution!r}")
     if execution == "graph" and where.type != "cuda":
@@ -234,7 +224,7 @@ def sample(
         steps=steps,
         eta=eta,
         seed=seed,
-        precision=dtype or _precision(model, where.type),
+        precision=default_precision(where.type, cast=first_weight.dtype == torch.bfloat16) if dtype is None else dtype,
     )
     decoder = None
     if trained is not None:
@@ -248,11 +238,8 @@ def sample(
     captures = (execution or ("graph" if where.type == "cuda" else "eager")) == "graph"
     training = model.training
     model.eval()
-    sampled = model
-    if plan.precision == "bf16" and next(model.parameters()).dtype != torch.bfloat16:
-        sampled = copy.deepcopy(model).to(torch.bfloat16)
     try:
-        runner = BatchSampler(sampled, plan, where, graph=captures, finish=lambda x: x.float().cpu().numpy())
+        runner = BatchSampler(model, plan, where, graph=captures, finish=lambda x: x.float().cpu().numpy())
         tensor = torch.from_numpy(runner.samples(range(plan.first, plan.first + plan.count)).copy())
     finally:
         model.train(training)

@@ -43,15 +43,16 @@ MAX_INDEX = 2**62
 """Samples are numbered below this: with the batch that they lie in, they fit a word."""
 
 
-def default_precision(family: str, backend: str | None, device: str) -> Precision:
-    """What samples fastest at bf16's accuracy, of a family with a backend on ``cuda`` or ``cpu``.
+def default_precision(device: str, *, cast: bool) -> Precision:
+    """What samples fastest at bf16's accuracy on ``cuda`` or ``cpu``.
 
-    This project's kernels cast fp32 weights at every step of the sampler: cast once, they are read as they are. Other
-    families may compute in fp32 in between, which autocast leaves to them.
+    Args:
+        device: Where.
+        cast: Whether the model may be, or was, cast to bf16. Autocast casts fp32 weights at every step of the sampler.
     """
-    if device != "cuda":
-        return "fp32"
-    return "bf16" if (family, backend) == ("DiG", "triton") else "autocast"
+    if cast:
+        return "bf16"
+    return "autocast" if device == "cuda" else "fp32"
 
 
 def default_model_batch(tokens: int, device: str) -> int:
@@ -131,6 +132,9 @@ class BatchSampler:
 
     Attributes:
         report: Told how many wanted samples a batch has brought, where somebody follows.
+
+    Raises:
+        ValueError: The model's weights are not what the plan's precision says.
     """
 
     def __init__(
@@ -142,6 +146,13 @@ class BatchSampler:
         graph: bool = False,
         finish: Callable[[Tensor], NDArray[Any]] = to_pixels,
     ) -> None:
+        cast = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+        if cast != (plan.precision == "bf16"):
+            raise ValueError(
+                "the model's weights are bf16: sample it with dtype bf16"
+                if cast
+                else "dtype bf16 is of a model that was cast: model.to(torch.bfloat16), or sample with dtype autocast"
+            )
         self.plan = plan
         self.report: Callable[[int], object] | None = None
         self._finish = finish

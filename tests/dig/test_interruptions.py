@@ -84,7 +84,7 @@ def test_a_grid_alone_keeps_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_installed("diffusers"):
-        pytest.skip("diffusers is not installed")
+        pytest.skip("the VAE is one of diffusers, an optional package: pip install diffusers (nox -s tests has it)")
     from dig.training.data import encoding
 
     images, vae = make_class_folders(tmp_path / "images", ("a", "b"), each=4), make_vae(tmp_path / "vae")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 import dig
+from dig import registry
 from dig.cli import app
 from dig.environment import ROOT
+from dig.registry import find_family
 from dig.sampling.exporting import export
 from dig.sampling.runner import default_precision
 from dig.sampling.weights import load_weights
@@ -113,30 +116,69 @@ def test_a_model_of_ones_own_is_sampled_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "autocast"])
-def test_what_is_sampled_in_bf16_is_near_and_leaves_the_model_alone(run: Path, dtype: str) -> None:
+def test_what_is_sampled_in_bf16_is_near(run: Path, dtype: str) -> None:
     model = dig.load(run, device="cpu")
-    exact, rounded = (dig.sample(model, steps=3, samples=2, dtype=chosen).tensor for chosen in (None, dtype))
+    exact = dig.sample(model, steps=3, samples=2).tensor
+    rounded = dig.sample(model.bfloat16() if dtype == "bf16" else model, steps=3, samples=2, dtype=dtype).tensor
     assert 0 < relative_error(rounded, exact) < 0.05
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_what_was_cast_is_sampled_as_it_is(run: Path) -> None:
+def test_a_model_and_a_precision_that_do_not_fit_are_refused(run: Path) -> None:
     model = dig.load(run, device="cpu")
-    cast = dig.sample(model, steps=3, samples=2, dtype="bf16").tensor
-    assert torch.equal(dig.sample(model.bfloat16(), steps=3, samples=2).tensor, cast)
+    with pytest.raises(ValueError, match=r"dtype bf16 is of a model that was cast: model\.to\(torch\.bfloat16\)"):
+        dig.sample(model, steps=3, samples=2, dtype="bf16")
+    cast = model.bfloat16()
+    assert torch.equal(dig.sample(cast, steps=3, samples=2).tensor, dig.sample(cast, steps=3, samples=2).tensor)
+    for dtype in ("fp32", "autocast"):
+        with pytest.raises(ValueError, match="the model's weights are bf16: sample it with dtype bf16"):
+            dig.sample(cast, steps=3, samples=2, dtype=dtype)
 
 
-@pytest.mark.parametrize(
-    ("family", "backend", "device", "precision"),
-    [
-        ("DiG", "triton", "cuda", "bf16"),
-        ("DiG", "fla", "cuda", "autocast"),
-        ("Flash-DiT", "sdpa-cudnn", "cuda", "autocast"),
-        ("DiG", "triton", "cpu", "fp32"),
-    ],
-)
-def test_weights_are_cast_where_that_is_faster(family: str, backend: str, device: str, precision: str) -> None:
-    assert default_precision(family, backend, device) == precision
+def test_the_command_casts_where_it_is_told_to(run: Path, tmp_path: Path) -> None:
+    def draw(*options: str) -> np.ndarray:
+        path = tmp_path / f"{'-'.join(options) or 'plain'}.npz"
+        sampled = CliRunner().invoke(
+            app, ["sample", "--checkpoint", str(run), "--samples", "2", "--steps", "3", "--device", "cpu",
+                  "--npz", str(path), *options],
+        )  # fmt: skip
+        assert sampled.exit_code == 0, sampled.output
+        return np.asarray(np.load(path)["arr_0"], dtype=np.float32)
+
+    found = {dtype: draw(*(("--dtype", dtype) if dtype else ())) for dtype in ("", "fp32", "bf16", "autocast")}
+    assert np.array_equal(found[""], found["fp32"])  # On a CPU.
+    assert not np.array_equal(found["bf16"], found["autocast"])
+    assert relative_error(torch.from_numpy(found["bf16"]), torch.from_numpy(found["fp32"])) < 0.05
+
+
+def test_a_family_that_does_not_say_so_is_not_cast(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    family, *rest = registry.parse_name("DiG-S/2")
+    monkeypatch.setattr(registry, "parse_name", lambda name: (replace(family, cast=False), *rest))
+    arguments = ["sample", "--checkpoint", str(run), "--npz", str(tmp_path / "a.npz"), "--dtype", "bf16"]
+    told = CliRunner().invoke(app, arguments)
+    assert (told.exit_code, told.stderr) == (
+        2, "error: DiG does not say that its models can be cast to bf16: use --dtype autocast\n",
+    )  # fmt: skip
+
+
+def test_precision_where_nobody_says() -> None:
+    asked = [(device, cast) for device in ("cuda", "cpu") for cast in (True, False)]
+    assert [default_precision(device, cast=cast) for device, cast in asked] == ["bf16", "autocast", "bf16", "fp32"]
+
+
+@pytest.mark.parametrize("name", ["DiG", "DiT", "Flash-DiT", "DiS"])
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_a_family_that_says_so_can_be_cast(name: str, variant: str) -> None:
+    """No further from fp32 than under autocast, by half."""
+    assert find_family(name).cast
+    options = {"variant": variant} if name == "DiG" else {}
+    model = randomize(create_model(f"{name}-S/2", image_size=32, **options)).eval()
+    inputs = torch.randn(2, 4, 4, 4), torch.tensor([7, 500]), torch.tensor([3, 4])
+    with torch.no_grad():
+        exact = model(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(*inputs).float()
+        cast = model.bfloat16()(inputs[0].bfloat16(), *inputs[1:]).float()
+    assert relative_error(cast, exact) < max(1.5 * relative_error(rounded, exact), 0.03)
 
 
 def test_what_cannot_be_sampled_is_told(run: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dig.ops.gla import launches, layouts
-from dig.ops.gla.block_launches import run_block
+from dig.ops.gla import launches, layouts, mixer
+from dig.ops.gla.block_launches import run_block, run_rows
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.gla.mixer import gla_mixer
@@ -178,6 +179,25 @@ def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> No
         return alone.tiles.chunk
 
     assert [chunk(1, 64, 3), chunk(1, 65, 3), chunk(3, 32, 2), chunk(3, 33, 2)] == [16, 32, 16, 32]
+
+
+@pytest.mark.parametrize(("keep", "chunk"), [(True, 32), (False, 16)])
+def test_what_a_backward_pass_follows_takes_none_of_them(
+    monkeypatch: pytest.MonkeyPatch, keep: bool, chunk: int
+) -> None:
+    chosen = replace(BASE, chunk=32, few=replace(BASE, chunk=16), few_programs=100)
+    monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
+    taken: list[int] = []
+
+    def run(plan: launches.Plan, *rest: Any) -> tuple[Tensor, Tensor]:
+        taken.append(plan.tiles.chunk)
+        return run_rows(plan, *rest)
+
+    monkeypatch.setattr(mixer, "run_rows", run)
+    _, states = mixer.mixer_forward(*arguments((4, 12), 1, 16, torch.float32), 1, 4, 12, 0, EPS, keep)
+    assert taken == [chunk]
+    if keep:
+        assert states.shape[3] == 2
 
 
 def test_without_gradients_nothing_is_kept(tiles: Callable[..., None]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dig import raster_block, raster_weights
+from dig import raster, raster_block, raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
@@ -95,6 +95,12 @@ def test_gates_of_one_image_are_folded_or_not(name: str, monkeypatch: pytest.Mon
     assert "prepare_weights" not in launched[1000]
     # In order one launch computes all in any case. The output head's own is another.
     assert [launched[most].count("matrix_vectors") for most in launched] == [2, 2]
+
+
+def test_few_programs_prepare_weights_beside_few_tokens() -> None:
+    passes = replace(sm90.PASSES, beside_tokens=10, beside_programs=3, beside_programs_gates=5)
+    asked = [(10, True), (10, False), (11, True), (11, False)]
+    assert [raster.programs_beside(passes, tokens, casts=casts) for tokens, casts in asked] == [3, 5, None, None]
 
 
 def test_weights_of_another_dtype_are_cast_and_folded(monkeypatch: pytest.MonkeyPatch) -> None:
