@@ -114,9 +114,15 @@ class Settings:
     order: ScanOrder
 
 
-@functools.lru_cache(maxsize=1024)
 def settings_of(norm: str, heads: int, grid: tuple[int, int], order: ScanOrder) -> Settings:
     """The same `Settings` each time: every block asks in every step."""
+    # torch.compile warns of a cache, and looks into what it holds.
+    find = _settings.__wrapped__ if torch.compiler.is_compiling() else _settings
+    return find(norm, heads, grid, order)
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(norm: str, heads: int, grid: tuple[int, int], order: ScanOrder) -> Settings:
     return Settings(norm=norm, heads=heads, grid=grid, order=order)
 
 

@@ -82,8 +82,9 @@ class Plan:
 
 def tiles_for(q: Tensor | Outline, v: Tensor | Outline) -> GlaTiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V), fp32 or bf16."""
+    B, T, H, K = q.shape
     # Plain numbers: a table has no entry for torch.compile's symbols, which dynamic shapes have.
-    return for_device(v.device).gla_tiles(int(q.shape[-1]), int(v.shape[-1]), v.dtype)
+    return for_device(v.device).gla_tiles(int(K), int(v.shape[-1]), v.dtype).of(B, T, H)
 
 
 def plan_of(
@@ -93,8 +94,6 @@ def plan_of(
     normalizer: float,
     grid: tuple[int, int] = (0, 0),
     order: int = 0,
-    *,
-    alone: bool = False,
 ) -> Plan:
     """The launch plan for queries (B, T, H, K) and values (B, T, H, V).
 
@@ -105,15 +104,11 @@ def plan_of(
         normalizer: The inverse of its own.
         grid: As of its scan.
         order: As `scan_tokens` takes it.
-        alone: Of a forward pass that no backward pass follows. With few programs it has tiles of its own.
     """
     B, T, H, K = q.shape
-    tiles = tiles_for(q, v)
-    if alone:
-        tiles = tiles.of(B, T, H)
     # torch.compile's symbols, which dynamic shapes have, are no keys of a cache.
     plan = _plan if type(B) is int and type(T) is int else _plan.__wrapped__
-    return plan(tiles, B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
+    return plan(tiles_for(q, v), B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
 
 
 @functools.lru_cache(maxsize=1024)

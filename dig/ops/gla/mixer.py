@@ -84,13 +84,11 @@ def _prepare(
     rows: int,
     columns: int,
     order: int,
-    *,
-    alone: bool = False,
 ) -> tuple[Plan, Rows, _Projection]:
-    """The launch plan, the inputs, and where in them is what; ``alone`` as of `plan_of`."""
+    """The launch plan, the inputs, and where in them is what."""
     rank = decay_weight.shape[1]
     p = _projection(projected.shape, projected.stride(), projected.dtype, projected.device, heads, rank)
-    plan = plan_of(p.q, p.v, p.q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order, alone=alone)
+    plan = plan_of(p.q, p.v, p.q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order)
     return plan, Rows((projected, decay_weight, decay_bias), p.layout), p
 
 
@@ -111,7 +109,7 @@ def mixer_forward(
 
     The backward pass needs the latter; unless ``keep`` they have no elements.
     """
-    plan, inputs, p = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order, alone=not keep)
+    plan, inputs, p = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
     return run_rows(plan, inputs, (plan.B, plan.T, p.width), norm_weight, eps, keep)
 
 

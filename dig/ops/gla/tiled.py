@@ -158,7 +158,7 @@ def _block(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     gate = DecayGate(values=gate_logits, logits=True)
-    return run_block(plan_of(q, v, scale, gate_normalizer, alone=not keep), q, k, v, gate, g, norm_weight, eps, keep)
+    return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate, g, norm_weight, eps, keep)
 
 
 @operation("dig::gla_block_backward")
