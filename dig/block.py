@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D width, H heads, K and V key and value width of a he
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -265,7 +265,7 @@ class DiGBlock(nn.Module):
     def _run_on_kernels(self, x: Tensor, c: Tensor, route: Route, ahead: Ahead | None) -> Tensor:
         from dig.ops.derivatives import refuse_transforms
         from dig.raster_block import run_block
-        from dig.raster_weights import Settings
+        from dig.raster_weights import settings_of
 
         refuse_transforms()
         if x.dtype not in KERNEL_DTYPES:
@@ -281,7 +281,7 @@ class DiGBlock(nn.Module):
             x = self._run_part_by_part(x, c, Route(grid=route.grid, source=RASTER, order=route.order, target=RASTER))
         else:
             norm = "rms" if self.variant == "paper" else "layer"
-            settings = Settings(norm=norm, heads=self.attn.heads, grid=route.grid, order=route.order)
+            settings = settings_of(norm, self.attn.heads, route.grid, route.order)
             x = run_block(x, c, weights, settings, ahead)
         return reorder(x, route.grid, RASTER, route.target)
 
@@ -292,33 +292,36 @@ class DiGBlock(nn.Module):
         """
         from dig.raster_weights import BlockWeights
 
-        attn, mlp, conv = self.attn, self.mlp, self.dw_conv
+        # Looked up where a module keeps them, once each: by attribute it takes several times as long, in every step.
+        own: Any = self._modules
+        attn, mlp, conv, norm1, norm2 = own["attn"], own["mlp"], self.dw_conv, own["norm1"], own["norm2"]
+        in_attn, in_mlp = attn._modules, mlp._modules
         plain = (
             untouched(attn, GatedLinearAttention)
-            and untouched_linear(attn.in_proj, bias=False)
-            and untouched_linear(attn.decay_proj, bias=True)
-            and untouched_linear(attn.o_proj, bias=False)
+            and untouched_linear(in_proj := in_attn["in_proj"], bias=False)
+            and untouched_linear(decay_proj := in_attn["decay_proj"], bias=True)
+            and untouched_linear(o_proj := in_attn["o_proj"], bias=False)
             and untouched(mlp, SwiGLU)
-            and untouched_linear(mlp.gate_proj, bias=False)
-            and untouched_linear(mlp.down_proj, bias=False)
-            and untouched_adaln(self.adaLN_modulation)
-            and self._norm_is_plain(self.norm1)
-            and self._norm_is_plain(self.norm2)
+            and untouched_linear(gate_proj := in_mlp["gate_proj"], bias=False)
+            and untouched_linear(down_proj := in_mlp["down_proj"], bias=False)
+            and untouched_adaln(own["adaLN_modulation"])
+            and self._norm_is_plain(norm1)
+            and self._norm_is_plain(norm2)
             and (conv is None or untouched_convolution(conv, DepthwiseConv))
         )
         if not plain:
             return None
-        rms, modulation = self.variant == "paper", adaln_linear(self.adaLN_modulation)
+        rms, modulation = self.variant == "paper", adaln_linear(own["adaLN_modulation"])
         return BlockWeights(
-            in_proj=attn.in_proj.weight,
-            decay_weight=attn.decay_proj.weight,
-            gate_proj=mlp.gate_proj.weight,
-            o_proj=attn.o_proj.weight,
-            down_proj=mlp.down_proj.weight,
-            decay_bias=attn.decay_proj.bias,
+            in_proj=in_proj.weight,
+            decay_weight=decay_proj.weight,
+            gate_proj=gate_proj.weight,
+            o_proj=o_proj.weight,
+            down_proj=down_proj.weight,
+            decay_bias=decay_proj.bias,
             head_norm=attn.norm_weight,
-            norm1=self.norm1.weight if rms else None,
-            norm2=self.norm2.weight if rms else None,
+            norm1=norm1.weight if rms else None,
+            norm2=norm2.weight if rms else None,
             conv_weight=None if conv is None else conv.weight,
             conv_bias=None if conv is None else conv.bias,
             adaln_weight=modulation.weight,

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dig.ops.adaln.fused import norm_modulate_backward, norm_modulate_forward, residual_norm_modulate_forward
+from dig.ops.adaln.fused import (
+    norm_gradients,
+    norm_modulate_backward,
+    norm_modulate_forward,
+    residual_norm_modulate_forward,
+)
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums
+from dig.ops.launch import ALIGNMENT, empty
 from dig.ops.library import unseen
-from dig.ops.srem.fused import srem_backward, srem_forward
+from dig.ops.srem.fused import srem_backward, srem_forward, srem_gradients
 from dig.ops.swiglu.products import project_down_backward, project_up
-from dig.ops.weights import gated_weight_gradient
+from dig.ops.weights import gated_gradients, gated_weight_gradient
 from dig.raster_weights import BlockWeights, Settings
 
 
@@ -37,12 +43,29 @@ class Operations(NamedTuple):
 
 
 _REGISTERED = Operations()
-_DIRECT = Operations._make(operation.function for operation in _REGISTERED)
+# Called directly, those whose results have an optional part give None for it, and make nothing to stand for it; and
+# gradients of a modulation's parts can be written where the caller has room for them.
+_DIRECT = Operations._make(operation.function for operation in _REGISTERED)._replace(
+    norm_backward=norm_gradients, srem_backward=srem_gradients, gated_gradient=gated_gradients
+)
 
 
 def operations_for(x: Tensor) -> Operations:
     """Those to call for tokens x: where nobody asks PyTorch about them, the functions, asked for once and not each."""
     return _DIRECT if unseen(x) else _REGISTERED
+
+
+def modulation_room(ops: Operations, modulation: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Room for the gradient of one image's modulation (1, 6D), and its six parts, for the operations to write into.
+
+    None and no parts where each part has a tensor of its own, and who wants the whole puts them together: with several
+    images, whose parts don't lie in one piece; where PyTorch is told of the operations, which must change nothing; and
+    where Triton would compile other kernels for where the parts lie.
+    """
+    if ops is not _DIRECT or len(modulation) != 1 or modulation.shape[1] * modulation.itemsize % (6 * ALIGNMENT):
+        return None, ()
+    whole = empty(modulation)
+    return whole, whole.chunk(6, dim=1)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -28,7 +28,14 @@ from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.side_stream import Across, let_go, mark, on_side_stream, side_work, wait
-from dig.raster_operations import Operations, add_and_convolve, linear, linear_backward, operations_for
+from dig.raster_operations import (
+    Operations,
+    add_and_convolve,
+    linear,
+    linear_backward,
+    modulation_room,
+    operations_for,
+)
 from dig.raster_weights import (
     BlockWeights,
     Prepared,
@@ -36,7 +43,6 @@ from dig.raster_weights import (
     Settings,
     adaln_backward,
     cast_products,
-    gates_of_one_image,
 )
 
 
@@ -103,8 +109,7 @@ class RasterBlock(torch.autograd.Function):
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
         with side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device):
             dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
-        found = zip(gradients, needed, strict=True)
-        weights = (gradient if asked else None for gradient, asked in found)
+        weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
         return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
 
 
@@ -156,8 +161,9 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = x.shape[0] == 1
     ops = operations_for(dout)
+    dmodulation, room = modulation_room(ops, modulation)
     with on_side_stream(ahead=True):
-        p = cast_products(w.products, gates_of_one_image(modulation) if one_image else [], x.dtype)
+        p = cast_products(w.products, [gate1, gate2] if one_image else [], x.dtype)
     weights_ready = mark(ahead=True)
     with on_side_stream(projected, ahead=True):
         # Of the recurrence's backward pass the first kernel waits for no gradient.
@@ -184,13 +190,13 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     ddown = do_proj = dgate_proj = din_proj = None
     with on_side_stream(d_branch, hidden):
         if one_image:
-            ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2)
+            ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2, *room[5:])
         elif needed.down_proj:
             ddown = weight_gradient(as_rows(d_branch), as_rows(hidden))
     del hidden, d_branch
     dh = linear_backward(dgate_up, p.gate_proj)
     d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
-        x1, branch1, None if one_image else gate1, shift2, scale2, w.norm2, stats2, d, dh, norm
+        x1, branch1, None if one_image else gate1, shift2, scale2, w.norm2, stats2, d, dh, norm, *room[3:5]
     )
     if needed.gate_proj:
         with on_side_stream(dgate_up, h):
@@ -208,18 +214,18 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     del projected, states, sums
     with on_side_stream(d_branch, y):
         if one_image:
-            do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1)
+            do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1, *room[2:3])
         elif needed.o_proj:
             do_proj = weight_gradient(as_rows(d_branch), as_rows(y))
     del y, d_branch
     dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
-        x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm
+        x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm, *room[:2]
     )
     dc = dadaln_weight = dadaln_bias = None
     if ctx.needs_input_grad[1] or needed.adaln_weight or needed.adaln_bias:
         parts = [dshift1, dscale1, dgate1, dshift2, dscale2, dgate2]
         with on_side_stream(*parts, c):
-            dmodulation = torch.cat(parts, dim=1)
+            dmodulation = torch.cat(parts, dim=1) if dmodulation is None else dmodulation
             dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
     if needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
@@ -227,15 +233,12 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
             din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
     # Done by now; the most of what is held.
     let_go(second_half)
-    products = {
-        "in_proj": din_proj,
-        "decay_weight": ddecay_weight,
-        "gate_proj": dgate_proj,
-        "o_proj": do_proj,
-        "down_proj": ddown,
-    }
     gradients = BlockWeights(
-        **{name: None if g is None else g.to(getattr(w, name).dtype) for name, g in products.items()},  # type: ignore[arg-type]
+        in_proj=_as(din_proj, w.in_proj),
+        decay_weight=_as(ddecay_weight, w.decay_weight),
+        gate_proj=_as(dgate_proj, w.gate_proj),
+        o_proj=_as(do_proj, w.o_proj),
+        down_proj=_as(ddown, w.down_proj),
         decay_bias=ddecay_bias,
         head_norm=dhead_norm,
         norm1=None if w.norm1 is None else dnorm1,
@@ -266,12 +269,23 @@ def train_block(
     """
     # A parameter that is its own copy goes in once, so that it has one gradient.
     pairs = zip(prepared.products, weights.products, strict=True)
-    copies = (None if copy is weight else copy for copy, weight in pairs)
+    copies = [None if copy is weight else copy for copy, weight in pairs]
     out: Tensor = RasterBlock.apply(x, c, settings, across, prepared.modulation, *copies, *weights)
     return out
 
 
-def _gated_gradients(ops: Operations, d: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and gate (1, N) of ``gate ⊙ (weight x)`` of one image, from its gradient d."""
-    dweight, dgate = ops.gated_gradient(weight_gradient(as_rows(d), as_rows(x)), weight, gate[0])
-    return dweight, dgate.unsqueeze(0)
+def _as(gradient: Tensor | None, weight: Tensor) -> Any:
+    """A gradient in its weight's dtype; a BlockWeights of gradients has None for those that weren't asked for."""
+    return gradient if gradient is None or gradient.dtype == weight.dtype else gradient.to(weight.dtype)
+
+
+def _gated_gradients(
+    ops: Operations, d: Tensor, x: Tensor, weight: Tensor, gate: Tensor, *room: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and gate (1, N) of ``gate ⊙ (weight x)`` of one image, from its gradient d.
+
+    The gate's is written into ``room``, where there is any.
+    """
+    product = weight_gradient(as_rows(d), as_rows(x))
+    gradients: tuple[Tensor, Tensor] = ops.gated_gradient(product, weight, gate, *room)
+    return gradients

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D width, R rank of the decay gate, F inner width of S
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,6 +114,18 @@ class Settings:
     order: ScanOrder
 
 
+def settings_of(norm: str, heads: int, grid: tuple[int, int], order: ScanOrder) -> Settings:
+    """The same `Settings` each time: every block asks in every step."""
+    # torch.compile warns of a cache, and looks into what it holds.
+    find = _settings.__wrapped__ if torch.compiler.is_compiling() else _settings
+    return find(norm, heads, grid, order)
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(norm: str, heads: int, grid: tuple[int, int], order: ScanOrder) -> Settings:
+    return Settings(norm=norm, heads=heads, grid=grid, order=order)
+
+
 class FusedCast:
     """The weights of a block that are cast in the one before, in its up-projection GEMM: `project_up_preparing`.
 
@@ -213,7 +226,7 @@ def adaln(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     take as long again.
     """
     if takes(weight):
-        return modulation(c, weight, bias)
+        return modulation.recorded(c, weight, bias)
     with without_autocast(c.device):
         return F.linear(c.to(weight.dtype), weight, bias)
 

@@ -268,6 +268,7 @@ def run_scaling(
                 reference_error=agreed.get("error"),
                 reference_bound=agreed.get("bound"),
                 gradients_off=agreed.get("gradients_off"),
+                gradient_draws=agreed.get("draws"),
             )
             row = replace(row, checks=checks)
         yield row

@@ -302,6 +302,7 @@ class Referee:
             reference_error=parity.get("error"),
             reference_bound=parity.get("bound"),
             gradients_off=parity.get("gradients_off") if case.mode == "train" else None,
+            gradient_draws=parity.get("draws") if case.mode == "train" else None,
         )
         return replace(row, checks=checks, marks=row.marks if returned else (*row.marks, "memory-kept"))
 

@@ -176,7 +176,9 @@ class Checks:
         reference: The implementation that the output was compared with.
         reference_error: ‖output − reference‖ / ‖reference‖ on a small input, the reference in fp32.
         reference_bound: What the error may be.
-        gradients_off: Share of the parameters whose gradient was beyond its bound there; None for a forward pass.
+        gradients_off: Share of the parameters whose gradient was beyond its bound there, the middle one of all draws;
+            None for a forward pass.
+        gradient_draws: How many draws of weights settled that; None for a forward pass, and in older rows.
         operation_error: Of the family's operation alone at the case's own shape (`dig.operation`): the largest relative
             error of any output or gradient, or of any stretch of its tokens; None where the family names none.
         operation_bound: What that may be.
@@ -190,6 +192,7 @@ class Checks:
     reference_error: float | None = None
     reference_bound: float | None = None
     gradients_off: float | None = None
+    gradient_draws: int | None = None
     operation_error: float | None = None
     operation_bound: float | None = None
     recheck_error: float | None = None

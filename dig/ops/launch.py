@@ -5,14 +5,19 @@ it once, by `launching`, and hands it on.
 
 **Launching costs the host.** At every launch Triton looks at every argument to find the compiled kernel, which takes
 several times as long as the launch itself. Outside of a CUDA graph, a step of one image waits for that. So what Triton
-found is kept here, by all that it depends on, and launched directly the next time: `LaunchContext.__call__`.
+found is kept here, by all that it depends on, and launched directly the next time: `LaunchContext.__call__`. Where
+numbers and constants follow from shapes and strides, an operation puts them into a `Launch` once, which keeps its own
+forms: then only the tensors' dtypes and addresses are looked at.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
-from operator import attrgetter
+from functools import reduce
+from itertools import accumulate
+from operator import attrgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +40,99 @@ MOST_FORMS = 4096
 
 _dtype = attrgetter("dtype")
 _address = Tensor.data_ptr
+_current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""Without first asking whether CUDA is there: who launches has tensors on it."""
 
 
 class _Form(NamedTuple):
-    """A kernel as it was compiled for some arguments."""
+    """A kernel as it was compiled for some arguments: ``run(x, y, z, stream, *before, *addresses, *after)``."""
 
     run: Callable[..., None]
-    function: object
-    metadata: object
-    constants: tuple[Any, ...]
-    """In the order of the kernel's parameters."""
+    before: tuple[Any, ...]
+    """What it takes of the kernel itself."""
+    after: tuple[Any, ...]
+    """Constants, in the order of the kernel's parameters; in a `Launch` its numbers come first."""
     kernel: object
     """Held, so that no other kernel gets its id."""
+
+
+def _form(compiled: CompiledKernel, kernel: Any, after: tuple[Any, ...]) -> _Form:
+    # Neither metadata nor hooks: `_watched` has seen that nobody asks for them.
+    before = (compiled.function, compiled.packed_metadata, None, None, None)
+    return _Form(*_without_scratch(compiled.run, before), after, kernel)
+
+
+def _without_scratch(run: Any, before: tuple[Any, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Triton's launcher, or the C function that it calls, and what that takes before a kernel's own arguments.
+
+    The launcher asks at each launch for scratch memory, which no kernel here has, and adds a few flags, which are
+    always the same. They are found by having a copy of it call something else.
+    """
+    if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1) or not hasattr(run, "launch"):
+        return run, before
+    seen: list[tuple[Any, ...]] = []
+    probe = copy.copy(run)
+    probe.launch = lambda *arguments: seen.append(arguments)
+    probe(1, 2, 3, 4, *before)
+    (found,) = seen or [()]
+    flags = found[5 : len(found) - len(before) + 1]
+    if found != (1, 2, 3, 4, before[0], *flags, *before[1:]) or any(not isinstance(f, bool | None) for f in flags):
+        return run, before
+    return run.launch, found[4:]
+
+
+class Launch:
+    """A kernel and all that it is launched with but tensors: made once for all that this follows from.
+
+    Args:
+        kernel: A Triton kernel whose parameters are tensors, numbers and constants, in this order.
+        grid: Up to three numbers of programs.
+        numbers: Its arguments that aren't tensors; each is always of one type.
+        early: Whether it calls `dig.ops.early_launch.start_early`.
+        parts: Where each tensor of the kernel lies: in which of the tensors that `LaunchContext.start` is given, and
+            at which of its elements. Views of parts would take the host as long as memory of their own. Without, they
+            are those that are given.
+        tuples: Of how many tensors each parameter is a tuple, where the kernel takes tuples alone; they are given one
+            after the other.
+        constants: Its constants, and the options that it is compiled with.
+    """
+
+    __slots__ = ("constants", "early", "forms", "grid", "kernel", "numbers", "parts", "programs", "tuples")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Grid,
+        numbers: tuple[float, ...],
+        *,
+        early: bool = False,
+        parts: tuple[tuple[int, int], ...] | None = None,
+        tuples: tuple[int, ...] = (),
+        **constants: Any,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.early, self.constants = kernel, grid, numbers, early, constants
+        self.parts = parts
+        ends = tuple(accumulate(tuples, initial=0))
+        self.tuples = tuple(slice(*ends[i : i + 2]) for i in range(len(tuples)))
+        self.programs = (*grid, 1, 1)[:3]
+        self.forms: dict[tuple[Any, ...], tuple[_Form, tuple[tuple[int, int], ...]]] = {}
+        """By device, order of launch and dtypes; beside each, ``parts`` in bytes."""
+
+    def given(self, tensors: tuple[Argument, ...]) -> tuple[Argument, ...]:
+        """The kernel's, of those that it is started with."""
+        if self.tuples:
+            return tuple(tensors[each] for each in self.tuples)
+        if self.parts is None:
+            return tensors
+        # How far it goes no kernel asks: an element stands for the part.
+        return tuple(
+            tensors[which].as_strided((1,), (1,), tensors[which].storage_offset() + first) if first else tensors[which]
+            for which, first in self.parts
+        )
+
+    def in_bytes(self, tensors: tuple[Argument, ...]) -> tuple[tuple[int, int], ...]:
+        """``parts`` in bytes instead of elements; empty without."""
+        return tuple((which, first * tensors[which].itemsize) for which, first in self.parts or ())
 
 
 class LaunchContext:
@@ -65,6 +151,13 @@ class LaunchContext:
         self._forms: dict[Any, _Form] = {}
         self._before: list[int] = []
         self._early: bool | None = None
+        self._current: Callable[[int], int] | None = None
+
+    def _ask_for_streams(self) -> Callable[[int], int]:
+        """What gives a GPU's current stream, as Triton asks for it."""
+        found: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
+        self._current = found
+        return found
 
     def __enter__(self) -> LaunchContext:
         if self._gpu >= 0:
@@ -103,17 +196,64 @@ class LaunchContext:
             if not bits % ALIGNMENT and isinstance(compiled, CompiledKernel):
                 self._keep(key, kernel, compiled, len(tensors) + len(numbers), constants)
             return
-        run, function, metadata, constant, _ = form
-        stream = triton.runtime.driver.active.get_current_stream(self._gpu)
+        stream = (self._current or self._ask_for_streams())(self._gpu)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        # Neither metadata nor hooks: `_watched` has seen that nobody asks for them.
-        run(x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers, *constant)
+        form.run(x, y, z, stream, *form.before, *addresses, *numbers, *form.after)
 
     def _keep(self, key: Any, kernel: Any, compiled: CompiledKernel, given: int, constants: dict[str, Any]) -> None:
         if len(self._forms) >= MOST_FORMS:
             self._forms.clear()
-        order = tuple(constants[name] for name in kernel.arg_names[given:])
-        self._forms[key] = _Form(compiled.run, compiled.function, compiled.packed_metadata, order, kernel)
+        self._forms[key] = _form(compiled, kernel, _ordered(kernel, given, constants))
+
+    def start(self, launch: Launch, *tensors: Argument) -> None:
+        """Launch a kernel on the current stream, as `__call__`, and on this device, whichever is the current one.
+
+        Args:
+            launch: All but the tensors.
+            tensors: What it reads and writes, or what this is part of: tensors, or descriptors.
+        """
+        gpu = self._gpu
+        if gpu >= 0 and _current_gpu() != gpu:
+            with self:
+                self.start(launch, *tensors)
+            return
+        order = _ANYHOW
+        if launch.early:
+            order = _EARLY if self._early and not self._waited else self._order()
+        if gpu < 0 or _watched(launch.kernel):
+            self._through_triton(launch, order, tensors)
+            return
+        try:
+            addresses: list[Any] = [*map(_address, tensors)]
+        except TypeError:
+            addresses, types, bits = _looked_into(tensors)
+            key: tuple[Any, ...] = (gpu, order, types)
+            known = launch.forms.get(key)
+        else:
+            key = (gpu, order, *map(_dtype, tensors))
+            known = launch.forms.get(key)
+            if known is not None and known[1]:
+                addresses = [addresses[which] + offset for which, offset in known[1]]
+            bits = reduce(or_, addresses)
+            if launch.tuples:
+                addresses = [tuple(addresses[each]) for each in launch.tuples]
+        if known is None or bits % ALIGNMENT:
+            self._through_triton(launch, order, tensors, key)
+            return
+        run, before, after, _ = known[0]
+        stream = (self._current or self._ask_for_streams())(gpu)
+        run(*launch.programs, stream, *before, *addresses, *after)
+
+    def _through_triton(
+        self, launch: Launch, order: int, tensors: tuple[Argument, ...], key: tuple[Any, ...] | None = None
+    ) -> None:
+        """Launch as Triton does; under a key, keep what it found."""
+        given, constants = launch.given(tensors), launch.constants | _OPTIONS[order]
+        compiled = launch.kernel[launch.grid](*given, *launch.numbers, **constants)
+        if key is None or not isinstance(compiled, CompiledKernel) or _looked_into(given)[2] % ALIGNMENT:
+            return
+        after = _ordered(launch.kernel, len(given) + len(launch.numbers), constants)
+        launch.forms[key] = _form(compiled, launch.kernel, (*launch.numbers, *after)), launch.in_bytes(tensors)
 
     def early(
         self, kernel: Any, grid: Grid, tensors: tuple[Argument, ...], numbers: tuple[float, ...], **constants: Any
@@ -128,6 +268,10 @@ class LaunchContext:
         nothing promises that an early kernel of a CUDA graph waits for both. (Outside of a graph a stream that waits
         launches nothing.)
         """
+        return _OPTIONS[self._order()]
+
+    def _order(self) -> int:
+        """`next_kernel`, as an index of `_OPTIONS`."""
         if self._early is None:
             self._early = launches_early(self.device)
         if not self._early:
@@ -144,9 +288,14 @@ class LaunchContext:
         self._waited.add(stream.cuda_stream)
 
 
-_IN_ORDER_ONLY: dict[str, Any] = {"EARLY": False}
-_IN_ORDER: dict[str, Any] = {"EARLY": True}
-_EARLY: dict[str, Any] = {"EARLY": True, "launch_pdl": True}
+_ANYHOW, _IN_ORDER_ONLY, _IN_ORDER, _EARLY = range(4)
+_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"EARLY": False}, {"EARLY": True}, {"EARLY": True, "launch_pdl": True})
+"""What each order of launch adds to a kernel's constants; the first to those of one that can't be launched early."""
+
+
+def _ordered(kernel: Any, given: int, constants: dict[str, Any]) -> tuple[Any, ...]:
+    """A kernel's constants in the order of its parameters, of which so many come before; options aren't among them."""
+    return tuple(constants[name] for name in kernel.arg_names[given:])
 
 
 def _watched(kernel: Any) -> bool:
@@ -213,27 +362,28 @@ def launch_context(device: torch.device) -> LaunchContext:
     Looked up, and not handed down from the model, because PyTorch's custom operations take tensors and numbers alone,
     and because it is autograd that calls their backward passes. Nothing else of a launch is ambient.
     """
-    gpu = gpu_index(device) if device.type == "cuda" else -1
-    context = _contexts.by_gpu.get(gpu)
+    index = device.index if device.type == "cuda" else -1
+    gpu = gpu_index(device) if index is None else index
+    by_gpu = _contexts.by_gpu
+    context = by_gpu.get(gpu)
     if context is None:
-        context = _contexts.by_gpu[gpu] = LaunchContext(torch.device("cuda", gpu) if gpu >= 0 else device)
+        context = by_gpu[gpu] = LaunchContext(torch.device("cuda", gpu) if gpu >= 0 else device)
     return context
 
 
-def launching(device: torch.device) -> LaunchContext:
-    """Make a CUDA device the current one within, as Triton's launches ask for; gives `launch_context`.
-
-    Args:
-        device: Where the kernels within are launched. On a CPU they are interpreted.
-    """
-    return launch_context(device)
+launching = launch_context
+"""The same, to be entered: ``with launching(device) as launch`` makes a CUDA device the current one within, as Triton's
+launches ask for. On a CPU kernels are interpreted."""
 
 
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Of x's shape and device, contiguous whatever the strides of x; of x's dtype unless another is given."""
-    if x.is_contiguous():
-        return torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def or_none(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """A tensor, or in its place one of no elements: what PyTorch is told of an operation has no optional results."""
+    return torch.empty(0, dtype=like.dtype, device=like.device) if tensor is None else tensor
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:

@@ -152,6 +152,41 @@ def test_a_backward_pass_that_is_wrong_is_found_out_where_it_is_measured(attenti
     assert forward.gradients_off is None
 
 
+@pytest.mark.parametrize(
+    ("wrong", "draws", "message"),
+    [((), 1, ""), ((0,), 3, ""), ((0, 1), 2, "of draw 0"), ((0, 2), 3, "of draw 0"), ((1, 2), 1, "")],
+)
+def test_two_of_three_draws_of_weights_refuse_a_model(
+    wrong: tuple[int, ...], draws: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def compare(case: Case, twin: torch.nn.Module, model: Any, inputs: Any, label: str) -> tuple[float, str]:
+        seen.append(sum(float(p.double().sum()) for p in twin.parameters()))
+        draw = len(seen) - 1
+        return (0.5, f"of draw {draw}") if draw in wrong else (0.0, "")
+
+    monkeypatch.setattr(reference, "_compare_gradients", compare)
+    if message:
+        with pytest.raises(ParityError, match=message):
+            check_against_reference(FLASH_TRAIN)
+    else:
+        agreed = check_against_reference(FLASH_TRAIN)
+        assert agreed is not None
+        assert (agreed.gradients_off, agreed.draws) == (0.0, draws)
+    # Each has weights of its own.
+    assert len(set(seen)) == len(seen) == draws
+
+
+def test_one_draw_that_is_not_finite_refuses_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(*_arguments: Any) -> tuple[float, str]:
+        raise ParityError("not finite")
+
+    monkeypatch.setattr(reference, "_compare_gradients", compare)
+    with pytest.raises(ParityError, match="not finite"):
+        check_against_reference(FLASH_TRAIN)
+
+
 def test_a_parameter_that_one_side_has_no_gradient_of_is_beyond_any_bound() -> None:
     x = torch.ones(3)
     assert reference._errors({"a": x}, {"a": x, "b": x}) == {"a": 0.0, "b": float("inf")}

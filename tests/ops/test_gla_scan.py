@@ -99,7 +99,7 @@ def test_decays_close_to_one_and_to_zero(strength: float) -> None:
 
 def test_few_chunks_take_the_short_form(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    monkeypatch.setattr(LaunchContext, "early", lambda self, kernel, *rest, **named: taken.append(kernel))
+    monkeypatch.setattr(LaunchContext, "start", lambda self, launch, *tensors: taken.append(launch.kernel))
     for N in (1, LIMIT, LIMIT + 1):
         scanned(TILES, *inputs(1, N, 16, 16, torch.float32, 1.0), 0)
     assert taken == [short_scan_kernel, short_scan_kernel, scan_kernel]

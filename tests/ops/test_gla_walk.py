@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dig.ops.gla import launches, mixer
-from dig.ops.gla.block_launches import run_block
+from dig.ops.gla import launches, layouts, mixer
+from dig.ops.gla.block_launches import run_block, run_rows, run_rows_backward
 from dig.ops.gla.block_reference import block_reference
 from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.gla.mixer import gla_mixer
@@ -149,9 +149,9 @@ def test_slices_of_fused_projections_and_fp32_decays_are_read_in_place(tiles: Ca
 def launched(monkeypatch: pytest.MonkeyPatch, B: int, H: int, T: int) -> int:
     """How many kernels the forward pass launches."""
     kernels = []
-    monkeypatch.setattr(LaunchContext, "early", lambda self, kernel, *rest, **named: kernels.append(kernel))
+    monkeypatch.setattr(LaunchContext, "start", lambda self, launch, *tensors: kernels.append(launch.kernel))
     q, v = (torch.empty(B, T, H, 16, device=DEVICE) for _ in range(2))
-    gate = launches.DecayGate(values=q, logits=True)
+    gate = layouts.DecayGate(values=q, logits=True)
     plan = launches.plan_of(q, v, 1.0, 1.0)
     run_block(plan, q, q, v, gate, v, v[0, 0, 0], EPS, False)
     assert (walk_kernel in kernels) == (len(kernels) == 1)
@@ -173,31 +173,32 @@ def test_few_programs_take_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 
     def chunk(B: int, T: int, H: int) -> int:
         q, v = (torch.empty(B, T, H, 16, device=DEVICE) for _ in range(2))
-        kept, alone = (launches.plan_of(q, v, 1.0, 1.0, alone=alone) for alone in (False, True))
-        assert (kept.tiles.chunk, kept.N) == (32, launches.empty_states(q, v).shape[3])
-        assert -(-T // alone.tiles.chunk) == alone.N
-        return alone.tiles.chunk
+        plan = launches.plan_of(q, v, 1.0, 1.0)
+        assert -(-T // plan.tiles.chunk) == plan.N == launches.empty_states(q, v).shape[3]
+        return plan.tiles.chunk
 
     assert [chunk(1, 64, 3), chunk(1, 65, 3), chunk(3, 32, 2), chunk(3, 33, 2)] == [16, 32, 16, 32]
 
 
-@pytest.mark.parametrize(("keep", "chunk"), [(True, 32), (False, 16)])
-def test_what_a_backward_pass_follows_takes_none_of_them(
-    monkeypatch: pytest.MonkeyPatch, keep: bool, chunk: int
-) -> None:
+def test_a_backward_pass_takes_the_chunks_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = replace(BASE, chunk=32, few=replace(BASE, chunk=16), few_programs=100)
     monkeypatch.setattr(launches, "for_device", lambda device: SimpleNamespace(gla_tiles=lambda *sizes: chosen))
     taken: list[int] = []
 
-    def run(plan: launches.Plan, *rest: Any) -> tuple[Tensor, Tensor]:
-        taken.append(plan.tiles.chunk)
-        return run_block(plan, *rest)
+    def recorder(run: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(plan: launches.Plan, *rest: Any) -> Any:
+            taken.append(plan.tiles.chunk)
+            return run(plan, *rest)
 
-    monkeypatch.setattr(mixer, "run_block", run)
-    _, states = mixer.mixer_forward(*arguments((4, 12), 1, 16, torch.float32), 1, 4, 12, 0, EPS, keep)
-    assert taken == [chunk]
-    if keep:
-        assert states.shape[3] == 2
+        return recorded
+
+    monkeypatch.setattr(mixer, "run_rows", recorder(run_rows))
+    monkeypatch.setattr(mixer, "run_rows_backward", recorder(run_rows_backward))
+    tensors = [tensor.requires_grad_() for tensor in arguments((4, 12), 1, 16, torch.float32)]
+    y, states = mixer.mixer_forward(*tensors, 1, 4, 12, 0, EPS, True)
+    assert states.shape[3] == 3
+    y.sum().backward()
+    assert taken == [16, 16]
 
 
 def test_without_gradients_nothing_is_kept(tiles: Callable[..., None]) -> None:

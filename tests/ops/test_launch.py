@@ -11,7 +11,7 @@ import torch
 from triton.compiler import CompiledKernel
 
 from dig.ops import launch
-from dig.ops.launch import LaunchContext, launch_context, launching
+from dig.ops.launch import Launch, LaunchContext, launch_context, launching
 
 EARLY = {"EARLY": True, "launch_pdl": True}
 IN_ORDER = {"EARLY": True}
@@ -87,6 +87,10 @@ def direct(context: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> LaunchCon
     """On a GPU whose current stream is number 7."""
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda gpu: 7))
     monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    current = [0]
+    for module, name in ((torch.cuda, "current_device"), (launch, "_current_gpu")):
+        monkeypatch.setattr(module, name, lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
     return context
 
 
@@ -166,6 +170,131 @@ def test_forms_are_forgotten_before_there_are_too_many(direct: LaunchContext, mo
         direct(kernel, (1,), pair, (number,), SIDE=16, FLAG=True)
     assert len(kernel.launched) == 1
     assert len(kernel.through_triton) == 4
+
+
+def started(kernel: _Kernel, **more: Any) -> Launch:
+    return Launch(kernel, (3, 2), (5,), SIDE=16, FLAG=True, num_warps=4, **more)
+
+
+def test_a_launch_made_once_is_direct_the_second_time(direct: LaunchContext) -> None:
+    kernel, first, second = _Kernel(), tensors(torch.float32, torch.int32), tensors(torch.float32, torch.int32)
+    made = started(kernel)
+    direct.start(made, *first)
+    direct.start(made, *second)
+    assert kernel.through_triton == [((3, 2), *first, 5, {"SIDE": 16, "FLAG": True, "num_warps": 4})]
+    x, y = (each.data_ptr() for each in second)
+    assert kernel.launched == [(3, 2, 1, 7, "function 1", (4, 1, 0), None, None, None, x, y, 5, 16, True)]
+
+
+def test_a_launch_has_a_form_for_each_dtype_order_and_device(
+    direct: LaunchContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, pair = _Kernel(), tensors(torch.float32, torch.int32)
+    made = started(kernel, early=True)
+    other = LaunchContext(torch.device("cuda:1"))
+    for context in (direct, other):
+        context.start(made, *pair)
+        context.stream_waits(stream(1))
+        context.start(made, *pair)
+        context.start(made, *tensors(torch.bfloat16, torch.int32))
+        context.start(made, *pair)
+    assert [call[-1].get("launch_pdl") for call in kernel.through_triton] == [True, None, True] * 2
+    assert [launched[4] for launched in kernel.launched] == ["function 1", "function 4"]
+
+
+def test_a_launch_is_made_on_its_own_device(direct: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one, which it is again afterwards."""
+    kernel, pair, found = _Kernel(), tensors(torch.float32, torch.int32), []
+    compiled, other = kernel.__getitem__, LaunchContext(torch.device("cuda:1"))
+    monkeypatch.setattr(
+        _Kernel, "__getitem__", lambda self, grid: found.append(torch.cuda.current_device()) or compiled(grid)
+    )
+    made = started(kernel)
+    for context in (other, direct):
+        context.start(made, *pair)
+        assert torch.cuda.current_device() == 0
+    with other:
+        direct.start(started(kernel), *pair)
+        assert torch.cuda.current_device() == 1
+    assert found == [1, 0, 0]
+
+
+def test_a_launch_of_odd_addresses_goes_through_triton(direct: LaunchContext) -> None:
+    kernel, (x, y) = _Kernel(), tensors(torch.float32, torch.int32)
+    made = started(kernel)
+    for pair in ((x[1:], y), (x, y), (x[1:], y), (x, y)):
+        direct.start(made, *pair)
+    assert [call[1].data_ptr() % 16 for call in kernel.through_triton] == [4, 0, 4]
+    assert len(kernel.launched) == 1
+
+
+def test_parts_are_launched_where_they_lie(direct: LaunchContext) -> None:
+    """Through Triton as views, directly by their addresses; odd ones always as views."""
+    kernel, (x, y) = _Kernel(), tensors(torch.float32, torch.bfloat16)
+    made = started(kernel, parts=((1, 8), (0, 4), (1, 0)))
+    for pair in ((x, y), (x, y), (x[1:], y), (x[4:], y[8:])):
+        direct.start(made, *pair)
+    views = [[(part.dtype, part.data_ptr()) for part in call[1:4]] for call in kernel.through_triton]
+    a, b, f, h = x.data_ptr(), y.data_ptr(), torch.float32, torch.bfloat16
+    assert views == [[(h, b + 16), (f, a + 4 * 4), (h, b)], [(h, b + 16), (f, a + 5 * 4), (h, b)]]
+    assert [call[9:12] for call in kernel.launched] == [(b + 16, a + 16, b), (b + 32, a + 32, b + 16)]
+    odd = started(kernel, parts=((0, 1), (1, 0)))
+    for _ in range(2):
+        direct.start(odd, x, y)
+    assert len(kernel.through_triton) == 4
+
+
+def test_tuples_are_given_one_after_the_other(direct: LaunchContext) -> None:
+    kernel, (a, b, c) = _Kernel(), tensors(torch.float32, torch.bfloat16, torch.float32)
+    made = started(kernel, tuples=(2, 1))
+    for _ in range(2):
+        direct.start(made, a, b, c)
+    direct.start(made, a, b[1:], c)
+    assert [call[1:3] for call in kernel.through_triton[:1]] == [((a, b), (c,))]
+    assert len(kernel.through_triton) == 2
+    assert [call[9:11] for call in kernel.launched] == [((a.data_ptr(), b.data_ptr()), (c.data_ptr(),))]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook", "pre_run_hooks"])
+def test_hooks_are_told_of_launches_made_once(
+    direct: LaunchContext, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    kernel, pair = _Kernel(), tensors(torch.float32, torch.int32)
+    made = started(kernel)
+    direct.start(made, *pair)
+    if hook == "pre_run_hooks":
+        kernel.pre_run_hooks.append(print)
+    else:
+        monkeypatch.setattr(launch.knobs.runtime, hook, lambda metadata: None)
+    direct.start(made, *pair)
+    assert len(kernel.through_triton) == 2
+    assert not kernel.launched
+
+
+class _Launcher:
+    """Triton's, as of 3.6: a C function behind flags and scratch memory."""
+
+    def __init__(self, scratch: int) -> None:
+        self.global_scratch_size, self.profile_scratch_size = scratch, 0
+        self.called: list[str] = []
+        self.launch: Any = lambda *arguments: self.called.append("launch")
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: object, *arguments: object) -> None:
+        self.called.append("launcher")
+        memory = "memory" if self.global_scratch_size else None
+        self.launch(x, y, z, stream, function, False, True, memory, None, *arguments)
+
+
+def test_a_kernel_without_scratch_memory_is_launched_by_the_c_function() -> None:
+    before = ("function", (4, 1, 0), None, None, None)
+    plain, scratch = _Launcher(0), _Launcher(8)
+    run, first = launch._without_scratch(plain, before)
+    assert (run, first) == (plain.launch, ("function", False, True, None, None, (4, 1, 0), None, None, None))
+    assert launch._without_scratch(scratch, before) == (scratch, before)
+    assert launch._without_scratch(print, before) == (print, before)
+    plain.called.clear()
+    run(1, 1, 1, 7, *first, 16)
+    assert plain.called == ["launch"]
 
 
 def test_the_device_is_current_within_and_the_former_one_after(monkeypatch: pytest.MonkeyPatch) -> None:

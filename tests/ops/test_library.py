@@ -67,6 +67,22 @@ def test_with_gradients_torch_is_told_and_differentiates(
     assert through_torch == ["told"]
 
 
+def test_recorded_autograd_is_told_and_torch_is_not(doubled: Operation[..., Tensor], through_torch: list[str]) -> None:
+    x = torch.ones(3, requires_grad=True)
+    doubled.recorded(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0] * 3
+    with torch.no_grad():
+        assert not doubled.recorded(x).requires_grad
+    assert not through_torch
+    with FlopCounterMode(display=False):
+        doubled.recorded(x).sum().backward()
+    with torch.no_grad():
+        assert torch.vmap(doubled.recorded)(torch.ones(2, 3)).tolist() == [[2.0] * 3] * 2
+    assert through_torch == ["told"] * 2
+    assert x.grad.tolist() == [4.0] * 3
+
+
 class _Subclass(Tensor):
     pass
 

@@ -16,7 +16,7 @@ from bench.ops.kernel_variants import kernel_variants
 from dig.ops import modulation, tiles
 from dig.ops.gla import launches, recurrent_gla
 from dig.ops.gla.tiled import tiled_gla
-from dig.ops.launch import LaunchContext
+from dig.ops.launch import Launch, LaunchContext
 from dig.ops.swiglu import products
 from dig.ops.tiles import INTERPRETER, KIB, architectures, choices, for_capability, for_device, sm90
 from dig.ops.tiles.choices import CopyTiles, VectorTiles
@@ -180,13 +180,13 @@ def test_modulation_keeps_as_many_loads_in_flight_as_fit(monkeypatch: pytest.Mon
     c, weight, bias = torch.randn(3, 20), torch.randn(30, 20), torch.randn(30)
     seen: list[int] = []
     monkeypatch.setattr(modulation, "for_device", lambda device: replace(HOPPER, shared_memory=40 * KIB))
-    launch = LaunchContext.__call__
+    start = LaunchContext.start
 
-    def seeing(*arguments: Any, **named: Any) -> None:
-        seen.append(named["num_stages"])
-        launch(*arguments, **named)
+    def seeing(context: LaunchContext, launch: Launch, *tensors: Any) -> None:
+        seen.append(launch.constants["num_stages"])
+        start(context, launch, *tensors)
 
-    monkeypatch.setattr(LaunchContext, "__call__", seeing)
+    monkeypatch.setattr(LaunchContext, "start", seeing)
     found = modulation.modulation(c, weight, bias)
     modulation.modulation_backward(found, c, weight)
     assert seen == [1, 1, 1]

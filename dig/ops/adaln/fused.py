@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
 from dig.ops.derivatives import once
-from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.launch import Launch, empty, last_contiguous, launch_context, or_none
 from dig.ops.library import operation
 from dig.ops.side_stream import on_side_stream
 from dig.ops.tiles import for_device
@@ -85,6 +85,28 @@ def _empty_stats(x: Tensor, norm: str) -> Tensor:
     return torch.empty(2 if norm == "layer" else 1, *x.shape[:2], dtype=torch.float32, device=x.device)
 
 
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(
+    tiles: NormTiles,
+    shape: torch.Size,
+    x_strides: tuple[int, ...],
+    branch_strides: tuple[int, ...] | None,
+    gate_stride: int,
+    shift_stride: int,
+    scale_stride: int,
+    norm: str,
+    eps: float,
+) -> Launch:
+    """`norm_modulate_kernel`'s, on x, branch, gate, shift, scale, weight, x_new, h and the statistics."""
+    B, T, D = shape
+    return Launch(
+        norm_modulate_kernel, (ceil_div(T, tiles.rows), B),
+        (*x_strides[:2], *(branch_strides or x_strides)[:2], gate_stride, shift_stride, scale_stride, T, eps),
+        early=True, D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch_strides is not None,
+        num_warps=tiles.warps,
+    )  # fmt: skip
+
+
 def _forward(
     x: Tensor,
     branch: Tensor | None,
@@ -97,19 +119,14 @@ def _forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_new (x itself without a branch), h, and the statistics of each token."""
-    B, T, D = x.shape
-    tiles = tiles_for(x)
     h, stats = empty(x, dtype), _empty_stats(x, norm)
     x_new = x if branch is None else empty(x)
     b_branch, b_gate, _, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
-    with launching(x.device) as launch:
-        launch.early(
-            norm_modulate_kernel, (ceil_div(T, tiles.rows), B),
-            (x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats),
-            (*x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), shift.stride(0), scale.stride(0), T, eps),
-            D=D, PARTS=parts_of(D, tiles.part), R=tiles.rows, NORM=norm, RESIDUAL=branch is not None,
-            num_warps=tiles.warps,
-        )  # fmt: skip
+    kernel = _forward_launch(
+        tiles_for(x), x.shape, x.stride(), None if branch is None else branch.stride(), b_gate.stride(0),
+        shift.stride(0), scale.stride(0), norm, eps,
+    )  # fmt: skip
+    launch_context(x.device).start(kernel, x, b_branch, b_gate, shift, scale, b_weight, x_new, h, stats)
     return x_new, h, stats
 
 
@@ -136,6 +153,77 @@ def residual_norm_modulate_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_new, h, and the statistics that their backward pass needs."""
     return _forward(x, branch, gate, shift, scale, weight, norm, eps, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(
+    tiles: NormTiles,
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    row_strides: tuple[int, int, int],
+    norm: str,
+    add: bool,
+    branch: bool,
+    rebuild: bool,
+) -> tuple[Launch, Launch, tuple[int, ...]]:
+    """The two of a backward pass, and the shape of the partial sums between them.
+
+    Strides are those of x, branch, dx_new and dh, or of what stands for them; row strides those of gate, shift and
+    scale from image to image. The last three say whether there is a dx_new, a branch, and a shift.
+    """
+    B, T, D = shape
+    x, b_branch, dx_new, dh = (each[:2] for each in strides)
+    programs = max(1, min(ceil_div(T, tiles.backward_rows), tiles.programs // B))
+    first = Launch(
+        norm_modulate_backward_kernel, (programs, B), (*x, *b_branch, *row_strides, *dx_new, *dh, T),
+        early=True, D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=add,
+        BRANCH=branch, REBUILD=rebuild, num_warps=tiles.backward_warps,
+    )  # fmt: skip
+    second = Launch(
+        norm_modulate_finish_kernel, (ceil_div(D, tiles.sum_columns), B + (norm == "rms")),
+        (row_strides[2], programs, B),
+        D=D, COLS=tiles.sum_columns, ROWS=tiles.sum_rows, NORM=norm, BRANCH=branch, num_warps=tiles.sum_warps,
+    )  # fmt: skip
+    return first, second, (B, programs, 3 if branch else 2, D)
+
+
+def norm_gradients(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dx_new: Tensor | None,
+    dh: Tensor,
+    norm: str,
+    dshift: Tensor | None = None,
+    dscale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`norm_modulate_backward`, with None for what was not asked for; dshift and dscale, if given, take these."""
+    dx, dshift = empty(x), empty(scale) if dshift is None else dshift
+    dscale = empty(scale) if dscale is None else dscale
+    dbranch, dgate = None if branch is None else empty(branch), None if gate is None else empty(gate)
+    dweight, h = None if weight is None else empty(weight), None if shift is None else empty(dh)
+    dh = last_contiguous(dh)
+    b_dx_new = dh if dx_new is None else last_contiguous(dx_new)
+    b_branch, b_gate, b_shift, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
+    first, second, shape = _backward_launches(
+        tiles_for(x), x.shape, (x.stride(), b_branch.stride(), b_dx_new.stride(), dh.stride()),
+        (b_gate.stride(0), b_shift.stride(0), scale.stride(0)),
+        norm, dx_new is not None, branch is not None, shift is not None,
+    )  # fmt: skip
+    partials = torch.empty(*shape, dtype=torch.float32, device=x.device)
+    b_dgate, b_dweight = dx if dgate is None else dgate, dx if dweight is None else dweight
+    launch = launch_context(x.device)
+    launch.start(
+        first, x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx,
+        dx if dbranch is None else dbranch, dh if h is None else h, partials,
+    )  # fmt: skip
+    with on_side_stream(partials, scale, b_weight, dshift, dscale, dgate, dweight):
+        launch.start(second, partials, scale, b_weight, dshift, dscale, b_dgate, b_dweight)
+    return dx, dbranch, dgate, dshift, dscale, dweight, h
 
 
 @operation("dig::norm_modulate_backward")
@@ -169,32 +257,10 @@ def norm_modulate_backward(
         The gradients of x, branch, gate, shift, scale and weight, and h in dh's dtype. What was not asked for has no
         elements.
     """
-    B, T, D = x.shape
-    tiles = tiles_for(x)
-    programs = max(1, min(ceil_div(T, tiles.backward_rows), tiles.programs // B))
-    partials = torch.empty(B, programs, 2 if branch is None else 3, D, dtype=torch.float32, device=x.device)
-    outputs = _empty_gradients(x, branch, gate, shift, scale, weight, stats, dx_new, dh, norm)
-    dx, dbranch, dgate, dshift, dscale, dweight, h = outputs
-    dh = last_contiguous(dh)
-    b_dx_new = dh if dx_new is None else last_contiguous(dx_new)
-    b_branch, b_gate, b_shift, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
-    with launching(x.device) as launch:
-        launch.early(
-            norm_modulate_backward_kernel, (programs, B),
-            (x, b_branch, b_gate, b_shift, scale, b_weight, stats, b_dx_new, dh, dx, dbranch, h, partials),
-            (*x.stride()[:2], *b_branch.stride()[:2], b_gate.stride(0), b_shift.stride(0), scale.stride(0),
-             *b_dx_new.stride()[:2], *dh.stride()[:2], T),
-            D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=dx_new is not None,
-            BRANCH=branch is not None, REBUILD=shift is not None, num_warps=tiles.backward_warps,
-        )  # fmt: skip
-        with on_side_stream(partials, scale, b_weight, dshift, dscale, dgate, dweight):
-            launch(
-                norm_modulate_finish_kernel, (ceil_div(D, tiles.sum_columns), B + (norm == "rms")),
-                (partials, scale, b_weight, dshift, dscale, dgate, dweight), (scale.stride(0), programs, B),
-                D=D, COLS=tiles.sum_columns, ROWS=tiles.sum_rows, NORM=norm, BRANCH=branch is not None,
-                num_warps=tiles.sum_warps,
-            )  # fmt: skip
-    return outputs
+    dx, dbranch, dgate, dshift, dscale, dweight, h = norm_gradients(
+        x, branch, gate, shift, scale, weight, stats, dx_new, dh, norm
+    )
+    return dx, or_none(dbranch, x), or_none(dgate, x), dshift, dscale, or_none(dweight, x), or_none(h, dh)
 
 
 def _stand_ins(
@@ -223,10 +289,9 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for what `norm_modulate_backward` returns."""
     dbranch, dgate, dweight = (
-        torch.empty(0, dtype=x.dtype, device=x.device) if tensor is None else empty(tensor)
-        for tensor in (branch, gate, weight)
+        or_none(None if tensor is None else empty(tensor), x) for tensor in (branch, gate, weight)
     )
-    h = torch.empty(0, dtype=dh.dtype, device=x.device) if shift is None else empty(dh)
+    h = or_none(None if shift is None else empty(dh), dh)
     return empty(x), dbranch, dgate, empty(scale), empty(scale), dweight, h
 
 
@@ -307,7 +372,7 @@ def fused_norm_modulate(
         ValueError: A width, dtype, device or stride that the kernels do not take; the message names the argument.
     """
     _check_arguments(x, None, {"shift": shift, "scale": scale}, weight, dtype)
-    h: Tensor = norm_modulate_forward(x, shift, scale, weight, norm, eps, dtype)[0]
+    h: Tensor = norm_modulate_forward.recorded(x, shift, scale, weight, norm, eps, dtype)[0]
     return h
 
 

@@ -1,4 +1,4 @@
-"""Launches of gated linear attention's kernels, one a function, and what they share: the plan and the decay gate.
+"""Launches of gated linear attention's kernels, one a function, and the plan that they share.
 
 `dig.ops.gla.block_launches` puts those of a whole block in order.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ from torch import Tensor
 
 from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel, short_scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel
-from dig.ops.launch import LaunchContext
+from dig.ops.gla.layouts import Layout, Outline, Rows, Slots, strides_of
+from dig.ops.launch import Launch, LaunchContext
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import GlaTiles
 from dig.ops.whole import ceil_div, power_of_two
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """Everything about a call that several launches share."""
+    """Everything about a call that several launches share; equal to itself alone, as a key of what is made of it."""
 
     tiles: GlaTiles
     B: int
@@ -44,18 +46,23 @@ class Plan:
     constants: dict[str, Any]
     """Those of every kernel that works on a chunk."""
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int, int]:
         """Programs: one a chunk and head."""
         # Heads vary fastest: programs that run together read neighbouring parts of the same tokens.
         return self.H, self.N, self.B
 
-    @property
+    @cached_property
     def state_shape(self) -> tuple[int, ...]:
         """(B, H, N, K, V)."""
         return self.B, self.H, self.N, self.constants["K"], self.constants["V"]
 
-    @property
+    @cached_property
+    def sums_shape(self) -> tuple[int, ...]:
+        """Of the sums of the decays of every chunk's tokens, (B, H, N C, KP)."""
+        return self.B, self.H, self.N * self.tiles.chunk, self.constants["KP"]
+
+    @cached_property
     def walks(self) -> bool:
         """Whether the forward pass is one launch, whose programs walk all chunks of a head, instead of three.
 
@@ -73,21 +80,20 @@ class Plan:
         return self.tiles.chunk.bit_length() - 4
 
 
-def tiles_for(q: Tensor, v: Tensor) -> GlaTiles:
+def tiles_for(q: Tensor | Outline, v: Tensor | Outline) -> GlaTiles:
     """The tile choices for queries (B, T, H, K) and values (B, T, H, V), fp32 or bf16."""
+    B, T, H, K = q.shape
     # Plain numbers: a table has no entry for torch.compile's symbols, which dynamic shapes have.
-    return for_device(v.device).gla_tiles(int(q.shape[-1]), int(v.shape[-1]), v.dtype)
+    return for_device(v.device).gla_tiles(int(K), int(v.shape[-1]), v.dtype).of(B, T, H)
 
 
 def plan_of(
-    q: Tensor,
-    v: Tensor,
+    q: Tensor | Outline,
+    v: Tensor | Outline,
     scale: float,
     normalizer: float,
     grid: tuple[int, int] = (0, 0),
     order: int = 0,
-    *,
-    alone: bool = False,
 ) -> Plan:
     """The launch plan for queries (B, T, H, K) and values (B, T, H, V).
 
@@ -98,15 +104,11 @@ def plan_of(
         normalizer: The inverse of its own.
         grid: As of its scan.
         order: As `scan_tokens` takes it.
-        alone: Of a forward pass that no backward pass follows. With few programs it has tiles of its own.
     """
     B, T, H, K = q.shape
-    tiles = tiles_for(q, v)
-    if alone:
-        tiles = tiles.of(B, T, H)
     # torch.compile's symbols, which dynamic shapes have, are no keys of a cache.
     plan = _plan if type(B) is int and type(T) is int else _plan.__wrapped__
-    return plan(tiles, B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
+    return plan(tiles_for(q, v), B, T, H, K, v.shape[-1], v.dtype, scale, normalizer, grid, order)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,117 +154,79 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def strides_of(*tensors: Tensor) -> tuple[int, ...]:
-    """Strides of batch, token and head of each, one after the other."""
-    strides: tuple[int, ...] = ()
-    for tensor in tensors:
-        strides += tensor.stride()[:3]
-    return strides
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecayGate:
-    """What the decays of a call come from.
-
-    Attributes:
-        values: Log decays or gate logits (B, T, H, K), or with weight and bias the low-rank factor (B, T, R) of the
-            logits, from which the kernels compute them: at rank 16 that takes less than reading them.
-        logits: Whether the log decays are still to be computed.
-        weight: (H K, R), with values (B, T, R) only.
-        bias: (H K,), likewise.
-    """
-
-    values: Tensor
-    logits: bool
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As the kernels take them; a pointer that a kernel does not touch can be anything."""
-        if self.weight is None or self.bias is None:
-            return self.values, self.values, self.values
-        return self.values, self.weight, self.bias
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Of batch, token and head."""
-        batch, token, head, *_ = self.values.stride()
-        return batch, token, head if self.weight is None else 0
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """R is 0 without a weight."""
-        rank = 0 if self.weight is None else self.weight.shape[1]
-        return {"R": rank, "RP": max(16, power_of_two(rank)), "LOGITS": self.logits}
-
-
-def local_states(
-    launch: LaunchContext,
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: DecayGate,
-    *,
-    do: Tensor | None = None,
-    sums_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What each chunk adds to the state (1, B, H, N, K, V), the sums of the decays, and do . v of each token.
-
-    With do, the first is (2, ...), and its second part what each chunk adds to the state's gradient; without, the last
-    is left unwritten. With ``sums_only`` the first has no entries.
-    """
-    entries = 0 if sums_only else 1 if do is None else 2
-    states = torch.empty(entries, *plan.state_shape, dtype=v.dtype, device=v.device)
-    sums = empty_sums(plan, v)
-    own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=v.device)
-    do_or_v = v if do is None else do
-    launch.early(
-        local_state_kernel, plan.grid, (q, k, v, *gate.tensors, do_or_v, sums, states, own),
-        (*strides_of(q, k, v), *gate.strides, *strides_of(do_or_v),
+@functools.lru_cache(maxsize=1024)
+def _local_launch(plan: Plan, layout: Layout, do_strides: tuple[int, ...] | None, sums_only: bool) -> Launch:
+    """`local_state_kernel`'s, on the inputs, the sums and, where they are asked for, the states, do and own."""
+    n, v = layout.tensors, layout.qkv[2]
+    # A pointer that a kernel does not touch can be anything of its dtype.
+    do, own = (v, (n, 0)) if do_strides is None else ((n + 2, 0), (n + 3, 0))
+    return Launch(
+        local_state_kernel, plan.grid,
+        (*layout.qkv_strides, *layout.gate_strides, *(do_strides or layout.qkv_strides[6:]),
          plan.T, plan.N, *plan.scan, plan.scale, plan.inverse_normalizer),
-        **plan.constants, **gate.constants, STATES=not sums_only, GRADIENT=do is not None,
+        early=True, parts=(*layout.qkv, *layout.gate, do, (n, 0), v if sums_only else (n + 1, 0), own),
+        **plan.constants, **layout.constants, STATES=not sums_only, GRADIENT=do_strides is not None,
         num_warps=plan.tiles.local_warps,
     )  # fmt: skip
+
+
+def local_states(launch: LaunchContext, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:
+    """What each chunk adds to the state (1, B, H, N, K, V), and the sums of the decays."""
+    first = rows.tensors[0]
+    states, sums = torch.empty(1, *plan.state_shape, dtype=first.dtype, device=first.device), empty_sums(plan, first)
+    launch.start(_local_launch(plan, rows.layout, None, False), *rows.tensors, sums, states)
+    return states, sums
+
+
+def local_gradients(launch: LaunchContext, plan: Plan, rows: Rows, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`local_states`, and do . v of each token; the first is (2, ...), its second part what adds to its gradient."""
+    states, sums = torch.empty(2, *plan.state_shape, dtype=do.dtype, device=do.device), empty_sums(plan, do)
+    own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=do.device)
+    launch.start(_local_launch(plan, rows.layout, strides_of(do), False), *rows.tensors, sums, states, do, own)
     return states, sums, own
 
 
-def decay_sums(launch: LaunchContext, plan: Plan, q: Tensor, k: Tensor, v: Tensor, gate: DecayGate) -> Tensor:
+def decay_sums(launch: LaunchContext, plan: Plan, rows: Rows) -> Tensor:
     """The sums of the decays alone, as the kernels of the backward pass read them again; q, k and v aren't read."""
-    return local_states(launch, plan, q, k, v, gate, sums_only=True)[1]
+    sums = empty_sums(plan, rows.tensors[0])
+    launch.start(_local_launch(plan, rows.layout, None, True), *rows.tensors, sums)
+    return sums
 
 
-def empty_sums(plan: Plan, v: Tensor) -> Tensor:
+def empty_sums(plan: Plan, like: Tensor) -> Tensor:
     """Room for the sums of the decays of every chunk's tokens (B, H, N C, KP) in fp32."""
-    rows, columns = plan.N * plan.tiles.chunk, plan.constants["KP"]
-    return torch.empty(plan.B, plan.H, rows, columns, dtype=torch.float32, device=v.device)
+    return torch.empty(*plan.sums_shape, dtype=torch.float32, device=like.device)
 
 
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
-    (K, V), tiles = states.shape[-2:], plan.tiles
+    launch.start(_scan_launch(plan, states.dtype, len(states), direction), states, sums)
+
+
+@functools.lru_cache(maxsize=1024)
+def _scan_launch(plan: Plan, dtype: torch.dtype, entries: int, direction: int) -> Launch:
+    (K, V), tiles = plan.state_shape[-2:], plan.tiles
     kernel: Any
     if tiles.short_chunks >= plan.N:
-        sizes = short_scan_sizes(tiles, plan.N, V, states.dtype)
+        sizes = short_scan_sizes(tiles, plan.N, V, dtype)
         kernel, warps, parts = short_scan_kernel, tiles.short_warps, ceil_div(K * V, sizes["WIDTH"] * sizes["UNITS"])
     else:
-        sizes = scan_sizes(tiles, plan.N, V, states.dtype)
+        sizes = scan_sizes(tiles, plan.N, V, dtype)
         kernel, warps, parts = scan_kernel, tiles.scan_warps, ceil_div(V, sizes["LANES"]) * K
-    launch.early(
-        kernel, (parts, plan.B * plan.H, states.shape[0]), (states, sums), (plan.N, direction),
-        K=K, V=V, KP=plan.constants["KP"], C=tiles.chunk, **sizes, num_warps=warps,
+    return Launch(
+        kernel, (parts, plan.B * plan.H, entries), (plan.N, direction),
+        early=True, K=K, V=V, KP=plan.constants["KP"], C=tiles.chunk, **sizes, num_warps=warps,
     )  # fmt: skip
 
 
-def scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+def scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, Any]:
     """`scan_kernel`'s for N chunks."""
     # A power of two, so that images of all sizes share a few binaries.
     steps = min(tiles.scan_steps, power_of_two(ceil_div(N, tiles.scan_groups)))
     return {"LANES": min(tiles.scan_lanes, power_of_two(V)), "GROUPS": tiles.scan_groups, "STEPS": steps}
 
 
-def short_scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+def short_scan_sizes(tiles: GlaTiles, N: int, V: int, dtype: torch.dtype) -> dict[str, Any]:
     """`short_scan_kernel`'s for N chunks: units of 16 bytes, or of what divides a row."""
     steps = min(tiles.short_steps, power_of_two(N))
     return {"WIDTH": math.gcd(V, 16 // dtype.itemsize), "UNITS": tiles.short_units, "STEPS": steps}
@@ -273,35 +237,46 @@ def walk_rounds(tiles: GlaTiles, N: int) -> int:
     return power_of_two(N) * tiles.chunk // 16
 
 
+@functools.lru_cache(maxsize=1024)
+def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...]) -> Launch:
+    """`gradient_kernel`'s: on the inputs, slots, do, sums, states, their gradients, own and dbias."""
+    n = layout.tensors
+    m = n + slots.tensors
+    outputs = tuple((n + which, first) for which, first in slots.parts[:4])
+    return Launch(
+        gradient_kernel, plan.grid,
+        (*layout.qkv_strides, *layout.gate_strides, *do_strides, *slots.strides[:4],
+         plan.T, plan.N, *plan.scan, plan.scale, plan.inverse_normalizer),
+        early=True,
+        parts=(*layout.qkv, *layout.gate, *((m + i, 0) for i in range(5)), *outputs, (m + 5, 0)),
+        **plan.constants, **layout.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
+        maxnreg=plan.tiles.gradient_registers,
+    )  # fmt: skip
+
+
 def gradients_of(
     launch: LaunchContext,
     plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: DecayGate,
+    inputs: Rows,
+    slots: Slots,
+    outputs: tuple[Tensor, ...],
     do: Tensor,
     sums: Tensor,
     states: Tensor,
     state_gradients: Tensor,
     own: Tensor,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    bias: bool,
 ) -> Tensor:
-    """Write the gradients of q, k, v and the gate (B, T, H, K) into ``outputs``, whose heads lie packed in each token.
+    """Write the gradients of q, k, v and the decay gate (B, T, H, K) into ``outputs``, where the slots say.
 
     Returns:
         Every chunk's part of the gradient of the gate's bias (B N, H K); of no rows without a bias.
     """
-    rows = 0 if gate.bias is None else plan.B * plan.N
-    dbias = torch.empty(rows, plan.H * q.shape[-1], dtype=torch.float32, device=q.device)
-    launch.early(
-        gradient_kernel, plan.grid,
-        (q, k, v, *gate.tensors, do, sums, states, state_gradients, own, *outputs, dbias),
-        (*strides_of(q, k, v), *gate.strides, *strides_of(do), *(output.stride(1) for output in outputs),
-         plan.T, plan.N, *plan.scan, plan.scale, plan.inverse_normalizer),
-        **plan.constants, **gate.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
-        maxnreg=plan.tiles.gradient_registers,
-    )  # fmt: skip
+    rows = plan.B * plan.N if bias else 0
+    dbias = torch.empty(rows, plan.H * plan.constants["K"], dtype=torch.float32, device=do.device)
+    kernel = _gradient_launch(plan, inputs.layout, slots, strides_of(do))
+    launch.start(kernel, *inputs.tensors, *outputs, do, sums, states, state_gradients, own, dbias)
     return dbias
 
 
@@ -312,9 +287,9 @@ def empty_states(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty(1, B, H, N, K, v.shape[-1], dtype=v.dtype, device=v.device)
 
 
-def no_states(v: Tensor) -> Tensor:
-    """What stands for the states of values v (B, T, H, V) where nothing is kept for a backward pass."""
-    return v.new_empty(0, *v.shape)
+def no_states(like: Tensor) -> Tensor:
+    """What stands for the states where nothing is kept for a backward pass."""
+    return like.new_empty(0)
 
 
 def check_kept(keep: bool) -> None:
@@ -331,8 +306,13 @@ def column_sums(launch: LaunchContext, tiles: GlaTiles, partials: Tensor, dtype:
     """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
     rows, D = partials.shape
     sums = torch.empty(D, dtype=dtype, device=partials.device)
-    launch(
-        column_sums_kernel, (ceil_div(D, tiles.sum_columns),), (partials, sums), (rows,),
+    launch.start(_column_launch(tiles, rows, D), partials, sums)
+    return sums
+
+
+@functools.lru_cache(maxsize=1024)
+def _column_launch(tiles: GlaTiles, rows: int, D: int) -> Launch:
+    return Launch(
+        column_sums_kernel, (ceil_div(D, tiles.sum_columns),), (rows,),
         D=D, ROWS=tiles.sum_rows, COLS=tiles.sum_columns, num_warps=tiles.sum_warps,
     )  # fmt: skip
-    return sums

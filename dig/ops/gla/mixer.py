@@ -9,26 +9,20 @@ Shapes: B batch, T tokens, D width, H heads, R rank of the decay gate.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.gla.block_launches import run_block, run_block_backward
-from dig.ops.gla.launches import (
-    DecayGate,
-    Plan,
-    check_kept,
-    decay_sums,
-    empty_states,
-    empty_sums,
-    no_states,
-    plan_of,
-)
-from dig.ops.gla.projection import GATE_NORMALIZER, split_projection
+from dig.ops.gla.block_launches import run_rows, run_rows_backward
+from dig.ops.gla.launches import Plan, check_kept, decay_sums, empty_states, empty_sums, no_states, plan_of
+from dig.ops.gla.layouts import Layout, Outline, Rows, Slots, gate_constants
+from dig.ops.gla.projection import GATE_NORMALIZER, projection_splits, split_projection
 from dig.ops.gla.tiled import check_qkv
-from dig.ops.launch import empty, launching
+from dig.ops.launch import empty, last_contiguous, launch_context
 from dig.ops.library import operation
 from dig.ops.linear import as_rows, weight_gradient, without_autocast
 from dig.ops.side_stream import on_side_stream
@@ -40,6 +34,48 @@ def order_code(order: ScanOrder) -> int:
     return int(order.reversed) + 2 * int(order.transposed)
 
 
+class _Projection(NamedTuple):
+    """What a fused projection is made of, from its shape and strides alone."""
+
+    layout: Layout
+    slots: Slots
+    """Its gradient's, contiguous, and the logits' in a tensor of their own."""
+    q: Outline
+    v: Outline
+    width: int
+    """D."""
+    low: int
+    """The first column of the decay gate's factor."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _projection(
+    shape: torch.Size, strides: tuple[int, int, int], dtype: torch.dtype, device: torch.device, heads: int, rank: int
+) -> _Projection:
+    B, T, columns = shape
+    batch, token, _ = strides
+    D = (columns - rank) // 3
+    K, V = D // 2 // heads, D // heads
+    q, k, v, g, low = accumulate(projection_splits(D, rank)[:-1], initial=0)
+    layout = Layout(
+        tensors=3,
+        qkv=((0, q), (0, k), (0, v)),
+        gate=((0, low), (1, 0), (2, 0)),
+        g=(0, g),
+        qkv_strides=(batch, token, K, batch, token, K, batch, token, V),
+        gate_strides=(batch, token, 0),
+        g_strides=(batch, token, V),
+        constants=gate_constants(rank, logits=True),
+    )
+    slots = Slots(
+        tensors=2,
+        parts=((0, q), (0, k), (0, v), (1, 0), (0, g)),
+        strides=(columns, columns, columns, heads * K, columns),
+    )
+    q_outline, v_outline = (Outline((B, T, heads, each), dtype, device) for each in (K, V))
+    return _Projection(layout, slots, q_outline, v_outline, D, low)
+
+
 def _prepare(
     projected: Tensor,
     decay_weight: Tensor,
@@ -48,13 +84,12 @@ def _prepare(
     rows: int,
     columns: int,
     order: int,
-    *,
-    alone: bool = False,
-) -> tuple[Plan, tuple[Tensor, Tensor, Tensor], DecayGate, Tensor]:
-    """The launch plan, (q, k, v), the decay gate, and the output gate; ``alone`` as of `plan_of`."""
-    q, k, v, gate, low = split_projection(projected, heads, decay_weight.shape[1])
-    plan = plan_of(q, v, q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order, alone=alone)
-    return plan, (q, k, v), DecayGate(values=low, logits=True, weight=decay_weight, bias=decay_bias), gate
+) -> tuple[Plan, Rows, _Projection]:
+    """The launch plan, the inputs, and where in them is what."""
+    rank = decay_weight.shape[1]
+    p = _projection(projected.shape, projected.stride(), projected.dtype, projected.device, heads, rank)
+    plan = plan_of(p.q, p.v, p.q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order)
+    return plan, Rows((projected, decay_weight, decay_bias), p.layout), p
 
 
 @operation("dig::gla_mixer")
@@ -74,9 +109,8 @@ def mixer_forward(
 
     The backward pass needs the latter; unless ``keep`` they have no elements.
     """
-    plan, qkv, decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order, alone=not keep)
-    y, states = run_block(plan, *qkv, decay, gate, norm_weight, eps, keep)
-    return y.flatten(2), states
+    plan, inputs, p = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
+    return run_rows(plan, inputs, (plan.B, plan.T, p.width), norm_weight, eps, keep)
 
 
 @operation("dig::gla_mixer_sums")
@@ -84,17 +118,17 @@ def mixer_sums(
     projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
 ) -> Tensor:
     """The sums of the decays, which the backward pass begins with: they depend on no gradient."""
-    plan, qkv, decay, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-    with launching(projected.device) as launch:
-        return decay_sums(launch, plan, *qkv, decay)
+    plan, inputs, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
+    return decay_sums(launch_context(projected.device), plan, inputs)
 
 
 @mixer_sums.register_fake
 def _(
     projected: Tensor, decay_weight: Tensor, decay_bias: Tensor, heads: int, rows: int, columns: int, order: int
 ) -> Tensor:
-    plan, (_, _, v), _, _ = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-    return empty_sums(plan, v)
+    # Not `_prepare`, whose keys can't be torch.compile's symbols.
+    q, _, v, *_ = split_projection(projected, heads, decay_weight.shape[1])
+    return empty_sums(plan_of(q, v, q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order), v)
 
 
 @operation("dig::gla_mixer_backward")
@@ -117,27 +151,37 @@ def mixer_backward(
 
     ``sums`` are `mixer_sums`', or None to compute them here.
     """
-    plan, (q, k, v), decay, gate = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
-    rank = decay_weight.shape[1]
+    dy = last_contiguous(dy)
+    plan, inputs, p = _prepare(projected, decay_weight, decay_bias, heads, rows, columns, order)
     gradient = empty(projected)
-    dq, dk, dv, dgate, _ = split_projection(gradient, heads, rank)
-    dlogits = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dlogits = torch.empty(plan.B * plan.T, p.width // 2, dtype=projected.dtype, device=projected.device)
     y = _rebuilt(projected, norm_weight, heads, rebuild)
-    dnorm, dbias = run_block_backward(
-        plan, q, k, v, decay, gate, norm_weight, states, dy.view(*dy.shape[:-1], heads, dy.shape[-1] // heads), eps,
-        (dq, dk, dv, dlogits), dgate, y if rebuild else None, sums,
+    batch, token, _ = dy.stride()
+    dnorm, dbias = run_rows_backward(
+        plan, inputs, p.slots, (gradient, dlogits), norm_weight, decay_bias, states, dy,
+        (batch, token, p.v.shape[-1]), eps, y if rebuild else None, sums,
     )  # fmt: skip
-    tokens = dlogits.view(-1, dlogits.shape[2] * dlogits.shape[3])
+    factor = decay_weight if decay_weight.dtype == dlogits.dtype else decay_weight.to(dlogits.dtype)
     with without_autocast(projected.device):
-        torch.mm(tokens, decay_weight.to(tokens.dtype), out=as_rows(gradient)[:, -rank:])
-        with on_side_stream(tokens, projected):
-            dweight = weight_gradient(tokens, as_rows(projected)[:, -rank:])
+        torch.mm(dlogits, factor, out=_low(gradient, p))
+        with on_side_stream(dlogits, projected):
+            dweight = weight_gradient(dlogits, _low(projected, p))
     return gradient, dweight, dbias, dnorm, y
+
+
+def _low(rows: Tensor, p: _Projection) -> Tensor:
+    """The columns (B T, R) of the decay gate's factor."""
+    if rows.is_contiguous():
+        columns = rows.shape[2]
+        first = rows.storage_offset() + p.low
+        return rows.as_strided((rows.shape[0] * rows.shape[1], columns - p.low), (columns, 1), first)
+    return as_rows(rows)[:, p.low :]
 
 
 def _rebuilt(projected: Tensor, norm_weight: Tensor, heads: int, rebuild: bool) -> Tensor:
     width = heads * norm_weight.shape[0] if rebuild else 0
-    return torch.empty(*projected.shape[:2], width, dtype=projected.dtype, device=projected.device)
+    batch, tokens, _ = projected.shape
+    return torch.empty(batch, tokens, width, dtype=projected.dtype, device=projected.device)
 
 
 @mixer_forward.register_fake

@@ -18,19 +18,19 @@ import triton
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.gla.block_launches import run_block, run_block_backward
+from dig.ops.gla.block_launches import output_launch, run_block, run_rows_backward
 from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.launches import (
-    DecayGate,
     check_kept,
     empty_states,
     gradients_of,
+    local_gradients,
     local_states,
     no_states,
     plan_of,
     scan_states,
-    strides_of,
 )
+from dig.ops.gla.layouts import DecayGate, rows_of, slots_apart, strides_of
 from dig.ops.launch import empty, last_contiguous, launching
 from dig.ops.library import operation
 
@@ -72,15 +72,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 @operation("dig::gla")
 def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = plan_of(q, v, 1.0, 1.0)
+    rows = rows_of(q, k, v, DecayGate(values=log_decay, logits=False))
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     with launching(q.device) as launch:
-        states, sums, _ = local_states(launch, plan, q, k, v, DecayGate(values=log_decay, logits=False))
+        states, sums = local_states(launch, plan, rows)
         scan_states(launch, plan, states, sums, direction=0)
-        launch.early(
-            output_kernel, plan.grid, (q, k, v, v, v, sums, states, out),
-            (*strides_of(q, k, v, v), plan.T, plan.N, *plan.scan, plan.scale, 0.0),
-            **plan.constants, LEVELS=plan.levels, NORM_GATE=False, num_warps=plan.tiles.output_warps,
-        )  # fmt: skip
+        # v stands for the norm's weight, which isn't read.
+        launch.start(output_launch(plan, rows.layout, 0.0, norm_gate=False), *rows.tensors, v, sums, states, out)
     return out
 
 
@@ -89,14 +87,15 @@ def _gla_backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = plan_of(q, v, 1.0, 1.0)
+    rows = rows_of(q, k, v, DecayGate(values=log_decay, logits=False))
     do = last_contiguous(do)
-    outputs = empty(q), empty(k), empty(v), empty(log_decay)
+    outputs = dq, dk, dv, dlog = empty(q), empty(k), empty(v), empty(log_decay)
+    slots = slots_apart(*(each.stride(1) for each in (*outputs, dlog)))
     with launching(q.device) as launch:
-        gate = DecayGate(values=log_decay, logits=False)
-        states, sums, own = local_states(launch, plan, q, k, v, gate, do=do)
+        states, sums, own = local_gradients(launch, plan, rows, do)
         scan_states(launch, plan, states, sums, direction=0)
-        gradients_of(launch, plan, q, k, v, gate, do, sums, states[0], states[1], own, outputs)
-    return outputs
+        gradients_of(launch, plan, rows, slots, (*outputs, dlog), do, sums, states[0], states[1], own, bias=False)
+    return dq, dk, dv, dlog
 
 
 @_gla.register_fake
@@ -159,7 +158,7 @@ def _block(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     gate = DecayGate(values=gate_logits, logits=True)
-    return run_block(plan_of(q, v, scale, gate_normalizer, alone=not keep), q, k, v, gate, g, norm_weight, eps, keep)
+    return run_block(plan_of(q, v, scale, gate_normalizer), q, k, v, gate, g, norm_weight, eps, keep)
 
 
 @operation("dig::gla_block_backward")
@@ -177,11 +176,12 @@ def _block_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gate = DecayGate(values=gate_logits, logits=True)
-    outputs = empty(q), empty(k), empty(v), empty(gate_logits)
-    dg = empty(g)
-    plan = plan_of(q, v, scale, gate_normalizer)
-    dweight, _ = run_block_backward(plan, q, k, v, gate, g, norm_weight, states, dy, eps, outputs, dg)
-    return *outputs, dg, dweight
+    outputs = dq, dk, dv, dlogits, dg = empty(q), empty(k), empty(v), empty(gate_logits), empty(g)
+    plan, dy = plan_of(q, v, scale, gate_normalizer), last_contiguous(dy)
+    slots = slots_apart(*(each.stride(1) for each in outputs))
+    rows = rows_of(q, k, v, gate, g)
+    dweight, _ = run_rows_backward(plan, rows, slots, outputs, norm_weight, None, states, dy, strides_of(dy), eps)
+    return dq, dk, dv, dlogits, dg, dweight
 
 
 @_block.register_fake

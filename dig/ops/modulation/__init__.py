@@ -13,13 +13,14 @@ Shapes: B images, M width of a condition, N outputs.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.launch import empty, launching
+from dig.ops.launch import Launch, empty, launch_context
 from dig.ops.library import operation
 from dig.ops.modulation.kernels import condition_gradient_kernel, modulation_kernel, weight_gradient_kernel
 from dig.ops.tiles import for_device
@@ -51,15 +52,42 @@ def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     c, weight, bias = c.contiguous(), weight.contiguous(), bias.contiguous()
     (B, M), N = c.shape, weight.shape[0]
-    tiles = for_device(c.device).modulation_tiles()
-    images = _images(tiles, B)
     out = torch.empty(B, N, dtype=weight.dtype, device=c.device)
-    with launching(c.device) as launch:
-        launch(
-            modulation_kernel, (ceil_div(N, tiles.rows), ceil_div(B, images)), (c, weight, bias, out), (B, N),
-            M=M, ROWS=tiles.rows, COLS=tiles.columns, IMAGES=images, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+    launch_context(c.device).start(
+        _launches(for_device(c.device).modulation_tiles(), B, M, N).product, c, weight, bias, out
+    )
     return out
+
+
+class _Launches(NamedTuple):
+    """Those of a layer: its product, and the gradients of its weight and of the condition, in so many shares."""
+
+    product: Launch
+    weight: Launch
+    condition: Launch
+    shares: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(tiles: ModulationTiles, B: int, M: int, N: int) -> _Launches:
+    images = _images(tiles, B)
+    inner = min(images, tiles.inner_images)
+    steps = ceil_div(N, tiles.shares * tiles.share_rows)
+    shares = ceil_div(N, steps * tiles.share_rows)
+    options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    product = Launch(
+        modulation_kernel, (ceil_div(N, tiles.rows), ceil_div(B, images)), (B, N),
+        M=M, ROWS=tiles.rows, COLS=tiles.columns, IMAGES=images, **options,
+    )  # fmt: skip
+    weight = Launch(
+        weight_gradient_kernel, (ceil_div(N, tiles.gradient_rows), ceil_div(M, tiles.gradient_columns)), (B, N),
+        M=M, ROWS=tiles.gradient_rows, COLS=tiles.gradient_columns, IMAGES=inner, STEPS=ceil_div(B, inner), **options,
+    )  # fmt: skip
+    condition = Launch(
+        condition_gradient_kernel, (ceil_div(M, tiles.gradient_columns), shares, ceil_div(B, images)), (B, N),
+        M=M, ROWS=tiles.share_rows, COLS=tiles.gradient_columns, IMAGES=images, STEPS=steps, **options,
+    )  # fmt: skip
+    return _Launches(product, weight, condition, shares)
 
 
 @operation("dig::modulation_backward")
@@ -67,26 +95,12 @@ def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor
     """Gradients of c (B, M) in its dtype, weight (N, M) and bias (N,), from dout (B, N)."""
     dout, c, weight = dout.contiguous(), c.contiguous(), weight.contiguous()
     (B, M), N = c.shape, weight.shape[0]
-    tiles = for_device(c.device).modulation_tiles()
-    images = _images(tiles, B)
+    _, of_weight, of_condition, shares = _launches(for_device(c.device).modulation_tiles(), B, M, N)
     dweight, dbias = empty(weight), torch.empty(N, dtype=weight.dtype, device=c.device)
-    inner = min(images, tiles.inner_images)
-    steps = ceil_div(N, tiles.shares * tiles.share_rows)
-    shares = ceil_div(N, steps * tiles.share_rows)
     partials = torch.empty(shares, B, M, dtype=torch.float32, device=c.device)
-    with launching(c.device) as launch:
-        launch(
-            weight_gradient_kernel, (ceil_div(N, tiles.gradient_rows), ceil_div(M, tiles.gradient_columns)),
-            (dout, c, dweight, dbias), (B, N),
-            M=M, ROWS=tiles.gradient_rows, COLS=tiles.gradient_columns, IMAGES=inner, STEPS=ceil_div(B, inner),
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-        launch(
-            condition_gradient_kernel, (ceil_div(M, tiles.gradient_columns), shares, ceil_div(B, images)),
-            (dout, weight, partials), (B, N),
-            M=M, ROWS=tiles.share_rows, COLS=tiles.gradient_columns, IMAGES=images, STEPS=steps,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+    launch = launch_context(c.device)
+    launch.start(of_weight, dout, c, dweight, dbias)
+    launch.start(of_condition, dout, weight, partials)
     return partials.sum(0).to(c.dtype), dweight, dbias
 
 

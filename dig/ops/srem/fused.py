@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.launch import empty, launching
+from dig.ops.launch import Launch, empty, launch_context, or_none
 from dig.ops.library import operation
 from dig.ops.side_stream import on_side_stream
 from dig.ops.srem import check_shapes
@@ -40,99 +40,75 @@ def tiles_for(which: SremPass, x: Tensor) -> SremTiles:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Everything about a pass that its launches share."""
+    """The launches of a pass, ``sums`` of the backward one alone."""
 
-    B: int
-    D: int
-    tiles: SremTiles
-    patch_rows: int
-    patches: int
-    """Of one batch entry."""
-    sizes: tuple[int, int, int]
-    """Rows and columns of the grid, and rows of a patch."""
-    taps: tuple[int, int, int]
-    """Where the first tap of the turned kernel lies in a channel's nine, and the steps to the next row and column."""
-    constants: dict[str, Any]
-
-    @property
-    def launch(self) -> tuple[int, int, int]:
-        # Channels vary fastest, then columns: programs that run together share rows of tokens in the L2 cache.
-        return ceil_div(self.D, self.tiles.channels), self.patches, self.B
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        return {"num_warps": self.tiles.warps, "maxnreg": self.tiles.registers}
+    walk: Launch
+    sums: Launch | None
+    sums_shape: tuple[int, int, int, int]
+    """Of what is between both, (B, patches, slots, D)."""
 
 
 def _plan(
     which: SremPass,
     x: Tensor,
     branch: Tensor | None,
+    gate: Tensor | None,
     grid: tuple[int, int],
     order: ScanOrder,
+    sum_only: bool = False,
 ) -> _Plan:
-    bf16 = all(tensor.dtype == torch.bfloat16 for tensor in (x, branch) if tensor is not None)
-    B, _, D = x.shape
-    between = None if branch is None else branch.stride(1)
-    return _plan_of(tiles_for(which, x), B, D, x.stride(1), between, bf16, grid, order)
+    bf16 = x.dtype == torch.bfloat16 and (branch is None or branch.dtype == torch.bfloat16)
+    between = None if branch is None else branch.stride()
+    gates = None if gate is None else gate.stride(0)
+    return _plan_of(which, tiles_for(which, x), x.shape, x.stride(), between, gates, bf16, grid, order, sum_only)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan_of(
+    which: SremPass,
     tiles: SremTiles,
-    B: int,
-    D: int,
-    x_tokens: int,
-    branch_tokens: int | None,
+    shape: torch.Size,
+    x_strides: tuple[int, int, int],
+    branch_strides: tuple[int, int, int] | None,
+    gate_stride: int | None,
     bf16: bool,
     grid: tuple[int, int],
     order: ScanOrder,
+    sum_only: bool,
 ) -> _Plan:
-    """`_plan`, from the distances between tokens; branch's is None where there is none."""
+    """`_plan`, from strides; branch's and gate's are None where there is none."""
+    B, _, D = shape
     across = ceil_div(grid[1], tiles.groups * tiles.width)
     beside = B * across * ceil_div(D, tiles.channels)
     fitting = max(1, tiles.programs // beside)
     patch_rows = min(tiles.rows, max(tiles.least_rows, ceil_div(grid[0], fitting)))
     down = ceil_div(grid[0], patch_rows)
-    patch_rows = ceil_div(grid[0], down)
-    constants = {
-        "D": D,
-        "X_T": x_tokens,
-        "BRANCH_T": D if branch_tokens is None else branch_tokens,
-        "GATED": branch_tokens is not None,
-        "PACKED": bf16 and isinstance(srem_forward_kernel, triton.runtime.JITFunction),
-        "W": tiles.width,
-        "G": tiles.groups,
-        "BD": tiles.channels,
-    }
-    return _Plan(
-        B=B,
-        D=D,
-        tiles=tiles,
-        patch_rows=patch_rows,
-        patches=across * down,
-        sizes=(*grid, patch_rows),
-        taps=_taps(order),
-        constants=constants,
-    )
+    patch_rows, patches = ceil_div(grid[0], down), across * down
+    taps = _taps(order)
+    backward = which == "backward"
+    extra: dict[str, Any] = {"SUM_ONLY": sum_only} if backward else {}
+    walk = Launch(
+        srem_backward_kernel if backward else srem_forward_kernel,
+        # Channels vary fastest, then columns: programs that run together share rows of tokens in the L2 cache.
+        (ceil_div(D, tiles.channels), patches, B),
+        (x_strides[0], branch_strides[0] if branch_strides else 0, gate_stride or 0, *grid, patch_rows, *taps),
+        early=True, D=D, X_T=x_strides[1], BRANCH_T=branch_strides[1] if branch_strides else D,
+        GATED=branch_strides is not None, PACKED=bf16 and isinstance(srem_forward_kernel, triton.runtime.JITFunction),
+        W=tiles.width, G=tiles.groups, BD=tiles.channels, **extra, num_warps=tiles.warps, maxnreg=tiles.registers,
+    )  # fmt: skip
+    gated = gate_stride is not None and not sum_only
+    slots = int(TOKEN_SUMS.value)
+    sums = Launch(
+        srem_sum_kernel, (ceil_div(D, tiles.sum_channels), slots + gated * B), (patches, B * patches, *taps),
+        D=D, GATED=gated, STEPS=tiles.sum_steps, BD=tiles.sum_channels, num_warps=tiles.sum_warps,
+    )  # fmt: skip
+    return _Plan(walk=walk, sums=sums if backward else None, sums_shape=(B, patches, slots + gated, D))
 
 
 def _taps(order: ScanOrder) -> tuple[int, int, int]:
-    """See `_Plan.taps`."""
+    """Where the first tap of the turned kernel lies in a channel's nine, and the steps to the next row and column."""
     row, column = (1, 3) if order.transposed else (3, 1)
     return (8, -row, -column) if order.reversed else (0, row, column)
-
-
-def _branch_gradients(x: Tensor, branch: Tensor | None, gate: Tensor | None, sum_only: bool) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of branch and gate, of no elements where there is none."""
-    if branch is None or gate is None or sum_only:
-        none = torch.empty(0, dtype=x.dtype, device=x.device)
-        return none, torch.empty_like(none)
-    return empty(branch), empty(gate)
-
-
-def _first_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
 
 
 @operation("dig::srem")
@@ -148,16 +124,42 @@ def srem_forward(
     reversed: bool,
 ) -> Tensor:
     """`fused_srem` as torch sees it."""
-    plan = _plan("forward", x, branch, (rows, columns), ScanOrder(transposed, reversed))
+    plan = _plan("forward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed))
     y = empty(x)
-    with launching(x.device) as launch:
-        launch.early(
-            srem_forward_kernel, plan.launch,
-            (x, x if branch is None else branch, x if gate is None else gate, weight, bias, y),
-            (x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps),
-            **plan.constants, **plan.options,
-        )  # fmt: skip
+    b_branch, b_gate = x if branch is None else branch, x if gate is None else gate
+    launch_context(x.device).start(plan.walk, x, b_branch, b_gate, weight, bias, y)
     return y
+
+
+def srem_gradients(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    dy: Tensor,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    reversed: bool,
+    sum_only: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """`srem_backward`, with None for what is not there."""
+    plan = _plan("backward", x, branch, gate, (rows, columns), ScanOrder(transposed, reversed), sum_only)
+    dy = dy.contiguous()
+    dx, dweight, dbias = empty(x), empty(weight), empty(bias)
+    asked = not (branch is None or gate is None or sum_only)
+    dbranch, dgate = (empty(branch), empty(gate)) if asked else (None, None)  # type: ignore[arg-type]
+    sums = torch.empty(*plan.sums_shape, dtype=torch.float32, device=x.device)
+    assert plan.sums is not None
+    launch = launch_context(x.device)
+    launch.start(
+        plan.walk, x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx,
+        dx if dbranch is None else dbranch, sums,
+    )  # fmt: skip
+    with on_side_stream(sums, dweight, dbias, dgate):
+        launch.start(plan.sums, sums, dweight, dbias, dx if dgate is None else dgate)
+    return dx, dbranch, dgate, dweight, dbias
 
 
 @operation("dig::srem_backward")
@@ -178,28 +180,10 @@ def srem_backward(
 
     With ``sum_only`` the first is the gradient of ``x + gate branch``, from which the caller gets the next two.
     """
-    plan = _plan("backward", x, branch, (rows, columns), ScanOrder(transposed, reversed))
-    tiles = plan.tiles
-    dy = dy.contiguous()
-    dx, dweight, dbias = empty(x), empty(weight), empty(bias)
-    dbranch, dgate = _branch_gradients(x, branch, gate, sum_only)
-    gated = gate is not None and not sum_only
-    slots = int(TOKEN_SUMS.value) + gated
-    sums = torch.empty(plan.B, plan.patches, slots, plan.D, dtype=torch.float32, device=x.device)
-    with launching(x.device) as launch:
-        launch.early(
-            srem_backward_kernel, plan.launch,
-            (x, x if branch is None else branch, x if gate is None else gate, weight, dy, dx, dbranch, sums),
-            (x.stride(0), _first_stride(branch), _first_stride(gate), *plan.sizes, *plan.taps),
-            **plan.constants, SUM_ONLY=sum_only, **plan.options,
-        )  # fmt: skip
-        with on_side_stream(sums, dweight, dbias, dgate):
-            launch(
-                srem_sum_kernel, (ceil_div(plan.D, tiles.sum_channels), slots - gated + gated * plan.B),
-                (sums, dweight, dbias, dgate), (plan.patches, plan.B * plan.patches, *plan.taps),
-                D=plan.D, GATED=gated, STEPS=tiles.sum_steps, BD=tiles.sum_channels, num_warps=tiles.sum_warps,
-            )  # fmt: skip
-    return dx, dbranch, dgate, dweight, dbias
+    dx, dbranch, dgate, dweight, dbias = srem_gradients(
+        x, branch, gate, weight, bias, dy, rows, columns, transposed, reversed, sum_only
+    )
+    return dx, or_none(dbranch, x), or_none(dgate, x), dweight, dbias
 
 
 @srem_forward.register_fake
@@ -231,7 +215,8 @@ def _(
     reversed: bool,
     sum_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty(x), *_branch_gradients(x, branch, gate, sum_only), empty(weight), empty(bias)
+    dbranch, dgate = (or_none(None if sum_only or t is None else empty(t), x) for t in (branch, gate))
+    return empty(x), dbranch, dgate, empty(weight), empty(bias)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -8,6 +8,7 @@ Shapes: M rows, F inner width.
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor
 
 from dig.ops.derivatives import once
-from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.launch import Launch, empty, last_contiguous, launch_context, or_none
 from dig.ops.library import operation
 from dig.ops.swiglu.kernels import swiglu_backward_kernel, swiglu_kernel
 from dig.ops.tiles import for_device
@@ -46,18 +47,49 @@ def _empty_hidden(gate_up: Tensor) -> Tensor:
 @operation("dig::swiglu")
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """Hidden (..., F) from gate_up (..., 2F)."""
-    F = gate_up.shape[-1] // 2
-    rows = gate_up.view(-1, 2 * F)
     hidden = _empty_hidden(gate_up)
-    tiles = tiles_for(gate_up)
-    R, C = _shape(tiles, F)
-    with launching(gate_up.device) as launch:
-        launch(
-            swiglu_kernel, (ceil_div(rows.shape[0], R), ceil_div(F, C)),
-            (rows, hidden), (rows.stride(0), rows.shape[0]),
-            F=F, ROWS=R, COLS=C, num_warps=tiles.warps,
-        )  # fmt: skip
+    kernel = _forward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up))
+    launch_context(gate_up.device).start(kernel, gate_up, hidden)
     return hidden
+
+
+def _distance(gate_up: Tensor) -> int:
+    """From row to row, whatever is before the last dimension."""
+    columns = gate_up.shape[-1]
+    return columns if gate_up.is_contiguous() else gate_up.view(-1, columns).stride(0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(tiles: SwigluTiles, shape: torch.Size, distance: int) -> Launch:
+    F, rows = shape[-1] // 2, shape[:-1].numel()
+    R, C = _shape(tiles, F)
+    return Launch(
+        swiglu_kernel, (ceil_div(rows, R), ceil_div(F, C)), (distance, rows), F=F, ROWS=R, COLS=C, num_warps=tiles.warps
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launch(
+    tiles: SwigluTiles, shape: torch.Size, distance: int, gradient_distance: int, rebuild: bool
+) -> Launch:
+    F, rows = shape[-1] // 2, shape[:-1].numel()
+    R, C = _shape(tiles, F)
+    return Launch(
+        swiglu_backward_kernel, (ceil_div(rows, R), ceil_div(F, C)), (distance, gradient_distance, rows),
+        F=F, ROWS=R, COLS=C, HIDDEN=rebuild, num_warps=tiles.warps,
+    )  # fmt: skip
+
+
+def swiglu_gradients(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Tensor, Tensor | None]:
+    """`swiglu_backward`, with None for what is not asked for."""
+    F = gate_up.shape[-1] // 2
+    # Copied only if its rows aren't at one distance or not contiguous.
+    gradient = dhidden if dhidden.is_contiguous() else last_contiguous(dhidden.reshape(-1, F))
+    dgate_up, hidden = empty(gate_up), _empty_hidden(gate_up) if rebuild else None
+    between = F if gradient is dhidden else gradient.stride(0)
+    kernel = _backward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up), between, rebuild)
+    launch_context(gate_up.device).start(kernel, gate_up, gradient, dgate_up, dgate_up if hidden is None else hidden)
+    return dgate_up, hidden
 
 
 @operation("dig::swiglu_backward")
@@ -66,26 +98,13 @@ def swiglu_backward(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Te
 
     Hidden is what the gradient of the next layer's weight is made of: one write more here, and it need not be kept.
     """
-    F = gate_up.shape[-1] // 2
-    rows = gate_up.view(-1, 2 * F)
-    # Copied only if its rows aren't at one distance or not contiguous.
-    gradient = last_contiguous(dhidden.reshape(-1, F))
-    dgate_up, hidden = _empty_gradients(gate_up, dhidden, rebuild)
-    tiles = tiles_for(gate_up)
-    R, C = _shape(tiles, F)
-    with launching(gate_up.device) as launch:
-        launch(
-            swiglu_backward_kernel, (ceil_div(rows.shape[0], R), ceil_div(F, C)),
-            (rows, gradient, dgate_up, hidden), (rows.stride(0), gradient.stride(0), rows.shape[0]),
-            F=F, ROWS=R, COLS=C, HIDDEN=rebuild, num_warps=tiles.warps,
-        )  # fmt: skip
-    return dgate_up, hidden
+    dgate_up, hidden = swiglu_gradients(gate_up, dhidden, rebuild)
+    return dgate_up, or_none(hidden, gate_up)
 
 
 def _empty_gradients(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
     """Room for what `swiglu_backward` returns."""
-    none = torch.empty(0, dtype=gate_up.dtype, device=gate_up.device)
-    return empty(gate_up), _empty_hidden(gate_up) if rebuild else none
+    return empty(gate_up), or_none(_empty_hidden(gate_up) if rebuild else None, gate_up)
 
 
 swiglu_forward.register_fake(_empty_hidden)

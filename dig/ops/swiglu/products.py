@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dig.ops.launch import empty, launching
@@ -70,8 +71,9 @@ def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     t = tiles_for("up" if keep else "up alone", x, F)
     if t is None:
         with without_autocast(x.device):
-            gate_up = torch.mm(as_rows(x), weight.T).view(*x.shape[:-1], 2 * F)
-        return swiglu_forward(gate_up), gate_up if keep else x.new_empty(0)
+            gate_up = linear(x, weight)
+        # Of an operation within this one PyTorch is not told.
+        return swiglu_forward.function(gate_up), gate_up if keep else x.new_empty(0)
     hidden, gate_up = _empty_up(x, weight, keep)
     # A pointer that a kernel does not touch can be anything.
     _launch_up(t, x, weight, gate_up if keep else hidden, hidden, ((x,), (x,), (x,)), NO_SHARES, KEEP=keep)
@@ -207,9 +209,8 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
     t = tiles_for("down", dout, F)
     if t is None:
         with without_autocast(dout.device):
-            dhidden = torch.mm(as_rows(dout), weight).view(*dout.shape[:-1], F)
-        gradients: tuple[Tensor, Tensor] = swiglu_backward(gate_up, dhidden, True)
-        return gradients
+            dhidden = torch.matmul(dout, weight)
+        return swiglu_backward.function(gate_up, dhidden, True)
     dgate_up, hidden = _empty_down(dout, weight, gate_up)
     M, tile = dout.numel() // D, (t.rows, t.columns)
     with launching(dout.device) as launch:

@@ -138,9 +138,10 @@ class Architecture:
         """What is chosen, kept by what was asked for: every launch asks."""
         # Not a field: it is no fact of the architecture, and no copy of this may have it.
         known: dict[Any, Any] = self.__dict__.setdefault("_chosen", {})
-        if asked not in known:
-            known[asked] = choose()
-        chosen: T = known[asked]
+        found = known.get(asked, known)
+        if found is known:
+            found = known[asked] = choose()
+        chosen: T = found
         return chosen
 
     def forget(self) -> None:

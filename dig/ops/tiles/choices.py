@@ -43,8 +43,7 @@ class GlaTiles:
 
     Attributes:
         chunk: Tokens of a chunk, 16 times a power of two.
-        few: The choices where `few_programs` or fewer programs take a chunk of a head each, and no backward pass
-            follows; None: these.
+        few: The choices where `few_programs` or fewer programs take a chunk of a head each; None: these.
         few_programs: With so few, SMs are idle, and a program's own work is what all wait for: the less, the better.
         local_warps: Warps of a program that computes what a chunk adds to the state.
         scan_warps: Warps of a program that scans elements of the state over the chunks.

@@ -69,9 +69,10 @@ _EIGHT_WARPS: dict[str, Any] = {
     **_ONE_CHUNK, "local_warps": 8, "walk_warps": 8, "output_warps": 8, "output_backward_warps": 8,
     "gradient_warps": 8,
 }  # fmt: skip
-# In turns: where chunks of 64 are 24 to 96 programs, chunks of 16 take 4 to 8% from a forward pass; where they are 288
-# or more they add 0.3 to 6%. The scan's choices give 1 to 2% of a forward pass.
-_FEW = replace(_HEADS, chunk=16, short_units=32, short_steps=16)
+# In turns: where chunks of 64 are 24 to 96 programs, chunks of 16 take 4 to 8% from a forward pass and 1.2 to 3.8% from
+# a training step; where they are 288 or more they add 0.3 to 6%. The scan's choices give 1 to 2% of a forward pass, 8
+# warps in `output_backward_kernel` 0.5% of a training step.
+_FEW = replace(_HEADS, chunk=16, short_units=32, short_steps=16, output_backward_warps=8)
 GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
     # The best of `python -m bench ops gla --sweep` that was also the best in a whole model, whose tensors are not in
     # the L2 cache. In turns, release variant, where the walk takes all 4 chunks of 256 pixels: DiG-XL/2 forward with 64

@@ -20,26 +20,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dig.ops.launch import empty, launching
+from dig.ops.launch import Launch, empty, launch_context, launching
 from dig.ops.library import operation
 from dig.ops.tiles import for_device
+from dig.ops.tiles.choices import CopyTiles, WeightTiles
 from dig.ops.weights.kernels import gated_weight_gradient_kernel, matrix_vector_kernel, prepare_kernel
 from dig.ops.whole import ceil_div, power_of_two
 
 
 @functools.lru_cache(maxsize=1024)
-def _cut(shapes: tuple[torch.Size, ...], ungated: int, elements: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Elements of each weight, elements that one of its gate serves, and blocks of all weights together."""
+def _prepare_launch(tiles: CopyTiles, shapes: tuple[torch.Size, ...], ungated: int, programs: int | None) -> Launch:
+    """`prepare_kernel`'s: on the weights, their gates or what stands for these, and the copies."""
     sizes = tuple(shape.numel() for shape in shapes)
+    # Elements of each weight that one of its gate serves.
     columns = tuple(1 if i < ungated else shape[-1] for i, shape in enumerate(shapes))
-    return sizes, columns, sum(ceil_div(size, elements) for size in sizes)
+    blocks = sum(ceil_div(size, tiles.elements) for size in sizes)
+    return Launch(
+        prepare_kernel, (blocks if programs is None else min(programs, blocks),), (), tuples=(len(shapes),) * 3,
+        SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=tiles.elements, num_warps=tiles.warps,
+    )  # fmt: skip
 
 
 @operation("dig::prepare_weights")
 def prepare_weights(
     weights: Sequence[Tensor], gates: Sequence[Tensor], dtype: torch.dtype, programs: int | None = None
 ) -> list[Tensor]:
-    """Copies of the weights (N, M) in ``dtype``, the rows of the last ones multiplied by gates (N,), one each.
+    """Copies of the weights (N, M) in ``dtype``, the rows of the last ones multiplied by gates of N elements, one each.
 
     Everything is contiguous. The products with the gates are rounded once, from fp32. With ``programs`` the kernel has
     at most so many, and leaves the card's other SMs alone.
@@ -47,16 +53,12 @@ def prepare_weights(
     weights, gates = [weight.contiguous() for weight in weights], [gate.contiguous() for gate in gates]
     copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     ungated = len(weights) - len(gates)
-    tiles = for_device(weights[0].device).weights.copy_for(programs)
-    sizes, columns, blocks = _cut(tuple(weight.shape for weight in weights), ungated, tiles.elements)
+    device = weights[0].device
+    tiles = for_device(device).weights.copy_for(programs)
+    kernel = _prepare_launch(tiles, tuple([weight.shape for weight in weights]), ungated, programs)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
-    with launching(weights[0].device) as launch:
-        launch(
-            prepare_kernel, (blocks if programs is None else min(programs, blocks),),
-            (tuple(weights), factors, tuple(copies)), (),
-            SIZES=sizes, COLUMNS=columns, UNGATED=ungated, BLOCK=tiles.elements, num_warps=tiles.warps,
-        )  # fmt: skip
+    launch_context(device).start(kernel, *weights, *factors, *copies)
     return copies
 
 
@@ -105,22 +107,33 @@ def matrix_vector(weight: Tensor, vector: Tensor, bias: Tensor, programs: int | 
     return product[0]
 
 
+def gated_gradients(
+    product: Tensor, weight: Tensor, gate: Tensor, dgate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`gated_weight_gradient`, whose second is written into dgate, if given."""
+    product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
+    dweight, dgate = empty(weight), empty(gate) if dgate is None else dgate
+    kernel = _gradient_launch(for_device(weight.device).weights, weight.shape)
+    launch_context(weight.device).start(kernel, product, weight, gate, dweight, dgate)
+    return dweight, dgate
+
+
 @operation("dig::gated_weight_gradient")
 def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight (N, M) and gate (N,) from ``product = d^T x``, d being the gradient of ``gate ⊙ (W x)``.
+    """Gradients of weight (N, M) and gate (N elements) from ``product = d^T x``, d that of ``gate ⊙ (W x)``.
 
     ``dW = gate ⊙ product`` by rows and ``dgate_i = sum_j W_ij product_ij``; product (N, M) in fp32.
     """
-    product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
-    dweight, dgate = empty(weight), empty(gate)
-    N, M = weight.shape
-    tiles = for_device(weight.device).weights
-    with launching(weight.device) as launch:
-        launch(
-            gated_weight_gradient_kernel, (N,), (product, weight, gate, dweight, dgate), (),
-            M=M, BLOCK=min(tiles.gradient_columns, power_of_two(M)), num_warps=tiles.gradient_warps,
-        )  # fmt: skip
-    return dweight, dgate
+    return gated_gradients(product, weight, gate)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gradient_launch(tiles: WeightTiles, shape: torch.Size) -> Launch:
+    N, M = shape
+    return Launch(
+        gated_weight_gradient_kernel, (N,), (),
+        M=M, BLOCK=min(tiles.gradient_columns, power_of_two(M)), num_warps=tiles.gradient_warps,
+    )  # fmt: skip
 
 
 @gated_weight_gradient.register_fake
