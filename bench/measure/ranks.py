@@ -126,7 +126,7 @@ def _measure(job: RankJob, ranks: Ranks, kept: _Kept, tell: Callable[[Phase], No
         loss = loss_of(parallel.network, case, given)
         found = _projections(model, loss)
         if case.captures:
-            found = _replayed(model, loss, parallel.warmup)
+            found = _replayed(model, loss, max(WARMUP_STEPS, parallel.warmup))
     error, bound = relative_error(found, due), GRADIENT_BOUND[case.dtype]
     if not error <= bound:
         raise ParityError(f"its gradient is off the mean of the ranks' own by {error:.2g}; {bound:g} is allowed")

@@ -287,7 +287,6 @@ def train_command(
             from dig.training.parallel.team import Together
 
             team = Together(job.ranks, job.kind, job.watch)
-            chosen, reason = team.execution(chosen, reason, asked=asked)
         data_spec = DataSpec.of(dataset)
         first = beginning.weights(spec, data_spec, device=where, loss=loss, seed=seed)
         run = TrainConfig(

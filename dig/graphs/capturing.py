@@ -45,11 +45,13 @@ class Captured(Generic[T]):
         generators: Sequence[torch.Generator] = (),
         warmup: int = WARMUP,
         warm_up: Callable[..., object] | None = None,
+        moves: Sequence[Tensor] | None = None,
         recorder: Callable[..., tuple[Any, T]] = record,
     ) -> None:
         self._step = step  # holds the model, whose memory the graph reads
         self._device = device
         self._generators = list(generators)
+        self._moves = moves
         self._optimizers: list[GraphOptimizer] = []
         self._kept: list[Tensor] = []
         self.draws = False
@@ -105,16 +107,20 @@ class Captured(Generic[T]):
     def _warm_up(self, run: Callable[..., object], times: int) -> set[int]:
         """Run the step, and put back what that moved, but for gradients; the storages that a run wrote into."""
         journal = Journal()
-        for prepared in self._optimizers:
-            for tensor in prepared.tensors():
-                journal.note(tensor)
+        moved = self._moves
+        if moved is None:
+            moved = [tensor for prepared in self._optimizers for tensor in prepared.tensors()]
+        for tensor in moved:
+            journal.note(tensor)
+        watch: Watch | None = None
         random = _Random(self._device, self._generators)
         try:
             with on_capture_stream(self._device), warnings.catch_warnings():
                 # An optimizer remarks that it is made for graphs and runs without one: here it should.
                 warnings.filterwarnings("ignore", message=".*capturable=True.*")
-                watch = self._watched(run, journal)
-                for _ in range(times - 2):
+                if self._moves is None:
+                    watch = self._watched(run, journal)
+                for _ in range(times if watch is None else times - 2):
                     self._once(run)
         finally:
             self.draws = random.drawn_on_device()
@@ -123,6 +129,8 @@ class Captured(Generic[T]):
         with torch.no_grad():
             for prepared in self._optimizers:
                 prepared.reset_fresh()
+        if watch is None:
+            return set()
         # A name that a script gives to another model later would else be all that held this one's weights.
         self._kept = list(watch.read.values())
         return watch.written
@@ -162,6 +170,7 @@ def capture(
     generators: Sequence[torch.Generator] = (),
     warmup: int = WARMUP,
     warm_up: Callable[..., object] | None = None,
+    moves: Sequence[Tensor] | None = None,
 ) -> Captured[T]:
     """Turn a step into a CUDA graph, which is launched at once instead of kernel by kernel.
 
@@ -185,6 +194,9 @@ def capture(
         warmup: Runs before the capture, at least 3.
         warm_up: What is run instead of the step then, with the same inputs: a part of it that takes less time, and does
             and keeps nothing else.
+        moves: Every tensor that the step moves, the optimizer's too, of which the state must exist. Then it isn't
+            watched, and what a graph would repeat wrongly isn't refused: for one that writes into what its earlier runs
+            made, and in full before it reads that, as a model that FSDP gathers does.
 
     Returns:
         The captured step. Gradients are its own memory: read them after a call, don't set them.
@@ -218,6 +230,7 @@ def capture(
         generators=generators,
         warmup=warmup,
         warm_up=warm_up,
+        moves=moves,
     )
 
 
@@ -251,7 +264,7 @@ def _leave(parameter: Tensor, before: Tensor | None, written: set[int]) -> None:
     gradient = parameter.grad
     if gradient is None or gradient is before:
         return
-    if storage_of(gradient) in written:
+    if written and storage_of(gradient) in written:
         gradient.zero_()
     else:
         parameter.grad = None

@@ -134,6 +134,7 @@ class TrainingStep:
             checkpoint_blocks(model, preserve_rng_state=config.execution != "graph")
         compiled = config.execution == "compile"
         self._parallel: Parallel | None = None
+        self._sharded = parallel == "fsdp"
         self._network: Callable[..., Tensor]
         if parallel is None:
             self._network = torch.compile(model) if compiled else model
@@ -307,7 +308,9 @@ class TrainingStep:
         """Capture the step, which moves nothing."""
         try:
             warmup = WARMUP if self._parallel is None else max(WARMUP, self._parallel.warmup)
-            captured = capture(self._step, inputs, optimizer=self.optimizer, warmup=warmup)
+            # A sharded model gathers weights into what an earlier step made, which a watch would refuse.
+            moves = [local(tensor) for tensor in self.tensors().values()] if self._sharded else None
+            captured = capture(self._step, inputs, optimizer=self.optimizer, warmup=warmup, moves=moves)
         except CaptureError as error:
             raise CaptureError(f"{error}; or train with execution eager") from error
         if self.config.checkpoint_blocks and captured.draws:

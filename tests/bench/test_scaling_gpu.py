@@ -44,8 +44,10 @@ def test_two_cases_side_by_side_are_on_two_cards(tmp_path: Path) -> None:
     [
         ("ddp", "graph", "", "DiG"),
         ("ddp", "eager", "", "DiG"),
+        ("fsdp", "graph", "", "DiG"),
         ("fsdp", "eager", "", "DiG"),
         ("ddp", "compiled-graph", "block", "Flash-DiT"),
+        ("fsdp", "compiled-graph", "block", "Flash-DiT"),
         ("fsdp", "compile", "block", "Flash-DiT"),
     ],
 )

@@ -148,6 +148,26 @@ def test_state_that_nobody_gave_is_refused() -> None:
         capture_fake(adds_up, torch.ones(3))
 
 
+def test_a_step_that_says_what_it_moves_may_write_into_what_its_earlier_runs_made() -> None:
+    """As a model that FSDP gathers does."""
+    weight, buffer = torch.ones(3), list[Tensor]()
+
+    def gathers(x: Tensor) -> Tensor:
+        if not buffer:
+            buffer.append(torch.empty(3))
+        buffer[0].copy_(weight)
+        weight.add_(x)
+        return buffer[0] * 2
+
+    with pytest.raises(CaptureError, match="that an earlier run of the step made"):
+        capture_fake(gathers, torch.ones(3))
+    weight.fill_(1)
+    captured = capture_fake(gathers, torch.ones(3), moves=[weight])
+    assert weight.tolist() == [1, 1, 1]
+    assert [captured(torch.full((3,), x)).tolist() for x in (1.0, 2.0)] == [[2, 2, 2], [4, 4, 4]]
+    assert weight.tolist() == [4, 4, 4]
+
+
 def test_a_schedule_within_the_step_is_refused() -> None:
     for make in (fused_adamw, lambda parameters: torch.optim.SGD(parameters, lr=0.1)):
         training = Training(make)

@@ -207,10 +207,6 @@ def test_a_part_that_is_missing_is_seen(tmp_path: Path, ranks: Ranks, watch: Wat
 
 def test_what_ranks_refuse(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:
     team = Together(ranks, "fsdp", watch)
-    assert team.execution("graph", "the default", asked="auto")[0] == "eager"
-    assert team.execution("compile", "asked for", asked="compile") == ("compile", "asked for")
-    with pytest.raises(ValueError, match=r"PyTorch doesn't capture .*: use --execution eager or compile"):
-        team.execution("graph", "asked for", asked="graph")
     team.size = 3
     with pytest.raises(ValueError, match=r"a batch of 8 does not divide into 3 ranks of 2 parts each"):
         team.begin(config(accumulate=2), tmp_path)

@@ -18,7 +18,7 @@ from dig.training.parallel.agreement import check_alike, facts
 from dig.training.parallel.ranks import Ranks, Votes
 from dig.training.parallel.shards import ShardWriter, give_name, load_folder, shapes_of
 from dig.training.parallel.watching import Watch
-from dig.training.parallel.wrapping import NO_GRAPH, Kind
+from dig.training.parallel.wrapping import Kind
 from dig.training.saving import (
     SCHEMA,
     SHARDS,
@@ -65,18 +65,6 @@ class Together(Team):
         self._votes = Votes(ranks, 2)
         self._stop = False
         self._saving: tuple[Any, int] | None = None
-
-    def execution(self, chosen: str, reason: str, *, asked: str) -> tuple[str, str]:
-        """The execution that was chosen for one process, or what these take instead, and why.
-
-        Raises:
-            ValueError: A CUDA graph was asked for by name, and can't be.
-        """
-        if not self.sharded or chosen != "graph":
-            return chosen, reason
-        if asked == "graph":
-            raise ValueError(f"{NO_GRAPH}: use --execution eager or compile, or --parallel ddp")
-        return "eager", NO_GRAPH
 
     def begin(self, config: TrainConfig, folder: Path) -> None:
         """See that all ranks would train the same, and that a step's batch divides among them."""

@@ -35,7 +35,6 @@ _CONSTANT_BUFFERS: dict[str, Any] = {
 }
 if len(_CONSTANT_BUFFERS) > 1:
     del _CONSTANT_BUFFERS["broadcast_buffers"]
-NO_GRAPH = "FSDP gathers and frees weights on streams of its own, which PyTorch doesn't capture as a CUDA graph"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,14 +46,12 @@ class Parallel:
         model: The model, with the names of its parameters as they were; with FSDP they are DTensors, sharded.
         network: What is called with ``(x, t, y)`` of this rank's B samples; its backward pass leaves gradients that are
             means over the ranks.
-        why_eager: Why a step with it can't be captured as a CUDA graph; None where it can.
         warmup: Runs that a capture needs before (`dig.capture`).
     """
 
     kind: Kind
     model: nn.Module
     network: Callable[..., Any]
-    why_eager: str | None
     warmup: int
 
     @contextmanager
@@ -92,7 +89,8 @@ def wrap(
             and moments by block: each block is gathered when it is called.
         dtype: With ``fsdp``: ``bf16`` gathers weights in bf16, computes with them, and reduces gradients in fp32;
             ``fp32`` does all in fp32. With ``ddp`` weights and gradients are fp32, and autocast says what computes.
-        captured: Whether the step is to be a CUDA graph: see `Parallel.why_eager`.
+        captured: Whether the step is to be a CUDA graph. With ``fsdp`` blocks then stay whole from their forward to
+            their backward pass.
         compiled: Whether it goes through torch.compile: the whole model with ``ddp``, block by block with ``fsdp``.
         mesh: Of one dimension, with ``fsdp``; all ranks if not given.
 
@@ -106,8 +104,7 @@ def wrap(
             for block in blocks_of(model):
                 block.compile()
         shard(model, dtype=dtype, mesh=mesh, keep_whole=captured)
-        warmup = GRAPH_WARMUP if captured else 0
-        return Parallel(kind=kind, model=model, network=model, why_eager=None if captured else NO_GRAPH, warmup=warmup)
+        return Parallel(kind=kind, model=model, network=model, warmup=0)
     device = next(model.parameters()).device
     # For a graph, its gradients' accumulators have to be made on the stream of the capture.
     with on_capture_stream(device) if captured else nullcontext():
@@ -121,7 +118,7 @@ def wrap(
         )
     if compiled:
         network = torch.compile(network)
-    return Parallel(kind=kind, model=model, network=network, why_eager=None, warmup=GRAPH_WARMUP)
+    return Parallel(kind=kind, model=model, network=network, warmup=GRAPH_WARMUP)
 
 
 def mesh_of_all(device: str) -> DeviceMesh:
