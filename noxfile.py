@@ -106,7 +106,6 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
     install(session, "types", "test", extras="train")
-    session.install("nox")
     session.run("mypy")
 
 
@@ -121,7 +120,7 @@ def run_tests(session: nox.Session, *chosen: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests that need no GPU, but for the slow ones: with options, whatever those choose."""
     if may_install(session):
-        install(session, "test", extras="train")
+        install(session, "test", extras="train,lora")
     run_tests(session, "-m", "not slow")
 
 

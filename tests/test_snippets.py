@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs: Python runs as it stands, commands are parsed by what they start, links lead on."""
+"""README, CONTRIBUTING and docs: Python runs as it stands, commands parse, links lead on; `test_commands` runs them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 import typer
 import typer.main
 
+from tests.page_commands import PAGES, anchor, shown
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TESTS = {("extending.md", "python"), ("training.md", "python")}
 """Snippets of a page, in a language, that have a test of their own: test_extending.py, dig/test_graphs_snippets.py."""
 GPU = "<!-- needs a GPU -->"
@@ -42,24 +43,6 @@ def blocks(language: set[str]) -> list[Any]:
 @pytest.mark.parametrize("source", blocks({"python"}))
 def test_python(source: str) -> None:
     exec(compile(source, "<snippet>", "exec"), {})
-
-
-def commands(body: str) -> list[list[str]]:
-    """The commands of a block as words, without comments, continued lines joined."""
-    lines = re.sub(r"\\\n\s*", " ", body).splitlines()
-    found = [words for line in lines if (words := shlex.split(line, comments=True))]
-    return [part for words in found for part in _parts(words)]
-
-
-def _parts(words: list[str]) -> list[list[str]]:
-    """Cut at ``&&``; an ellipsis stands for options of the reader's."""
-    parts: list[list[str]] = [[]]
-    for word in words:
-        if word == "&&":
-            parts.append([])
-        elif word != "...":
-            parts[-1].append(word)
-    return parts
 
 
 def parse(command: Any, words: list[str], parent: Any = None) -> None:
@@ -94,31 +77,30 @@ def module_command(name: str) -> Any:
     return typer.main.get_command(module.app)
 
 
-@pytest.mark.parametrize("body", blocks({"", "bash", "sh", "shell"}))
-def test_shell(body: str) -> None:
-    found = commands(body)
-    assert found
-    for words in found:
-        match words:
-            case ["python", "-m", module, *rest]:
-                parse(module_command(module), rest)
-            case ["torchrun", *rest]:
-                from torch.distributed.run import get_args_parser
+@pytest.mark.parametrize("text", [pytest.param(one.text, id=f"{one.page}:{one.line}") for one in shown()])
+def test_shell(text: str) -> None:
+    """As it is printed, whatever machine it is for; an ellipsis stands for options of the reader's."""
+    words = [word for word in shlex.split(text) if word != "..."]
+    match words:
+        case ["python", "-m", module, *rest]:
+            parse(module_command(module), rest)
+        case ["torchrun", *rest]:
+            from torch.distributed.run import get_args_parser
 
-                # Its own options are read as it reads them: it takes abbreviations of them wherever they stand.
-                launched = get_args_parser().parse_args(rest)
-                assert launched.module
-                parse(module_command(launched.training_script), launched.training_script_args)
-            case ["nox", *rest]:
-                check_nox(rest)
-            case ["pip", "install", *rest]:
-                check_extras(rest)
-            case ["python", script, *rest] if script.endswith(".py"):
-                parse(typer.main.get_command(runpy.run_path(str(ROOT / script))["app"]), rest)
-            case ["bash", script, *_]:
-                assert (ROOT / script).is_file(), script
-            case _:
-                pytest.fail(f"nobody knows what {shlex.join(words)} starts: teach this test")
+            # Its own options are read as it reads them: it takes abbreviations of them wherever they stand.
+            launched = get_args_parser().parse_args(rest)
+            assert launched.module
+            parse(module_command(launched.training_script), launched.training_script_args)
+        case ["nox", *rest]:
+            check_nox(rest)
+        case ["pip", "install", *rest]:
+            check_extras(rest)
+        case ["python", script, *rest] if script.endswith(".py"):
+            parse(typer.main.get_command(runpy.run_path(str(ROOT / script))["app"]), rest)
+        case ["bash", script, *_]:
+            assert (ROOT / script).is_file(), script
+        case _:
+            pytest.fail(f"nobody knows what {text} starts: teach this test")
 
 
 def check_names(command: Any, words: list[str]) -> None:
@@ -139,6 +121,8 @@ def test_commands_within_sentences(page: Path) -> None:
     for module, rest in re.findall(r"`python -m ([\w.]+)\s?([^`]*)`", text):
         if module.partition(".")[0] in ("dig", "bench", "reports"):
             check_names(module_command(module), shlex.split(rest))
+    for words in re.findall(r"`pip install ([^`]*)`", text):
+        check_extras(shlex.split(words))
 
 
 def check_nox(words: list[str]) -> None:
@@ -167,7 +151,7 @@ def check_extras(words: list[str]) -> None:
 def anchors(page: Path) -> set[str]:
     """What GitHub calls a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {anchor(heading) for heading in headings}
 
 
 def lost_links(page: Path) -> list[str]:
@@ -207,4 +191,3 @@ def test_what_is_wrong_is_seen() -> None:
         check_nox(["-s", "testz"])
     with pytest.raises(AssertionError):
         check_extras(["dig-diffusion[gpus]"])
-    assert commands("a \\\n  b   # c\n\nd && e ...\n") == [["a", "b"], ["d"], ["e"]]

@@ -83,15 +83,15 @@ def make_class_folders(folder: Path, names: tuple[str, ...], each: int = 4, side
     return folder
 
 
-def make_vae(folder: Path) -> Path:
-    """A VAE of random weights that halves the sides, saved as diffusers saves it."""
+def make_vae(folder: Path, halvings: int = 1) -> Path:
+    """A VAE of random weights that halves the sides once or more, saved as diffusers saves it."""
     import diffusers
 
     torch.manual_seed(3)
     model = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+        up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
+        block_out_channels=(8,) * (halvings + 1),
         norm_num_groups=4,
     )
     model.save_pretrained(folder)
