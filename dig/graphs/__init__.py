@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from dig.graphs.capturing import Captured, capture
-from dig.graphs.recording import CaptureError, on_capture_stream, record
+from dig.graphs.recording import CaptureError, graphs_end_here, on_capture_stream, record
 
-__all__ = ["CaptureError", "Captured", "capture", "on_capture_stream", "record"]
+__all__ = ["CaptureError", "Captured", "capture", "graphs_end_here", "on_capture_stream", "record"]

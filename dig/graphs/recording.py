@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,27 @@ OWN_FOLDER = str(Path(__file__).parent)
 
 _abandoned: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture broke. PyTorch's allocators may go on asking them whether a stream is theirs."""
+
+
+_ending: list[weakref.WeakSet[Any]] = []
+"""Of each `graphs_end_here` that is under way, the graphs recorded within."""
+
+
+@contextmanager
+def graphs_end_here() -> Iterator[None]:
+    """Reset every graph that is recorded within, whoever holds it: none can be replayed afterwards.
+
+    For what has to outlive them: a NCCL communicator that a graph sends over waits in its end for the graph's, forever.
+    """
+    here: weakref.WeakSet[Any] = weakref.WeakSet()
+    _ending.append(here)
+    try:
+        yield
+    finally:
+        _ending.remove(here)
+        for graph in list(here):
+            with suppress(RuntimeError):  # After an error of CUDA's, which is what the caller hears of.
+                graph.reset()
 
 
 class CaptureError(RuntimeError):
@@ -84,6 +106,8 @@ def record(
         # What is cached is not the graph's to use, whose memory comes from a pool of its own.
         torch.cuda.empty_cache()
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        for ending in _ending:
+            ending.add(graph)
         for generator in generators:
             graph.register_generator_state(generator)
         before = torch.cuda.current_stream()

@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from dig.diffusion import build_loss
+from dig.graphs import recording
 from dig.launched import place_in_job
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
@@ -41,6 +42,27 @@ def ranks() -> Iterator[Ranks]:
     """A job of one."""
     with joined("cpu", hang_seconds=30) as found:
         yield found
+
+
+def test_graphs_of_a_job_end_before_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a group over NCCL waits for them for ever: tests/dig/test_parallel_gpu.py."""
+    ended: list[str] = []
+
+    class Graph:
+        def reset(self) -> None:
+            ended.append("graph")
+
+    end = torch.distributed.destroy_process_group
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: (ended.append("groups"), end()))
+    before = recording._ending.copy()
+    graphs = [Graph(), Graph()]
+    with joined("cpu", hang_seconds=30):
+        for graph in graphs:
+            recording._ending[-1].add(graph)
+        del graph
+        graphs.pop()  # It ended by itself.
+    assert ended == ["graph", "groups"]
+    assert recording._ending == before
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from dig.graphs import graphs_end_here
 from dig.launched import launched, place_in_job
 
 HANG_SECONDS = 600.0
@@ -173,16 +174,18 @@ def joined(device: str, *, hang_seconds: float = HANG_SECONDS, trains: bool = Tr
         control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         assert control is not None
         assert saving is not None
-        yield Ranks(
-            rank=rank,
-            world_size=world_size,
-            device=where,
-            # A connection of its own: a group that waits for others on this one would keep the watch waiting.
-            store=cast(Any, PrefixStore("job", store)).clone(),
-            control=control,
-            saving=saving,
-            hang_seconds=hang_seconds,
-        )
+        # Before the group ends, which waits for the graphs that send over it.
+        with graphs_end_here():
+            yield Ranks(
+                rank=rank,
+                world_size=world_size,
+                device=where,
+                # A connection of its own: a group that waits for others on this one would keep the watch waiting.
+                store=cast(Any, PrefixStore("job", store)).clone(),
+                control=control,
+                saving=saving,
+                hang_seconds=hang_seconds,
+            )
     finally:
         dist.destroy_process_group()
 
