@@ -107,9 +107,8 @@ def on_paper(rows: Sequence[Row], assumed: Assumed) -> str:
         parts += [
             f"### {resolution} pixels",
             f"A pass has {number(1000 * work.floor_s)} ms whatever its images, each image adds "
-            f"{number(1000 * work.image_s)} ms, AdamW takes {number(1000 * work.optimizer_s)} ms. Launched by the "
-            f"host, a pass takes {number(1000 * work.launch_s)} ms or more. {work.images_at_once(assumed)} images fit "
-            "at once. Times in the tables are in milliseconds.",
+            f"{number(1000 * work.image_s)} ms, AdamW takes {number(1000 * work.optimizer_s)} ms. "
+            f"{work.images_at_once(assumed)} images fit at once. Times in the tables are in milliseconds.",
             f"{IMAGES[resolution]} images on each GPU:",
             _table(weak),
             f"{GLOBAL_BATCH} images on all together; efficiency against one GPU with {IMAGES[resolution]} images:",

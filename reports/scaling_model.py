@@ -70,7 +70,6 @@ class Work:
         image_s: What each image adds.
         optimizer_s: AdamW.
         image_bytes: Activations of an image.
-        launch_s: A step that the host launches kernel by kernel takes at least so long, whatever the GPU does.
     """
 
     parameters: int
@@ -78,7 +77,6 @@ class Work:
     image_s: float
     optimizer_s: float
     image_bytes: float
-    launch_s: float
 
     def images_at_once(self, assumed: Assumed) -> int:
         """How many fit with weights, gradients, buckets and moments, 20 bytes a parameter, in 95% of the memory."""
@@ -172,17 +170,15 @@ def ddp_step(work: Work, images: float, gpus: int, assumed: Assumed) -> tuple[fl
 
 
 def fsdp_step(work: Work, images: float, gpus: int, assumed: Assumed) -> tuple[float, float, float]:
-    """(compute, communication, exposed) seconds: weights are gathered in every pass, forward and backward; gradients
-    are reduced and scattered in the last; each GPU moves its share of the weights. No CUDA graph holds it: a pass takes
-    no less than its launches.
+    """(compute, communication, exposed) seconds: weights are gathered in every pass, gradients are reduced and scattered
+    in the last; each GPU moves its share of the weights. In a CUDA graph a block stays whole up to its backward pass.
     """
-    passes, one = work.passes(images, assumed), max(work.launch_s, work.pass_s(images, assumed))
+    passes, one = work.passes(images, assumed), work.pass_s(images, assumed)
     forward, backward = assumed.overlap * one / 3, assumed.overlap * 2 / 3 * one
     gathered = gather_s(assumed.weight_bytes * work.parameters, gpus, assumed, messages=BLOCKS + 1)
     reduced = gather_s(assumed.gradient_bytes * work.parameters, gpus, assumed, messages=BLOCKS + 1)
-    exposed = passes * max(0.0, gathered - forward)
-    exposed += (passes - 1) * max(0.0, gathered - backward) + max(0.0, gathered + reduced - backward)
-    return passes * one + work.optimizer_s / gpus, 2 * passes * gathered + reduced, exposed
+    exposed = passes * max(0.0, gathered - forward) + max(0.0, reduced - backward)
+    return passes * one + work.optimizer_s / gpus, passes * gathered + reduced, exposed
 
 
 STEPS: dict[Kind, Callable[[Work, float, int, Assumed], tuple[float, float, float]]] = {
@@ -276,8 +272,7 @@ def work_of(rows: Iterable[Row], *, resolution: int, assumed: Assumed, model: st
 
     Two forward passes, of 1 and of 64 images, give what one costs that has no images: the intercept. Forward and
     backward have three times that. What the training step of 32 images takes beyond it and AdamW is its images', and
-    another resolution's in proportion to FLOPs. So are activations. Where the step took longer launched eagerly than in
-    a graph, that is its launches' time.
+    another resolution's in proportion to FLOPs. So are activations.
 
     Raises:
         MissingRowError: One of these rows is not there.
@@ -285,9 +280,7 @@ def work_of(rows: Iterable[Row], *, resolution: int, assumed: Assumed, model: st
     train, one, many, *others = rows_used(rows, (resolution,), model=model)
     slope = (seconds(many) - seconds(one)) / (many.case.batch - one.case.batch)
     floor = 3 * (seconds(one) - slope * one.case.batch)
-    parameters, memory, timing = train.parameters, train.memory, train.timing
-    if timing is None or timing.eager_ms is None:
-        raise MissingRowError(f"the row of {train.case.describe()} has no time of its eager step; measure it again")
+    parameters, memory = train.parameters, train.memory
     if not parameters or memory is None or not memory.activations or not memory.gradients:
         raise MissingRowError(f"the row of {train.case.describe()} has no memory ledger; measure it again")
     optimizer = assumed.optimizer_bytes * parameters / assumed.hbm
@@ -301,7 +294,6 @@ def work_of(rows: Iterable[Row], *, resolution: int, assumed: Assumed, model: st
         image_s=more * image,
         optimizer_s=optimizer,
         image_bytes=more * activations,
-        launch_s=timing.eager_ms / 1000 if timing.eager_ms > 1000 * seconds(train) else 0.0,
     )
 
 

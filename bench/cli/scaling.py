@@ -82,7 +82,7 @@ def scaling(
     executions: Annotated[
         str | None,
         typer.Option(
-            help="graph (the whole step as one CUDA graph; ddp only), eager, separated by commas; compiled too, where "
+            help="graph (the whole step as one CUDA graph), eager, separated by commas; compiled too, where "
             "the suite best compiles a family. Default: both; eager on a CPU."
         ),
     ] = None,

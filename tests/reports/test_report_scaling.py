@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ EASY = Assumed(
     nvlink=100.0, nic=10.0, achieved=0.5, per_node=4, nvlink_latency=0.0, nic_latency=0.0, bucket=1e9, overlap=1.0,
     memory=1e9, gradient_bytes=4.0, weight_bytes=2.0,
 )  # fmt: skip
-WORK = Work(parameters=1000, floor_s=3.0, image_s=6.0, optimizer_s=8.0, image_bytes=1e6, launch_s=0.0)
+WORK = Work(parameters=1000, floor_s=3.0, image_s=6.0, optimizer_s=8.0, image_bytes=1e6)
 
 
 def published() -> list[Row]:
@@ -81,15 +82,12 @@ def test_ddp_hides_under_the_backward_of_the_last_pass() -> None:
     assert ddp_step(WORK, 2, 4, late)[1] == pytest.approx(120.0 + 2 * 4 * 3)
 
 
-def test_fsdp_gathers_twice_reduces_once_and_shares_the_optimizer() -> None:
-    # 2000 bytes of weights: 30 s each way; 4000 of gradients: 60 s. Forward hides 5, backward 10.
-    assert fsdp_step(WORK, 2, 4, EASY) == pytest.approx((15 + 2, 120.0, (30 - 5) + (90 - 10)))
+def test_fsdp_gathers_once_a_pass_reduces_once_and_shares_the_optimizer() -> None:
+    # 2000 bytes of weights: 30 s; 4000 of gradients: 60 s. Forward hides 5, backward 10.
+    assert fsdp_step(WORK, 2, 4, EASY) == pytest.approx((15 + 2, 90.0, (30 - 5) + (60 - 10)))
     one = replace(EASY, memory=(1.5e6 + 20 * 1000) / 0.95)
-    # Two passes: weights four times, gradients once.
-    assert fsdp_step(WORK, 2, 4, one) == pytest.approx((18 + 2, 180.0, 2 * (30 - 3) + (30 - 6) + (90 - 6)))
-    # No graph: launches are the least that a pass takes, and more to hide under.
-    host = replace(WORK, launch_s=60.0)
-    assert fsdp_step(host, 2, 4, EASY) == pytest.approx((60 + 2, 120.0, (30 - 20) + (90 - 40)))
+    # Two passes: weights twice, gradients once.
+    assert fsdp_step(WORK, 2, 4, one) == pytest.approx((18 + 2, 120.0, 2 * (30 - 3) + (60 - 6)))
 
 
 def test_what_fits_is_left_by_weights_gradients_buckets_and_moments() -> None:
@@ -117,7 +115,7 @@ def test_efficiency_is_of_images_a_second() -> None:
 def row(mode: Any, resolution: int, batch: int, ms: float, **changes: Any) -> Row:
     options = (("backend", "triton"), ("variant", "release"))
     case = Case(model="DiG-XL/2", options=options, resolution=resolution, batch=batch, mode=mode, execution="graph")
-    timing = Timing(warmup="steady", warmup_steps=3, ci_low=ms, ci_high=ms, eager_ms=changes.pop("eager_ms", 1.0))
+    timing = Timing(warmup="steady", warmup_steps=3, ci_low=ms, ci_high=ms)
     memory = Memory(parameters=400, gradients=400, activations=3600)
     given = {"status": "ok", "samples_ms": (ms,) * 3, "parameters": 100, "started_at": "2026-01-01", "timing": timing}
     return Row(case=case, **{"memory": memory, "flops": resolution**2 * batch, **given, **changes})
@@ -125,7 +123,7 @@ def row(mode: Any, resolution: int, batch: int, ms: float, **changes: Any) -> Ro
 
 def test_a_step_is_taken_apart_by_three_rows() -> None:
     rows = [
-        row("train", 256, 32, 1000.0, eager_ms=1200.0),
+        row("train", 256, 32, 1000.0),
         row("forward", 256, 1, 11.0),
         row("forward", 256, 64, 74.0),
         row("forward", 512, 1, 99.0),
@@ -134,14 +132,13 @@ def test_a_step_is_taken_apart_by_three_rows() -> None:
     # Forward: 10 ms and 1 an image. So 30 ms a pass; AdamW 2800 bytes, 100 ms; 870 ms of 32 images.
     found = work_of(rows, resolution=256, assumed=assumed)
     assert (found.floor_s, found.optimizer_s, found.image_s) == pytest.approx((0.030, 0.100, 0.870 / 32))
-    assert (found.parameters, found.image_bytes, found.launch_s) == (100, 100.0, 1.2)
+    assert (found.parameters, found.image_bytes) == (100, 100.0)
     four = work_of(rows, resolution=512, assumed=assumed)
     assert (four.image_s, four.image_bytes) == pytest.approx((4 * 0.870 / 32, 400.0))
-    assert (four.floor_s, four.launch_s) == (found.floor_s, 1.2)
-    # The newest of a case counts, and one that was as fast launched eagerly is not bound by launches.
-    later = [*rows, row("train", 256, 32, 1320.0, started_at="2026-02-01", key="b", eager_ms=1320.0)]
-    again = work_of(later, resolution=256, assumed=assumed)
-    assert (again.image_s, again.launch_s) == pytest.approx((1.190 / 32, 0.0))
+    assert four.floor_s == found.floor_s
+    # The newest of a case counts.
+    later = [*rows, row("train", 256, 32, 1320.0, started_at="2026-02-01", key="b")]
+    assert work_of(later, resolution=256, assumed=assumed).image_s == pytest.approx(1.190 / 32)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +163,10 @@ def test_rows_of_several_gpus_are_no_step_of_one() -> None:
         find([several], model="DiG-XL/2", resolution=256, batch=32, mode="train")
 
 
-def test_a_ledger_or_an_eager_time_that_is_missing_is_said() -> None:
+def test_a_ledger_that_is_missing_is_said() -> None:
     rows = [row("forward", 256, 1, 11.0), row("forward", 256, 64, 74.0)]
-    for wrong, message in (({"memory": None}, "memory ledger"), ({"timing": None}, "eager step")):
-        with pytest.raises(MissingRowError, match=message):
-            work_of([*rows, row("train", 256, 32, 1000.0, **wrong)], resolution=256, assumed=EASY)
+    with pytest.raises(MissingRowError, match="memory ledger"):
+        work_of([*rows, row("train", 256, 32, 1000.0, memory=None)], resolution=256, assumed=EASY)
 
 
 def test_the_estimate_is_near_what_was_measured() -> None:
@@ -210,6 +206,23 @@ def said(found: MedianInterval | None, form: str) -> str:
     return format(found.median, form)
 
 
+def silent_more(rows: list[Row], family: str) -> float:
+    """Milliseconds by which the sharded step with nothing sent is longer than one GPU's of the same run."""
+    (sharded,) = (
+        row for row in rows if row.case.family == family and row.case.parallel == "fsdp" and row.case.captures
+    )
+    assert sharded.scaling is not None
+    (alone,) = (
+        row
+        for row in rows
+        if row.scaling is not None
+        and row.scaling.run == sharded.scaling.run
+        and row.case == replace(sharded.case, processes=1, parallel="")
+    )
+    assert alone.median_ms is not None
+    return median(sharded.scaling.silent_ms) - alone.median_ms
+
+
 def test_what_the_page_says_of_its_tables() -> None:
     """The sentences below the tables, held against them."""
     assumed, rows = Assumed(), published()
@@ -217,15 +230,16 @@ def test_what_the_page_says_of_its_tables() -> None:
     weak, strong = scaling.steps_of(large, 1024, assumed)
     assert all(step.exposed_s == 0 for step in weak)
     assert stops_at([step for step in strong if step.kind == "ddp"], assumed) == 128
+    assert stops_at([step for step in strong if step.kind == "fsdp"], assumed) == 2 * 128
     fsdp, ddp = ([step for step in strong if step.kind == kind and step.gpus > 1] for kind in ("fsdp", "ddp"))
-    sooner = {a.images for a, b in zip(fsdp, ddp, strict=True) if a.step_s < b.step_s}
-    assert {images for images in (8, 16, 32) if images in sooner} == {8, 16, 32}
+    assert all(a.communication_s < b.communication_s for a, b in zip(fsdp, ddp, strict=True))
     assert large.image_s / work_of(rows, resolution=256, assumed=assumed).image_s == pytest.approx(16, rel=0.01)
     weak, strong = scaling.steps_of(small, 256, assumed)
     assert {step.gpus for step in weak if step.kind == "ddp" and step.exposed_s} == {64, 1024}
     assert step_of("ddp", small, images=32, gpus=32, assumed=assumed).exposed_s == 0
     assert step_of("ddp", small, images=32, gpus=40, assumed=assumed).exposed_s > 0
     assert stops_at([step for step in strong if step.kind == "ddp"], assumed) == 16
+    assert stops_at([step for step in strong if step.kind == "fsdp"], assumed) == 2 * 16
     sends = {step.gpus for step in strong if step.kind == "ddp" and step.communication_s > step.compute_s}
     assert sends == {32, 64, 128, 256}
     two = {
@@ -233,16 +247,20 @@ def test_what_the_page_says_of_its_tables() -> None:
         for point in points(rows)
         if point.row.case.processes == 2
     }
-    dig, flash, sharded = (
-        two[key] for key in (("DiG", "ddp", True), ("Flash-DiT", "ddp", True), ("DiG", "fsdp", False))
-    )
+    keys = (("DiG", "ddp"), ("Flash-DiT", "ddp"), ("DiG", "fsdp"), ("Flash-DiT", "fsdp"))
+    dig, flash, sharded, flash_sharded = (two[*key, True] for key in keys)
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
     assert f"`ddp` reaches {said(dig.efficiency, '.0%')} of twice one GPU with DiG-XL/2 and" in text
     assert f"and {said(flash.efficiency, '.0%')} with Flash-DiT-XL/2, and" in text
     assert f"{said(dig.exposed_ms, '.1f')} and {said(flash.exposed_ms, '.1f')} ms of sending are exposed" in text
     gib = [point.row.memory.allocator_peak / 2**30 for point in (sharded, dig) if point.row.memory is not None]
-    assert f"takes {gib[0]:.1f} GiB a GPU instead of {gib[1]:.1f}" in text
-    assert small.launch_s > small.pass_s(32, assumed)
+    shares = [said(point.efficiency, ".0%") for point in (sharded, flash_sharded)]
+    assert f"reach {shares[0]} of twice one with DiG-XL/2 and {shares[1]} with Flash-DiT-XL/2: a step takes" in text
+    steps = [said(point.step_ms, ".1f") for point in (sharded, dig)]
+    assert f"{steps[0]} ms, by `ddp` {steps[1]}, and {gib[0]:.1f} GiB a GPU instead of {gib[1]:.1f}" in text
+    assert f": {said(two['DiG', 'fsdp', False].step_ms, '.0f')} ms, for its hooks" in text
+    more = [silent_more(rows, family) for family in ("DiG", "Flash-DiT")]
+    assert f"take {more[0]:.1f} ms more than one, Flash-DiT's {more[1]:.1f}" in text
 
 
 def test_xl_has_so_many_blocks() -> None:
