@@ -141,12 +141,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def arms_of(runs: Iterable[Run], experiment: str) -> dict[str, dict[int, Run]]:
-    """Runs of an experiment by arm and seed, in the order of the file."""
+    """Runs of an experiment by arm and seed: the arms in the paper's order, unknown ones in the file's behind them."""
     found: dict[str, dict[int, Run]] = {}
     for run in runs:
         if run.experiment == experiment:
             found.setdefault(run.arm, {})[run.seed] = run
-    return found
+    known = [*NAMES, *TOKENS, *SIZES]
+    return dict(sorted(found.items(), key=lambda arm: known.index(arm[0]) if arm[0] in known else len(known)))
 
 
 def compare(arms: Mapping[str, Mapping[int, Run]], worse: str, better: str, measure: Measure) -> Order | None:

@@ -170,8 +170,8 @@ def ddp_step(work: Work, images: float, gpus: int, assumed: Assumed) -> tuple[fl
 
 
 def fsdp_step(work: Work, images: float, gpus: int, assumed: Assumed) -> tuple[float, float, float]:
-    """(compute, communication, exposed) seconds: weights are gathered in every pass, gradients are reduced and scattered
-    in the last; each GPU moves its share of the weights. In a CUDA graph a block stays whole up to its backward pass.
+    """(compute, communication, exposed) seconds: weights are gathered in every pass, gradients reduced and scattered in
+    the last; each GPU moves its share of the weights. In a CUDA graph a block stays whole up to its backward pass.
     """
     passes, one = work.passes(images, assumed), work.pass_s(images, assumed)
     forward, backward = assumed.overlap * one / 3, assumed.overlap * 2 / 3 * one

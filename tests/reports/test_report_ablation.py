@@ -116,6 +116,12 @@ def test_a_run_that_diverged_is_none_and_a_repeated_one_counts_once(tmp_path: Pa
     assert [(run.seed, run.frechet) for run in runs] == [(0, 160.0)]
 
 
+def test_arms_come_in_the_papers_order(tmp_path: Path) -> None:
+    lines = [line(arm, 0, 1.0) for arm in ("crisscross", "mine", "attention", "causal")]
+    runs = read_ablation(write(tmp_path / "a.jsonl", lines))
+    assert list(arms_of(runs, "srem")) == ["causal", "crisscross", "attention", "mine"]
+
+
 def test_the_figure_draws_arms_sizes_and_tokens(tmp_path: Path) -> None:
     curve = {"S/8": 90.0, "S/4": 62.0, "S/2": 40.0, "B/4": 45.0, "L/4": 38.0}
     lines = srem(DISTANCES) + [
