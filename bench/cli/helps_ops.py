@@ -74,4 +74,15 @@ HELPS = {
             "python -m bench ops variants --set MODULE.NAME=1 --set MODULE.NAME=2",
         ),
     ),
+    "shapes": Help(
+        groups={
+            STEP: "models resolution modes weights",
+            "Shapes": "batches grids patches limit",
+            HOW: "rounds replays json",
+        },
+        examples=(
+            "python -m bench ops shapes",
+            "python -m bench ops shapes --models DiG-XL/2:triton --batches 1,4,5",
+        ),
+    ),
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bench.cli.ops_compare import compare
-from bench.cli.ops_in_steps import chain, prepare, variants
+from bench.cli.ops_in_steps import chain, prepare, shapes, variants
 from bench.cli.options import check_appendable, numbers, some_of
 from bench.messages import OneLineGroup, check_count, one_of, refuse
 from dig.environment import gpu_present
@@ -286,5 +286,5 @@ def registers(
         raise typer.Exit(1)
 
 
-for command in (compare, prepare, chain, variants):
+for command in (compare, prepare, chain, variants, shapes):
     ops.command()(command)

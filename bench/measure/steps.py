@@ -87,8 +87,12 @@ class Ready(Protocol):
     def weights(self) -> str: ...  # noqa: D102
 
 
-def build_model(case: Ready) -> Backbone:
+def build_model(case: Ready, *, input_size: tuple[int, int] | None = None) -> Backbone:
     """A model of random weights without zeros, on its device, cast where the case says so; not compiled yet.
+
+    Args:
+        case: Which model; its resolution is that of a square image.
+        input_size: Height and width of the latent, where it is not square.
 
     Raises:
         ParityError: Weights are mostly zeros.
@@ -97,7 +101,8 @@ def build_model(case: Ready) -> Backbone:
     device = torch.device(case.device)
     options: dict[str, Any] = dict(case.options)
     with device:
-        model = create_model(case.model, image_size=case.resolution, **options)
+        side = case.resolution if input_size is None else None
+        model = create_model(case.model, image_size=side, input_size=input_size, **options)
     # Position embeddings are made by NumPy, which knows of no device.
     model.to(device)
     fill_zeros(model)
