@@ -81,6 +81,7 @@ IN_SENTENCES_GPU = (
     "python -m bench ops products",
     "python -m bench ops prepare",
     "python -m bench ops variants --set dig.config.EPS=0.5",
+    "python -m bench ops shapes",
 )
 """Such as need a GPU; docs/extending.md says so of them."""
 
