@@ -35,7 +35,7 @@ from bench.run.ahead import build_ahead
 from bench.run.gpus import Card, choose_cards, visible_cards
 from bench.run.lanes import ALONE, SPREAD, Alone, Plan, Spread, comparison, run_on_cards
 from bench.run.process import expect_compiling
-from bench.run.runner import Sweep, finished_launches, run_sweep
+from bench.run.runner import Findings, Sweep, finished_launches, run_sweep
 from bench.store.identity import code_hash
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.command_line import root
@@ -121,7 +121,8 @@ def run(
         int,
         typer.Option(
             "--build-ahead",
-            help="Build kernels of so many compiled cases side by side, before any is measured; 0: each in its turn.",
+            help="Compare models with their references, and build kernels of compiled cases, so many side by side "
+            "before any is measured; 0: each in its turn.",
         ),
     ] = 0,
     prepare_limit: Annotated[
@@ -289,13 +290,15 @@ def _run(
             signal.signal(interrupt, signal.default_int_handler)
         try:
             with Waiting(console, total=len(sweep.remaining)) as waiting:
+                findings = Findings()
                 if ahead:
                     went = build_ahead(
                         dict.fromkeys(launch.case for launch in sweep.remaining),
                         at_once=ahead,
                         limits=limits,
-                        on_start=lambda case: waiting.show(f"{case.describe()}: building ahead"),
+                        on_start=lambda case, doing: waiting.show(f"{case.describe()}: {doing}"),
                         cards=cards,
+                        findings=findings,
                     )
                     sweep = replace(sweep, built=frozenset(case for case, status in went.items() if status == "ok"))
 
@@ -303,10 +306,10 @@ def _run(
                     waiting.show(f"{case.describe()}: {doing}")
 
                 if len(cards) > 1:
-                    plan = Plan(sweep=sweep, cards=cards, alone=alone, spread=spread, before=before)
+                    plan = Plan(sweep=sweep, cards=cards, alone=alone, spread=spread, before=before, findings=findings)
                     rows = run_on_cards(plan, writer, on_start=tell)
                 else:
-                    rows = run_sweep(sweep, writer, on_start=tell)
+                    rows = run_sweep(sweep, writer, on_start=tell, findings=findings)
                 for row in rows:
                     measured += 1
                     if "measured-again" not in row.marks:

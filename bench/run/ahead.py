@@ -1,4 +1,4 @@
-"""Kernels built before anything is measured: compiling takes one core a case, and a host has many. No torch here."""
+"""What takes one core a case, and times nothing, done before anything is measured: a host has many. No torch here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from bench.cases.case import Case
-from bench.cases.jobs import BuildJob, Limits
+from bench.cases.jobs import BuildJob, Limits, ParityJob
 from bench.run.gpus import Card
-from bench.run.process import Worker
+from bench.run.process import Worker, WorkerError
+from bench.run.runner import Findings, agreement_of
 from dig.registry import find_family
 
 PAUSE = 0.05
@@ -25,52 +26,80 @@ def gains(case: Case) -> bool:
     return case.compiles and family.backend_of(dict(case.options)) not in family.tunes
 
 
+def compared(cases: Iterable[Case]) -> list[Case]:
+    """One case for each comparison with a reference: a training one where there is any, which serves forward passes."""
+    found: dict[tuple[object, ...], Case] = {}
+    for case in cases:
+        model = agreement_of(case)[:-1]
+        if model not in found or (case.mode, found[model].mode) == ("train", "forward"):
+            found[model] = case
+    return list(found.values())
+
+
 def build_ahead(
     cases: Iterable[Case],
     *,
     at_once: int,
     limits: Limits,
-    on_start: Callable[[Case], None],
+    on_start: Callable[[Case, str], None],
     cards: Sequence[Card] = (),
+    findings: Findings | None = None,
 ) -> dict[Case, str]:
     """Build the kernels of cases side by side, each in a process of its own, and time nothing.
 
-    A case that fails is none of this function's business: it is built again when it is measured, and its row says why.
+    Models are compared with their references likewise. A case that fails is none of this function's business: it is
+    built, or compared, again when it is measured, and its row says why.
 
     Args:
-        cases: Each once; those that gain nothing are left out.
+        cases: Each once; those that gain nothing are not built.
         at_once: Processes.
         limits: After ``prepare`` seconds a process is killed.
-        on_start: Told each case as it begins.
+        on_start: Told each case, and what is done with it, as that begins.
         cards: GPUs that take turns; CUDA's first if not given.
+        findings: Takes the agreements that were found; without, nothing is compared.
 
     Returns:
-        How each went: ``ok``, or a status.
+        How each build went: ``ok``, or a status.
     """
-    waiting = [case for case in cases if gains(case)]
+    cases = list(cases)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
-    running: dict[Worker, tuple[Case, float]] = {}
+    jobs: list[BuildJob | ParityJob] = []
+    if findings is not None:
+        jobs += [ParityJob(case=case) for case in compared(cases) if agreement_of(case) not in findings.agreements]
+    jobs += [BuildJob(case=case, threads=threads) for case in cases if gains(case)]
+    running: dict[Worker, tuple[BuildJob | ParityJob, float]] = {}
     went: dict[Case, str] = {}
     begun = 0
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                case = waiting.pop(0)
-                on_start(case)
+        while jobs or running:
+            while jobs and len(running) < at_once:
+                job = jobs.pop(0)
+                on_start(job.case, "building ahead" if isinstance(job, BuildJob) else "comparing with its reference")
                 variables = cards[begun % len(cards)].variables if cards else None
-                worker = Worker(
-                    "bench.run.worker:worker_main", BuildJob(case=case, threads=threads), variables=variables
-                )
-                running[worker] = case, time.monotonic()
+                running[Worker("bench.run.worker:worker_main", job, variables=variables)] = job, time.monotonic()
                 begun += 1
-            for worker, (case, since) in list(running.items()):
+            for worker, (job, since) in list(running.items()):
                 late = time.monotonic() - since > limits.prepare
-                if late or worker.answered():
-                    went[case] = "timeout" if late else worker.status()
-                    worker.end()
-                    del running[worker]
+                if not late and not worker.answered():
+                    continue
+                if isinstance(job, BuildJob):
+                    went[job.case] = "timeout" if late else worker.status()
+                elif findings is not None and not late:
+                    _keep(findings, job.case, worker)
+                worker.end()
+                del running[worker]
             time.sleep(PAUSE)
     finally:
         for worker in running:
             worker.end()
     return went
+
+
+def _keep(findings: Findings, case: Case, worker: Worker) -> None:
+    """Keep an agreement; a refusal may be of what ran beside it, and is found again alone."""
+    try:
+        _, found = worker.answer(0)
+    except WorkerError:
+        return
+    if "message" not in found:
+        findings.agreements[agreement_of(case)] = found

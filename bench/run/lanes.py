@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from bench.cases.case import Case
@@ -133,6 +133,7 @@ class Plan:
         alone: What has the host to itself.
         spread: What stays on one card.
         before: Rows of the file that the run goes on with.
+        findings: What is known before.
     """
 
     sweep: Sweep
@@ -140,6 +141,7 @@ class Plan:
     alone: Alone = "eager"
     spread: Spread = "comparisons"
     before: tuple[Row, ...] = ()
+    findings: Findings = field(default_factory=Findings)
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,9 @@ class _Lanes:
 
     def __init__(self, plan: Plan, on_start: Callable[[Case, str], None]) -> None:
         self.plan, self.on_start = plan, on_start
-        self.neighbours, findings = Neighbours(), Findings()
-        self.referees = {card: Referee(limits=plan.sweep.limits, card=card, findings=findings) for card in plan.cards}
+        self.neighbours = Neighbours()
+        limits, findings = plan.sweep.limits, plan.findings
+        self.referees = {card: Referee(limits=limits, card=card, findings=findings) for card in plan.cards}
         self._said: queue.SimpleQueue[_Said] = queue.SimpleQueue()
         self._doing: dict[Card, tuple[Case, str]] = {}
 

@@ -158,10 +158,16 @@ def finished_launches(rows: Iterable[Row]) -> frozenset[tuple[str, int]]:
     return frozenset(launch for launch, status in latest.items() if status in FINAL)
 
 
-def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Case, str], None]) -> Iterator[Row]:
+def run_sweep(
+    sweep: Sweep,
+    writer: LinesWriter[Row],
+    *,
+    on_start: Callable[[Case, str], None],
+    findings: Findings | None = None,
+) -> Iterator[Row]:
     """Measure the remaining launches; each row is on the disk before it is yielded.
 
-    ``on_start`` is told the case, and what is done with it, as that begins.
+    ``on_start`` is told the case, and what is done with it, as that begins; ``findings`` are what is known before.
 
     Before the first launch of a model, the parity check compares it with its reference; where that fails, the launch
     is a row with the check's message, and nothing is timed.
@@ -171,7 +177,7 @@ def run_sweep(sweep: Sweep, writer: LinesWriter[Row], *, on_start: Callable[[Cas
     held down by heat come first, for a card that is at its power cap under a case will be there again. A second look
     that fails leaves the first row as it was.
     """
-    referee = Referee(limits=sweep.limits, card=sweep.card)
+    referee = Referee(limits=sweep.limits, card=sweep.card, findings=findings)
 
     def measure(launch: Launch) -> Row:
         referee.on_phase = lambda phase: on_start(launch.case, phase)
@@ -215,6 +221,11 @@ def measure_again(
             row = replace(row, marks=(*row.marks, "measured-again"))
             writer.write(row)
             yield row
+
+
+def agreement_of(case: Case) -> tuple[Any, ...]:
+    """What an agreement with the reference is of; its last part, the mode, counts for both where it is training."""
+    return case.model, case.options, case.dtype, case.device, case.mode
 
 
 class Findings:
@@ -327,13 +338,13 @@ class Referee:
 
     def agreement(self, case: Case) -> dict[str, Any]:
         """What the parity check found for this model and mode; a training step's comparison holds the outputs' too."""
-        model = (case.model, case.options, case.dtype, case.device)
+        key = agreement_of(case)
+        model = key[:-1]
         with self._findings.lock_of(model):
             known = self._findings.agreements
             trained = known.get((*model, "train"))
             if trained is not None and "message" not in trained:
                 return trained
-            key = (*model, case.mode)
             if key not in known:
                 try:
                     self.on_phase("comparing with its reference")
