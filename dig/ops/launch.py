@@ -1,7 +1,7 @@
 """What every operation needs around its launches: the context of a thread's launches on a device, and tensors to fill.
 
 A context remembers which streams have been made to wait for another one since their last launch. An operation asks for
-it once, by `launching`, and hands it on.
+it once, by `launch_context`, and hands it on.
 
 **Launching costs the host.** At every launch Triton looks at every argument to find the compiled kernel, which takes
 several times as long as the launch itself. Outside of a CUDA graph, a step of one image waits for that. So what Triton
@@ -259,10 +259,10 @@ class LaunchContext:
         self, kernel: Any, grid: Grid, tensors: tuple[Argument, ...], numbers: tuple[float, ...], **constants: Any
     ) -> None:
         """Launch a kernel that calls `dig.ops.early_launch.start_early`; as `__call__`, but early where it may be."""
-        self(kernel, grid, tensors, numbers, **constants, **self.next_kernel())
+        self(kernel, grid, tensors, numbers, **constants, **self.take_options())
 
-    def next_kernel(self) -> dict[str, Any]:
-        """Launch options of a kernel that calls `dig.ops.early_launch.start_early`, which counts as launched by this.
+    def take_options(self) -> dict[str, Any]:
+        """Launch options of the next kernel that calls `dig.ops.early_launch.start_early`, taken as it is launched.
 
         It is launched early unless it is the first on the current stream since that was made to wait for another one:
         nothing promises that an early kernel of a CUDA graph waits for both. (Outside of a graph a stream that waits
@@ -271,7 +271,7 @@ class LaunchContext:
         return _OPTIONS[self._order()]
 
     def _order(self) -> int:
-        """`next_kernel`, as an index of `_OPTIONS`."""
+        """`take_options`, as an index of `_OPTIONS`."""
         if self._early is None:
             self._early = launches_early(self.device)
         if not self._early:
@@ -359,6 +359,9 @@ _contexts = _Contexts()
 def launch_context(device: torch.device) -> LaunchContext:
     """This thread's context on a device, the same one each time.
 
+    Entered, ``with launch_context(device) as launch``, it makes a CUDA device the current one, as Triton's launches ask
+    for. On a CPU kernels are interpreted.
+
     Looked up, and not handed down from the model, because PyTorch's custom operations take tensors and numbers alone,
     and because it is autograd that calls their backward passes. Nothing else of a launch is ambient.
     """
@@ -369,11 +372,6 @@ def launch_context(device: torch.device) -> LaunchContext:
     if context is None:
         context = by_gpu[gpu] = LaunchContext(torch.device("cuda", gpu) if gpu >= 0 else device)
     return context
-
-
-launching = launch_context
-"""The same, to be entered: ``with launching(device) as launch`` makes a CUDA device the current one within, as Triton's
-launches ask for. On a CPU kernels are interpreted."""
 
 
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dig.ops.gla import launches
 from dig.ops.gla.kernels import scan_kernel, short_scan_kernel
-from dig.ops.launch import LaunchContext, launching
+from dig.ops.launch import LaunchContext, launch_context
 from dig.ops.tiles import INTERPRETER
 from dig.ops.tiles.choices import GlaTiles
 from tests.helpers import relative_error
@@ -40,7 +40,7 @@ def scanned(tiles: GlaTiles, states: Tensor, sums: Tensor, direction: int) -> Te
     q = torch.empty(*v.shape[:3], K, device=DEVICE, dtype=states.dtype)
     plan = launches.plan_of(q, v, 1.0, 1.0)
     copy = states.clone()
-    with launching(states.device) as launch:
+    with launch_context(states.device) as launch:
         launches.scan_states(launch, replace(plan, tiles=tiles), copy, sums, direction=direction)
     return copy
 

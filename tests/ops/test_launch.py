@@ -11,7 +11,7 @@ import torch
 from triton.compiler import CompiledKernel
 
 from dig.ops import launch
-from dig.ops.launch import Launch, LaunchContext, launch_context, launching
+from dig.ops.launch import Launch, LaunchContext, launch_context
 
 EARLY = {"EARLY": True, "launch_pdl": True}
 IN_ORDER = {"EARLY": True}
@@ -30,28 +30,28 @@ def stream(number: int) -> Any:
 
 
 def test_the_first_kernel_after_a_wait_is_not_launched_early(context: LaunchContext) -> None:
-    assert context.next_kernel() == EARLY
+    assert context.take_options() == EARLY
     context.stream_waits(stream(1))
-    assert [context.next_kernel(), context.next_kernel()] == [IN_ORDER, EARLY]
+    assert [context.take_options(), context.take_options()] == [IN_ORDER, EARLY]
 
 
 def test_another_streams_wait_holds_up_nothing_here(context: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> None:
     context.stream_waits(stream(2))
-    assert context.next_kernel() == EARLY
+    assert context.take_options() == EARLY
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream(2))
-    assert [context.next_kernel(), context.next_kernel()] == [IN_ORDER, EARLY]
+    assert [context.take_options(), context.take_options()] == [IN_ORDER, EARLY]
 
 
 def test_below_hopper_nothing_is_launched_early(context: LaunchContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "launches_early", lambda device: False)
     context.stream_waits(stream(1))
-    assert [context.next_kernel(), context.next_kernel()] == [{"EARLY": False}] * 2
+    assert [context.take_options(), context.take_options()] == [{"EARLY": False}] * 2
 
 
 def test_a_thread_has_one_context_and_no_other_threads() -> None:
     """Autograd's threads launch on streams of their own, and beside the thread of the forward pass."""
     cpu = torch.device("cpu")
-    with launching(cpu) as here, launching(cpu) as nested:
+    with launch_context(cpu) as here, launch_context(cpu) as nested:
         assert here is nested is launch_context(cpu)
     found: list[LaunchContext] = []
     thread = threading.Thread(target=lambda: found.append(launch_context(cpu)))
@@ -301,12 +301,12 @@ def test_the_device_is_current_within_and_the_former_one_after(monkeypatch: pyte
     current = [0]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
-    with launching(torch.device("cuda:1")):
+    with launch_context(torch.device("cuda:1")):
         assert current == [1]
     assert current == [0]
-    with pytest.raises(KeyError), launching(torch.device("cuda:1")):
+    with pytest.raises(KeyError), launch_context(torch.device("cuda:1")):
         raise KeyError
     assert current == [0]
-    with launching(torch.device("cuda")) as context:
+    with launch_context(torch.device("cuda")) as context:
         assert current == [0]
         assert context.device == torch.device("cuda:0")

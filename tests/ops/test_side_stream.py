@@ -40,7 +40,7 @@ def test_in_a_graph_what_comes_first_after_a_wait_is_not_launched_early() -> Non
 
     def early() -> bool:
         launched.append(torch.ones(1, device=device))
-        return "launch_pdl" in launch_context(device).next_kernel()
+        return "launch_pdl" in launch_context(device).take_options()
 
     found = []
     stream = torch.cuda.Stream()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dig.ops.condition.kernels import embed_timestep_kernel, finish_condition_kernel
-from dig.ops.launch import launching
+from dig.ops.launch import launch_context
 from dig.ops.library import operation
 from dig.ops.tiles import for_device
 from dig.ops.whole import ceil_div, power_of_two
@@ -50,7 +50,7 @@ def condition(
     c, activated = (torch.empty(B, D, dtype=table.dtype, device=t.device) for _ in range(2))
     tiles = for_device(t.device).condition
     grid = ceil_div(D, tiles.rows), B
-    with launching(t.device) as launch:
+    with launch_context(t.device) as launch:
         launch(
             embed_timestep_kernel, grid, (t.contiguous(), first, first_bias, hidden), (),
             D=D, HALF=E // 2, RATE=-math.log(MAX_PERIOD) / (E // 2), ROWS=tiles.rows,

@@ -31,7 +31,7 @@ from dig.ops.gla.launches import (
     scan_states,
 )
 from dig.ops.gla.layouts import DecayGate, rows_of, slots_apart, strides_of
-from dig.ops.launch import empty, last_contiguous, launching
+from dig.ops.launch import empty, last_contiguous, launch_context
 from dig.ops.library import operation
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -74,7 +74,7 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     plan = plan_of(q, v, 1.0, 1.0)
     rows = rows_of(q, k, v, DecayGate(values=log_decay, logits=False))
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with launching(q.device) as launch:
+    with launch_context(q.device) as launch:
         states, sums = local_states(launch, plan, rows)
         scan_states(launch, plan, states, sums, direction=0)
         # v stands for the norm's weight, which isn't read.
@@ -91,7 +91,7 @@ def _gla_backward(
     do = last_contiguous(do)
     outputs = dq, dk, dv, dlog = empty(q), empty(k), empty(v), empty(log_decay)
     slots = slots_apart(*(each.stride(1) for each in (*outputs, dlog)))
-    with launching(q.device) as launch:
+    with launch_context(q.device) as launch:
         states, sums, own = local_gradients(launch, plan, rows, do)
         scan_states(launch, plan, states, sums, direction=0)
         gradients_of(launch, plan, rows, slots, (*outputs, dlog), do, sums, states[0], states[1], own, bias=False)

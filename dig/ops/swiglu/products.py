@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dig.ops.launch import empty, launching
+from dig.ops.launch import empty, launch_context
 from dig.ops.library import operation
 from dig.ops.linear import as_rows, without_autocast
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
@@ -93,7 +93,7 @@ def _launch_up(
     """Launch `up_swiglu_kernel`; copied are its masters, gates and copies, shares the constants about those."""
     D, F = x.shape[-1], weight.shape[0] // 2
     M, tile = x.numel() // D, (t.rows, t.columns)
-    with launching(x.device) as launch:
+    with launch_context(x.device) as launch:
         launch.early(
             up_swiglu_kernel, _grid(t, M, F),
             (_descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
@@ -213,7 +213,7 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
         return swiglu_backward.function(gate_up, dhidden, True)
     dgate_up, hidden = _empty_down(dout, weight, gate_up)
     M, tile = dout.numel() // D, (t.rows, t.columns)
-    with launching(dout.device) as launch:
+    with launch_context(dout.device) as launch:
         launch.early(
             down_swiglu_backward_kernel, _grid(t, M, F),
             (_descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),

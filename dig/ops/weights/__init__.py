@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dig.ops.launch import Launch, empty, launch_context, launching
+from dig.ops.launch import Launch, empty, launch_context
 from dig.ops.library import operation
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import CopyTiles, WeightTiles
@@ -87,7 +87,7 @@ def matrix_vectors(
     out = torch.empty(len(weights), N, dtype=dtype, device=vector.device)
     tiles = for_device(vector.device).weights.vector_for(programs)
     blocks = ceil_div(N, tiles.rows)
-    with launching(vector.device) as launch:
+    with launch_context(vector.device) as launch:
         launch(
             matrix_vector_kernel, (blocks if programs is None else min(programs, blocks), len(weights)),
             (tuple(weights), vector.contiguous(), tuple(biases), out), (N,),
