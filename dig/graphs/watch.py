@@ -32,6 +32,14 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether its memory was given back under it, as FSDP does with weights that it gathered."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < (
+        (tensor.storage_offset() + last + 1) * tensor.itemsize
+    )
+
+
 class Journal:
     """What tensors held before they were first written, kept in the host's memory."""
 
@@ -50,6 +58,8 @@ class Journal:
     def restore(self) -> None:
         """Put everything back, the last one first: of two that overlap, the earlier one was kept unwritten."""
         for tensor, saved in reversed(self._entries):
+            if _is_freed(tensor):
+                continue
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.detach().copy_(saved)
         self._entries.clear()

@@ -42,6 +42,22 @@ def record_fake(run: Callable[[], Any], *, generators: Sequence[torch.Generator]
     return graph, graph.outputs
 
 
-def capture_fake(step: Callable[..., Any], *inputs: Any, optimizer: Any = None, **options: Any) -> Captured[Any]:
-    """As `dig.capture`, on the CPU."""
-    return Captured(step, inputs, device=CPU, optimizers=as_optimizers(optimizer), recorder=record_fake, **options)
+class Unrecorded:
+    """A graph that is run for the first time when it is replayed: of a step that says what it moves, and isn't watched.
+
+    What a FakeGraph puts back after recording it has seen written, and it doesn't see into sharded tensors.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.replay = run
+
+
+def capture_fake(
+    step: Callable[..., Any], *inputs: Any, optimizer: Any = None, recorded: bool = True, **options: Any
+) -> Captured[Any]:
+    """As `dig.capture`, on the CPU; unless ``recorded``, of a step that returns nothing."""
+
+    def record(run: Callable[[], Any], **named: Any) -> tuple[Any, Any]:
+        return record_fake(run, **named) if recorded else (Unrecorded(run), None)
+
+    return Captured(step, inputs, device=CPU, optimizers=as_optimizers(optimizer), recorder=record, **options)

@@ -168,6 +168,18 @@ def test_a_step_that_says_what_it_moves_may_write_into_what_its_earlier_runs_mad
     assert weight.tolist() == [4, 4, 4]
 
 
+def test_memory_that_a_step_gives_back_is_not_put_back() -> None:
+    """FSDP frees under a tensor what it gathered there."""
+    journal = Journal()
+    kept, freed, empty = torch.ones(3), torch.ones(4), torch.ones(0)
+    for tensor in (kept, freed[1:], empty):
+        journal.note(tensor)
+    kept.fill_(2)
+    freed.untyped_storage().resize_(0)
+    journal.restore()
+    assert kept.tolist() == [1, 1, 1]
+
+
 def test_a_schedule_within_the_step_is_refused() -> None:
     for make in (fused_adamw, lambda parameters: torch.optim.SGD(parameters, lr=0.1)):
         training = Training(make)

@@ -27,6 +27,7 @@ from dig.training.parallel import Ranks, joined, wrap
 from dig.training.parallel.agreement import RanksDifferError, check_alike, facts
 from dig.training.parallel.team import Together
 from dig.training.parallel.watching import Beat, Watch
+from dig.training.parallel.wrapping import mesh_of_all
 from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
 from dig.training.step import TrainingStep
 from dig.training.trainer import Trainer
@@ -110,20 +111,22 @@ def test_a_job_of_one_takes_the_steps_of_a_process(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("ranks")
-def test_a_captured_step_with_ddp_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its reducer takes part in the warm-up, and the capture has moved nothing."""
+@pytest.mark.parametrize(("kind", "warmup"), [("ddp", 11), ("fsdp", 3)])
+def test_a_captured_step_of_ranks_is_the_eager_one(kind: Any, warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reducer takes part in the warm-up, weights are gathered into what it made; the capture has moved nothing."""
     warmups = []
 
     def capturing(*arguments: Any, **options: Any) -> Any:
         warmups.append(options["warmup"])
-        return capture_fake(*arguments, **options)
+        return capture_fake(*arguments, **options, recorded=kind == "ddp")
 
     monkeypatch.setattr("dig.training.step.capture", capturing)
+    monkeypatch.setattr("dig.training.parallel.wrapping.mesh_of_all", lambda device: mesh_of_all("cpu"))
     fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "learning_rate": 2.0**-7}
-    graph = stepped("ddp", 3, execution="graph", device="cuda", **fields)
+    graph = stepped(kind, 3, execution="graph", device="cuda", **fields)
     # PyTorch's notes on CUDA graphs: at least eleven with DistributedDataParallel.
-    assert warmups == [11]
-    ours, theirs = whole(graph), whole(stepped("ddp", 3, **fields))
+    assert warmups == [warmup]
+    ours, theirs = whole(graph), whole(stepped(kind, 3, **fields))
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
