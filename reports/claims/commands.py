@@ -49,7 +49,20 @@ def measuring(cases: Sequence[Case], *, resolutions: Sequence[int] = (), models:
     words += ["--compile-scope", scope] if scope else []
     words += ["--weights", _joined(case.weights for case in cases)] if first.weights != "fp32" else []
     words += ["--dtype", first.dtype] if first.dtype != "bf16" else []
+    words += ["--max-autotune"] if any(case.max_autotune for case in cases) else []
     return visible(shlex.join(words))
+
+
+def measuring_each(cases: Iterable[Case]) -> str:
+    """`measuring`, a command for each way of compiling among the cases: one ``bench run`` compiles in one way.
+
+    Args:
+        cases: At least one; of one batch, patch, dtype and device.
+    """
+    ways: dict[tuple[bool, bool], list[Case]] = {}
+    for case in cases:
+        ways.setdefault((case.scope == "model", case.max_autotune), []).append(case)
+    return " && ".join(measuring(each) for each in ways.values())
 
 
 def measuring_subjects(subjects: Sequence[Subject]) -> str:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from bench.cases.suites import sweep
 from bench.store.rows import ResultError, Row
 from reports.claims import __main__ as command
+from reports.claims.commands import measuring_each
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge, judge_all
 from reports.claims.finding import about, at_least, at_most, half_digit, same_as_printed, together
@@ -40,6 +41,7 @@ under = "DiG-S/2:triton@1024:train"
 rows = "rows.jsonl"
 """
 TRITON, PLAIN = (("backend", "triton"),), (("backend", "materialized"),)
+CUDNN = (("backend", "sdpa-cudnn"),)
 Rows = Callable[..., Path]
 
 
@@ -216,16 +218,19 @@ def test_ones_own_file_is_read_in_place_of_the_published_ones(make_row: Callable
 
 
 def cases_of(text: str) -> list[Any]:
-    """What a ``bench run`` command measures."""
-    words = shlex.split(text)
-    assert words[:4] == ["python", "-m", "bench", "run"]
-    given = dict(zip(words[4::2], words[5::2], strict=True))
-    lists = {name: given[f"--{name}"].split(",") for name in ("models", "sizes", "modes", "executions")}
-    return sweep(
-        lists.pop("models"), resolutions=[int(x) for x in given["--resolutions"].split(",")],
-        batch=int(given.get("--batch", "1")), scope=given.get("--compile-scope", "block"),  # type: ignore[arg-type]
-        weights=given.get("--weights", "fp32").split(","), **lists,  # type: ignore[arg-type]
-    )  # fmt: skip
+    """What ``bench run`` commands measure."""
+    found = []
+    for part in text.split(" && "):
+        words = shlex.split(part)
+        assert words[:4] == ["python", "-m", "bench", "run"]
+        given = dict(zip(words[4::2], words[5::2], strict=True))
+        lists = {name: given[f"--{name}"].split(",") for name in ("models", "sizes", "modes", "executions")}
+        found += sweep(
+            lists.pop("models"), resolutions=[int(x) for x in given["--resolutions"].split(",")],
+            batch=int(given.get("--batch", "1")), scope=given.get("--compile-scope", "block"),  # type: ignore[arg-type]
+            weights=given.get("--weights", "fp32").split(","), **lists,  # type: ignore[arg-type]
+        )  # fmt: skip
+    return found
 
 
 def test_every_command_measures_the_cases_of_its_claim() -> None:
@@ -238,6 +243,40 @@ def test_every_command_measures_the_cases_of_its_claim() -> None:
             row = source and source.find(Subject.parse(words), claim.figure)
             assert row, words
             assert row.case in cases, claim.id
+
+
+def test_every_command_measures_what_its_curve_was_drawn_through() -> None:
+    claims = read_claims()
+    files = Files(sorted(command.ROWS.glob("*.jsonl")), claims.files)
+    found = [(claim, judge(claim, files, read_readme())) for claim in claims.claims]
+    curves = [(claim, finding) for claim, finding in found if isinstance(claim, Crossover | Exponent)]
+    compared = 0
+    for claim, finding in curves:
+        cases = cases_of(finding.command)
+        source = files.source(claim.rows)
+        if finding.verdict == "not measured" or source is None:
+            continue
+        subjects = [claim.ours, claim.peer] if isinstance(claim, Crossover) else [claim.of]
+        figure = claim.figure if isinstance(claim, Exponent) else "time"
+        for words in subjects:
+            for size in {case.resolution for case in cases}:
+                row = source.find(Subject.parse(words).at(size), figure)
+                assert row is not None
+                assert row.case in cases, claim.id
+                compared += 1
+    assert compared > len(curves)
+
+
+def test_ways_of_compiling_take_a_command_each(make_row: Callable[..., Row]) -> None:
+    cases = [
+        make_row("DiG-S/2", options=TRITON, execution="graph").case,
+        make_row("Flash-DiT-S/2", options=CUDNN, execution="compiled-graph", scope="model").case,
+        make_row("Flash-DiT-S/2", options=CUDNN, execution="compiled-graph", scope="block", max_autotune=True).case,
+    ]
+    usual, whole, tuned = measuring_each(cases).split(" && ")
+    assert "--compile-scope" not in usual
+    assert whole.endswith("--executions compiled-graph --compile-scope model")
+    assert tuned.endswith("--executions compiled-graph --max-autotune")
 
 
 def write_runs(path: Path, arms: dict[str, list[float]], **changes: Any) -> Path:
