@@ -56,13 +56,17 @@ def measuring(cases: Sequence[Case], *, resolutions: Sequence[int] = (), models:
 def measuring_each(cases: Iterable[Case]) -> str:
     """`measuring`, a command for each way of compiling among the cases: one ``bench run`` compiles in one way.
 
+    Cases that don't compile are in the first command.
+
     Args:
         cases: At least one; of one batch, patch, dtype and device.
     """
-    ways: dict[tuple[bool, bool], list[Case]] = {}
-    for case in cases:
-        ways.setdefault((case.scope == "model", case.max_autotune), []).append(case)
-    return " && ".join(measuring(each) for each in ways.values())
+    listed = list(cases)
+    ways = list(dict.fromkeys((case.scope, case.max_autotune) for case in listed if case.scope))
+    groups: list[list[Case]] = [[] for _ in ways or [()]]
+    for case in listed:
+        groups[ways.index((case.scope, case.max_autotune)) if case.scope else 0].append(case)
+    return " && ".join(map(measuring, groups))
 
 
 def measuring_subjects(subjects: Sequence[Subject]) -> str:

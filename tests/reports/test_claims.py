@@ -268,14 +268,21 @@ def test_every_command_measures_what_its_curve_was_drawn_through() -> None:
 
 
 def test_ways_of_compiling_take_a_command_each(make_row: Callable[..., Row]) -> None:
-    cases = [
-        make_row("DiG-S/2", options=TRITON, execution="graph").case,
-        make_row("Flash-DiT-S/2", options=CUDNN, execution="compiled-graph", scope="model").case,
-        make_row("Flash-DiT-S/2", options=CUDNN, execution="compiled-graph", scope="block", max_autotune=True).case,
+    def case(execution: str, **changes: Any) -> Any:
+        return make_row("Flash-DiT-S/2", options=CUDNN, execution=execution, **changes).case
+
+    plain, whole = case("graph"), case("compiled-graph", scope="model")
+    assert measuring_each([plain]).endswith("--executions graph")
+    assert measuring_each([plain, whole]).endswith("--executions graph,compiled-graph --compile-scope model")
+    several = [
+        whole,
+        plain,
+        case("compiled-graph", scope="block"),
+        case("compiled-graph", scope="block", max_autotune=True),
     ]
-    usual, whole, tuned = measuring_each(cases).split(" && ")
-    assert "--compile-scope" not in usual
-    assert whole.endswith("--executions compiled-graph --compile-scope model")
+    first, blocks, tuned = measuring_each(several).split(" && ")
+    assert first.endswith("--executions compiled-graph,graph --compile-scope model")
+    assert blocks.endswith("--executions compiled-graph")
     assert tuned.endswith("--executions compiled-graph --max-autotune")
 
 
