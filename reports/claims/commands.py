@@ -63,7 +63,7 @@ def measuring_each(cases: Iterable[Case]) -> str:
     """
     listed = list(cases)
     ways = list(dict.fromkeys((case.scope, case.max_autotune) for case in listed if case.scope))
-    groups: list[list[Case]] = [[] for _ in ways or [()]]
+    groups: list[list[Case]] = [[] for _ in range(max(1, len(ways)))]
     for case in listed:
         groups[ways.index((case.scope, case.max_autotune)) if case.scope else 0].append(case)
     return " && ".join(map(measuring, groups))
