@@ -8,6 +8,7 @@ that interval lies on its side of zero, is reversed on the other, and is not tol
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +20,7 @@ import matplotlib as mpl
 import pandas as pd
 import typer
 
-from bench.messages import OneLineCommand, say
+from bench.messages import OneLineCommand, say, visible
 from bench.store.files import write_file
 from dig.registry import parse_name
 from reports import drawing
@@ -49,6 +50,9 @@ SIZES, TOKENS = ("S/4", "B/4", "L/4"), ("S/8", "S/4", "S/2")
 """The paper's Fig. 5, each from worse to better: larger models, and smaller patches."""
 SIDE = 32
 """Pixels of an image."""
+SCRIPT = "python examples/ablation.py fashion-mnist out/ablation"
+TIMED = "seconds"
+"""The experiment whose runs have equal seconds, and steps of their own."""
 
 app = typer.Typer(add_completion=False)
 
@@ -68,6 +72,8 @@ class Run:
     loss: float
     frechet: float
     parameters: int | None
+    samples: int
+    sampling_steps: int
     about: tuple[str, ...]
 
 
@@ -113,9 +119,12 @@ def _run(line: Record) -> Run | None:
     get = line.content.get
     if get("failed"):
         return None
-    about = (get("gpu_name") or "a CPU", f"torch {get('torch')}", f"commit {str(get('commit'))[:12]}")
+    commit = f"commit {str(get('commit'))[:7]}{' with uncommitted changes' if get('dirty') else ''}"
+    about = (get("gpu_name") or "a CPU", f"torch {get('torch')}", commit)
+    experiment = line.word("experiment")
+    samples, sampling_steps = line.whole("samples", 1), line.whole("sampling_steps", 1)
     return Run(
-        experiment=line.word("experiment"),
+        experiment=experiment,
         arm=line.word("arm"),
         model=line.word("model"),
         seed=line.whole("seed"),
@@ -126,7 +135,9 @@ def _run(line: Record) -> Run | None:
         loss=line.number("loss", positive=True),
         frechet=line.number("frechet", positive=True),
         parameters=None if get("parameters") is None else line.whole("parameters"),
-        about=(*about, f"{line.whole('samples', 1):,} samples of {line.whole('sampling_steps', 1)} steps"),
+        samples=samples,
+        sampling_steps=sampling_steps,
+        about=(*about, f"{samples:,} samples of {sampling_steps} steps"),
     )
 
 
@@ -138,6 +149,49 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(values[0], math.nan, math.nan, len(values))
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return Estimate(mean(values), mean(values) - half, mean(values) + half, len(values))
+
+
+def repeating(
+    experiments: Iterable[str],
+    arms: Sequence[str] = (),
+    *,
+    seeds: int | None = None,
+    steps: int | None = None,
+    budget: float | None = None,
+    batch: int | None = None,
+    samples: int | None = None,
+    sampling_steps: int | None = None,
+) -> str:
+    """The command that trains such runs again; what is None is left to `examples/ablation.py`."""
+    given = {
+        "experiments": ",".join(experiments), "arms": ",".join(arms), "seeds": seeds, "steps": steps,
+        "budget": budget, "batch": batch, "samples": samples, "sampling-steps": sampling_steps,
+    }  # fmt: skip
+    words = [word for name, value in given.items() if value for word in (f"--{name}", str(value))]
+    return visible(f"{SCRIPT} {shlex.join(words)}")
+
+
+def repeating_runs(runs: Sequence[Run], arms: Sequence[str] = ()) -> str:
+    """`repeating` of runs as they were made; of runs that differ in something as the last one was.
+
+    Args:
+        runs: At least one.
+        arms: Those alone.
+    """
+    equal = [run for run in runs if run.experiment != TIMED]
+    timed = [run for run in runs if run.experiment == TIMED]
+    last = runs[-1]
+    return repeating(
+        dict.fromkeys(run.experiment for run in runs),
+        arms,
+        seeds=max(run.seed for run in runs) + 1,
+        steps=equal[-1].steps if equal else None,
+        # A run ends with the first group of steps after its budget.
+        budget=int(timed[-1].seconds) if timed else None,
+        batch=last.batch,
+        samples=last.samples,
+        sampling_steps=last.sampling_steps,
+    )
 
 
 def arms_of(runs: Iterable[Run], experiment: str) -> dict[str, dict[int, Run]]:
@@ -204,7 +258,7 @@ def page(runs: Sequence[Run]) -> str:
     if scaling:
         parts += ["## Size and tokens: the paper's Fig. 5", _arms_table(scaling, {})]
         parts += [_orders_table(runs, ("sizes", "tokens"), {})]
-    equal = arms_of(runs, "seconds")
+    equal = arms_of(runs, TIMED)
     if equal:
         parts += ["## The same seconds of training", _seconds_table(equal)]
         order = compare_seconds(equal)
@@ -380,7 +434,7 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / "ablation.md", page(runs).encode())
         say(f"wrote {out / 'ablation.md'}")
-        if any(run.experiment != "seconds" for run in runs):
+        if any(run.experiment != TIMED for run in runs):
             for file in draw(runs, title).save(out, "ablation"):
                 say(f"wrote {file}")
 

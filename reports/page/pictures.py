@@ -11,7 +11,8 @@ from reports import ablation, fashion
 from reports.figures import Drawing
 from reports.logs import RunError
 
-Draw = Callable[[Path], Drawing | None]
+Draw = Callable[[Path], tuple[Drawing | None, str]]
+"""A figure of logs, and the command that makes such logs again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,33 +42,32 @@ class Picture:
         return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
 
 
-TRAINED: Sequence[tuple[str, str, Draw, str]] = (
-    (
-        "fashion",
-        "Training on Fashion-MNIST",
-        lambda folder: fashion.draw(fashion.read_runs(folder)),
-        "bash examples/fashion.sh fashion-mnist out/fashion",
-    ),
-    (
-        "ablation.jsonl",
-        "DiG's parts, size and tokens",
-        lambda file: ablation.draw(ablation.read_ablation(file)),
-        "python examples/ablation.py fashion-mnist out/ablation",
-    ),
+def _fashion(folder: Path) -> tuple[Drawing | None, str]:
+    return fashion.draw(fashion.read_runs(folder)), "bash examples/fashion.sh fashion-mnist out/fashion"
+
+
+def _ablation(file: Path) -> tuple[Drawing | None, str]:
+    runs = ablation.read_ablation(file)
+    return ablation.draw(runs), ablation.repeating_runs([run for run in runs if run.experiment != ablation.TIMED])
+
+
+TRAINED: Sequence[tuple[str, str, Draw]] = (
+    ("fashion", "Training on Fashion-MNIST", _fashion),
+    ("ablation.jsonl", "DiG's parts, size and tokens", _ablation),
 )
-"""Folder or file beside the rows, title, how it is drawn, and the command that fills such a folder."""
+"""Folder or file beside the rows, title, and how it is drawn."""
 
 
 def pictures(paths: Sequence[Path]) -> list[Picture]:
     """Those whose logs lie beside the rows; what cannot be read there is left to the command that draws it alone."""
     found = []
     for path in paths:
-        for name, title, draw, command in TRAINED:
+        for name, title, draw in TRAINED:
             logs = path / name
             if not path.is_dir() or not logs.exists():
                 continue
             try:
-                drawing = draw(logs)
+                drawing, command = draw(logs)
             except (RunError, OSError):
                 continue
             if drawing is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import runpy
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from bench.cases.suites import sweep
 from bench.store.rows import ResultError, Row
+from dig.environment import ROOT
 from reports.claims import __main__ as command
 from reports.claims.commands import measuring_each
 from reports.claims.errors import ClaimError
@@ -326,9 +330,48 @@ def test_an_order_of_arms(tmp_path: Path) -> None:
     assert judge_order(order("middle", "same"), files).verdict == "holds in part"
     assert judge_order(order("best", "middle", "same"), files).verdict == "holds in part"
     absent = judge_order(order("best", "gone"), files)
-    assert (absent.verdict, absent.command) == ("not measured", "python examples/ablation.py DATA OUT")
+    assert absent.verdict == "not measured"
+    assert absent.command.endswith("--experiments srem --arms best,gone --seeds 3")
     assert absent.notes == ("no runs of gone in ablation.jsonl",)
     assert judge_order(order("best", "middle"), Files([], {"ablation.jsonl"})).verdict == "not measured"
+
+
+def test_an_orders_ratio_is_the_geometric_mean_that_its_interval_is_around(tmp_path: Path) -> None:
+    """It stands beside means: a median of three seeds may lie on the other side of theirs."""
+    path = write_runs(tmp_path / "ablation.jsonl", {"better": [10.0, 10.0, 10.0], "worse": [10.0, 10.0, 13.31]})
+    finding = judge_order(order("better", "worse"), Files([path], {"ablation.jsonl"}))
+    assert finding.measured == "1.10 times (Fréchet distance: better 10.0, worse 11.1)"
+    assert finding.interval is not None
+    assert math.sqrt(finding.interval[0] * finding.interval[1]) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("differs", ["steps", "batch", "samples", "sampling_steps"])
+def test_runs_of_different_length_are_no_order(tmp_path: Path, differs: str) -> None:
+    path = write_runs(tmp_path / "ablation.jsonl", {"best": [10.0, 10.1]}, **{differs: 100})
+    more = write_runs(tmp_path / "more.jsonl", {"worst": [20.0, 20.1]}, **{differs: 200})
+    path.write_text(path.read_text() + more.read_text())
+    finding = judge_order(order("best", "worst"), Files([path], {"ablation.jsonl"}))
+    assert finding.verdict == "not measured"
+    assert finding.notes == ("runs that differ in steps, batch or samples can't be compared in ablation.jsonl",)
+
+
+def test_an_orders_command_trains_its_arms_as_long_as_they_were() -> None:
+    claims = read_claims()
+    file = command.ROWS / "ablation.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    script = runpy.run_path(str(ROOT / "examples" / "ablation.py"))
+    for claim in claims.of(Order):
+        finding = judge_order(claim, Files([file], claims.files))
+        program, name, *words = shlex.split(finding.command)
+        assert (program, name) == ("python", "examples/ablation.py")
+        given = typer.main.get_command(script["app"]).make_context(name, words).params
+        own = [each for each in records if each["experiment"] == claim.experiment and each["arm"] in claim.arms]
+        assert {arm.name for arm, _ in script["_chosen"](given["experiments"], given["arms"], 1)} == set(claim.arms)
+        if finding.verdict == "not measured":
+            continue
+        assert {each["seed"] for each in own} == set(range(given["seeds"]))
+        for option in ("batch", "samples", "sampling_steps", *(["steps"] if claim.experiment != "seconds" else [])):
+            assert {each[option] for each in own} == {given[option]}, (claim.id, option)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +382,7 @@ def test_an_order_of_arms(tmp_path: Path) -> None:
         ('{"experiment": "srem", "arm": 1, "seed": 0}', "arm must be str"),
         ('{"experiment": "srem", "arm": "a", "seed": 0, "frechet": -1}', "frechet must be above 0"),
         ('{"experiment": "srem", "arm": "a", "seed": 0, "frechet": NaN}', "NaN is no number of JSON"),
+        ('{"experiment": "srem", "arm": "a", "seed": 0, "steps": "800"}', "steps must be a count"),
     ],
 )
 def test_lines_that_are_no_runs_are_refused(tmp_path: Path, line: str, why: str) -> None:

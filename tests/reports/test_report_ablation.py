@@ -24,6 +24,7 @@ from reports.ablation import (
     orders,
     page,
     read_ablation,
+    repeating_runs,
 )
 from tests.dig.tiny import make_fashion
 
@@ -114,6 +115,23 @@ def test_a_run_that_diverged_is_none_and_a_repeated_one_counts_once(tmp_path: Pa
     ]
     runs = read_ablation(write(tmp_path / "a.jsonl", lines))
     assert [(run.seed, run.frechet) for run in runs] == [(0, 160.0)]
+
+
+def test_the_page_says_which_code_was_not_committed(tmp_path: Path) -> None:
+    lines = [line("causal", 0, 170.0, dirty=True), line("bidirectional", 0, 70.0, dirty=False)]
+    told = page(read_ablation(write(tmp_path / "a.jsonl", lines)))
+    assert "commit 0123456 with uncommitted changes and commit 0123456 ·" in told
+
+
+def test_the_command_of_runs_has_their_length(tmp_path: Path) -> None:
+    lines = [
+        line("causal", 1, 170.0, steps=50, batch=4),
+        line("DiG", 0, 9.0, "seconds", steps=64, seconds=20.3, batch=4),
+    ]
+    words = repeating_runs(read_ablation(write(tmp_path / "a.jsonl", lines)))
+    assert words.endswith(
+        "--experiments srem,seconds --seeds 2 --steps 50 --budget 20 --batch 4 --samples 2500 --sampling-steps 25"
+    )
 
 
 def test_arms_come_in_the_papers_order(tmp_path: Path) -> None:
