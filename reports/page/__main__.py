@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +75,9 @@ def report(
                 raise ResultError(f"unknown figure {name!r:.80}: {closest(name, NAMES)}")
         evidence = gather(paths, claims)
         made = figures(evidence, figure or NAMES)
-        shown: list[Figure | Picture] = [*made, *([] if figure else pictures(paths))]
+        drawn, warnings = ([], []) if figure else pictures(paths)
+        evidence = dataclasses.replace(evidence, warnings=(*evidence.warnings, *warnings))
+        shown: list[Figure | Picture] = [*made, *drawn]
         if not figure:
             library()  # What is missing is said before anything is written.
         folder = out / "figures"

@@ -56,11 +56,14 @@ TRAINED: Sequence[tuple[str, str, Draw]] = (
     ("ablation.jsonl", "DiG's parts, size and tokens", _ablation),
 )
 """Folder or file beside the rows, title, and how it is drawn."""
+FILES = frozenset(name for name, _, _ in TRAINED)
+"""Which of a folder's files are no rows and are drawn all the same."""
 
 
-def pictures(paths: Sequence[Path]) -> list[Picture]:
-    """Those whose logs lie beside the rows; what cannot be read there is left to the command that draws it alone."""
-    found = []
+def pictures(paths: Sequence[Path]) -> tuple[list[Picture], list[str]]:
+    """Those whose logs lie beside the rows, and what cannot be read there."""
+    found: list[Picture] = []
+    warnings = []
     for path in paths:
         for name, title, draw in TRAINED:
             logs = path / name
@@ -68,7 +71,8 @@ def pictures(paths: Sequence[Path]) -> list[Picture]:
                 continue
             try:
                 drawing, command = draw(logs)
-            except (RunError, OSError):
+            except (RunError, OSError) as error:
+                warnings.append(f"no picture of {logs}: {error}")
                 continue
             if drawing is None:
                 continue
@@ -83,4 +87,4 @@ def pictures(paths: Sequence[Path]) -> list[Picture]:
                     command=command,
                 )
             )
-    return found
+    return found, warnings
