@@ -20,7 +20,7 @@ import matplotlib as mpl
 import pandas as pd
 import typer
 
-from bench.messages import OneLineCommand, say, visible
+from bench.messages import OneLineCommand, cell, say, visible
 from bench.store.files import write_file
 from dig.registry import parse_name
 from reports import drawing
@@ -248,7 +248,7 @@ def page(runs: Sequence[Run]) -> str:
         "Fashion-MNIST, 32×32 pixels. Cells: mean over seeds and its 95% interval (Student's t). Differences are taken "
         "seed by seed. The Fréchet distance is the classifier's, of samples without guidance; the loss is the mean "
         "squared error of the noise that averaged weights predict on the test split.",
-        _about(runs),
+        cell(_about(runs)),
     ]
     srem = arms_of(runs, "srem")
     if srem:
@@ -274,8 +274,8 @@ def _about(runs: Sequence[Run]) -> str:
 def _arms_table(arms: Mapping[str, Mapping[int, Run]], names: Mapping[str, str]) -> str:
     rows = [
         {
-            "arm": names.get(arm, arm),
-            "model": next(iter(seeds.values())).model,
+            "arm": names.get(arm, cell(arm)),
+            "model": cell(next(iter(seeds.values())).model),
             **{said: str(estimate([getattr(run, key) for run in seeds.values()])) for key, said in MEASURES.items()},
             "steps": " and ".join(dict.fromkeys(str(run.steps) for run in seeds.values())),
             "seeds": len(seeds),
@@ -305,7 +305,11 @@ def _seconds_table(arms: Mapping[str, Mapping[int, Run]]) -> str:
         several = list(seeds.values())
         rate = estimate([run.steps * run.batch / run.seconds for run in several])
         ready = [run.ready for run in several if run.ready is not None]
-        row = {"arm": arm, "model": several[0].model, "seconds": number(mean(run.seconds for run in several))}
+        row = {
+            "arm": cell(arm),
+            "model": cell(several[0].model),
+            "seconds": number(mean(run.seconds for run in several)),
+        }
         row |= {"images/s": str(rate), "seconds before the second step": number(mean(ready)) if ready else MISSING}
         row |= {said: str(estimate([getattr(run, key) for run in several])) for key, said in MEASURES.items()}
         rows.append({**row, "seeds": str(len(several))})

@@ -134,6 +134,16 @@ def test_the_command_of_runs_has_their_length(tmp_path: Path) -> None:
     )
 
 
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    text = "$\\frac{$ <b>x</b> `|\n# y"
+    lines = [line(text, 0, 170.0, model="DiG-S/4", gpu_name=text, commit=text), line("DiG", 0, 9.0, "seconds")]
+    lines.append(line(text, 0, 9.0, "seconds", model=f"DiG-S/2{text}"))
+    told = page(read_ablation(write(tmp_path / "a.jsonl", lines)))
+    assert "<b>" not in told
+    assert "\n# y" not in told
+    assert all(row.count(" | ") in (5, 7) for row in told.splitlines() if row.startswith("|") and "---" not in row)
+
+
 def test_arms_come_in_the_papers_order(tmp_path: Path) -> None:
     lines = [line(arm, 0, 1.0) for arm in ("crisscross", "mine", "attention", "causal")]
     runs = read_ablation(write(tmp_path / "a.jsonl", lines))
