@@ -315,6 +315,30 @@ def test_it_can_be_printed(shown: Callable[..., Any], page: Path) -> None:
     assert background == "rgb(255, 255, 255)"
 
 
+def test_what_is_folded_away_is_printed_and_every_sheet_of_rows_has_headings(
+    shown: Callable[..., Any], page: Path
+) -> None:
+    browser = shown(page)
+    browser.execute_script("for (const each of document.querySelectorAll('details.own')) each.open = false")
+    states = "return [...document.querySelectorAll('details.own')].map((each) => each.open)"
+    assert browser.execute_script(states), "the page has claims that are folded away"
+    # While it prints, and after.
+    browser.execute_script(f"addEventListener('beforeprint', () => {{ window.printed = (() => {{ {states} }})(); }})")
+    browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})
+    assert all(browser.execute_script("return window.printed"))
+    assert not any(browser.execute_script(states))
+    # A button isn't drawn again on the next sheet; the text of a heading is.
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    headings = browser.execute_script(
+        "return [...document.querySelectorAll('#row-table thead button')].map((button) =>"
+        " [button.textContent, getComputedStyle(button.parentElement, '::before').content,"
+        " getComputedStyle(button).display])"
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert headings
+    assert [each[1:] for each in headings] == [[f'"{each[0]}"', "none"] for each in headings]
+
+
 def test_in_ci_a_missing_browser_fails_and_elsewhere_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="CI has to install it"):
