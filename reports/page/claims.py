@@ -87,7 +87,10 @@ def _words(claim: Any) -> Any:
         for name, value in claim.items()
         if name in known
     }
-    return {**words, "interval": claim.get("interval")}
+    interval = claim.get("interval")
+    # What is the same in every launch, as a peak is, has none: its ends are the value itself.
+    same = isinstance(interval, list) and len(interval) == 2 and interval[0] == interval[1]
+    return {**words, "interval": None if same else interval}
 
 
 def counted(claims: Sequence[Claim]) -> str:

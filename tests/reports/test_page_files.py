@@ -18,7 +18,7 @@ from bench.store.profiles import ProfileRow
 from bench.store.rows import ResultError, read_results
 from dig.environment import ROOT
 from reports.page.__main__ import app
-from reports.page.claims import Claim, counted
+from reports.page.claims import Claim, counted, read_claims
 from reports.page.commands import scaling_command
 from reports.page.entries import entries
 from reports.page.evidence import Evidence, Probe, gather
@@ -221,6 +221,12 @@ def test_runs_that_are_drawn_are_not_said_to_be_left_out(tmp_path: Path) -> None
     result = run(folder, "--out", tmp_path / "out")
     assert result.exit_code == 0
     assert f"warning: no picture of {folder / 'ablation.jsonl'}: " in result.output
+
+
+def test_an_interval_without_width_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "claims.json"
+    path.write_text(json.dumps([{"id": "peak", "interval": [94.4, 94.4]}, {"id": "time", "interval": [1, 2]}]))
+    assert [claim.interval for claim in read_claims(path)] == [None, (1, 2)]
 
 
 def test_verdicts_are_counted_in_their_own_words() -> None:
