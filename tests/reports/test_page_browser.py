@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from reports.page.__main__ import app
 from reports.page.sections import NAMES
-from tests.reports.page_rows import HOSTILE, step_rows, write_everything
+from tests.reports.page_rows import HOSTILE, step_rows, timed, write_everything
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +138,23 @@ def test_every_figure_is_drawn(shown: Callable[..., Any], page: Path) -> None:
     legend = browser.execute_script("return document.querySelector('#chart-fig1a .legend').textContent")
     assert "DiG (triton)" in legend
     assert "OOM" in browser.execute_script("return document.querySelector('#chart-fig1a svg.marks').textContent")
+
+
+def test_an_assumed_size_has_an_asterisk(shown: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [
+        timed(family, backend, size, 1024, ms, mode="forward")
+        for family, backend, ms in (("DiG", "triton", 2.0), ("DiS", "mamba-ssm", 30.0))
+        for size in ("S", "XL")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    result = CliRunner().invoke(app, [str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    browser = shown(tmp_path / "out" / "index.html")
+    marks = browser.execute_script(
+        "return [...document.querySelectorAll('#chart-fig2a svg text')]"
+        ".filter((each) => each.textContent === '*').length"
+    )
+    assert marks == 1, "DiS-XL alone is assumed"
 
 
 def test_filters_leave_the_rows_that_match(shown: Callable[..., Any], page: Path) -> None:
