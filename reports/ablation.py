@@ -7,6 +7,8 @@ that interval lies on its side of zero, is reversed on the other, and is not tol
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -333,6 +335,22 @@ def compare_seconds(arms: Mapping[str, Mapping[int, Run]]) -> str:
     return " ".join(words)
 
 
+def data(runs: Sequence[Run]) -> str:
+    """What the figure draws, as CSV: a line for each arm and measure, the loss too."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["experiment", "arm", "model", "measure", "mean", "low", "high", "seeds", "steps", "batch"])
+    for experiment in dict.fromkeys(run.experiment for run in runs if run.experiment != TIMED):
+        for arm, seeds in arms_of(runs, experiment).items():
+            own = list(seeds.values())
+            for measure in MEASURES:
+                found = estimate([getattr(run, measure) for run in own])
+                ends = ["" if math.isnan(end) else f"{end:.6g}" for end in (found.low, found.high)]
+                numbers = [f"{found.middle:.6g}", *ends, found.seeds, own[-1].steps, own[-1].batch]
+                writer.writerow([experiment, arm, own[-1].model, measure, *numbers])
+    return text.getvalue()
+
+
 def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     """The Fréchet distance of SREM's arms, and against size and tokens, in the form of the paper's Fig. 5."""
     styles = {"DiG": Looks().style("DiG", 0), "Flash-DiT": Looks().style("Flash-DiT", 0)}
@@ -429,7 +447,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write into; made if it is not there.")],
     title: Annotated[str | None, typer.Option(help="Title, instead of the figure's own.")] = None,
 ) -> None:
-    """Write ablation.md, and ablation.png and .svg, from the runs of examples/ablation.py.
+    """Write ablation.md, and ablation.png, .svg and .csv, from the runs of examples/ablation.py.
 
     Exit status 2: a file cannot be read or written, or there are no runs.
     """
@@ -441,6 +459,8 @@ def report(
         if any(run.experiment != TIMED for run in runs):
             for file in draw(runs, title).save(out, "ablation"):
                 say(f"wrote {file}")
+            write_file(out / "ablation.csv", data(runs).encode())
+            say(f"wrote {out / 'ablation.csv'}")
 
 
 if __name__ == "__main__":

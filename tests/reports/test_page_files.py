@@ -217,6 +217,10 @@ def test_runs_that_are_drawn_are_not_said_to_be_left_out(tmp_path: Path) -> None
     assert "ablation.png" in result.output
     assert "left out; its first line" not in result.output
     assert f"Drawn from the logs in {folder / 'ablation.jsonl'}." in (tmp_path / "out" / "report.md").read_text()
+    again = run(folder, "--out", tmp_path / "one", "--figure", "ablation", "--figure", "fashion")
+    assert "did not write fashion: no folder" in again.output
+    names = {path.name for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert names == {"ablation.png", "ablation.svg", "ablation.csv"}
     (folder / "ablation.jsonl").write_text('{"experiment": "srem"}\n')
     result = run(folder, "--out", tmp_path / "out")
     assert result.exit_code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from reports.ablation import (
     app,
     arms_of,
     compare_seconds,
+    data,
     draw,
     estimate,
     orders,
@@ -134,6 +137,17 @@ def test_the_command_of_runs_has_their_length(tmp_path: Path) -> None:
     )
 
 
+def test_the_figures_numbers_are_its_data(tmp_path: Path) -> None:
+    lines = [*srem(DISTANCES), line("S/4", 0, 30.0, "scaling"), line("DiG", 0, 9.0, "seconds")]
+    rows = list(csv.DictReader(io.StringIO(data(read_ablation(write(tmp_path / "a.jsonl", lines))))))
+    assert len(rows) == 2 * (len(DISTANCES) + 1)
+    first = rows[0]
+    assert (first["experiment"], first["arm"], first["measure"], first["seeds"]) == ("srem", "causal", "frechet", "3")
+    assert float(first["mean"]) == pytest.approx(180 + sum(WOBBLE) / 3, abs=1e-3)
+    assert float(first["low"]) < float(first["mean"]) < float(first["high"])
+    assert (rows[-1]["arm"], rows[-1]["low"], rows[-1]["steps"]) == ("S/4", "", "800")
+
+
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     text = "$\\frac{$ <b>x</b> `|\n# y"
     lines = [line(text, 0, 170.0, model="DiG-S/4", gpu_name=text, commit=text), line("DiG", 0, 9.0, "seconds")]
@@ -181,7 +195,9 @@ def test_the_command_writes_its_files_or_says_one_line(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", srem(DISTANCES))
     done = CliRunner().invoke(app, [str(file), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ablation.md", "ablation.png", "ablation.svg"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"ablation.{ending}" for ending in ("md", "png", "svg", "csv")
+    }
     for content, message in (
         ("", "holds no run that ended"),
         ("{}\n", "experiment must be a word"),
