@@ -20,6 +20,7 @@ from reports.ablation import (
     RunError,
     app,
     arms_of,
+    compare,
     compare_seconds,
     data,
     draw,
@@ -29,6 +30,7 @@ from reports.ablation import (
     read_ablation,
     repeating_runs,
 )
+from reports.cells import number
 from tests.dig.tiny import make_fashion
 
 DISTANCES = {
@@ -206,6 +208,76 @@ def test_the_command_writes_its_files_or_says_one_line(tmp_path: Path) -> None:
         file.write_text(content)
         done = CliRunner().invoke(app, [str(file), "--out", str(tmp_path / "out")])
         assert (done.exit_code, message in done.output) == (2, True), done.output
+
+
+PUBLISHED = ROOT / "results" / "h100" / "ablation.jsonl"
+
+
+def test_the_published_tables_are_of_the_published_runs() -> None:
+    runs, folder = read_ablation(PUBLISHED), PUBLISHED.parent / "ablation"
+    for name, content in (("ablation.md", page(runs)), ("ablation.csv", data(runs))):
+        assert (folder / name).read_text(encoding="utf-8") == content, "python -m reports.ablation writes it again"
+
+
+def test_the_page_on_training_says_what_the_published_runs_say() -> None:
+    """Each line of its table, and the sentences on attention."""
+    runs = read_ablation(PUBLISHED)
+    srem, scaling = arms_of(runs, "srem"), arms_of(runs, "scaling")
+    told = {
+        (order.worse, order.better, measure): order.verdict
+        for measure in ("frechet", "loss")
+        for several in orders(runs, measure).values()
+        for order in several
+    }
+    told |= {
+        (worse, better, measure): order.verdict
+        for worse, better in (("causal", "attention"), ("attention", "crisscross"))
+        for measure in ("frechet", "loss")
+        if (order := compare(srem, worse, better, measure)) is not None
+    }
+    told[("S/4", "L/4", "loss")] = compare(scaling, "S/4", "L/4", "loss").verdict  # type: ignore[union-attr]
+
+    def distance(arm: str) -> str:
+        arms = srem if arm in srem else scaling
+        return number(estimate([run.frechet for run in arms[arm].values()]).middle)
+
+    d = {arm: distance(arm) for arm in (*srem, *scaling)}
+    sizes = ", ".join(f"{float(d[arm]):.1f}" for arm in reversed(SIZES))
+    expected = {
+        f"| both directions beat one scan by far | holds: {d['bidirectional']} instead of {d['causal']} | holds |": (
+            [("causal", "bidirectional")], "holds", "holds"
+        ),
+        f"none | not told apart: {d['identity-init']}, {d['bidirectional']} | holds |": (
+            [("bidirectional", "identity-init")], "not told apart", "holds"
+        ),
+        f"| the convolution of default init is the worst | holds: {d['default-init']} | holds |": (
+            [("default-init", "bidirectional"), ("default-init", "identity-init")], "holds", "holds"
+        ),
+        f"one axis | not told apart: {d['crisscross']}, {d['identity-init']} | holds |": (
+            [("identity-init", "crisscross")], "not told apart", "holds"
+        ),
+        "| the U shape beats none | not told apart | **reversed**; begun as none, not told apart |": (
+            [("crisscross", "u-shape")], "not told apart", "reversed"
+        ),
+        f"| L beats B beats S | holds: {sizes} | L beats S; B is not told apart from either |": (
+            [("S/4", "B/4"), ("B/4", "L/4")], "holds", "not told apart"
+        ),
+        "| patches of 2 beat 4 beat 8 | 4 beats 8; 2 and 4 are not told apart | holds |": (
+            [("S/4", "S/2")], "not told apart", "holds"
+        ),
+        f"behind attention by the distance ({d['causal']} and {d['attention']}), and not told apart from it": (
+            [("causal", "attention")], "holds", "not told apart"
+        ),
+        "All of SREM is ahead of attention by both.": ([("attention", "crisscross")], "holds", "holds"),
+    }  # fmt: skip
+    text = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    for said, (pairs, by_distance, by_loss) in expected.items():
+        assert said in text, said
+        for pair in pairs:
+            assert (told[(*pair, "frechet")], told[(*pair, "loss")]) == (by_distance, by_loss), said
+    assert told[("S/8", "S/4", "frechet")] == told[("S/8", "S/4", "loss")] == told[("S/4", "L/4", "loss")] == "holds"
+    for measure in ("frechet", "loss"):
+        assert told[("crisscross", "u-shape-zero", measure)] == "not told apart"
 
 
 @pytest.mark.slow
