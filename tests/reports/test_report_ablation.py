@@ -275,6 +275,9 @@ def test_the_page_on_training_says_what_the_published_runs_say() -> None:
         assert said in text, said
         for pair in pairs:
             assert (told[(*pair, "frechet")], told[(*pair, "loss")]) == (by_distance, by_loss), said
+    least = compare(srem, "identity-init", "crisscross", "loss")
+    assert least is not None
+    assert f"Crisscross does so by the least: {least.difference}" in text
     assert told[("S/8", "S/4", "frechet")] == told[("S/8", "S/4", "loss")] == told[("S/4", "L/4", "loss")] == "holds"
     for measure in ("frechet", "loss"):
         assert told[("crisscross", "u-shape-zero", measure)] == "not told apart"
