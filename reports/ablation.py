@@ -7,7 +7,10 @@ that interval lies on its side of zero, is reversed on the other, and is not tol
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +22,7 @@ import matplotlib as mpl
 import pandas as pd
 import typer
 
-from bench.messages import OneLineCommand, say
+from bench.messages import OneLineCommand, cell, say, visible
 from bench.store.files import write_file
 from dig.registry import parse_name
 from reports import drawing
@@ -49,6 +52,9 @@ SIZES, TOKENS = ("S/4", "B/4", "L/4"), ("S/8", "S/4", "S/2")
 """The paper's Fig. 5, each from worse to better: larger models, and smaller patches."""
 SIDE = 32
 """Pixels of an image."""
+SCRIPT = "python examples/ablation.py fashion-mnist out/ablation"
+TIMED = "seconds"
+"""The experiment whose runs have equal seconds, and steps of their own."""
 
 app = typer.Typer(add_completion=False)
 
@@ -68,6 +74,8 @@ class Run:
     loss: float
     frechet: float
     parameters: int | None
+    samples: int
+    sampling_steps: int
     about: tuple[str, ...]
 
 
@@ -113,9 +121,12 @@ def _run(line: Record) -> Run | None:
     get = line.content.get
     if get("failed"):
         return None
-    about = (get("gpu_name") or "a CPU", f"torch {get('torch')}", f"commit {str(get('commit'))[:12]}")
+    commit = f"commit {str(get('commit'))[:7]}{' with uncommitted changes' if get('dirty') else ''}"
+    about = (get("gpu_name") or "a CPU", f"torch {get('torch')}", commit)
+    experiment = line.word("experiment")
+    samples, sampling_steps = line.whole("samples", 1), line.whole("sampling_steps", 1)
     return Run(
-        experiment=line.word("experiment"),
+        experiment=experiment,
         arm=line.word("arm"),
         model=line.word("model"),
         seed=line.whole("seed"),
@@ -126,7 +137,9 @@ def _run(line: Record) -> Run | None:
         loss=line.number("loss", positive=True),
         frechet=line.number("frechet", positive=True),
         parameters=None if get("parameters") is None else line.whole("parameters"),
-        about=(*about, f"{line.whole('samples', 1):,} samples of {line.whole('sampling_steps', 1)} steps"),
+        samples=samples,
+        sampling_steps=sampling_steps,
+        about=(*about, f"{samples:,} samples of {sampling_steps} steps"),
     )
 
 
@@ -138,6 +151,49 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(values[0], math.nan, math.nan, len(values))
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return Estimate(mean(values), mean(values) - half, mean(values) + half, len(values))
+
+
+def repeating(
+    experiments: Iterable[str],
+    arms: Sequence[str] = (),
+    *,
+    seeds: int | None = None,
+    steps: int | None = None,
+    budget: float | None = None,
+    batch: int | None = None,
+    samples: int | None = None,
+    sampling_steps: int | None = None,
+) -> str:
+    """The command that trains such runs again; what is None is left to `examples/ablation.py`."""
+    given = {
+        "experiments": ",".join(experiments), "arms": ",".join(arms), "seeds": seeds, "steps": steps,
+        "budget": budget, "batch": batch, "samples": samples, "sampling-steps": sampling_steps,
+    }  # fmt: skip
+    words = [word for name, value in given.items() if value for word in (f"--{name}", str(value))]
+    return visible(f"{SCRIPT} {shlex.join(words)}")
+
+
+def repeating_runs(runs: Sequence[Run], arms: Sequence[str] = ()) -> str:
+    """`repeating` of runs as they were made; of runs that differ in something as the last one was.
+
+    Args:
+        runs: At least one.
+        arms: Those alone.
+    """
+    equal = [run for run in runs if run.experiment != TIMED]
+    timed = [run for run in runs if run.experiment == TIMED]
+    last = runs[-1]
+    return repeating(
+        dict.fromkeys(run.experiment for run in runs),
+        arms,
+        seeds=max(run.seed for run in runs) + 1,
+        steps=equal[-1].steps if equal else None,
+        # A run ends with the first group of steps after its budget.
+        budget=int(timed[-1].seconds) if timed else None,
+        batch=last.batch,
+        samples=last.samples,
+        sampling_steps=last.sampling_steps,
+    )
 
 
 def arms_of(runs: Iterable[Run], experiment: str) -> dict[str, dict[int, Run]]:
@@ -194,7 +250,7 @@ def page(runs: Sequence[Run]) -> str:
         "Fashion-MNIST, 32×32 pixels. Cells: mean over seeds and its 95% interval (Student's t). Differences are taken "
         "seed by seed. The Fréchet distance is the classifier's, of samples without guidance; the loss is the mean "
         "squared error of the noise that averaged weights predict on the test split.",
-        _about(runs),
+        cell(_about(runs)),
     ]
     srem = arms_of(runs, "srem")
     if srem:
@@ -204,7 +260,7 @@ def page(runs: Sequence[Run]) -> str:
     if scaling:
         parts += ["## Size and tokens: the paper's Fig. 5", _arms_table(scaling, {})]
         parts += [_orders_table(runs, ("sizes", "tokens"), {})]
-    equal = arms_of(runs, "seconds")
+    equal = arms_of(runs, TIMED)
     if equal:
         parts += ["## The same seconds of training", _seconds_table(equal)]
         order = compare_seconds(equal)
@@ -220,8 +276,8 @@ def _about(runs: Sequence[Run]) -> str:
 def _arms_table(arms: Mapping[str, Mapping[int, Run]], names: Mapping[str, str]) -> str:
     rows = [
         {
-            "arm": names.get(arm, arm),
-            "model": next(iter(seeds.values())).model,
+            "arm": names.get(arm, cell(arm)),
+            "model": cell(next(iter(seeds.values())).model),
             **{said: str(estimate([getattr(run, key) for run in seeds.values()])) for key, said in MEASURES.items()},
             "steps": " and ".join(dict.fromkeys(str(run.steps) for run in seeds.values())),
             "seeds": len(seeds),
@@ -251,7 +307,11 @@ def _seconds_table(arms: Mapping[str, Mapping[int, Run]]) -> str:
         several = list(seeds.values())
         rate = estimate([run.steps * run.batch / run.seconds for run in several])
         ready = [run.ready for run in several if run.ready is not None]
-        row = {"arm": arm, "model": several[0].model, "seconds": number(mean(run.seconds for run in several))}
+        row = {
+            "arm": cell(arm),
+            "model": cell(several[0].model),
+            "seconds": number(mean(run.seconds for run in several)),
+        }
         row |= {"images/s": str(rate), "seconds before the second step": number(mean(ready)) if ready else MISSING}
         row |= {said: str(estimate([getattr(run, key) for run in several])) for key, said in MEASURES.items()}
         rows.append({**row, "seeds": str(len(several))})
@@ -273,6 +333,22 @@ def compare_seconds(arms: Mapping[str, Mapping[int, Run]]) -> str:
         verdict = ("DiG is better" if difference.middle > 0 else "Flash-DiT is better") if told else "not told apart"
         words.append(f"{said}, Flash-DiT less DiG: {difference}: {verdict}.")
     return " ".join(words)
+
+
+def data(runs: Sequence[Run]) -> str:
+    """What the figure draws, as CSV: a line for each arm and measure, the loss too."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["experiment", "arm", "model", "measure", "mean", "low", "high", "seeds", "steps", "batch"])
+    for experiment in dict.fromkeys(run.experiment for run in runs if run.experiment != TIMED):
+        for arm, seeds in arms_of(runs, experiment).items():
+            own = list(seeds.values())
+            for measure in MEASURES:
+                found = estimate([getattr(run, measure) for run in own])
+                ends = ["" if math.isnan(end) else f"{end:.6g}" for end in (found.low, found.high)]
+                numbers = [f"{found.middle:.6g}", *ends, found.seeds, own[-1].steps, own[-1].batch]
+                writer.writerow([experiment, arm, own[-1].model, measure, *numbers])
+    return text.getvalue()
 
 
 def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
@@ -371,7 +447,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write into; made if it is not there.")],
     title: Annotated[str | None, typer.Option(help="Title, instead of the figure's own.")] = None,
 ) -> None:
-    """Write ablation.md, and ablation.png and .svg, from the runs of examples/ablation.py.
+    """Write ablation.md, and ablation.png, .svg and .csv, from the runs of examples/ablation.py.
 
     Exit status 2: a file cannot be read or written, or there are no runs.
     """
@@ -380,9 +456,11 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / "ablation.md", page(runs).encode())
         say(f"wrote {out / 'ablation.md'}")
-        if any(run.experiment != "seconds" for run in runs):
+        if any(run.experiment != TIMED for run in runs):
             for file in draw(runs, title).save(out, "ablation"):
                 say(f"wrote {file}")
+            write_file(out / "ablation.csv", data(runs).encode())
+            say(f"wrote {out / 'ablation.csv'}")
 
 
 if __name__ == "__main__":

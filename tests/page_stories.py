@@ -52,7 +52,7 @@ ELSEWHERE = {
     "python -m reports.fashion out/fashion/report": (
         "tests/reports/test_report_fashion.py::test_the_script_goes_on_from_its_report"
     ),
-    "python examples/ablation.py fashion-mnist out/ablation": (
+    "python examples/ablation.py fashion-mnist out/ablation --steps 800": (
         "tests/reports/test_report_ablation.py::test_the_script_makes_what_is_missing"
     ),
     "python -m reports.ablation out/ablation/ablation.jsonl --out out/ablation": (

@@ -49,7 +49,24 @@ def measuring(cases: Sequence[Case], *, resolutions: Sequence[int] = (), models:
     words += ["--compile-scope", scope] if scope else []
     words += ["--weights", _joined(case.weights for case in cases)] if first.weights != "fp32" else []
     words += ["--dtype", first.dtype] if first.dtype != "bf16" else []
+    words += ["--max-autotune"] if any(case.max_autotune for case in cases) else []
     return visible(shlex.join(words))
+
+
+def measuring_each(cases: Iterable[Case]) -> str:
+    """`measuring`, a command for each way of compiling among the cases: one ``bench run`` compiles in one way.
+
+    Cases that don't compile are in the first command.
+
+    Args:
+        cases: At least one; of one batch, patch, dtype and device.
+    """
+    listed = list(cases)
+    ways = list(dict.fromkeys((case.scope, case.max_autotune) for case in listed if case.scope))
+    groups: list[list[Case]] = [[] for _ in range(max(1, len(ways)))]
+    for case in listed:
+        groups[ways.index((case.scope, case.max_autotune)) if case.scope else 0].append(case)
+    return " && ".join(map(measuring, groups))
 
 
 def measuring_subjects(subjects: Sequence[Subject]) -> str:

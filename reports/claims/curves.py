@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from bench.cases.suites import PAPER_RESOLUTIONS
 from bench.store.rows import Row
 from reports.best import failure
 from reports.cells import number
-from reports.claims.commands import measuring_subjects
+from reports.claims.commands import measuring_each, measuring_subjects
 from reports.claims.finding import Finding, Verdict, marks
 from reports.claims.prose import HOLE
 from reports.claims.ratio import FIGURES, Figure, ends_ms, ratio_of
@@ -35,14 +35,14 @@ class Point:
 
     Attributes:
         resolution: Pixels.
-        rows: Ours, and the peer's where it has a time.
+        rows: Ours and the peer's.
         lead, low, high: Logarithm of the peer's time over ours, and of its ends: above 0 ours is ahead. Infinite where
-            the peer could not run and ours did.
-        note: Why the peer has no time.
+            one of them did not fit in memory and the other ran.
+        note: Why one has no time.
     """
 
     resolution: int
-    rows: tuple[Row, ...]
+    rows: tuple[Row, Row]
     lead: float
     low: float
     high: float
@@ -50,27 +50,28 @@ class Point:
 
 
 def points(ours: Subject, peer: Subject, source: Source) -> list[Point]:
-    """Resolutions at which both were measured, or the peer did not fit in memory."""
+    """Resolutions at which both were measured, or one of them did not fit in memory."""
     found = []
     for resolution in _resolutions(ours, source):
         own, other = (source.find(subject.at(resolution)) for subject in (ours, peer))
-        if own is None or own.status != "ok" or other is None:
+        if own is None or other is None:
             continue
+        rows = (own, other)
         if ratio := ratio_of(other, own, "time"):
             ends = [math.log(x) for x in (ratio.ratio, ratio.low, ratio.high)]
-            found.append(Point(resolution=resolution, rows=(own, other), lead=ends[0], low=ends[1], high=ends[2]))
-        elif other.status == "oom":
-            note = f"{peer.name} at {resolution}: {failure(other)}"
-            found.append(
-                Point(resolution=resolution, rows=(own,), lead=math.inf, low=math.inf, high=math.inf, note=note)
-            )
+            found.append(Point(resolution=resolution, rows=rows, lead=ends[0], low=ends[1], high=ends[2]))
+        elif {own.status, other.status} == {"ok", "oom"}:
+            lead = math.inf if own.status == "ok" else -math.inf
+            name, row = (peer.name, other) if own.status == "ok" else (ours.name, own)
+            note = f"{name} at {resolution}: {failure(row)}"
+            found.append(Point(resolution=resolution, rows=rows, lead=lead, low=lead, high=lead, note=note))
     return found
 
 
 def crossing(resolutions: Sequence[int], leads: Sequence[float]) -> float | None:
     """From which resolution on the lead stays above 0, interpolated over log tokens; None if it does not at the end.
 
-    The smallest resolution where it is above 0 at all of them; above it where the next one is infinite.
+    The smallest resolution where it is above 0 at all of them; the first one ahead where an end is infinite.
 
     Args:
         resolutions: Ascending, at least one.
@@ -82,7 +83,7 @@ def crossing(resolutions: Sequence[int], leads: Sequence[float]) -> float | None
     if not behind:
         return float(resolutions[0])
     index = behind[-1]
-    if math.isinf(leads[index + 1]):
+    if math.isinf(leads[index]) or math.isinf(leads[index + 1]):
         return float(resolutions[index + 1])
     # Tokens go with the resolution's square, so that logarithms of both interpolate alike.
     x0, x1 = math.log(resolutions[index]), math.log(resolutions[index + 1])
@@ -107,21 +108,19 @@ def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
     if claim.quote:
         printed = readme.quoted(claim.quote)[1]
         said = claim.quote.replace(HOLE, printed)
-    command = claim.command or measuring_subjects([ours, peer])
     if source is None or not found:
         where = source.name if source is not None else claim.rows
         note = f"no resolution in {where} at which both have rows"
         return Finding(
-            id=claim.id, source=claim.source, said=said, verdict="not measured", command=command, notes=(note,)
-        )
+            id=claim.id, source=claim.source, said=said, verdict="not measured",
+            command=claim.command or measuring_subjects([ours, peer]), notes=(note,),
+        )  # fmt: skip
     sizes = [point.resolution for point in found]
     middle, latest, earliest = (
         crossing(sizes, [getattr(point, end) for point in found]) for end in ("lead", "low", "high")
     )
     verdict: Verdict = "holds" if latest is not None else "holds in part" if middle is not None else "does not hold"
-    leads = ", ".join(
-        f"{point.resolution}: {'alone' if math.isinf(point.lead) else f'{math.exp(point.lead):.3g}'}" for point in found
-    )
+    leads = ", ".join(f"{point.resolution}: {_lead(point.lead)}" for point in found)
     notes = [f"{source.name}: the peer's time over ours at {leads}", *source.notes]
     notes += [point.note for point in found if point.note] + marks(row for point in found for row in point.rows)
     if printed and (middle is None or abs(middle - float(printed)) > _rounding(printed)):
@@ -136,9 +135,25 @@ def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
         verdict=verdict,
         measured=_said(middle, sizes),
         interval=None if ahead or earliest is None or latest is None else (earliest, latest),
-        command=command,
+        command=claim.command
+        or (
+            measuring_subjects([ours, peer])
+            if verdict == "not measured"
+            else _command(row for p in found for row in p.rows)
+        ),
         notes=tuple(notes),
     )
+
+
+def _lead(lead: float) -> str:
+    if math.isinf(lead):
+        return "alone" if lead > 0 else "ours not at all"
+    return f"{math.exp(lead):.3g}"
+
+
+def _command(rows: Iterable[Row]) -> str:
+    """What measures just these again: of a set, the ways that were its fastest (or leanest)."""
+    return measuring_each(row.case for row in rows)
 
 
 def _rounding(text: str) -> float:
@@ -179,15 +194,16 @@ def judge_exponent(claim: Exponent, files: Files) -> Finding:
     """
     subject = Subject.parse(claim.of)
     source = files.source(claim.rows)
-    rows = [] if source is None else [source.find(subject.at(size)) for size in _resolutions(subject, source)]
+    sizes = _resolutions(subject, source) if source is not None else []
+    rows = [source.find(subject.at(size), claim.figure) for size in sizes] if source is not None else []
     timed = [row for row in rows if row is not None and FIGURES[claim.figure](row)][-POINTS:]
     said = claim.said or f"{claim.figure} of {subject.name} grows with tokens to the power {claim.theory:g}"
-    command = claim.command or measuring_subjects([subject])
     if source is None or len(timed) < POINTS:
         note = f"it takes {POINTS} resolutions; {source.name if source else claim.rows} has {len(timed)}"
         return Finding(
-            id=claim.id, source=claim.source, said=said, verdict="not measured", command=command, notes=(note,)
-        )
+            id=claim.id, source=claim.source, said=said, verdict="not measured",
+            command=claim.command or measuring_subjects([subject]), notes=(note,),
+        )  # fmt: skip
     sizes = [row.case.resolution for row in timed]
     tokens = [(size / 8 / subject.case.patch) ** 2 for size in sizes]
     values = [FIGURES[claim.figure](row) or 0.0 for row in timed]
@@ -204,7 +220,7 @@ def judge_exponent(claim: Exponent, files: Files) -> Finding:
         verdict=verdict,
         measured=f"to the power {number(value)}",
         interval=(low, high),
-        command=command,
+        command=claim.command or _command(timed),
         notes=tuple(notes),
     )
 

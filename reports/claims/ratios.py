@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from bench.store.rows import Row
 from reports.best import ATTENTION_NAMES, failure
 from reports.cells import GIB, number
-from reports.claims.commands import measuring, measuring_subjects
+from reports.claims.commands import measuring_each, measuring_subjects
 from reports.claims.finding import (
     Finding,
     Verdict,
@@ -83,7 +83,7 @@ def judge_ratio(claim: Ratio, files: Files, readme: Section) -> Finding:
         verdict=verdict,
         measured=f"{number(measured)}{' times' if claim.form == 'times' else '%'}",
         interval=(low, high),
-        command=claim.command or measuring([over.case, under.case]),
+        command=claim.command or measuring_each([over.case, under.case]),
         notes=(*notes, *(marks((over, under)) if claim.figure == "time" else ())),
     )
 

@@ -10,16 +10,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench.judge.statistics import CONFIDENCE, Interval, ratio_interval
+from bench.judge.statistics import CONFIDENCE, Interval
 from bench.store.decoding import parse_json
 from bench.store.lines import ResultError, read_lines
+from reports.ablation import FEWEST, TIMED, estimate, repeating
 from reports.cells import number
 from reports.claims.finding import Finding, Verdict, together
 from reports.claims.rows import Files
 from reports.claims.spec import Order
 from reports.series import span
-
-COMMAND = "python examples/ablation.py DATA OUT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,8 @@ class Run:
         experiment, arm: Which.
         seed: Of weights and data.
         frechet, loss: What came of it; less is better. None where it was not measured.
+        steps, batch, seconds: How long it was trained; None where the line doesn't say.
+        samples, sampling_steps: What its distance was taken of.
     """
 
     experiment: str
@@ -37,6 +38,16 @@ class Run:
     seed: int
     frechet: float | None
     loss: float | None
+    steps: int | None = None
+    batch: int | None = None
+    seconds: float | None = None
+    samples: int | None = None
+    sampling_steps: int | None = None
+
+    @property
+    def length(self) -> tuple[int | None, ...]:
+        """What runs that are compared have in common; of equal seconds steps differ."""
+        return None if self.experiment == TIMED else self.steps, self.batch, self.samples, self.sampling_steps
 
     def to_json(self) -> str:
         """Nothing is written from here."""
@@ -64,7 +75,16 @@ class Run:
             seed=record["seed"],
             frechet=_positive(record, "frechet"),
             loss=_positive(record, "loss"),
+            seconds=_positive(record, "seconds"),
+            **{name: _count(record, name) for name in ("steps", "batch", "samples", "sampling_steps")},
         )
+
+
+def _count(record: dict[str, Any], name: str) -> int | None:
+    value = record.get(name)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ResultError(f"not a training run: {name} must be a count; got {value!r:.40}")
+    return value
 
 
 def _positive(record: dict[str, Any], name: str) -> float | None:
@@ -86,12 +106,33 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return list({(run.experiment, run.arm, run.seed): run for run in runs}.values())
 
 
-def _compare(better: dict[int, float], worse: dict[int, float]) -> Interval | None:
-    """The worse arm's over the better's, seed beside seed; None with fewer than two seeds in common."""
+def _compare(better: dict[int, Run], worse: dict[int, Run], measure: str) -> Interval | None:
+    """The worse arm's over the better's, seed beside seed; None with fewer than two seeds in common.
+
+    The middle is the geometric mean, and the interval Student's t of the logarithms, as `reports.ablation` takes them.
+    """
     seeds = sorted(better.keys() & worse.keys())
-    if len(seeds) < 2:
+    if len(seeds) < FEWEST:
         return None
-    return ratio_interval([better[seed] for seed in seeds], [worse[seed] for seed in seeds], paired=True)
+    found = estimate([math.log(getattr(worse[seed], measure) / getattr(better[seed], measure)) for seed in seeds])
+    return Interval(ratio=math.exp(found.middle), low=math.exp(found.low), high=math.exp(found.high))
+
+
+def _command(claim: Order, runs: Sequence[Run]) -> str:
+    """What trains these arms again, as long as these runs were; the script's own length where there are none."""
+    if not runs:
+        return repeating([claim.experiment], claim.arms)
+    last, timed = runs[-1], claim.experiment == TIMED
+    return repeating(
+        [claim.experiment],
+        claim.arms,
+        seeds=max(run.seed for run in runs) + 1,
+        steps=None if timed else last.steps,
+        budget=int(last.seconds) if timed and last.seconds else None,
+        batch=last.batch,
+        samples=last.samples,
+        sampling_steps=last.sampling_steps,
+    )
 
 
 def judge_order(claim: Order, files: Files) -> Finding:
@@ -104,16 +145,24 @@ def judge_order(claim: Order, files: Files) -> Finding:
         ResultError: The file cannot be read.
     """
     paths = files.paths(claim.rows)
-    arms: dict[str, dict[int, float]] = {}
-    for run in read_runs(paths):
-        value = getattr(run, claim.measure)
-        if run.experiment == claim.experiment and run.arm in claim.arms and value is not None:
-            arms.setdefault(run.arm, {})[run.seed] = value
-    command = claim.command or COMMAND
+    runs = [
+        run
+        for run in read_runs(paths)
+        if run.experiment == claim.experiment and run.arm in claim.arms and getattr(run, claim.measure) is not None
+    ]
+    arms: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        arms.setdefault(run.arm, {})[run.seed] = run
+    command = claim.command or _command(claim, runs)
     missing = [arm for arm in claim.arms if arm not in arms]
-    pairs = [_compare(arms[a], arms[b]) for a, b in pairwise(claim.arms)] if not missing else []
-    if missing or None in pairs:
-        what = f"no runs of {', '.join(missing)}" if missing else "a pair needs two seeds in common"
+    unlike = len({run.length for run in runs}) > 1
+    pairs = [] if missing or unlike else [_compare(arms[a], arms[b], claim.measure) for a, b in pairwise(claim.arms)]
+    if missing or unlike or None in pairs:
+        what = "a pair needs two seeds in common"
+        if unlike:
+            what = "runs that differ in steps, batch or samples can't be compared"
+        if missing:
+            what = f"no runs of {', '.join(missing)}"
         return Finding(
             id=claim.id,
             source=claim.source,
@@ -131,7 +180,8 @@ def judge_order(claim: Order, files: Files) -> Finding:
         for (a, b), pair, verdict in zip(pairwise(claim.arms), found, verdicts, strict=True)
     ]
     name = {"frechet": "Fréchet distance", "loss": "loss"}[claim.measure]
-    means = f"{name}: {', '.join(f'{arm} {number(mean(arms[arm].values()))}' for arm in claim.arms)}"
+    found_of = {arm: mean(getattr(run, claim.measure) for run in own.values()) for arm, own in arms.items()}
+    means = f"{name}: {', '.join(f'{arm} {number(found_of[arm])}' for arm in claim.arms)}"
     return Finding(
         id=claim.id,
         source=claim.source,

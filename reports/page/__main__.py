@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +20,12 @@ from reports.page.entries import Entry, entries
 from reports.page.evidence import Evidence, gather
 from reports.page.html import library, page
 from reports.page.markdown import markdown
-from reports.page.pictures import Picture, pictures
+from reports.page.pictures import PICTURES, Picture, pictures
 from reports.page.sections import NAMES, Figure, figures
 from reports.refusing import refusing
 
 app = typer.Typer(add_completion=False)
+FIGURES = (*NAMES, *PICTURES)
 
 
 @app.command(cls=OneLineCommand)
@@ -43,7 +45,7 @@ def report(
         typer.Option(
             "--figure",
             metavar="NAME",
-            help=f"Write this figure alone, without the page; repeat for several of {', '.join(NAMES)}.",
+            help=f"Write this figure alone, without the page; repeat for several of {', '.join(FIGURES)}.",
         ),
     ] = None,
     claims: Annotated[
@@ -70,11 +72,13 @@ def report(
     """
     with refusing(ResultError, folder=out, hint="; choose another --out"):
         for name in figure or ():
-            if name not in NAMES:
-                raise ResultError(f"unknown figure {name!r:.80}: {closest(name, NAMES)}")
+            if name not in FIGURES:
+                raise ResultError(f"unknown figure {name!r:.80}: {closest(name, FIGURES)}")
         evidence = gather(paths, claims)
-        made = figures(evidence, figure or NAMES)
-        shown: list[Figure | Picture] = [*made, *([] if figure else pictures(paths))]
+        made = figures(evidence, [name for name in figure or NAMES if name in NAMES])
+        drawn, warnings = pictures(paths, figure or PICTURES)
+        evidence = dataclasses.replace(evidence, warnings=(*evidence.warnings, *warnings))
+        shown: list[Figure | Picture] = [*made, *drawn]
         if not figure:
             library()  # What is missing is said before anything is written.
         folder = out / "figures"
@@ -83,6 +87,9 @@ def report(
             say(f"warning: {warning}", err=True)
         for each in shown:
             _write(folder, each)
+        for name in figure or ():
+            if name in PICTURES and name not in {each.name for each in drawn}:
+                say(f"did not write {name}: no folder that was named has its logs beside the rows")
         if not figure:
             _write_page(out, evidence, shown, title)
 
@@ -95,9 +102,10 @@ def _write(folder: Path, figure: Figure | Picture) -> None:
         return
     drawing = draw(figure) if isinstance(figure, Chart) else figure.drawing
     written = drawing.save(folder, figure.name)
-    if isinstance(figure, Chart):
+    numbers = figure.csv() if isinstance(figure, Chart) else figure.numbers
+    if numbers:
         path = folder / f"{figure.name}.csv"
-        write_file(path, figure.csv())
+        write_file(path, numbers)
         written.append(path)
     say(f"wrote {written[0]}, {', '.join(path.suffix for path in written[1:])}")
     for note in drawing.notes:

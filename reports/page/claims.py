@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from bench.store.decoding import decode_dataclass, parse_json
 from bench.store.files import read_file
 from bench.store.lines import ResultError
+from reports.claims.finding import VERDICTS
+from reports.claims.telling import MANY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +87,17 @@ def _words(claim: Any) -> Any:
         for name, value in claim.items()
         if name in known
     }
-    return {**words, "interval": claim.get("interval")}
+    interval = claim.get("interval")
+    # What is the same in every launch, as a peak is, has none: its ends are the value itself.
+    same = isinstance(interval, list) and len(interval) == 2 and interval[0] == interval[1]
+    return {**words, "interval": None if same else interval}
 
 
 def counted(claims: Sequence[Claim]) -> str:
-    """How many hold, in a sentence; empty without claims."""
-    named = {"good": "upheld", "bad": "refuted", "open": "open"}
-    found = [(sum(claim.tone == tone for claim in claims), words) for tone, words in named.items()]
-    said = ", ".join(f"{count} {words}" for count, words in found if count)
-    return f"Claims: {said}." if claims else ""
+    """How many have which verdict, in the words of ``reports.claims``; empty without claims."""
+    counts = Counter(claim.verdict or "not measured" for claim in claims)
+    named = [f"{counts[one]} {one if counts[one] == 1 else MANY.get(one, one)}" for one in VERDICTS if counts[one]]
+    # Somebody's own words are any text, which a sentence has no place for.
+    others = sum(count for verdict, count in counts.items() if verdict not in VERDICTS)
+    said = ", ".join([*named, *([f"{others} with another verdict"] if others else [])])
+    return f"{len(claims)} claim{'' if len(claims) == 1 else 's'}: {said}." if claims else ""

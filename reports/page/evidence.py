@@ -22,6 +22,7 @@ from bench.store.rows import Row, read_results
 from bench.store.selection import machine
 from reports.looks import Looks
 from reports.page.claims import Claim, read_claims
+from reports.page.pictures import FILES
 from reports.series import SEVERAL, Series, Sweep, read_single, series_labels, sweep_of
 
 Kind = Literal["rows", "sampling", "probes", "profiles"]
@@ -155,6 +156,8 @@ def find_files(paths: Iterable[Path]) -> tuple[list[tuple[Path, Kind]], list[str
             kind = kind_of(file)
             if kind is not None:
                 found.append((file, kind))
+            elif folder and file.name in FILES:
+                continue  # Drawn as a picture, or warned of there.
             elif folder:
                 warnings.append(f"{file}: left out; its first line is no row of the benchmark")
             else:

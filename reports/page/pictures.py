@@ -11,7 +11,8 @@ from reports import ablation, fashion
 from reports.figures import Drawing
 from reports.logs import RunError
 
-Draw = Callable[[Path], Drawing | None]
+Draw = Callable[[Path], tuple[Drawing | None, str, str]]
+"""A figure of logs, the command that makes such logs again, and the figure's numbers; empty where logs are these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Picture:
         drawing: The figure.
         caption: Beneath it.
         command: What makes it again, training included.
+        numbers: What it draws, as CSV; empty where its logs are these numbers.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Picture:
     drawing: Drawing
     caption: tuple[str, ...]
     command: str
+    numbers: str = ""
 
     @property
     def source(self) -> str:
@@ -41,34 +44,45 @@ class Picture:
         return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
 
 
-TRAINED: Sequence[tuple[str, str, Draw, str]] = (
-    (
-        "fashion",
-        "Training on Fashion-MNIST",
-        lambda folder: fashion.draw(fashion.read_runs(folder)),
-        "bash examples/fashion.sh fashion-mnist out/fashion",
-    ),
-    (
-        "ablation.jsonl",
-        "DiG's parts, size and tokens",
-        lambda file: ablation.draw(ablation.read_ablation(file)),
-        "python examples/ablation.py fashion-mnist out/ablation",
-    ),
+def _fashion(folder: Path) -> tuple[Drawing | None, str, str]:
+    return fashion.draw(fashion.read_runs(folder)), "bash examples/fashion.sh fashion-mnist out/fashion", ""
+
+
+def _ablation(file: Path) -> tuple[Drawing | None, str, str]:
+    runs = ablation.read_ablation(file)
+    command = ablation.repeating_runs([run for run in runs if run.experiment != ablation.TIMED])
+    return ablation.draw(runs), command, ablation.data(runs)
+
+
+TRAINED: Sequence[tuple[str, str, Draw]] = (
+    ("fashion", "Training on Fashion-MNIST", _fashion),
+    ("ablation.jsonl", "DiG's parts, size and tokens", _ablation),
 )
-"""Folder or file beside the rows, title, how it is drawn, and the command that fills such a folder."""
+"""Folder or file beside the rows, title, and how it is drawn."""
+FILES = frozenset(name for name, _, _ in TRAINED)
+"""Which of a folder's files are no rows and are drawn all the same."""
+PICTURES = tuple(Path(name).stem for name, _, _ in TRAINED)
+"""Names of pictures."""
 
 
-def pictures(paths: Sequence[Path]) -> list[Picture]:
-    """Those whose logs lie beside the rows; what cannot be read there is left to the command that draws it alone."""
-    found = []
+def pictures(paths: Sequence[Path], names: Sequence[str] = PICTURES) -> tuple[list[Picture], list[str]]:
+    """Those whose logs lie beside the rows, and what cannot be read there.
+
+    Args:
+        paths: Folders of rows; files have nothing beside them.
+        names: Which.
+    """
+    found: list[Picture] = []
+    warnings = []
     for path in paths:
-        for name, title, draw, command in TRAINED:
+        for name, title, draw in TRAINED:
             logs = path / name
-            if not path.is_dir() or not logs.exists():
+            if logs.stem not in names or not path.is_dir() or not logs.exists():
                 continue
             try:
-                drawing = draw(logs)
-            except (RunError, OSError):
+                drawing, command, numbers = draw(logs)
+            except (RunError, OSError) as error:
+                warnings.append(f"no picture of {logs}: {error}")
                 continue
             if drawing is None:
                 continue
@@ -81,6 +95,7 @@ def pictures(paths: Sequence[Path]) -> list[Picture]:
                     drawing=drawing,
                     caption=caption,
                     command=command,
+                    numbers=numbers,
                 )
             )
-    return found
+    return found, warnings

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import runpy
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from bench.cases.suites import sweep
 from bench.store.rows import ResultError, Row
+from dig.environment import ROOT
 from reports.claims import __main__ as command
+from reports.claims.commands import measuring_each
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge, judge_all
 from reports.claims.finding import about, at_least, at_most, half_digit, same_as_printed, together
@@ -40,6 +45,7 @@ under = "DiG-S/2:triton@1024:train"
 rows = "rows.jsonl"
 """
 TRITON, PLAIN = (("backend", "triton"),), (("backend", "materialized"),)
+CUDNN = (("backend", "sdpa-cudnn"),)
 Rows = Callable[..., Path]
 
 
@@ -216,16 +222,19 @@ def test_ones_own_file_is_read_in_place_of_the_published_ones(make_row: Callable
 
 
 def cases_of(text: str) -> list[Any]:
-    """What a ``bench run`` command measures."""
-    words = shlex.split(text)
-    assert words[:4] == ["python", "-m", "bench", "run"]
-    given = dict(zip(words[4::2], words[5::2], strict=True))
-    lists = {name: given[f"--{name}"].split(",") for name in ("models", "sizes", "modes", "executions")}
-    return sweep(
-        lists.pop("models"), resolutions=[int(x) for x in given["--resolutions"].split(",")],
-        batch=int(given.get("--batch", "1")), scope=given.get("--compile-scope", "block"),  # type: ignore[arg-type]
-        weights=given.get("--weights", "fp32").split(","), **lists,  # type: ignore[arg-type]
-    )  # fmt: skip
+    """What ``bench run`` commands measure."""
+    found = []
+    for part in text.split(" && "):
+        words = shlex.split(part)
+        assert words[:4] == ["python", "-m", "bench", "run"]
+        given = dict(zip(words[4::2], words[5::2], strict=True))
+        lists = {name: given[f"--{name}"].split(",") for name in ("models", "sizes", "modes", "executions")}
+        found += sweep(
+            lists.pop("models"), resolutions=[int(x) for x in given["--resolutions"].split(",")],
+            batch=int(given.get("--batch", "1")), scope=given.get("--compile-scope", "block"),  # type: ignore[arg-type]
+            weights=given.get("--weights", "fp32").split(","), **lists,  # type: ignore[arg-type]
+        )  # fmt: skip
+    return found
 
 
 def test_every_command_measures_the_cases_of_its_claim() -> None:
@@ -238,6 +247,47 @@ def test_every_command_measures_the_cases_of_its_claim() -> None:
             row = source and source.find(Subject.parse(words), claim.figure)
             assert row, words
             assert row.case in cases, claim.id
+
+
+def test_every_command_measures_what_its_curve_was_drawn_through() -> None:
+    claims = read_claims()
+    files = Files(sorted(command.ROWS.glob("*.jsonl")), claims.files)
+    found = [(claim, judge(claim, files, read_readme())) for claim in claims.claims]
+    curves = [(claim, finding) for claim, finding in found if isinstance(claim, Crossover | Exponent)]
+    compared = 0
+    for claim, finding in curves:
+        cases = cases_of(finding.command)
+        source = files.source(claim.rows)
+        if finding.verdict == "not measured" or source is None:
+            continue
+        subjects = [claim.ours, claim.peer] if isinstance(claim, Crossover) else [claim.of]
+        figure = claim.figure if isinstance(claim, Exponent) else "time"
+        for words in subjects:
+            for size in {case.resolution for case in cases}:
+                row = source.find(Subject.parse(words).at(size), figure)
+                assert row is not None
+                assert row.case in cases, claim.id
+                compared += 1
+    assert compared > len(curves)
+
+
+def test_ways_of_compiling_take_a_command_each(make_row: Callable[..., Row]) -> None:
+    def case(execution: str, **changes: Any) -> Any:
+        return make_row("Flash-DiT-S/2", options=CUDNN, execution=execution, **changes).case
+
+    plain, whole = case("graph"), case("compiled-graph", scope="model")
+    assert measuring_each([plain]).endswith("--executions graph")
+    assert measuring_each([plain, whole]).endswith("--executions graph,compiled-graph --compile-scope model")
+    several = [
+        whole,
+        plain,
+        case("compiled-graph", scope="block"),
+        case("compiled-graph", scope="block", max_autotune=True),
+    ]
+    first, blocks, tuned = measuring_each(several).split(" && ")
+    assert first.endswith("--executions compiled-graph,graph --compile-scope model")
+    assert blocks.endswith("--executions compiled-graph")
+    assert tuned.endswith("--executions compiled-graph --max-autotune")
 
 
 def write_runs(path: Path, arms: dict[str, list[float]], **changes: Any) -> Path:
@@ -280,9 +330,48 @@ def test_an_order_of_arms(tmp_path: Path) -> None:
     assert judge_order(order("middle", "same"), files).verdict == "holds in part"
     assert judge_order(order("best", "middle", "same"), files).verdict == "holds in part"
     absent = judge_order(order("best", "gone"), files)
-    assert (absent.verdict, absent.command) == ("not measured", "python examples/ablation.py DATA OUT")
+    assert absent.verdict == "not measured"
+    assert absent.command.endswith("--experiments srem --arms best,gone --seeds 3")
     assert absent.notes == ("no runs of gone in ablation.jsonl",)
     assert judge_order(order("best", "middle"), Files([], {"ablation.jsonl"})).verdict == "not measured"
+
+
+def test_an_orders_ratio_is_the_geometric_mean_that_its_interval_is_around(tmp_path: Path) -> None:
+    """It stands beside means: a median of three seeds may lie on the other side of theirs."""
+    path = write_runs(tmp_path / "ablation.jsonl", {"better": [10.0, 10.0, 10.0], "worse": [10.0, 10.0, 13.31]})
+    finding = judge_order(order("better", "worse"), Files([path], {"ablation.jsonl"}))
+    assert finding.measured == "1.10 times (Fréchet distance: better 10.0, worse 11.1)"
+    assert finding.interval is not None
+    assert math.sqrt(finding.interval[0] * finding.interval[1]) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("differs", ["steps", "batch", "samples", "sampling_steps"])
+def test_runs_of_different_length_are_no_order(tmp_path: Path, differs: str) -> None:
+    path = write_runs(tmp_path / "ablation.jsonl", {"best": [10.0, 10.1]}, **{differs: 100})
+    more = write_runs(tmp_path / "more.jsonl", {"worst": [20.0, 20.1]}, **{differs: 200})
+    path.write_text(path.read_text() + more.read_text())
+    finding = judge_order(order("best", "worst"), Files([path], {"ablation.jsonl"}))
+    assert finding.verdict == "not measured"
+    assert finding.notes == ("runs that differ in steps, batch or samples can't be compared in ablation.jsonl",)
+
+
+def test_an_orders_command_trains_its_arms_as_long_as_they_were() -> None:
+    claims = read_claims()
+    file = command.ROWS / "ablation.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    script = runpy.run_path(str(ROOT / "examples" / "ablation.py"))
+    for claim in claims.of(Order):
+        finding = judge_order(claim, Files([file], claims.files))
+        program, name, *words = shlex.split(finding.command)
+        assert (program, name) == ("python", "examples/ablation.py")
+        given = typer.main.get_command(script["app"]).make_context(name, words).params
+        own = [each for each in records if each["experiment"] == claim.experiment and each["arm"] in claim.arms]
+        assert {arm.name for arm, _ in script["_chosen"](given["experiments"], given["arms"], 1)} == set(claim.arms)
+        if finding.verdict == "not measured":
+            continue
+        assert {each["seed"] for each in own} == set(range(given["seeds"]))
+        for option in ("batch", "samples", "sampling_steps", *(["steps"] if claim.experiment != "seconds" else [])):
+            assert {each[option] for each in own} == {given[option]}, (claim.id, option)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +382,7 @@ def test_an_order_of_arms(tmp_path: Path) -> None:
         ('{"experiment": "srem", "arm": 1, "seed": 0}', "arm must be str"),
         ('{"experiment": "srem", "arm": "a", "seed": 0, "frechet": -1}', "frechet must be above 0"),
         ('{"experiment": "srem", "arm": "a", "seed": 0, "frechet": NaN}', "NaN is no number of JSON"),
+        ('{"experiment": "srem", "arm": "a", "seed": 0, "steps": "800"}', "steps must be a count"),
     ],
 )
 def test_lines_that_are_no_runs_are_refused(tmp_path: Path, line: str, why: str) -> None:

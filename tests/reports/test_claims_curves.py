@@ -30,6 +30,10 @@ Rows = Callable[..., Path]
         # What it loses again doesn't count.
         ([0.1, -0.1, 0.3], 512 * 2**0.25),
         ([-0.1, -0.1, math.inf], 1024.0),
+        # Ours did not fit in memory in between, or at the end.
+        ([0.1, -math.inf, 0.3], 1024.0),
+        ([0.1, -math.inf, math.inf], 1024.0),
+        ([0.1, 0.2, -math.inf], None),
     ],
 )
 def test_where_curves_cross(leads: list[float], expected: float | None) -> None:
@@ -65,6 +69,18 @@ def test_a_crossover_has_an_interval(make_row: Callable[..., Row], write_rows: R
     assert finding.interval is not None
     low, high = finding.interval
     assert 950 < low < 1024 < high < 1100
+
+
+def test_ours_that_does_not_fit_where_the_peer_does_is_behind(make_row: Callable[..., Row], write_rows: Rows) -> None:
+    rows = curve(make_row, "DiG-S/2", TRITON, {256: 1.0, 512: 2.0}) + curve(
+        make_row, "DiT-S/2", PLAIN, {256: 2.0, 512: 4.0, 2048: 16.0}
+    )
+    rows.append(make_row("DiG-S/2", resolution=2048, options=TRITON, status="oom"))
+    finding = judge_crossover(crossover(), Files([write_rows(rows)], {"rows.jsonl"}), NOTHING)
+    assert (finding.verdict, finding.interval) == ("does not hold", None)
+    assert finding.measured == "not ahead at 2048, the largest measured"
+    assert finding.notes[0].endswith("256: 2, 512: 2, 2048: ours not at all")
+    assert "DiG-S/2 (triton) at 2048: OOM" in finding.notes
 
 
 def test_a_crossover_beyond_what_was_measured_is_not_measured(make_row: Callable[..., Row], write_rows: Rows) -> None:
@@ -106,3 +122,20 @@ def test_exponents(make_row: Callable[..., Row], write_rows: Rows) -> None:
         return judge_exponent(claim, files).verdict
 
     assert [verdict(theory) for theory in (1, 2)] == ["does not hold", "holds"]
+
+
+def test_of_a_sets_memory_the_leanest_counts(make_row: Callable[..., Row], write_rows: Rows) -> None:
+    """The fastest way may be another one at each resolution, and take more."""
+    lean, fast = (("backend", "sdpa-cudnn"),), (("backend", "flash-attn"),)
+    rows = [
+        make_row("Flash-DiT-S/2", size, ms, options=options, gib=gib)
+        for size in (256, 512, 1024)
+        for options, ms, gib in ((lean, 2.0, (size / 256) ** 2), (fast, 1.0, 2 * (size / 256) ** 4))
+    ]
+    claim = Exponent(
+        id="leanest", source="here", said="linear", of="best Flash-DiT-S/2@*:train", figure="memory", theory=1.0,
+        rows="rows.jsonl",
+    )  # fmt: skip
+    finding = judge_exponent(claim, Files([write_rows(rows)], {"rows.jsonl"}))
+    assert (finding.verdict, finding.measured) == ("holds", "to the power 1.00")
+    assert "--models Flash-DiT:sdpa-cudnn " in finding.command

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dig.environment import ROOT
 from reports.claims.__main__ import ROWS
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge
@@ -15,6 +16,7 @@ from reports.claims.prose import HOLE, README
 from reports.claims.readme import HEADING, Section, read_readme
 from reports.claims.rows import Files
 from reports.claims.spec import Claims, Crossover, Ratio, read_claims
+from reports.claims.subject import Subject
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,30 @@ def test_a_claim_reads_the_file_that_it_names(claims: Claims) -> None:
     only = Files([ROWS / "rows.jsonl"], claims.files)
     assert judge(lead(claims), only, page()).verdict == "not measured"
     assert Path("best.jsonl").name in claims.files
+
+
+def test_the_choice_of_a_model_says_what_readmes_leads_are(claims: Claims, files: Files) -> None:
+    """`docs/start.md` gives them as ranges."""
+    leads: dict[tuple[int, str], list[float]] = {}
+    for claim in claims.of(Ratio):
+        if claim.line:
+            case = Subject.parse(claim.under).case
+            leads.setdefault((case.resolution, case.mode), []).append(
+                float(judge(claim, files, page()).measured.split()[0])
+            )
+
+    def between(resolution: int, *modes: str) -> str:
+        found = [lead for mode in modes for lead in leads[(resolution, mode)]]
+        return f"{min(found):.1f} to {max(found):.1f}"
+
+    both = ("train", "forward")
+    batch = next(claim for claim in claims.of(Ratio) if claim.id == "readme-lead-forward-xl-256-batch64")
+    ahead = float(judge(batch, files, page()).measured.split()[0])
+    text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    for said in (
+        f"{between(512, *both)} times the best Flash-DiT at 512, {between(1024, *both)} at 1024, "
+        f"{between(2048, *both)} at 2048",
+        f"{between(256, 'train')} times; launched eagerly",
+        f"DiG is {100 * (ahead - 1):.0f}% ahead of Flash-DiT compiled whole",
+    ):
+        assert said in text, said

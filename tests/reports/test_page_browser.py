@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from reports.page.__main__ import app
 from reports.page.sections import NAMES
-from tests.reports.page_rows import HOSTILE, step_rows, write_everything
+from tests.reports.page_rows import HOSTILE, step_rows, timed, write_everything
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +138,23 @@ def test_every_figure_is_drawn(shown: Callable[..., Any], page: Path) -> None:
     legend = browser.execute_script("return document.querySelector('#chart-fig1a .legend').textContent")
     assert "DiG (triton)" in legend
     assert "OOM" in browser.execute_script("return document.querySelector('#chart-fig1a svg.marks').textContent")
+
+
+def test_an_assumed_size_has_an_asterisk(shown: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [
+        timed(family, backend, size, 1024, ms, mode="forward")
+        for family, backend, ms in (("DiG", "triton", 2.0), ("DiS", "mamba-ssm", 30.0))
+        for size in ("S", "XL")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+    result = CliRunner().invoke(app, [str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    browser = shown(tmp_path / "out" / "index.html")
+    marks = browser.execute_script(
+        "return [...document.querySelectorAll('#chart-fig2a svg text')]"
+        ".filter((each) => each.textContent === '*').length"
+    )
+    assert marks == 1, "DiS-XL alone is assumed"
 
 
 def test_filters_leave_the_rows_that_match(shown: Callable[..., Any], page: Path) -> None:
@@ -313,6 +330,30 @@ def test_it_can_be_printed(shown: Callable[..., Any], page: Path) -> None:
     assert hidden == ["none"] * 3
     assert commands == "block"
     assert background == "rgb(255, 255, 255)"
+
+
+def test_what_is_folded_away_is_printed_and_every_sheet_of_rows_has_headings(
+    shown: Callable[..., Any], page: Path
+) -> None:
+    browser = shown(page)
+    browser.execute_script("for (const each of document.querySelectorAll('details.own')) each.open = false")
+    states = "return [...document.querySelectorAll('details.own')].map((each) => each.open)"
+    assert browser.execute_script(states), "the page has claims that are folded away"
+    # While it prints, and after.
+    browser.execute_script(f"addEventListener('beforeprint', () => {{ window.printed = (() => {{ {states} }})(); }})")
+    browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})
+    assert all(browser.execute_script("return window.printed"))
+    assert not any(browser.execute_script(states))
+    # A button isn't drawn again on the next sheet; the text of a heading is.
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    headings = browser.execute_script(
+        "return [...document.querySelectorAll('#row-table thead button')].map((button) =>"
+        " [button.textContent, getComputedStyle(button.parentElement, '::before').content,"
+        " getComputedStyle(button).display])"
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert headings
+    assert [each[1:] for each in headings] == [[f'"{each[0]}"', "none"] for each in headings]
 
 
 def test_in_ci_a_missing_browser_fails_and_elsewhere_skips(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from bench.store.profiles import ProfileRow
 from bench.store.rows import ResultError, read_results
 from dig.environment import ROOT
 from reports.page.__main__ import app
-from reports.page.claims import Claim
+from reports.page.claims import Claim, counted, read_claims
 from reports.page.commands import scaling_command
 from reports.page.entries import entries
 from reports.page.evidence import Evidence, Probe, gather
@@ -205,6 +205,41 @@ def test_of_a_folder_other_files_are_left_out_and_said(tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     evidence = gather([folder])
     assert any("train.jsonl: left out" in warning for warning in evidence.warnings)
+
+
+def test_runs_that_are_drawn_are_not_said_to_be_left_out(tmp_path: Path) -> None:
+    folder = write_everything(tmp_path / "rows")
+    published = ROOT / "results" / "h100" / "ablation.jsonl"
+    (folder / "ablation.jsonl").write_text(published.read_text())
+    result = run(folder, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "wrote" in result.output
+    assert "ablation.png" in result.output
+    assert "left out; its first line" not in result.output
+    assert f"Drawn from the logs in {folder / 'ablation.jsonl'}." in (tmp_path / "out" / "report.md").read_text()
+    again = run(folder, "--out", tmp_path / "one", "--figure", "ablation", "--figure", "fashion")
+    assert "did not write fashion: no folder" in again.output
+    names = {path.name for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert names == {"ablation.png", "ablation.svg", "ablation.csv"}
+    (folder / "ablation.jsonl").write_text('{"experiment": "srem"}\n')
+    result = run(folder, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert f"warning: no picture of {folder / 'ablation.jsonl'}: " in result.output
+
+
+def test_an_interval_without_width_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "claims.json"
+    path.write_text(json.dumps([{"id": "peak", "interval": [94.4, 94.4]}, {"id": "time", "interval": [1, 2]}]))
+    assert [claim.interval for claim in read_claims(path)] == [None, (1, 2)]
+
+
+def test_verdicts_are_counted_in_their_own_words() -> None:
+    verdicts = ("not measured", "holds in part", "holds", "holds", "does not hold", "odd", "")
+    claims = [Claim(id=str(place), verdict=verdict) for place, verdict in enumerate(verdicts)]
+    assert (
+        counted(claims) == "7 claims: 2 hold, 1 holds in part, 1 does not hold, 2 not measured, 1 with another verdict."
+    )
+    assert counted([]) == ""
 
 
 def test_a_profiles_row_survives_the_disk() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -18,13 +20,17 @@ from reports.ablation import (
     RunError,
     app,
     arms_of,
+    compare,
     compare_seconds,
+    data,
     draw,
     estimate,
     orders,
     page,
     read_ablation,
+    repeating_runs,
 )
+from reports.cells import number
 from tests.dig.tiny import make_fashion
 
 DISTANCES = {
@@ -116,6 +122,44 @@ def test_a_run_that_diverged_is_none_and_a_repeated_one_counts_once(tmp_path: Pa
     assert [(run.seed, run.frechet) for run in runs] == [(0, 160.0)]
 
 
+def test_the_page_says_which_code_was_not_committed(tmp_path: Path) -> None:
+    lines = [line("causal", 0, 170.0, dirty=True), line("bidirectional", 0, 70.0, dirty=False)]
+    told = page(read_ablation(write(tmp_path / "a.jsonl", lines)))
+    assert "commit 0123456 with uncommitted changes and commit 0123456 ·" in told
+
+
+def test_the_command_of_runs_has_their_length(tmp_path: Path) -> None:
+    lines = [
+        line("causal", 1, 170.0, steps=50, batch=4),
+        line("DiG", 0, 9.0, "seconds", steps=64, seconds=20.3, batch=4),
+    ]
+    words = repeating_runs(read_ablation(write(tmp_path / "a.jsonl", lines)))
+    assert words.endswith(
+        "--experiments srem,seconds --seeds 2 --steps 50 --budget 20 --batch 4 --samples 2500 --sampling-steps 25"
+    )
+
+
+def test_the_figures_numbers_are_its_data(tmp_path: Path) -> None:
+    lines = [*srem(DISTANCES), line("S/4", 0, 30.0, "scaling"), line("DiG", 0, 9.0, "seconds")]
+    rows = list(csv.DictReader(io.StringIO(data(read_ablation(write(tmp_path / "a.jsonl", lines))))))
+    assert len(rows) == 2 * (len(DISTANCES) + 1)
+    first = rows[0]
+    assert (first["experiment"], first["arm"], first["measure"], first["seeds"]) == ("srem", "causal", "frechet", "3")
+    assert float(first["mean"]) == pytest.approx(180 + sum(WOBBLE) / 3, abs=1e-3)
+    assert float(first["low"]) < float(first["mean"]) < float(first["high"])
+    assert (rows[-1]["arm"], rows[-1]["low"], rows[-1]["steps"]) == ("S/4", "", "800")
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    text = "$\\frac{$ <b>x</b> `|\n# y"
+    lines = [line(text, 0, 170.0, model="DiG-S/4", gpu_name=text, commit=text), line("DiG", 0, 9.0, "seconds")]
+    lines.append(line(text, 0, 9.0, "seconds", model=f"DiG-S/2{text}"))
+    told = page(read_ablation(write(tmp_path / "a.jsonl", lines)))
+    assert "<b>" not in told
+    assert "\n# y" not in told
+    assert all(row.count(" | ") in (5, 7) for row in told.splitlines() if row.startswith("|") and "---" not in row)
+
+
 def test_arms_come_in_the_papers_order(tmp_path: Path) -> None:
     lines = [line(arm, 0, 1.0) for arm in ("crisscross", "mine", "attention", "causal")]
     runs = read_ablation(write(tmp_path / "a.jsonl", lines))
@@ -153,7 +197,9 @@ def test_the_command_writes_its_files_or_says_one_line(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", srem(DISTANCES))
     done = CliRunner().invoke(app, [str(file), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ablation.md", "ablation.png", "ablation.svg"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"ablation.{ending}" for ending in ("md", "png", "svg", "csv")
+    }
     for content, message in (
         ("", "holds no run that ended"),
         ("{}\n", "experiment must be a word"),
@@ -162,6 +208,79 @@ def test_the_command_writes_its_files_or_says_one_line(tmp_path: Path) -> None:
         file.write_text(content)
         done = CliRunner().invoke(app, [str(file), "--out", str(tmp_path / "out")])
         assert (done.exit_code, message in done.output) == (2, True), done.output
+
+
+PUBLISHED = ROOT / "results" / "h100" / "ablation.jsonl"
+
+
+def test_the_published_tables_are_of_the_published_runs() -> None:
+    runs, folder = read_ablation(PUBLISHED), PUBLISHED.parent / "ablation"
+    for name, content in (("ablation.md", page(runs)), ("ablation.csv", data(runs))):
+        assert (folder / name).read_text(encoding="utf-8") == content, "python -m reports.ablation writes it again"
+
+
+def test_the_page_on_training_says_what_the_published_runs_say() -> None:
+    """Each line of its table, and the sentences on attention."""
+    runs = read_ablation(PUBLISHED)
+    srem, scaling = arms_of(runs, "srem"), arms_of(runs, "scaling")
+    told = {
+        (order.worse, order.better, measure): order.verdict
+        for measure in ("frechet", "loss")
+        for several in orders(runs, measure).values()
+        for order in several
+    }
+    told |= {
+        (worse, better, measure): order.verdict
+        for worse, better in (("causal", "attention"), ("attention", "crisscross"))
+        for measure in ("frechet", "loss")
+        if (order := compare(srem, worse, better, measure)) is not None
+    }
+    told[("S/4", "L/4", "loss")] = compare(scaling, "S/4", "L/4", "loss").verdict  # type: ignore[union-attr]
+
+    def distance(arm: str) -> str:
+        arms = srem if arm in srem else scaling
+        return number(estimate([run.frechet for run in arms[arm].values()]).middle)
+
+    d = {arm: distance(arm) for arm in (*srem, *scaling)}
+    sizes = ", ".join(f"{float(d[arm]):.1f}" for arm in reversed(SIZES))
+    expected = {
+        f"| both directions beat one scan by far | holds: {d['bidirectional']} instead of {d['causal']} | holds |": (
+            [("causal", "bidirectional")], "holds", "holds"
+        ),
+        f"none | not told apart: {d['identity-init']}, {d['bidirectional']} | holds |": (
+            [("bidirectional", "identity-init")], "not told apart", "holds"
+        ),
+        f"| the convolution of default init is the worst | holds: {d['default-init']} | holds |": (
+            [("default-init", "bidirectional"), ("default-init", "identity-init")], "holds", "holds"
+        ),
+        f"one axis | not told apart: {d['crisscross']}, {d['identity-init']} | holds |": (
+            [("identity-init", "crisscross")], "not told apart", "holds"
+        ),
+        "| the U shape beats none | not told apart | **reversed**; begun as none, not told apart |": (
+            [("crisscross", "u-shape")], "not told apart", "reversed"
+        ),
+        f"| L beats B beats S | holds: {sizes} | L beats S; B is not told apart from either |": (
+            [("S/4", "B/4"), ("B/4", "L/4")], "holds", "not told apart"
+        ),
+        "| patches of 2 beat 4 beat 8 | 4 beats 8; 2 and 4 are not told apart | holds |": (
+            [("S/4", "S/2")], "not told apart", "holds"
+        ),
+        f"behind attention by the distance ({d['causal']} and {d['attention']}), and not told apart from it": (
+            [("causal", "attention")], "holds", "not told apart"
+        ),
+        "All of SREM is ahead of attention by both.": ([("attention", "crisscross")], "holds", "holds"),
+    }  # fmt: skip
+    text = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    for said, (pairs, by_distance, by_loss) in expected.items():
+        assert said in text, said
+        for pair in pairs:
+            assert (told[(*pair, "frechet")], told[(*pair, "loss")]) == (by_distance, by_loss), said
+    least = compare(srem, "identity-init", "crisscross", "loss")
+    assert least is not None
+    assert f"Crisscross does so by the least: {least.difference}" in text
+    assert told[("S/8", "S/4", "frechet")] == told[("S/8", "S/4", "loss")] == told[("S/4", "L/4", "loss")] == "holds"
+    for measure in ("frechet", "loss"):
+        assert told[("crisscross", "u-shape-zero", measure)] == "not told apart"
 
 
 @pytest.mark.slow

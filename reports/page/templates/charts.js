@@ -140,6 +140,8 @@ function lines(chart, panel, width) {
       mark: { type: "point", size: 62, strokeWidth: 1.8, opacity: 1 },
       encoding: { x, y, color, shape: { field: "series", type: "nominal", scale: scale.shape, legend: null },
         fill: { field: "series", type: "nominal", scale: scale.fill, legend: null } } },
+    { transform: [{ filter: "datum.assumed && isValid(datum.y)" }],
+      mark: { type: "text", text: "*", dx: 9, fontSize: 14, fontWeight: 700 }, encoding: { x, y, color } },
     { transform: [{ filter: "isValid(datum.y)" }],
       mark: { type: "point", size: 420, opacity: 0, filled: true, cursor: "pointer" },
       encoding: { x, y, tooltip: tip(chart.x, chart.y) } },

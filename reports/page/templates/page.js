@@ -154,6 +154,13 @@ document.addEventListener("click", (event) => {
   const button = event.target.closest("button.copy");
   if (button) copy(button);
 });
+// Paper has nothing to click: claims that are folded away are printed too.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details.own:not([open])")];
+  for (const each of folded) each.open = true;
+});
+addEventListener("afterprint", () => { for (const each of folded) each.open = false; });
 document.addEventListener("toggle", (event) => {
   if (event.target.matches?.("details.numbers") && event.target.open) fillNumbers(event.target);
 }, true);
