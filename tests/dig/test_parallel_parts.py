@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +17,19 @@ import torch
 from typer.testing import CliRunner
 
 from dig.diffusion import build_loss
-from dig.graphs import recording
+from dig.graphs import Captured, recording
 from dig.launched import place_in_job
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
 from dig.training.data.loader import default_workers
 from dig.training.inputs import step_inputs
 from dig.training.needs import training_needs
-from dig.training.parallel import Ranks, joined, wrap
+from dig.training.parallel import Ranks, joined, mesh_of_all, wrap
 from dig.training.parallel.agreement import RanksDifferError, check_alike, facts
 from dig.training.parallel.team import Together
 from dig.training.parallel.watching import Beat, Watch
 from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
+from dig.training.shares import local
 from dig.training.step import TrainingStep
 from dig.training.trainer import Trainer
 from tests.dig.fake_graph import capture_fake
@@ -152,6 +154,62 @@ def test_parts_of_a_batch_are_not_sent_one_by_one() -> None:
     model.set_requires_gradient_sync = lambda sync: (asked.append(sync), before(sync))
     step.run(step_inputs(step.config, step.loss, batch_of(0), 10), 1e-4)
     assert asked == [False, False, False, True]
+
+
+@pytest.fixture
+def cpu_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of which only the configuration says that it is on a GPU shards on the CPU."""
+    monkeypatch.setattr("dig.training.parallel.wrapping.mesh_of_all", lambda _device: mesh_of_all("cpu"))
+
+
+@pytest.mark.usefixtures("ranks", "cpu_mesh")
+def test_a_captured_step_with_fsdp_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warm-up has moved nothing: shares of weights, averages and moments are put back."""
+
+    def capturing(step: Any, *inputs: Any, optimizer: Any, **options: Any) -> Any:
+        def recorder(run: Any, **_: Any) -> tuple[Any, Any]:
+            return SimpleNamespace(replay=run), None
+
+        device = torch.device("cpu")
+        return Captured(step, inputs, device=device, optimizers=[optimizer], recorder=recorder, **options)
+
+    monkeypatch.setattr("dig.training.step.capture", capturing)
+    fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "learning_rate": 2.0**-7}
+    graph = stepped("fsdp", 3, execution="graph", device="cuda", **fields)
+    ours, theirs = whole(graph), whole(stepped("fsdp", 3, **fields))
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.usefixtures("ranks", "cpu_mesh")
+@pytest.mark.parametrize(("execution", "kept"), [("eager", False), ("graph", True)])
+def test_blocks_of_a_captured_step_are_gathered_once_for_all_parts(execution: str, kept: bool) -> None:
+    step = stepped("fsdp", 0, accumulate=2, execution=execution, device="cuda")
+    block: Any = step.model.get_submodule("blocks.0")
+    whole_before: list[bool] = []
+
+    def note(*_: object) -> None:
+        whole_before.append(not hasattr(next(block.parameters()), "full_tensor"))
+
+    block.register_forward_pre_hook(note, prepend=True)
+    inputs = step_inputs(step.config, step.loss, batch_of(0), 10)
+    for _ in range(2):
+        step._update(inputs)
+    assert whole_before == [False, kept, False, kept]
+    assert hasattr(next(block.parameters()), "full_tensor")
+
+
+@pytest.mark.usefixtures("ranks")
+def test_an_average_is_drawn_with_as_it_is_now() -> None:
+    """All of its weights, those that no block holds too, though no checkpoint comes between."""
+    step = stepped("fsdp", 1)
+    x, t, y = torch.randn(1, 1, 16, 16), torch.tensor([1]), torch.tensor([2])
+    with torch.no_grad():
+        step.ema(x, t, y)
+        for parameter in step.ema.parameters():
+            local(parameter).mul_(1.5)
+        found = step.ema(x, t, y)
+        step.ema.state_dict()  # PyTorch lets go of whatever is gathered.
+        assert torch.equal(found, step.ema(x, t, y))
 
 
 def test_what_can_not_be_wrapped() -> None:
