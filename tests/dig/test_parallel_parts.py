@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import pickle
 import time
@@ -19,13 +21,14 @@ from typer.testing import CliRunner
 from dig.diffusion import build_loss
 from dig.graphs import Captured, recording
 from dig.launched import place_in_job
+from dig.registry import find_family
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
 from dig.training.data.loader import default_workers
 from dig.training.inputs import step_inputs
 from dig.training.needs import training_needs
 from dig.training.parallel import Ranks, joined, mesh_of_all, wrap
-from dig.training.parallel.agreement import RanksDifferError, check_alike, facts
+from dig.training.parallel.agreement import RanksDifferError, check_alike, code_sha256, facts, family_sha256
 from dig.training.parallel.team import Together
 from dig.training.parallel.watching import Beat, Watch
 from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
@@ -330,6 +333,26 @@ def test_what_differs_is_named() -> None:
     ):
         with pytest.raises(RanksDifferError, match=words):
             check_alike(Told(mine, other, other), mine)  # type: ignore[arg-type]
+
+
+def test_code_outside_of_this_package_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the baselines, and of a family of one's own: a module alone, or a package with all that is in it."""
+    dit = replace(config(), model=replace(config().model, name="DiT-S/8", options={}))
+    ours = facts(dit)["code of DiT"]
+    assert len(ours) == 64
+    assert ours != facts(dit)["code under dig/"]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_alone.py").write_text("def build(size): ...\n")
+    (tmp_path / "own_package").mkdir()
+    for name in ("__init__", "declared", "blocks"):
+        (tmp_path / "own_package" / f"{name}.py").write_text("def build(size): ...\n")
+    for module, file in (("own_alone", "own_alone.py"), ("own_package.declared", "own_package/blocks.py")):
+        family = replace(find_family("DiT"), build=importlib.import_module(module).build)
+        before = family_sha256(family)
+        (tmp_path / file).write_text("# other\n")
+        assert family_sha256(family) not in ("", before)
+        assert family_sha256(replace(family, build=functools.partial(family.build))) == family_sha256(family)
+    assert family_sha256(replace(find_family("DiT"), build=code_sha256)) == ""  # under dig/, which is compared anyway
 
 
 def test_a_job_that_stands_still_is_ended(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
