@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import PrefixStore
 from typer.testing import CliRunner
 
+from dig.commands.job import _patient
 from dig.diffusion import build_loss
 from dig.graphs import Captured, recording
 from dig.launched import place_in_job
@@ -367,6 +371,25 @@ def test_a_job_that_stands_still_is_ended(ranks: Ranks, capfd: pytest.CaptureFix
     message = capfd.readouterr().err.splitlines()[0]
     assert message.startswith("error: rank 0 hangs at step 7, training: for ")
     assert message.endswith("give a larger --hang-timeout; go on with the same command")
+
+
+def test_a_job_whose_rank_is_told_to_stop_says_so(
+    ranks: Ranks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that samples or encodes has nothing to save: it ends the others, which would call it dead."""
+    monkeypatch.setattr("dig.commands.job.END_SECONDS", 0.2)
+    left: list[int] = []
+    store: Any = PrefixStore("told to stop", ranks.store)
+    watch = Watch(replace(ranks, store=store), remedy="go on with the same command", leave=left.append)
+    with _patient(watch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.1)
+    watch.leave()
+    assert left[0] == 128 + signal.SIGTERM
+    assert capfd.readouterr().err.splitlines()[0] == "error: rank 0 was told to stop; go on with the same command"
+    assert store.check(["failed"])  # It is what ends the others.
 
 
 def test_whom_the_others_wait_for(watch: Watch) -> None:
