@@ -170,15 +170,16 @@ def ddp_step(work: Work, images: float, gpus: int, assumed: Assumed) -> tuple[fl
 
 
 def fsdp_step(work: Work, images: float, gpus: int, assumed: Assumed) -> tuple[float, float, float]:
-    """(compute, communication, exposed) seconds: weights are gathered in every pass, gradients reduced and scattered in
-    the last; each GPU moves its share of the weights. In a CUDA graph a block stays whole up to its backward pass.
+    """(compute, communication, exposed) seconds: weights are gathered in the first pass, gradients reduced and
+    scattered in the last; each GPU moves its share of the weights. In a CUDA graph a block stays whole up to its last
+    backward pass.
     """
     passes, one = work.passes(images, assumed), work.pass_s(images, assumed)
     forward, backward = assumed.overlap * one / 3, assumed.overlap * 2 / 3 * one
     gathered = gather_s(assumed.weight_bytes * work.parameters, gpus, assumed, messages=BLOCKS + 1)
     reduced = gather_s(assumed.gradient_bytes * work.parameters, gpus, assumed, messages=BLOCKS + 1)
-    exposed = passes * max(0.0, gathered - forward) + max(0.0, reduced - backward)
-    return passes * one + work.optimizer_s / gpus, passes * gathered + reduced, exposed
+    exposed = max(0.0, gathered - forward) + max(0.0, reduced - backward)
+    return passes * one + work.optimizer_s / gpus, gathered + reduced, exposed
 
 
 STEPS: dict[Kind, Callable[[Work, float, int, Assumed], tuple[float, float, float]]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +101,7 @@ def working_together(
     with joined(one_device(device), hang_seconds=hang_seconds, trains=trains) as ranks:
         watch = Watch(ranks, remedy="the same command goes on with what is finished")
         kind = cast(Literal["ddp", "fsdp"], "ddp" if parallel == "auto" else parallel)
-        with _patient():
+        with _patient(watch):
             try:
                 yield Job(ranks=ranks, kind=kind, watch=watch)
                 watch.doing("waiting for the others to end", waits=True)
@@ -117,17 +116,15 @@ def working_together(
 
 
 @contextmanager
-def _patient() -> Iterator[None]:
+def _patient(watch: Watch) -> Iterator[None]:
     """At SIGTERM, let the watch see first whether another rank is gone: then that is what there is to say."""
-
-    def end() -> None:
-        sys.stderr.flush()
-        os._exit(128 + signal.SIGTERM)
+    timers: list[threading.Timer] = []
 
     def receive(_number: int, _frame: object) -> None:
-        timer = threading.Timer(END_SECONDS, end)
+        timer = threading.Timer(END_SECONDS, watch.stopped, (128 + signal.SIGTERM,))
         timer.daemon = True
         timer.start()
+        timers.append(timer)
 
     if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -137,3 +134,5 @@ def _patient() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for timer in timers:
+            timer.cancel()

@@ -146,7 +146,7 @@ class TrainingStep:
             self._parallel = wrap(model, parallel, dtype=config.dtype, captured=captured, compiled=compiled, mesh=mesh)
             self._network = self._parallel.network
             if parallel == "fsdp":
-                shard(self.ema, mesh=mesh)
+                shard(self.ema, mesh=mesh, trains=False)
         self.device = next(model.parameters()).device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._ema_parameters = [

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import os
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import PrefixStore
 from typer.testing import CliRunner
 
+from dig.commands.job import _patient
 from dig.diffusion import build_loss
-from dig.graphs import recording
+from dig.graphs import Captured, recording
 from dig.launched import place_in_job
+from dig.registry import find_family
 from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
 from dig.training.data.loader import default_workers
 from dig.training.inputs import step_inputs
 from dig.training.needs import training_needs
-from dig.training.parallel import Ranks, joined, wrap
-from dig.training.parallel.agreement import RanksDifferError, check_alike, facts
+from dig.training.parallel import Ranks, joined, mesh_of_all, wrap
+from dig.training.parallel.agreement import RanksDifferError, check_alike, code_sha256, facts, family_sha256
 from dig.training.parallel.team import Together
 from dig.training.parallel.watching import Beat, Watch
 from dig.training.parallel.wrapping import mesh_of_all
 from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
+from dig.training.shares import local
 from dig.training.step import TrainingStep
 from dig.training.trainer import Trainer
 from tests.dig.fake_graph import capture_fake
@@ -157,6 +166,62 @@ def test_parts_of_a_batch_are_not_sent_one_by_one() -> None:
     assert asked == [False, False, False, True]
 
 
+@pytest.fixture
+def cpu_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of which only the configuration says that it is on a GPU shards on the CPU."""
+    monkeypatch.setattr("dig.training.parallel.wrapping.mesh_of_all", lambda _device: mesh_of_all("cpu"))
+
+
+@pytest.mark.usefixtures("ranks", "cpu_mesh")
+def test_a_captured_step_with_fsdp_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warm-up has moved nothing: shares of weights, averages and moments are put back."""
+
+    def capturing(step: Any, *inputs: Any, optimizer: Any, **options: Any) -> Any:
+        def recorder(run: Any, **_: Any) -> tuple[Any, Any]:
+            return SimpleNamespace(replay=run), None
+
+        device = torch.device("cpu")
+        return Captured(step, inputs, device=device, optimizers=[optimizer], recorder=recorder, **options)
+
+    monkeypatch.setattr("dig.training.step.capture", capturing)
+    fields: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "ema": 0.75, "learning_rate": 2.0**-7}
+    graph = stepped("fsdp", 3, execution="graph", device="cuda", **fields)
+    ours, theirs = whole(graph), whole(stepped("fsdp", 3, **fields))
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.usefixtures("ranks", "cpu_mesh")
+@pytest.mark.parametrize(("execution", "kept"), [("eager", False), ("graph", True)])
+def test_blocks_of_a_captured_step_are_gathered_once_for_all_parts(execution: str, kept: bool) -> None:
+    step = stepped("fsdp", 0, accumulate=2, execution=execution, device="cuda")
+    block: Any = step.model.get_submodule("blocks.0")
+    whole_before: list[bool] = []
+
+    def note(*_: object) -> None:
+        whole_before.append(not hasattr(next(block.parameters()), "full_tensor"))
+
+    block.register_forward_pre_hook(note, prepend=True)
+    inputs = step_inputs(step.config, step.loss, batch_of(0), 10)
+    for _ in range(2):
+        step._update(inputs)
+    assert whole_before == [False, kept, False, kept]
+    assert hasattr(next(block.parameters()), "full_tensor")
+
+
+@pytest.mark.usefixtures("ranks")
+def test_an_average_is_drawn_with_as_it_is_now() -> None:
+    """All of its weights, those that no block holds too, though no checkpoint comes between."""
+    step = stepped("fsdp", 1)
+    x, t, y = torch.randn(1, 1, 16, 16), torch.tensor([1]), torch.tensor([2])
+    with torch.no_grad():
+        step.ema(x, t, y)
+        for parameter in step.ema.parameters():
+            local(parameter).mul_(1.5)
+        found = step.ema(x, t, y)
+        step.ema.state_dict()  # PyTorch lets go of whatever is gathered.
+        assert torch.equal(found, step.ema(x, t, y))
+
+
 def test_what_can_not_be_wrapped() -> None:
     with pytest.raises(ValueError, match=r"parallel must be ddp or fsdp; got 'pipeline'"):
         wrap(torch.nn.Linear(1, 1), "pipeline")  # type: ignore[arg-type]
@@ -277,6 +342,26 @@ def test_what_differs_is_named() -> None:
             check_alike(Told(mine, other, other), mine)  # type: ignore[arg-type]
 
 
+def test_code_outside_of_this_package_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the baselines, and of a family of one's own: a module alone, or a package with all that is in it."""
+    dit = replace(config(), model=replace(config().model, name="DiT-S/8", options={}))
+    ours = facts(dit)["code of DiT"]
+    assert len(ours) == 64
+    assert ours != facts(dit)["code under dig/"]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_alone.py").write_text("def build(size): ...\n")
+    (tmp_path / "own_package").mkdir()
+    for name in ("__init__", "declared", "blocks"):
+        (tmp_path / "own_package" / f"{name}.py").write_text("def build(size): ...\n")
+    for module, file in (("own_alone", "own_alone.py"), ("own_package.declared", "own_package/blocks.py")):
+        family = replace(find_family("DiT"), build=importlib.import_module(module).build)
+        before = family_sha256(family)
+        (tmp_path / file).write_text("# other\n")
+        assert family_sha256(family) not in ("", before)
+        assert family_sha256(replace(family, build=functools.partial(family.build))) == family_sha256(family)
+    assert family_sha256(replace(find_family("DiT"), build=code_sha256)) == ""  # under dig/, which is compared anyway
+
+
 def test_a_job_that_stands_still_is_ended(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
     left: list[int] = []
     watch = Watch(replace(ranks, hang_seconds=1.0), remedy="go on with the same command", leave=left.append)
@@ -289,6 +374,25 @@ def test_a_job_that_stands_still_is_ended(ranks: Ranks, capfd: pytest.CaptureFix
     message = capfd.readouterr().err.splitlines()[0]
     assert message.startswith("error: rank 0 hangs at step 7, training: for ")
     assert message.endswith("give a larger --hang-timeout; go on with the same command")
+
+
+def test_a_job_whose_rank_is_told_to_stop_says_so(
+    ranks: Ranks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that samples or encodes has nothing to save: it ends the others, which would call it dead."""
+    monkeypatch.setattr("dig.commands.job.END_SECONDS", 0.2)
+    left: list[int] = []
+    store: Any = PrefixStore("told to stop", ranks.store)
+    watch = Watch(replace(ranks, store=store), remedy="go on with the same command", leave=left.append)
+    with _patient(watch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.1)
+    watch.leave()
+    assert left[0] == 128 + signal.SIGTERM
+    assert capfd.readouterr().err.splitlines()[0] == "error: rank 0 was told to stop; go on with the same command"
+    assert store.check(["failed"])  # It is what ends the others.
 
 
 def test_whom_the_others_wait_for(watch: Watch) -> None:

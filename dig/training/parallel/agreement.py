@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dig
+from dig.family import Family
+from dig.registry import parse_name
 from dig.training.config import TrainConfig
 from dig.training.parallel.ranks import Ranks
 
@@ -20,21 +23,36 @@ class RanksDifferError(ValueError):
 
 
 def code_sha256(package: Path = Path(dig.__file__).parent) -> str:
-    """SHA-256 of every Python file of the package, with its name."""
+    """SHA-256 of every Python file of the package, with its name; or of a module that is a file."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in [package] if package.is_file() else sorted(package.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
+def family_sha256(family: Family) -> str:
+    """`code_sha256` of what builds a family's models: its module, with all that is beside it in a package.
+
+    The baselines, and families of one's own, are not under ``dig/``. Empty for what is, and where no file holds it.
+    """
+    build = getattr(family.build, "func", family.build)  # of a functools.partial
+    module = sys.modules.get(getattr(build, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    if file is None or Path(file).is_relative_to(Path(dig.__file__).parent):
+        return ""
+    return code_sha256(Path(file).parent if getattr(module, "__package__", "") else Path(file))
+
+
 def facts(config: TrainConfig) -> dict[str, str]:
     """What of this process has to be as in the others, by what it is called in a message."""
     content = config.to_json()
     data: dict[str, Any] = content.pop("data")
+    family = parse_name(config.model.name)[0]
     return {
         "code under dig/": code_sha256(),
+        f"code of {family.name}": family_sha256(family),
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "data": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest(),

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dig.graphs import graphs_end_here
-from dig.launched import launched, place_in_job
+from dig.launched import from_environment, launched, place_in_job
 
 HANG_SECONDS = 600.0
 """How long a job may stand still, unless it is told: longer than any kernel takes to compile, or a grid to draw."""
@@ -203,4 +203,7 @@ def _find_store(rank: int, world_size: int) -> Store:
             f"rank {rank} does not find the others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
             f"({reason}); start all of them with torchrun"
         ) from None
-    return store
+    # torchrun --max-restarts keeps its store: processes that it starts anew would find each other where those of the
+    # attempt before were, which are gone.
+    attempt = from_environment("TORCHELASTIC_RESTART_COUNT", 0)
+    return cast(Store, PrefixStore(f"attempt-{attempt}", store))

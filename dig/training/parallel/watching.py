@@ -121,6 +121,11 @@ class Watch:
         """End this process at once, without a word: another one may be waited for that never comes."""
         self._leave(status)
 
+    def stopped(self, status: int) -> None:
+        """End the job because this rank was told to stop: with a message, if no other rank has one before."""
+        with self._lock:
+            self._end(f"rank {self._ranks.rank} was told to stop", claimed=self._claims(), status=status)
+
     def leave(self) -> None:
         """This rank is done: nobody waits for it, and it for nobody."""
         self._beat = replace(self._beat, left=True)
@@ -237,7 +242,7 @@ class Watch:
                 self._claimed = self._ranks.store.add("told", 1) == 1
         return self._claimed
 
-    def _end(self, message: str, *, claimed: bool) -> None:
+    def _end(self, message: str, *, claimed: bool, status: int = STATUS) -> None:
         """End this process, with the message if it is this rank's to say."""
         if claimed:
             print(f"error: {one_line(message)}; {self.remedy}", file=sys.stderr, flush=True)
@@ -247,7 +252,7 @@ class Watch:
                 time.sleep(2 * BEAT_SECONDS if self._ranks.world_size > 1 else 0)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._leave(STATUS)
+        self._leave(status)
 
 
 def _is_of_others(error: BaseException) -> bool:

@@ -47,12 +47,14 @@ class Parallel:
         network: What is called with ``(x, t, y)`` of this rank's B samples; its backward pass leaves gradients that are
             means over the ranks.
         warmup: Runs that a capture needs before (`dig.capture`).
+        keeps_whole: Whether blocks of a sharded model stay gathered to the backward pass of a step's last part.
     """
 
     kind: Kind
     model: nn.Module
     network: Callable[..., Any]
     warmup: int
+    keeps_whole: bool = False
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -60,6 +62,9 @@ class Parallel:
         if isinstance(self.model, FSDPModule):
             self.model.set_is_last_backward(last)
             self.model.set_requires_gradient_sync(last)
+            if self.keeps_whole:
+                # In a graph nothing is freed and gathered again: the next part finds what this one had.
+                self.model.set_reshard_after_backward(last)
             yield
             return
         inner = getattr(self.network, "_orig_mod", self.network)  # what torch.compile wrapped
@@ -89,8 +94,8 @@ def wrap(
             and moments by block: each block is gathered when it is called.
         dtype: With ``fsdp``: ``bf16`` gathers weights in bf16, computes with them, and reduces gradients in fp32;
             ``fp32`` does all in fp32. With ``ddp`` weights and gradients are fp32, and autocast says what computes.
-        captured: Whether the step is to be a CUDA graph. With ``fsdp`` blocks then stay whole from their forward to
-            their backward pass.
+        captured: Whether the step is to be a CUDA graph. With ``fsdp`` blocks then stay whole from their first forward
+            to their last backward pass of a step.
         compiled: Whether it goes through torch.compile: the whole model with ``ddp``, block by block with ``fsdp``.
         mesh: Of one dimension, with ``fsdp``; all ranks if not given.
 
@@ -104,7 +109,7 @@ def wrap(
             for block in blocks_of(model):
                 block.compile()
         shard(model, dtype=dtype, mesh=mesh, keep_whole=captured)
-        return Parallel(kind=kind, model=model, network=model, warmup=0)
+        return Parallel(kind=kind, model=model, network=model, warmup=0, keeps_whole=captured)
     device = next(model.parameters()).device
     # For a graph, its gradients' accumulators have to be made on the stream of the capture.
     with on_capture_stream(device) if captured else nullcontext():
@@ -126,7 +131,14 @@ def mesh_of_all(device: str) -> DeviceMesh:
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
-def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None, keep_whole: bool = False) -> M:
+def shard(
+    model: M,
+    *,
+    dtype: Precision = "fp32",
+    mesh: DeviceMesh | None = None,
+    keep_whole: bool = False,
+    trains: bool = True,
+) -> M:
     """FSDP2 by block, in place: parameters become DTensors, each rank holding a share of every one.
 
     Args:
@@ -135,6 +147,8 @@ def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None
         mesh: See `wrap`.
         keep_whole: Whether a block's weights stay gathered from its forward to its backward pass: they take memory, and
             are gathered once a step.
+        trains: Whether a backward pass follows each forward pass. Only that frees what no block holds, embeddings and
+            the head: without one, the next forward pass would compute with what they were before.
     """
     if mesh is None:
         mesh = mesh_of_all(next(model.parameters()).device.type)
@@ -144,6 +158,7 @@ def shard(model: M, *, dtype: Precision = "fp32", mesh: DeviceMesh | None = None
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_whole)
-    # What is left, embeddings and the head, is gathered once for a forward and backward pass.
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # What is left, embeddings and the head, is gathered once for a forward and backward pass: None is PyTorch's word
+    # for a root that stays whole between them.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trains else True)
     return model
