@@ -35,7 +35,6 @@ from dig.training.parallel import Ranks, joined, mesh_of_all, wrap
 from dig.training.parallel.agreement import RanksDifferError, check_alike, code_sha256, facts, family_sha256
 from dig.training.parallel.team import Together
 from dig.training.parallel.watching import Beat, Watch
-from dig.training.parallel.wrapping import mesh_of_all
 from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
 from dig.training.shares import local
 from dig.training.step import TrainingStep
