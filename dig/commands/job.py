@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -37,6 +38,8 @@ LONG_SECONDS = 3600.0
 """The same where a process works alone for longer: sampling and encoding."""
 END_SECONDS = 8.0
 """After SIGTERM, for another rank's end to be noticed: torchrun sends it to those that are left."""
+PARTING_SECONDS = 60.0
+"""For PyTorch to take its process groups down, once a command is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ def working_together(
         # What each of them would say is said once; what one alone knows, of its own data, it says.
         logging.getLogger("dig").setLevel(logging.ERROR)
         logging.getLogger("dig.training.data").setLevel(logging.WARNING)
-    with joined(one_device(device), hang_seconds=hang_seconds, trains=trains) as ranks:
+    with _parting() as parts, joined(one_device(device), hang_seconds=hang_seconds, trains=trains) as ranks, parts():
         watch = Watch(ranks, remedy="the same command goes on with what is finished")
         kind = cast(Literal["ddp", "fsdp"], "ddp" if parallel == "auto" else parallel)
         with _patient(watch):
@@ -113,6 +116,50 @@ def working_together(
             except BaseException as error:
                 watch.fail(error, explain(error))
             watch.leave()
+
+
+@contextmanager
+def _parting() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """End this process where the groups that were made within don't end: nothing watches it any more, and all is done.
+
+    Gives what is to be entered once they are there, and tells how the command went.
+    """
+    timers: list[threading.Timer] = []
+
+    @contextmanager
+    def parts() -> Iterator[None]:
+        status = 1
+        try:
+            yield
+            status = 0
+        except typer.Exit as stopped:
+            status = stopped.exit_code
+            raise
+        except SystemExit as stopped:
+            status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+            raise
+        finally:
+            timer = threading.Timer(PARTING_SECONDS, _part, (status,))
+            timer.daemon = True
+            timer.start()
+            timers.append(timer)
+
+    try:
+        yield parts
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _part(status: int) -> None:
+    typer.echo(
+        f"PyTorch has not taken its process groups down in {PARTING_SECONDS:g} s. What this command did is done and "
+        "saved; the process ends without it",
+        err=True,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

@@ -137,6 +137,21 @@ def test_a_rank_that_hangs_is_noticed(tmp_path: Path, data: Path) -> None:
 
 
 @pytest.mark.slow
+def test_groups_that_do_not_end_do_not_keep_the_process(tmp_path: Path, data: Path) -> None:
+    """As NCCL's did not, which waited for a CUDA graph."""
+    setup = """
+import time
+import torch.distributed as dist
+from dig.commands import job
+dist.destroy_process_group, job.PARTING_SECONDS = lambda: time.sleep(600), 1.0
+"""
+    words = train(data, tmp_path / "run", "--parallel", "ddp", steps=2)
+    assert end(start(tmp_path / "log", [words], ranks=1, setup=setup), seconds=100) == [0]
+    log = printed(tmp_path / "log", 0)
+    assert "PyTorch has not taken its process groups down in 1 s. What this command did is done and saved" in log
+    assert step_of(checkpoint_files(tmp_path / "run" / "checkpoints")[0]) == 2
+
+
 def test_samples_of_a_job_that_died_are_kept(tmp_path: Path, data: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     words = ["sample", "--checkpoint", str(run), "--steps", "2", "--device", "cpu", "--model-batch", "2"]
