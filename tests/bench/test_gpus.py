@@ -175,7 +175,7 @@ def test_everything_that_a_referee_asks_for_runs_on_its_card(monkeypatch: pytest
 def test_one_card_is_the_plain_run_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Sweep] = []
 
-    def remember(sweep: Sweep, writer: object, *, on_start: object) -> Any:
+    def remember(sweep: Sweep, writer: object, **_: object) -> Any:
         found.append(sweep)
         return iter(())
 
