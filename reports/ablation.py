@@ -10,9 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,14 +20,15 @@ import matplotlib as mpl
 import pandas as pd
 import typer
 
-from bench.messages import OneLineCommand, cell, say, visible
+from bench.messages import OneLineCommand, cell, say
 from bench.store.files import write_file
 from dig.registry import parse_name
 from reports import drawing
+from reports.ablation_runs import TIMED, Run, read_ablation
 from reports.cells import MISSING, markdown, number
 from reports.drawing import Line, Point
 from reports.figures import Drawing
-from reports.logs import Record, RunError, read_lines
+from reports.logs import RunError
 from reports.looks import Looks
 from reports.refusing import refusing
 
@@ -52,31 +51,8 @@ SIZES, TOKENS = ("S/4", "B/4", "L/4"), ("S/8", "S/4", "S/2")
 """The paper's Fig. 5, each from worse to better: larger models, and smaller patches."""
 SIDE = 32
 """Pixels of an image."""
-SCRIPT = "python examples/ablation.py fashion-mnist out/ablation"
-TIMED = "seconds"
-"""The experiment whose runs have equal seconds, and steps of their own."""
 
 app = typer.Typer(add_completion=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A line of ``ablation.jsonl``, as `examples/ablation.py` writes it."""
-
-    experiment: str
-    arm: str
-    model: str
-    seed: int
-    steps: int
-    batch: int
-    seconds: float
-    ready: float | None
-    loss: float
-    frechet: float
-    parameters: int | None
-    samples: int
-    sampling_steps: int
-    about: tuple[str, ...]
 
 
 class Estimate(NamedTuple):
@@ -103,46 +79,6 @@ class Order(NamedTuple):
     verdict: str
 
 
-def read_ablation(path: Path) -> list[Run]:
-    """All runs of a file; of a seed that stands twice, the last.
-
-    Raises:
-        RunError: It can't be read, or a line is none of these; the message names it.
-    """
-    lines = read_lines(path)
-    found = {(run.experiment, run.arm, run.seed): run for run in map(_run, lines) if run is not None}
-    if not found:
-        raise RunError(f"{path} holds no run that ended; python examples/ablation.py makes them")
-    return list(found.values())
-
-
-def _run(line: Record) -> Run | None:
-    """None of a run that diverged: it has no numbers, and its arm one seed less."""
-    get = line.content.get
-    if get("failed"):
-        return None
-    commit = f"commit {str(get('commit'))[:7]}{' with uncommitted changes' if get('dirty') else ''}"
-    about = (get("gpu_name") or "a CPU", f"torch {get('torch')}", commit)
-    experiment = line.word("experiment")
-    samples, sampling_steps = line.whole("samples", 1), line.whole("sampling_steps", 1)
-    return Run(
-        experiment=experiment,
-        arm=line.word("arm"),
-        model=line.word("model"),
-        seed=line.whole("seed"),
-        steps=line.whole("steps", 1),
-        batch=line.whole("batch", 1),
-        seconds=line.number("seconds", positive=True),
-        ready=None if get("ready_seconds") is None else line.number("ready_seconds"),
-        loss=line.number("loss", positive=True),
-        frechet=line.number("frechet", positive=True),
-        parameters=None if get("parameters") is None else line.whole("parameters"),
-        samples=samples,
-        sampling_steps=sampling_steps,
-        about=(*about, f"{samples:,} samples of {sampling_steps} steps"),
-    )
-
-
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of values of different seeds, with its 95% interval by Student's t."""
     from scipy.stats import t
@@ -151,49 +87,6 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(values[0], math.nan, math.nan, len(values))
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return Estimate(mean(values), mean(values) - half, mean(values) + half, len(values))
-
-
-def repeating(
-    experiments: Iterable[str],
-    arms: Sequence[str] = (),
-    *,
-    seeds: int | None = None,
-    steps: int | None = None,
-    budget: float | None = None,
-    batch: int | None = None,
-    samples: int | None = None,
-    sampling_steps: int | None = None,
-) -> str:
-    """The command that trains such runs again; what is None is left to `examples/ablation.py`."""
-    given = {
-        "experiments": ",".join(experiments), "arms": ",".join(arms), "seeds": seeds, "steps": steps,
-        "budget": budget, "batch": batch, "samples": samples, "sampling-steps": sampling_steps,
-    }  # fmt: skip
-    words = [word for name, value in given.items() if value for word in (f"--{name}", str(value))]
-    return visible(f"{SCRIPT} {shlex.join(words)}")
-
-
-def repeating_runs(runs: Sequence[Run], arms: Sequence[str] = ()) -> str:
-    """`repeating` of runs as they were made; of runs that differ in something as the last one was.
-
-    Args:
-        runs: At least one.
-        arms: Those alone.
-    """
-    equal = [run for run in runs if run.experiment != TIMED]
-    timed = [run for run in runs if run.experiment == TIMED]
-    last = runs[-1]
-    return repeating(
-        dict.fromkeys(run.experiment for run in runs),
-        arms,
-        seeds=max(run.seed for run in runs) + 1,
-        steps=equal[-1].steps if equal else None,
-        # A run ends with the first group of steps after its budget.
-        budget=int(timed[-1].seconds) if timed else None,
-        batch=last.batch,
-        samples=last.samples,
-        sampling_steps=last.sampling_steps,
-    )
 
 
 def arms_of(runs: Iterable[Run], experiment: str) -> dict[str, dict[int, Run]]:

@@ -163,7 +163,9 @@ def shapes(
             help="Model names, options after colons; separated by commas. Default: DiG-S/2 of both variants, on triton."
         ),
     ] = None,
-    resolution: Annotated[int, typer.Option(help="Image side in pixels, whose tokens the others have too.")] = 256,
+    resolution: Annotated[
+        int, typer.Option(help="Image side in pixels; grids and patches have as many tokens, or about so.")
+    ] = 256,
     modes: Annotated[str, typer.Option(help="train, forward, or both.")] = "train,forward",
     batches: Annotated[str, typer.Option(help="Images a step, three numbers or more.")] = "1,2,3,8,32,33",
     grids: Annotated[
@@ -186,7 +188,7 @@ def shapes(
     chosen = some_of(modes, "--modes", get_args(Modes))
     images, sides = numbers(batches, "--batches"), numbers(patches, "--patches")
     for side in sides:
-        check_patch(side)
+        check_patch(side, "--patches")
     if len(set(images)) < 3 or len(set(sides)) < 2:
         refuse("--batches takes three numbers or more, --patches two: each is expected from the others")
     wanted = [_grid(word) for word in words(grids)]

@@ -47,11 +47,11 @@ def some_of(text: str, option: str, known: Collection[str]) -> list[str]:
     return found or refuse(f"{option} needs at least one of {', '.join(known)}")
 
 
-def check_patch(patch: int) -> None:
+def check_patch(patch: int, option: str = "--patch") -> None:
     """Refuse a patch that no model has."""
-    check_count(patch, "--patch")
+    check_count(patch, option)
     if patch not in PATCHES:
-        refuse(f"--patch must be one of {', '.join(map(str, PATCHES))}; got {min(patch, 10**20)}")
+        refuse(f"{option} must be one of {', '.join(map(str, PATCHES))}; got {min(patch, 10**20)}")
 
 
 def check_sizes(sizes: Iterable[str], option: str, families: Iterable[Family]) -> None:

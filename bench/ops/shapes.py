@@ -108,7 +108,7 @@ def expected(work: float, others: Iterable[tuple[float, float]]) -> float:
     """Milliseconds at some work by other steps' (work, ms).
 
     Those of the same work, if there are any, by their mean. Else a line: through the nearest on either side, or beyond
-    all of them through the nearest two.
+    all of them through the nearest two; but no less than its share of the time of a step with more work.
 
     Raises:
         ValueError: There are fewer than two other amounts of work, and none is the same.
@@ -123,7 +123,8 @@ def expected(work: float, others: Iterable[tuple[float, float]]) -> float:
         raise ValueError("a step is expected from two others at least, or from one of the same work")
     below, above = sorted(x for x in means if x < work), sorted(x for x in means if x > work)
     low, high = (below[-1], above[0]) if below and above else (above[:2] if above else below[-2:])
-    return means[low] + (work - low) / (high - low) * (means[high] - means[low])
+    line = means[low] + (work - low) / (high - low) * (means[high] - means[low])
+    return max(line, work / low * means[low]) if work < low else line
 
 
 def judged(comparison: Comparison, timed: Sequence[tuple[Shape, float]]) -> list[Finding]:

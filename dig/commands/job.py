@@ -152,9 +152,10 @@ def _parting() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 
 
 def _part(status: int) -> None:
+    done = ". What this command did is done and saved" if status == 0 else ""
     typer.echo(
-        f"PyTorch has not taken its process groups down in {PARTING_SECONDS:g} s. What this command did is done and "
-        "saved; the process ends without it",
+        f"PyTorch has not taken its process groups down in {PARTING_SECONDS:g} s; the process ends without it, with "
+        f"status {status}{done}",
         err=True,
     )
     sys.stdout.flush()

@@ -13,7 +13,8 @@ from typing import Any
 from bench.judge.statistics import CONFIDENCE, Interval
 from bench.store.decoding import parse_json
 from bench.store.lines import ResultError, read_lines
-from reports.ablation import FEWEST, TIMED, estimate, repeating
+from reports.ablation import FEWEST, estimate
+from reports.ablation_runs import TIMED, repeating
 from reports.cells import number
 from reports.claims.finding import Finding, Verdict, together
 from reports.claims.rows import Files

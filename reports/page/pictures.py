@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reports import ablation, fashion
+from reports import ablation, ablation_runs, fashion
 from reports.figures import Drawing
 from reports.logs import RunError
 
@@ -49,8 +49,8 @@ def _fashion(folder: Path) -> tuple[Drawing | None, str, str]:
 
 
 def _ablation(file: Path) -> tuple[Drawing | None, str, str]:
-    runs = ablation.read_ablation(file)
-    command = ablation.repeating_runs([run for run in runs if run.experiment != ablation.TIMED])
+    runs = ablation_runs.read_ablation(file)
+    command = ablation_runs.repeating_runs([run for run in runs if run.experiment != ablation_runs.TIMED])
     return ablation.draw(runs), command, ablation.data(runs)
 
 

@@ -25,6 +25,8 @@ def test_a_step_is_expected_from_the_nearest_on_either_side() -> None:
     # Beyond an end, by the two nearest to it.
     assert expected(33.0, others) == 74.0
     assert expected(1.0, others[1:]) == 10.0
+    # Less work takes no less than its share, whatever the line says.
+    assert expected(1.0, [(2.0, 4.0), (3.0, 9.0)]) == 2.0
     # Of the same work, by those of it alone.
     assert expected(2.0, [*others, (2.0, 14.0)]) == 13.0
     assert expected(7.0, [(7.0, 5.0)]) == 5.0
@@ -50,7 +52,7 @@ def test_each_comparison_varies_one_thing() -> None:
 def test_a_slow_shape_is_slower_than_its_neighbours_let_expect() -> None:
     shapes = shapes_of(CASE, batches=[1, 2, 3, 8], grids=[], patches=[2, 4])["batch"]
     findings = judged("batch", list(zip(shapes, (2.0, 3.0, 6.0, 9.0), strict=True)))
-    assert [finding.expected_ms for finding in findings] == pytest.approx([0.0, 4.0, 4.0, 21.0])
+    assert [finding.expected_ms for finding in findings] == pytest.approx([1.5, 4.0, 4.0, 21.0])
     assert findings[2].ratio == pytest.approx(1.5)
 
 
@@ -97,7 +99,7 @@ def test_the_command_prints_every_step_and_fails_where_one_is_uneven(planted: li
     [
         (["--batches", "1,2"], "--batches takes three numbers or more"),
         (["--patches", "2"], "--patches two"),
-        (["--patches", "2,3"], "--patch must be one of 2, 4, 8; got 3"),
+        (["--patches", "2,3"], "--patches must be one of 2, 4, 8; got 3"),
         (["--grids", "15"], "--grids takes tokens down and across, such as 15x17, separated by commas; got '15'"),
         (["--grids", "0x17"], "got '0x17'"),
         (["--limit", "0"], "--limit must be positive"),

@@ -262,7 +262,7 @@ def test_shards_that_are_damaged(tmp_path: Path, ranks: Ranks, watch: Watch) -> 
     (before / "about.json").write_text("[]")
     with pytest.raises(CheckpointError, match="its header is no object of JSON"):
         read_checkpoint(before)
-    # What a kill leaves is gone at the next start, and what is damaged is set aside.
+    # What a kill leaves is gone at the next start, and what is damaged is kept under another name.
     (run / "checkpoints" / ".unfinished-step-00000003.shards").mkdir()
     shard.write_bytes(content)
     newest.with_suffix(".json").unlink()

@@ -17,7 +17,6 @@ from dig.environment import ROOT
 from reports.ablation import (
     SIZES,
     TOKENS,
-    RunError,
     app,
     arms_of,
     compare,
@@ -27,10 +26,10 @@ from reports.ablation import (
     estimate,
     orders,
     page,
-    read_ablation,
-    repeating_runs,
 )
+from reports.ablation_runs import read_ablation, repeating_runs
 from reports.cells import number
+from reports.logs import RunError
 from tests.dig.tiny import make_fashion
 
 DISTANCES = {
