@@ -22,6 +22,7 @@ from bench.run.checkouts import copy_tree
 from bench.run.side import Side
 from bench.store import identity
 from bench.store.rows import read_results
+from dig import source_files
 from dig.cli import app
 from dig.environment import ROOT
 from dig.family import Family, FamilyError
@@ -164,14 +165,14 @@ def test_a_familys_files_are_in_its_rows_addresses_alone(own: str, tmp_path: Pat
     (tmp_path / f"{own}.py").write_text(MODULE + "# another\n")
     after = keys()
     assert [model for model in before if before[model] != after[model]] == ["Plain-S/2"]
-    files = {name for name, _ in identity.family_files(find_family("Flash-DiT"))}
+    files = {name for name, _ in source_files.family_files(find_family("Flash-DiT"))}
     assert {"baselines/declared.py", "baselines/dit.py"} <= files
     helper = tmp_path / "kernels.cu"
     helper.write_text("first")
     named = replace(find_family("Plain"), files=(str(helper),))
-    assert {name for name, _ in identity.family_files(named)} == {f"{own}.py", "kernels.cu"}
+    assert {name for name, _ in source_files.family_files(named)} == {f"{own}.py", "kernels.cu"}
     with pytest.raises(FamilyError, match=r"names the source file nowhere.cu, which is not there"):
-        identity.family_files(replace(named, files=("nowhere.cu",)))
+        source_files.family_files(replace(named, files=("nowhere.cu",)))
 
 
 def test_a_package_counts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
@@ -181,7 +182,7 @@ def test_a_package_counts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     (package / "layers.py").write_text("WIDTH = 1\n")
     (package / "families.py").write_text(MODULE.replace("Plain", "Packed").replace("Two-Ways", "Packed-Ways"))
     family = load_family("whole_package.families:Packed")
-    assert {name for name, _ in identity.family_files(family)} == {
+    assert {name for name, _ in source_files.family_files(family)} == {
         "whole_package/__init__.py",
         "whole_package/layers.py",
         "whole_package/families.py",

@@ -15,8 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from typing import Any
 from bench.cases.case import Case
 from bench.cases.jobs import Budget
 from dig.environment import CIRCUMSTANCES
-from dig.family import Family, FamilyError
+from dig.family import Family
 from dig.packages import DISTRIBUTIONS
 from dig.registry import find_family, load_source
+from dig.source_files import MODELS, digest_of, family_files, sources_of
 
-MODELS = "dig"
 MEASURING = (MODELS, "bench/measure", "bench/parity")
 """Folders whose change can change a number; that of the command line, the runner and the judge cannot."""
 
@@ -37,52 +36,9 @@ VERSIONS = ("gpu_name", "driver", "torch", "triton", "packages", "python", "cpu"
 one environment."""
 
 
-def _digest(files: Iterable[tuple[str, Path]]) -> str:
-    """SHA-256 over names and contents."""
-    digest = hashlib.sha256()
-    for name, path in sorted(set(files)):
-        content = path.read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
-
-
-def _sources(root: Path, beside: Path) -> list[tuple[str, Path]]:
-    """A file, or a folder's Python files, each with its name as seen from another folder."""
-    found = [root] if root.is_file() else [path for path in root.rglob("*.py") if path.is_file()]
-    return [(path.relative_to(beside).as_posix(), path) for path in found]
-
-
 def code_hash(root: Path) -> str:
     """SHA-256 over names and contents of the source files that every measurement runs, in a checkout."""
-    return _digest(entry for folder in MEASURING for entry in _sources(root / folder, root))
-
-
-def family_files(family: Family) -> list[tuple[str, Path]]:
-    """A family's own source files by name: its module, or the whole package where that is in one, and `Family.files`.
-
-    Of ``dig``'s own families there are none: `code_hash` has them.
-
-    Raises:
-        FamilyError: A file that the family names is not there, or nobody knows where it is from.
-    """
-    module = str(getattr(family.build, "__module__", ""))
-    package = module.partition(".")[0]
-    if package == MODELS:
-        return []
-    found: list[tuple[str, Path]] = []
-    loaded = sys.modules.get(package)
-    for folder in getattr(loaded, "__path__", ()):
-        found += _sources(Path(folder), Path(folder).parent)
-    if not hasattr(loaded, "__path__") and (file := getattr(loaded, "__file__", None)) is not None:
-        found += _sources(Path(file), Path(file).parent)
-    for name in family.files:
-        path = Path(name)
-        if not path.exists():
-            raise FamilyError(f"{family.name} names the source file {name}, which is not there")
-        found += _sources(path, path.parent)
-    if not found:
-        raise FamilyError(f"nobody knows the source files of {family.name}; name them in its files=")
-    return found
+    return digest_of(entry for folder in MEASURING for entry in sources_of(root / folder, root))
 
 
 def _package_versions(family: Family) -> dict[str, str | None]:
@@ -111,7 +67,8 @@ def _family_hash(name: str, source: str) -> str:
     peer = family.reference.partition(":")[0] if family.reference is not None else family.name
     both = {one.name: one for one in (family, find_family(peer))}
     content = {
-        name: [_digest(family_files(one)), sorted(_package_versions(one).items())] for name, one in sorted(both.items())
+        name: [digest_of(family_files(one)), sorted(_package_versions(one).items())]
+        for name, one in sorted(both.items())
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dig
-from dig.family import Family
+from dig.family import Family, FamilyError
 from dig.registry import parse_name
+from dig.source_files import digest_of, family_files, sources_of
 from dig.training.config import TrainConfig
 from dig.training.parallel.ranks import Ranks
 
@@ -22,27 +22,19 @@ class RanksDifferError(ValueError):
     """Ranks of one job would train different things; the message says which ranks, and in what."""
 
 
-def code_sha256(package: Path = Path(dig.__file__).parent) -> str:
-    """SHA-256 of every Python file of the package, with its name; or of a module that is a file."""
-    digest = hashlib.sha256()
-    for path in [package] if package.is_file() else sorted(package.rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
+def code_sha256() -> str:
+    """Of every Python file under ``dig/``, with its name."""
+    package = Path(dig.__file__).parent
+    return digest_of(sources_of(package, package))
 
 
 def family_sha256(family: Family) -> str:
-    """`code_sha256` of what builds a family's models: its module, with all that is beside it in a package.
-
-    The baselines, and families of one's own, are not under ``dig/``. Empty for what is, and where no file holds it.
-    """
-    build = getattr(family.build, "func", family.build)  # of a functools.partial
-    module = sys.modules.get(getattr(build, "__module__", ""))
-    file = getattr(module, "__file__", None)
-    if file is None or Path(file).is_relative_to(Path(dig.__file__).parent):
-        return ""
-    return code_sha256(Path(file).parent if getattr(module, "__package__", "") else Path(file))
+    """Of a family's own files: the baselines, and families of one's own, are not under ``dig/``. Empty without any."""
+    try:
+        files = family_files(family)
+    except FamilyError:
+        return ""  # Such as a class of a notebook: nobody knows where it is from.
+    return digest_of(files) if files else ""
 
 
 def facts(config: TrainConfig) -> dict[str, str]:
