@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bench.sampling.rows import read_rows
 from bench.store.decoding import parse_json
 from bench.store.files import read_file
 from bench.store.rows import Row, read_results
@@ -43,6 +44,7 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
     ``gmac of MODEL``                       multiply-adds of an image of 256 pixels
     ``least share of FAMILY than FAMILY``   percent of the other's multiply-adds, over all sizes and patches
     ``largest share of FAMILY than FAMILY`` likewise
+    ``samples of MODEL@RESOLUTION``         its median of samples a second, of rows of `bench sampling`
     ``most FIELD of FILE``                  of the probes of `bench capacity` that fit
     ``FIELD of FOLDER/FILE.jsonl``          of the last line of a log beside the rows
     ======================================  =======================================================================
@@ -99,9 +101,23 @@ def _counted(name: str, thing: str, rows: str, files: Files) -> float:
             return _sides(first, second, _source(rows, files), "time")[0]
         case "first leaner":
             return _sides(first, second, _source(rows, files), "memory")[1]
+        case "samples":
+            return _samples(thing, ROWS / rows)
         case "most batch" | "most resolution":
             return max(line[name.removeprefix("most ")] for line in _lines(ROWS / thing) if line["fits"])
     return float(_lines(ROWS / thing)[-1][name])
+
+
+def _samples(thing: str, path: Path) -> float:
+    """Samples a second of the file's only row of a model and resolution."""
+    found = [
+        row.speed.median
+        for row in read_rows(path).rows
+        if f"{row.case.model}@{row.case.resolution}" == thing and row.speed is not None
+    ]
+    if len(found) != 1:
+        raise ClaimError(f"{path.name} has {len(found)} speeds of {thing}, not one")
+    return found[0]
 
 
 def _minutes(path: Path) -> float:

@@ -147,6 +147,7 @@ ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
     [
         (H100 / "rows.jsonl", 167, ALL),
         (H100 / "extra.jsonl", 51, {"triton", "sdpa-cudnn", "flash-attn-4-padded"}),
+        (H100 / "eager.jsonl", 6, {"triton", "sdpa-cudnn"}),
         (H100 / "scaling.jsonl", 16, {"triton", "sdpa-cudnn"}),
         (H100 / "best-32fd90f.jsonl", 65, {"triton", "materialized", "sdpa-cudnn", "mamba-ssm", "flash-attn-4"}),
         (H100 / "best.jsonl", 74, ALL | {"flash-attn-4", "flash-attn-4-padded"}),

@@ -156,7 +156,7 @@ def test_the_choice_of_a_model_says_what_readmes_leads_are(claims: Claims, files
     for said in (
         f"{between(512, *both)} times the best Flash-DiT at 512, {between(1024, *both)} at 1024, "
         f"{between(2048, *both)} at 2048",
-        f"{between(256, 'train')} times; launched eagerly",
+        f"{between(256, 'train')} times; without a graph",
         f"DiG is {100 * (ahead - 1):.0f}% ahead of Flash-DiT compiled whole",
     ):
         assert said in text, said
