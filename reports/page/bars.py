@@ -300,10 +300,14 @@ def sampling(evidence: Evidence) -> list[Chart | Missing]:
     if not timed:
         why = "no sampling row has a speed"
         return [Missing(name="sampling", section="sampling", title=title, why=why, command=line("sampling"))]
+    settings = [(*entry.row.case.describe().split(", "), machine(entry.row)) for entry in evidence.sampling]
+    shared = [part for part in settings[0][:-1] if all(part in one for one in settings)]
     groups: dict[str, list[Comparison]] = {}
-    for entry in evidence.sampling:
-        case = entry.row.case
-        groups.setdefault(f"{case.resolution} pixels: {case.describe()}, {machine(entry.row)}", []).append(entry)
+    for entry, setting in zip(evidence.sampling, settings, strict=True):
+        # What tells panels apart, and that alone: a picture has room for some words.
+        own_words = [part for part in setting if not all(part in one for one in settings)]
+        name = ": ".join(filter(None, (f"{entry.row.case.resolution} pixels", ", ".join(own_words))))
+        groups.setdefault(name, []).append(entry)
     panels = []
     for name, own in groups.items():
         runs = {entry.row.run: [each.row.case for each in own if each.row.run == entry.row.run] for entry in own}
@@ -313,10 +317,6 @@ def sampling(evidence: Evidence) -> list[Chart | Missing]:
                 data=tuple(_sampling_datum(entry, sampling_command(entry, runs[entry.row.run])) for entry in own),
             )
         )
-    one = len(set(map(machine, (entry.row for entry in evidence.sampling)))) == 1
-    if one:
-        suffix = f", {machine(timed[0].row)}"
-        panels = [Panel(name=panel.name.removesuffix(suffix), data=panel.data) for panel in panels]
     confidence = min(entry.row.speed.confidence for entry in timed if entry.row.speed is not None)
     return [
         Chart(
@@ -332,8 +332,9 @@ def sampling(evidence: Evidence) -> list[Chart | Missing]:
             y_label="samples/s",
             caption=(
                 provenance([entry.row for entry in timed]),
-                "From noise to latents in the host's memory, without decoding; random weights. Models took turns, "
-                f"batch by batch. Intervals hold the median with a confidence of at least {confidence:.1%}.",
+                ", ".join([*shared, "from noise to latents in the host's memory, without decoding; random weights. "])
+                + "Models took turns, batch by batch. Intervals hold the median with a confidence of at least "
+                f"{confidence:.1%}.",
             ),
             reading="Longer bars sample faster.",
             command=panels[0].data[0].command,
