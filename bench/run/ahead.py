@@ -36,6 +36,11 @@ def compared(cases: Iterable[Case]) -> list[Case]:
     return list(found.values())
 
 
+def longest_first(cases: Iterable[Case]) -> list[Case]:
+    """Whole models before blocks, training before forward passes: a long build begun last would be waited for alone."""
+    return sorted(cases, key=lambda case: (case.scope != "model", case.mode != "train"))
+
+
 def build_ahead(
     cases: Iterable[Case],
     *,
@@ -66,7 +71,7 @@ def build_ahead(
     jobs: list[BuildJob | ParityJob] = []
     if findings is not None:
         jobs += [ParityJob(case=case) for case in compared(cases) if agreement_of(case) not in findings.agreements]
-    jobs += [BuildJob(case=case, threads=threads) for case in cases if gains(case)]
+    jobs += [BuildJob(case=case, threads=threads) for case in longest_first(filter(gains, cases))]
     running: dict[Worker, tuple[BuildJob | ParityJob, float]] = {}
     went: dict[Case, str] = {}
     begun = 0

@@ -18,7 +18,7 @@ from bench.cases.jobs import Budget, BuildJob, CaseJob, Limits, ParityJob
 from bench.measure import build as building
 from bench.measure.case import measure_case
 from bench.run import ahead
-from bench.run.ahead import build_ahead, compared, gains
+from bench.run.ahead import build_ahead, compared, gains, longest_first
 from bench.run.gpus import Card
 from bench.run.process import WorkerError
 from bench.run.runner import Findings, Referee, agreement_of
@@ -31,6 +31,13 @@ def test_what_is_compiled_gains_but_not_what_tunes_itself() -> None:
     assert gains(COMPILED)
     assert not gains(replace(COMPILED, execution="eager", scope=""))
     assert not gains(replace(COMPILED, model="DiG-S/8", options=(("backend", "fla"),)))
+
+
+def test_the_longest_builds_begin_first() -> None:
+    block = replace(COMPILED, scope="block")
+    whole, training = replace(COMPILED, scope="model"), replace(COMPILED, mode="train")
+    longest = replace(COMPILED, scope="model", mode="train")
+    assert longest_first([block, training, whole, longest]) == [longest, whole, training, block]
 
 
 class FakeWorker:
