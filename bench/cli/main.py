@@ -219,7 +219,7 @@ def run(
                 device=cast(Any, where),
             )
         # What stands twice, by two names perhaps (DiG and DiG:reference), is measured once.
-        selected = case_lists.without_repeats(selected)
+        selected = case_lists.tuned_last(case_lists.without_repeats(selected))
         if not selected:
             refuse("nothing to measure: every axis needs at least one value")
         if models is not None:
@@ -301,6 +301,7 @@ def _run(
                         findings=findings,
                     )
                     sweep = replace(sweep, built=frozenset(case for case, status in went.items() if status == "ok"))
+                    waiting.begin()
 
                 def tell(case: Case, doing: str) -> None:
                     waiting.show(f"{case.describe()}: {doing}")

@@ -35,6 +35,7 @@ class Waiting:
         self.console, self._clock = console, clock
         self._total, self._done, self._text = total, 0, "starting"
         self._began, self._said_at, self._said = clock(), -AGAIN, ""
+        self._counted = self._since = self._began  # One by one since the first; the present one since the second.
         self._over, self._lock = threading.Event(), threading.Lock()
         self._bar: Progress | None = progress_bar(console) if is_watched(console) else None
         self._task = self._bar.add_task(self._text, total=total or None) if self._bar is not None else None
@@ -43,14 +44,21 @@ class Waiting:
         """Say what is waited for now; with ``done`` of ``total`` things behind it, where those have changed."""
         with self._lock:
             self._text = visible(text)
+            self._since = self._since if done in (None, self._done) else self._clock()
             self._done = self._done if done is None else done
             self._total = self._total if total is None else total
         self._refresh()
+
+    def begin(self) -> None:
+        """Things are done one by one from now on: what came before says nothing of how long one of them takes."""
+        with self._lock:
+            self._counted = self._since = self._clock()
 
     def advance(self) -> None:
         """One thing more is done."""
         with self._lock:
             self._done += 1
+            self._since = self._clock()
         self._refresh(quietly=True)
 
     def print(self, text: str) -> None:
@@ -74,10 +82,16 @@ class Waiting:
         self.print(line)
 
     def _line(self) -> str:
-        elapsed = self._clock() - self._began
+        now = self._clock()
         of = f"[{self._done} of {self._total} done] " if self._total else ""
-        left = f", about {_minutes(elapsed / self._done * (self._total - self._done))} left" if self._done else ""
-        return f"{of}{self._text} ({_minutes(elapsed)} elapsed{left if self._total else ''})"
+        left = f", about {_minutes(self._left(now))} left" if self._done and self._total else ""
+        return f"{of}{self._text} ({_minutes(now - self._began)} elapsed{left})"
+
+    def _left(self, now: float) -> float:
+        """Seconds, if those to come take what those before took; one that takes longer says nothing of the others."""
+        each = (self._since - self._counted) / self._done
+        others = each * max(0, self._total - self._done - 1)
+        return others + max(0.0, each - (now - self._since))
 
     def _run(self) -> None:
         while not self._over.wait(PAUSE / 2):

@@ -26,6 +26,7 @@ from bench.measure.profiler import kernel_names
 from bench.measure.recheck import recheck
 from bench.measure.steps import Step, build_step, capture, capture_stream, warm_up
 from bench.measure.timing import Sampled, sample
+from bench.measure.tuners import compile_side_by_side
 from bench.measure.versions import versions
 from bench.parity.kernels import check_kernels, doubts
 from bench.parity.operation import check_operation
@@ -98,6 +99,8 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
 
     # Kernels are built in the first step: by Triton and its tuners, by Inductor, by FlashAttention 4.
     tell("compiling")
+    if case.device == "cuda":
+        compile_side_by_side()
     warm_up(step.run, case.device)
     clock.append(time.perf_counter())
     tell("measuring")

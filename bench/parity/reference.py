@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -249,24 +247,3 @@ def check_output_of(case: Case, model: Backbone, inputs: tuple[Tensor, ...], out
             f"{bound:.2g} is allowed"
         )
     return error
-
-
-def tune_without_timing() -> None:
-    """Let kernels that tune themselves take the first tiles that run, in this process and nowhere else.
-
-    fla keeps what its tuner chose in a cache on the disk, by keys in which the number of tokens is missing: the tiles
-    that are fastest on the check's small input would be those of every case measured after it. Timing them is left out
-    too, since nothing here is timed. Call it before fla is imported.
-    """
-    os.environ["FLA_CACHE_RESULTS"] = "0"
-    try:
-        from triton.runtime.autotuner import Autotuner
-    except ImportError:
-        return  # Then nothing tunes itself.
-
-    def run_once(call: Callable[[], object], quantiles: Iterable[float]) -> list[float]:
-        call()
-        return [1.0 for _ in quantiles]
-
-    # A property goes before what instances keep, or are given, of the attribute that it replaces.
-    Autotuner.do_bench = property(lambda self: run_once, lambda self, given: None)

@@ -20,7 +20,7 @@ def gains(case: Case) -> bool:
     """Whether building a case ahead spares time: Inductor keeps what it made on the disk.
 
     What tunes itself is left out: beside others, the published DiG's forward passes took five minutes to time all
-    their tiles, and no choice may be kept (`bench.measure.build.keep_no_tuning`). Alone it takes one.
+    their tiles, and no choice may be kept (`bench.measure.tuners.keep_no_tuning`). Alone it takes one.
     """
     family = find_family(case.family)
     return case.compiles and family.backend_of(dict(case.options)) not in family.tunes

@@ -14,7 +14,8 @@ from bench.measure.case import measure_case
 from bench.measure.ceiling import measure_ceiling
 from bench.measure.failures import failure
 from bench.measure.probe import probe
-from bench.parity.reference import check_against_reference, tune_without_timing
+from bench.measure.tuners import take_first_tiles
+from bench.parity.reference import check_against_reference
 from dig.registry import load_source
 
 
@@ -23,7 +24,7 @@ def check_parity(job: ParityJob) -> dict[str, Any]:
 
     Nothing is raised for what a model can do wrong: ``status`` and ``message`` say it.
     """
-    tune_without_timing()
+    take_first_tiles()
     try:
         found = check_against_reference(job.case)
     except Exception as error:

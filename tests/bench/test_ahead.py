@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import pickle
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -137,39 +134,6 @@ def test_an_interrupt_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         build_ahead([replace(COMPILED, resolution=512)], at_once=2, limits=Limits(), on_start=lambda case, doing: None)
     assert FakeWorker.alive == 0
-
-
-def test_a_build_keeps_no_choice_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    autotune = pytest.importorskip("torch._inductor.runtime.autotune_cache")
-    kept = autotune.AutotuneCache.save
-    monkeypatch.setattr(autotune.AutotuneCache, "save", kept)  # put back afterwards
-    building.keep_no_tuning()
-    assert autotune.AutotuneCache.save is not kept
-    written = pickle.dumps(autotune.AutotuneCache.__new__(autotune.AutotuneCache).save)
-    monkeypatch.undo()
-    assert pickle.loads(written).__func__ is kept  # What the process that measures reads, which never saw ours.
-    building.keep_no_tuning()
-    assert autotune.AutotuneCache.save(object(), "config", 1, triton_cache_hash="x") is None
-
-
-def test_a_build_reads_and_keeps_nothing_that_a_kernel_timed_of_itself(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    autotuner = pytest.importorskip("triton.runtime.autotuner")
-    autotune = pytest.importorskip("torch._inductor.runtime.autotune_cache")
-    monkeypatch.setattr(autotune.AutotuneCache, "save", autotune.AutotuneCache.save)  # put back afterwards
-    monkeypatch.setattr(autotuner.Autotuner, "check_disk_cache", autotuner.Autotuner.check_disk_cache)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    building.keep_no_tuning()
-    timed: list[bool] = []
-    tuner = autotuner.Autotuner.__new__(autotuner.Autotuner)
-    assert tuner.check_disk_cache(("key",), [], lambda: timed.append(True)) is False
-    assert timed
-    assert not list(tmp_path.iterdir())
-    named = inspect.signature(autotuner.Autotuner.check_disk_cache).parameters
-    monkeypatch.undo()
-    # Triton calls it by position; another signature would end a build where it tunes.
-    assert len(named) == len(inspect.signature(autotuner.Autotuner.check_disk_cache).parameters)
 
 
 @pytest.mark.parametrize("built", [False, True])

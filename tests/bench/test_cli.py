@@ -104,6 +104,17 @@ def test_a_suite_alone_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found == cpu_suite()
 
 
+def test_what_tunes_itself_is_measured_last_by_axes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Case] = []
+    monkeypatch.setattr(cli, "gpu_present", lambda: True)
+    monkeypatch.setattr(cli, "_require_packages", lambda cases: None)
+    monkeypatch.setattr(cli, "_run", lambda cases, **_: found.extend(cases))
+    options = ["--models", "DiG:fla,Flash-DiT", "--modes", "forward", "--out", str(tmp_path / "results.jsonl")]
+    result = runner.invoke(cli.app, ["run", *options])
+    assert result.exit_code == 0, result.output
+    assert [case.model for case in found] == ["Flash-DiT-S/2", "DiG-S/2"]
+
+
 def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "gpu_present", lambda: True)
     result = runner.invoke(cli.app, ["run", "--models", "DiS:mamba-ssm", "--out", str(tmp_path / "results.jsonl")])

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,42 +201,6 @@ def test_a_result_that_is_not_finite_is_found_out_in_either_mode(mode: str, atte
     attention(lambda right, q, k, v: right(q, k, v) * float("nan"))
     with pytest.raises(ParityError, match="differs from its reference"):
         check_against_reference(replace(FLASH_TRAIN, mode=mode))
-
-
-TUNED = """
-import os
-os.environ["TRITON_INTERPRET"] = "1"
-import torch, triton
-import triton.language as tl
-from bench.parity.reference import tune_without_timing
-
-tune_without_timing()
-assert os.environ["FLA_CACHE_RESULTS"] == "0"
-
-@triton.autotune(configs=[triton.Config({"SIZE": size}) for size in (16, 32, 64)], key=[])
-@triton.jit
-def count(x, SIZE: tl.constexpr):
-    tl.store(x, tl.load(x) + SIZE)
-
-x = torch.zeros(1)
-count[(1,)](x)
-print(int(x), count.best_config.kwargs)
-"""
-
-
-def test_the_parity_check_runs_every_tile_once_and_times_none(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    script = tmp_path / "tuned.py"  # Triton reads a kernel's source, which -c has none of.
-    script.write_text(TUNED)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.stdout.strip() == f"{16 + 32 + 64 + 16} {{'SIZE': 16}}", done.stderr
 
 
 def test_a_replay_that_is_not_the_eager_step_is_found_out() -> None:

@@ -55,6 +55,24 @@ def test_each_thing_is_a_line_with_how_long_it_took_and_what_is_left(console: Co
     ]
 
 
+def test_what_takes_longer_than_those_before_says_nothing_of_those_to_come(console: Console, clock: Clock) -> None:
+    waiting = Waiting(console, total=12, clock=clock)
+    waiting.show("comparing side by side")
+    clock.now += 100
+    waiting.begin()
+    clock.now += 10
+    waiting.advance()
+    waiting.show("fla's first")
+    for _ in range(2):
+        clock.now += 200
+        waiting.tick()
+    assert lines(console)[1:] == [
+        "[1 of 12 done] fla's first (1:50 elapsed, about 1:50 left)",
+        "[1 of 12 done] fla's first (5:10 elapsed, about 1:40 left)",
+        "[1 of 12 done] fla's first (8:30 elapsed, about 1:40 left)",
+    ]
+
+
 def test_of_what_comes_fast_the_last_is_said_and_of_what_lasts_that_it_lasts(console: Console, clock: Clock) -> None:
     waiting = Waiting(console, clock=clock)
     for text in ("first", "second", "third"):
