@@ -44,7 +44,8 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
     ``gmac of MODEL``                       multiply-adds of an image of 256 pixels
     ``least share of FAMILY than FAMILY``   percent of the other's multiply-adds, over all sizes and patches
     ``largest share of FAMILY than FAMILY`` likewise
-    ``samples of MODEL@RESOLUTION``         its median of samples a second, of rows of `bench sampling`
+    ``samples of MODEL@RESOLUTION``         its median of samples a second, of rows of `bench sampling`; where a file
+                                            has several of a model, ``MODEL:BACKEND@RESOLUTION``
     ``most FIELD of FILE``                  of the probes of `bench capacity` that fit
     ``FIELD of FOLDER/FILE.jsonl``          of the last line of a log beside the rows
     ======================================  =======================================================================
@@ -109,11 +110,14 @@ def _counted(name: str, thing: str, rows: str, files: Files) -> float:
 
 
 def _samples(thing: str, path: Path) -> float:
-    """Samples a second of the file's only row of a model and resolution."""
+    """Samples a second of the file's only row of a model, with its backend or without, and a resolution."""
+    model, _, resolution = thing.partition("@")
+    name, _, backend = model.partition(":")
     found = [
         row.speed.median
         for row in read_rows(path).rows
-        if f"{row.case.model}@{row.case.resolution}" == thing and row.speed is not None
+        if (row.case.model, str(row.case.resolution)) == (name, resolution) and row.speed is not None
+        if not backend or dict(row.case.options).get("backend") == backend
     ]
     if len(found) != 1:
         raise ClaimError(f"{path.name} has {len(found)} speeds of {thing}, not one")

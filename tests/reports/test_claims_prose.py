@@ -157,8 +157,8 @@ def test_queries(
     (tmp_path / "empty.jsonl").touch()
     probes = ({"batch": 3, "fits": True}, {"batch": 4, "fits": False}, {"batch": 2, "fits": True})
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in probes))
-    own, other = (numbers.ROWS / "sampling-best.jsonl").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "samples.jsonl").write_text(f"{own}\n{other}\n{own}\n")
+    own, other, *rest = (numbers.ROWS / "sampling-best.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "samples.jsonl").write_text("".join(f"{line}\n" for line in (own, other, own, *rest)))
     monkeypatch.setattr(numbers, "ROWS", tmp_path)
     given = Files([write_rows(rows)], ["rows.jsonl"])
 
@@ -174,8 +174,10 @@ def test_queries(
     assert value("cases of rows.jsonl") == 7
     assert value("minutes of rows.jsonl") == 12.5
     assert value("speed of log.jsonl") == 7.5
-    seconds = sorted(json.loads(other)["seconds"])
-    assert value("samples of Flash-DiT-XL/2@256 in samples.jsonl") == pytest.approx(32 / median(seconds), rel=2e-3)
+    of_one = median(32 / seconds for seconds in json.loads(other)["seconds"])
+    assert value("samples of Flash-DiT-XL/2@256 in samples.jsonl") == pytest.approx(of_one)
+    of_two = median(4 / seconds for seconds in json.loads(rest[1])["seconds"])
+    assert value("samples of Flash-DiT-XL/2:sdpa-cudnn@1024 in samples.jsonl") == pytest.approx(of_two)
     assert value("most batch of probes.jsonl") == 3
     assert value("gmac of DiG-S/8") == pytest.approx(0.363, abs=0.001)
     assert value("least share of DiG than DiT") < 100 < value("largest share of DiG than DiT")
@@ -187,6 +189,8 @@ def test_queries(
         f"{DIG}@512:training": "did you mean train",
         "samples of DiG-XL/2@256 in samples.jsonl": "samples.jsonl has 2 speeds of DiG-XL/2@256, not one",
         "samples of DiG-XL/2@512 in samples.jsonl": "has 0 speeds",
+        "samples of Flash-DiT-XL/2@1024 in samples.jsonl": "has 2 speeds",
+        "samples of Flash-DiT-XL/2:flash-attn@1024 in samples.jsonl": "has 0 speeds",
         "speed of none.jsonl": "cannot read",
         "haste of log.jsonl": "haste",
         "speed of empty.jsonl": "list index",

@@ -168,7 +168,8 @@ def test_settings_of_sampling_are_told_apart() -> None:
     files = [ROOT / "results" / "h100" / name for name in ("sampling.jsonl", "sampling-best.jsonl")]
     names = [panel.name for panel in chart(gather(files), "sampling").panels]
     assert sorted(names) == [
-        "1024 pixels: 4 at once, bf16", "256 pixels: 32 at once, bf16", "256 pixels: 32 at once, bf16 weights",
+        "1024 pixels: 4 at once, bf16", "1024 pixels: 4 at once, bf16 weights",
+        "256 pixels: 32 at once, bf16", "256 pixels: 32 at once, bf16 weights",
     ]  # fmt: skip
 
 

@@ -234,7 +234,6 @@ def test_the_published_rows_give_the_published_tables_and_figures(tmp_path):
     for rows, drawn in (
         ("rows.jsonl", folder),
         ("best.jsonl", folder / "best"),
-        ("best-32fd90f.jsonl", folder / "best-32fd90f"),
     ):
         result = CliRunner().invoke(app, [str(folder / rows), "--out", str(tmp_path)])
         assert result.exit_code == 0, result.output
