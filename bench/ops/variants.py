@@ -67,6 +67,8 @@ class Setting:
             raise ValueError(f"{text!r}: {literal!r} is no Python literal") from None
         if field:
             kinds = {type(getattr(entry, field)) for entry in _entries(module.__dict__[name]).values()}
+            # What may be left to the compiler, or counted.
+            kinds |= {int} if type(None) in kinds else set()
         else:
             kinds = {type(module.__dict__[name])}
         if type(value) not in kinds:

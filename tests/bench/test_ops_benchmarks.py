@@ -115,6 +115,15 @@ def test_one_round_is_too_few(program: str) -> None:
     refused(ops(program, "--rounds", "1"), "--rounds must be at least 2; got 1")
 
 
+def test_registers_that_no_entry_counts_can_be_counted() -> None:
+    setting = variants.Setting.parse("dig.ops.tiles.sm90.GLA.gradient_registers=168")
+    before = {place: entry.gradient_registers for place, entry in tiles.sm90.GLA.items()}
+    assert set(before.values()) == {None}
+    with setting.applied():
+        assert {entry.gradient_registers for entry in tiles.sm90.GLA.values()} == {168}
+    assert {place: entry.gradient_registers for place, entry in tiles.sm90.GLA.items()} == before
+
+
 def test_settings_hold_within_and_end_after() -> None:
     other = "dig.ops.tiles.sm90.PASSES.halved_tokens=7"
     settings = [variants.Setting.parse(text) for text in (SETTING, other)]

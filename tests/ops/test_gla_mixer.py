@@ -50,6 +50,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("backward_form")
 @pytest.mark.parametrize(("grid", "heads", "key_width", "dtype", "batch", "order"), CASES)
 def test_output_and_every_gradient(
     grid: tuple[int, int], heads: int, key_width: int, dtype: torch.dtype, batch: int, order: ScanOrder
