@@ -117,10 +117,9 @@ def output_backward_parts_kernel(
     before = ()
     for part in tl.static_range(PARTS):
         exists = (state_rows < K) & (part * W + cols < V)[None, :]
+        state = states + index * (K * V) + part * W + state_rows * V + cols[None, :]
         values += (load_rows(v + part * W, v_t, tokens, present, min(W, V - part * W), W),)
-        before += (
-            tl.load(states + index * (K * V) + part * W + state_rows * V + cols[None, :], mask=exists, other=0.0),
-        )
+        before += (tl.load(state, mask=exists, other=0.0),)
     scores = chunk_scores(
         q + b * q_b + h * q_h, q_t, k + b * k_b + h * k_h, k_t, sums, index, tokens, present, scale,
         K, KP, C, LEVELS, DOT, PRECISION,
@@ -157,9 +156,8 @@ def output_backward_parts_kernel(
         # The swish's derivative is sigmoid (1 + gate - swish), a factor at a time: each is one of a product's layout.
         b_dgate = through_gate * b_w[None, :] * gate_sigmoid
         b_dgate += b_dgate * b_g - b_dgate * swish
-        store_rows(
-            dgate + b * T * dgate_t + h * V + part * W, b_dgate, dgate_t, tokens, present, min(W, V - part * W), W
-        )
+        first_gate = dgate + b * T * dgate_t + h * V + part * W
+        store_rows(first_gate, b_dgate, dgate_t, tokens, present, min(W, V - part * W), W)
         # One row per chunk and head, summed afterwards in a fixed order: atomics would make runs differ.
         first_weight = dweight + ((b * N + n) * H + h) * V + part * W
         tl.store(first_weight + cols, tl.sum(through_gate * swish, axis=0), mask=part * W + cols < V)
