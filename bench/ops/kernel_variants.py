@@ -167,6 +167,7 @@ def product_variants(architecture: Architecture) -> Iterator[Variant]:
             tile, tokens = (tiles.rows, tiles.columns), (tiles.rows, tiles.depth)
             weight = (tiles.columns, tiles.depth) if up else (tiles.depth, tiles.columns)
             shape = {"D": D, "F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": tiles.group}
+            shape |= {"LEAN": tiles.lean}
             yield Variant(
                 function=product_kernels.up_swiglu_kernel if up else product_kernels.down_swiglu_backward_kernel,
                 sizes=f"D {D} F {F}" + (" casts" if lists is casts else ""),

@@ -39,8 +39,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+LEAN = pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU: inline PTX"))
+
+
+@pytest.fixture(params=[False, LEAN], ids=["", "lean"])
+def launches(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
     """Use the kernels for any number of tokens, on a CPU too; names of those that were launched."""
     names: list[str] = []
 
@@ -53,7 +56,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return self.kernel[grid]
 
     def chosen(which, tokens: Tensor, F: int) -> ProductTiles:
-        return (NARROW if tokens.shape[-1] <= products.for_device(tokens.device).products.narrow_width else WIDE)[which]
+        narrow = tokens.shape[-1] <= products.for_device(tokens.device).products.narrow_width
+        return replace((NARROW if narrow else WIDE)[which], lean=request.param)
 
     monkeypatch.setattr(products, "tiles_for", chosen)
     for name in ("up_swiglu_kernel", "down_swiglu_backward_kernel"):

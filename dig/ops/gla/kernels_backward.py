@@ -22,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dig.ops.arithmetic import sigmoid
 from dig.ops.early_launch import start_early
 from dig.ops.gla.pieces import (
     MIN_LOG2_DECAY,
@@ -39,7 +40,6 @@ from dig.ops.gla.pieces import (
     pairs_of,
     product,
     scan_tokens,
-    sigmoid,
     state_tile,
     store_rows,
 )

@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dig.ops.arithmetic import sigmoid
 from dig.ops.early_launch import start_early
 from dig.ops.gla.pieces import (
     MIN_LOG2_DECAY,
@@ -41,7 +42,6 @@ from dig.ops.gla.pieces import (
     product,
     running_sums,
     scan_tokens,
-    sigmoid,
     state_tile,
     store_rows,
 )
@@ -326,7 +326,7 @@ def gradient_rounds_kernel(
             store_rows(dq + b * T * dq_t + h * K, b_dq, dq_t, again, here, K, KP)
             b_dk = (of_keys + b_own * b_q) * tl.exp2(-x)
             store_rows(dk + b * T * dk_t + h * K, b_dk, dk_t, again, here, K, KP)
-            b_dd = at_start[None, :] - (running_sums(b_dc, tl.float32, PRECISION) - b_dc)
+            b_dd = at_start[None, :] - (running_sums(b_dc, tl.float32, PRECISION, PRECISION != "interpreter") - b_dc)
             logits = load_gate(
                 decay + b * d_b + h * d_h, decay_weight, decay_bias, d_t, h, again, present, K, KP, R, RP, PRECISION
             )

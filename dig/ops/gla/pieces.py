@@ -42,7 +42,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from dig.ops.arithmetic import LOG2E, sigmoid, widen
+
 MIN_LOG2_DECAY = tl.constexpr(-10 * 1.4426950408889634)
 """The least log2 decay of a token: e^-10, see above."""
 
@@ -119,26 +120,11 @@ def state_tile(K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.conste
 
 
 @triton.jit
-def reciprocal(x, PRECISION: tl.constexpr):
-    """1 / x for x >= 1 to one unit in the last place; a full division takes five times the instructions."""
-    if PRECISION == "interpreter":
-        return 1.0 / x
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def log2(x, PRECISION: tl.constexpr):
     """log2(x) for x in [1, 2] to 2^-22 absolute, in one instruction instead of twenty."""
     if PRECISION == "interpreter":
         return tl.log2(x)
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def sigmoid(x, PRECISION: tl.constexpr):
-    """1 / (1 + e^-x), any shape, fp32."""
-    # The constant stands on the right: on its left Triton's interpreter makes the product a constexpr, not a tensor.
-    return reciprocal(1.0 + tl.exp2(x * -LOG2E), PRECISION)
 
 
 @triton.jit
@@ -259,21 +245,21 @@ def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr = False):
     """Sums (C, P) of the rows of x (C, P), fp32, up to and with each.
 
     By products with 0 and 1 on the tensor cores: a scan across threads takes twice the instructions. x is split into a
     sum of bf16 tensors. Three keep all but its last bit or two. Two keep 17 bits, which do where operands are rounded
-    to bf16 anyway (DOT).
+    to bf16 anyway (DOT). PACKED is for a GPU: two are rounded at a time.
     """
     rows = tl.arange(0, x.shape[0])
     which = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
     high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
+    rest = x - widen((high,), PACKED)[0]
     mid = rest.to(tl.bfloat16)
     total = product(which, mid, tl.bfloat16, PRECISION)
     if tl.float32 == DOT:
-        total += product(which, (rest - mid.to(tl.float32)).to(tl.bfloat16), tl.bfloat16, PRECISION)
+        total += product(which, (rest - widen((mid,), PACKED)[0]).to(tl.bfloat16), tl.bfloat16, PRECISION)
     return total + product(which, high, tl.bfloat16, PRECISION)
 
 

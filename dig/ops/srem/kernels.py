@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dig.ops.arithmetic import widen
 from dig.ops.early_launch import start_early
 
 TOKEN_SUMS = tl.constexpr(10)
@@ -74,22 +75,6 @@ def load_row(start, row_stride, row, first_row, end_row, inside, STRIDE: tl.cons
     for i in tl.static_range(len(inside)):
         values += (tl.load(pointers + i * STRIDE, mask=inside[i] & wanted, other=0.0),)
     return values
-
-
-@triton.jit
-def widen(row, PACKED: tl.constexpr):
-    """A tuple of tensors in fp32. PACKED is for bf16 on a GPU: two values in two instructions instead of three."""
-    wide = ()
-    for i in tl.static_range(len(row)):
-        if PACKED:
-            value = tl.inline_asm_elementwise(
-                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [row[i]],
-                dtype=tl.float32, is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            value = row[i].to(tl.float32)
-        wide += (value,)
-    return wide
 
 
 @triton.jit

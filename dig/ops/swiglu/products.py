@@ -99,7 +99,8 @@ def _launch_up(
             (_descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
              _descriptor(hidden, *tile), *copied),
             (M,),
-            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **constants, **shares, **t.options,
+            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, LEAN=t.lean, **constants, **shares,
+            **t.options,
         )  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
             (_descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),
              _descriptor(dgate_up, *tile), _descriptor(hidden, *tile)),
             (M,),
-            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, **t.options,
+            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, LEAN=t.lean, **t.options,
         )  # fmt: skip
     return dgate_up, hidden
 

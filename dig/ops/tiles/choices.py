@@ -238,6 +238,7 @@ class ProductTiles:
         warps: Of a program.
         stages: Steps along the sum whose operands are in shared memory at once.
         registers: Most registers of a thread; None leaves it to the compiler.
+        lean: Whether the epilogue takes fewer instructions (`dig.ops.swiglu.product_kernels`). It has not been timed.
     """
 
     rows: int
@@ -247,6 +248,7 @@ class ProductTiles:
     warps: int
     stages: int
     registers: int | None = None
+    lean: bool = False
 
     @property
     def options(self) -> dict[str, int | None]:

@@ -151,6 +151,11 @@ _WIDE: dict[ProductPass, ProductTiles] = {
     # What isn't here is faster apart: at D = 1152 cuBLAS' GEMM takes so much less time that the pass is paid for.
     "up alone": replace(_PRODUCT, columns=128, stages=4),
 }
+# Small tiles, so that there are many: in turns 3.6% of DiG-S/2's forward pass at 256 pixels, 5.9% at 512, 3.9% of
+# XL/2's at 256. Training gains nothing.
+_FEW_PROGRAMS: dict[ProductPass, ProductTiles] = {
+    "up alone": replace(_PRODUCT, rows=64, columns=64, stages=4, warps=4),
+}
 PRODUCTS = ProductChoices(
     # Not swept: 384 and 1152 were timed, and no width in between.
     narrow_width=512,
@@ -158,9 +163,7 @@ PRODUCTS = ProductChoices(
     wide=_WIDE,
     # Not swept: 1024 tokens at D = 384 are 128 programs of these tiles, fewer than there are SMs.
     least_tokens=2048,
-    # Small tiles, so that there are many: in turns 3.6% of DiG-S/2's forward pass at 256 pixels, 5.9% at 512, 3.9% of
-    # XL/2's at 256. Training gains nothing.
-    few={"up alone": replace(_PRODUCT, rows=64, columns=64, stages=4, warps=4)},
+    few=_FEW_PROGRAMS,
     # At 512 pixels they are 768 programs in XL/2, which is 4% slower than with cuBLAS and a pass. The bound, two an SM,
     # is not swept.
     few_programs=2 * 132,
