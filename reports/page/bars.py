@@ -306,7 +306,7 @@ def sampling(evidence: Evidence) -> list[Chart | Missing]:
     for entry, setting in zip(evidence.sampling, settings, strict=True):
         # What tells panels apart, and that alone: a picture has room for some words.
         own_words = [part for part in setting if not all(part in one for one in settings)]
-        name = ": ".join(filter(None, (f"{entry.row.case.resolution} pixels", ", ".join(own_words))))
+        name = ": ".join(filter(None, (f"{entry.row.case.resolution} px", ", ".join(own_words))))
         groups.setdefault(name, []).append(entry)
     panels = []
     for name, own in groups.items():

@@ -160,7 +160,7 @@ def test_sampling_has_the_medians_and_what_failed(evidence: Evidence) -> None:
     assert [each.word for each in large.data] == ["", "oom"]
     assert "2 (1.6 to 2.5) times" in small.data[0].text
     # A panel's name is cut where a picture has no room: it begins with what tells it from the others.
-    assert [small.name, large.name] == ["256 pixels: 32 at once", "1024 pixels: 4 at once"]
+    assert [small.name, large.name] == ["256 px: 32 at once", "1024 px: 4 at once"]
     assert any("ddim, 50 steps, guidance 1.5" in text for text in chart(evidence, "sampling").caption)
 
 
@@ -168,8 +168,8 @@ def test_settings_of_sampling_are_told_apart() -> None:
     files = [ROOT / "results" / "h100" / name for name in ("sampling.jsonl", "sampling-best.jsonl")]
     names = [panel.name for panel in chart(gather(files), "sampling").panels]
     assert sorted(names) == [
-        "1024 pixels: 4 at once, bf16", "1024 pixels: 4 at once, bf16 weights",
-        "256 pixels: 32 at once, bf16", "256 pixels: 32 at once, bf16 weights",
+        "1024 px: 4 at once, bf16", "1024 px: 4 at once, bf16 weights",
+        "256 px: 32 at once, bf16", "256 px: 32 at once, bf16 weights",
     ]  # fmt: skip
 
 
