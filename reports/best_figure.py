@@ -133,8 +133,19 @@ def peer_words(lead: Lead, ways: Ways, common: str) -> str:
     role = Role.of(lead.peer.case)
     words = [ways.column(role)] if role is not None and role != ATTENTION[0] else []
     words += [kernels] if (kernels := ways.kernels(lead.peer)) else []
-    words += [how] if (how := execution(lead.peer.case)) != common else []
+    words += [how] if (how := _unusual(execution(lead.peer.case), common)) else []
     return ", ".join(words)
+
+
+def _unusual(executed: str, common: str) -> str:
+    """What an execution has that the common one hasn't; all of it where it lacks something, whose place nothing takes.
+
+    ``compiled by model, graph`` is ``compiled by model`` where ``compiled by block, graph`` is common, and ``graph``
+    is ``graph``.
+    """
+    own, usual = executed.split(", "), common.split(", ")
+    rest = [word for word in own if word not in usual]
+    return ", ".join(rest) if len(own) == len(usual) else executed
 
 
 def _caption(

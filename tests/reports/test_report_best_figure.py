@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
 from reports.__main__ import app
-from reports.best_figure import best
+from reports.best_figure import _unusual, best
 from reports.best_tables import best_tables
 from reports.series import Sweep, merge_launches
 from reports.tables import tables
@@ -60,7 +60,7 @@ def test_points_name_the_peer_and_what_is_unusual_of_its_way(measured):
     measured += [dig(768, 5.0), build_row("DiT-S/2", 768, 6.0, **BLOCK)]
     drawing = best(Sweep(rows=tuple(measured)))
     (axes,) = drawing.figure.axes
-    assert {text.get_text() for text in axes.texts} == {"FA4", "cuDNN, compiled by model, graph", "DiT", "cuDNN"}
+    assert {text.get_text() for text in axes.texts} == {"FA4", "cuDNN, compiled by model", "DiT", "cuDNN"}
     assert "compiled by block, graph, unless they say otherwise" in drawing.figure.texts[1].get_text()
 
 
@@ -167,3 +167,17 @@ def test_the_command_draws_it_where_rows_allow(measured, write_rows, tmp_path):
     result = CliRunner().invoke(app, [str(write_rows([dig()])), "--out", str(tmp_path / "c")])
     assert "did not write best: no point where both DiG" in result.stdout
     assert not list((tmp_path / "c").glob("best.*"))
+
+
+@pytest.mark.parametrize(
+    ("executed", "said"),
+    [
+        ("compiled by block, graph", ""),
+        ("compiled by model, graph", "compiled by model"),
+        ("graph", "graph"),
+        ("compiled by block", "compiled by block"),
+        ("compiled by block, max-autotune, graph", "compiled by block, max-autotune, graph"),
+    ],
+)
+def test_of_an_execution_what_is_unusual_is_said(executed: str, said: str) -> None:
+    assert _unusual(executed, "compiled by block, graph") == said
