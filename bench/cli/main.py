@@ -284,7 +284,7 @@ def _run(
             _tell_idle(sweep, cards, spread, loud)
         if any(launch.case.compiles for launch in sweep.remaining):
             expect_compiling()
-        measured = 0
+        measured = rows_written = 0
         # SIGINT too: a shell that starts the harness in the background has it ignored.
         for interrupt in (signal.SIGINT, signal.SIGTERM):
             signal.signal(interrupt, signal.default_int_handler)
@@ -312,8 +312,9 @@ def _run(
                 else:
                     rows = run_sweep(sweep, writer, on_start=tell, findings=findings)
                 for row in rows:
-                    measured += 1
+                    rows_written += 1
                     if "measured-again" not in row.marks:
+                        measured += 1
                         waiting.advance()
                     if quiet and row.status != "ok":
                         loud.print(visible(_line(row)), markup=False, highlight=False)
@@ -322,7 +323,7 @@ def _run(
             said = f"stopped: {measured} of {len(sweep.remaining)} cases are in {out}; go on with --resume"
             loud.print(visible(said), markup=False)
             sys.exit(130)
-    loud.print(visible(f"done: {measured} rows in {out}"), markup=False)
+    loud.print(visible(f"done: {rows_written} rows in {out}"), markup=False)
 
 
 def _tell_idle(sweep: Sweep, cards: tuple[Card, ...], spread: Spread, console: Console) -> None:

@@ -84,7 +84,8 @@ class Waiting:
     def _line(self) -> str:
         now = self._clock()
         of = f"[{self._done} of {self._total} done] " if self._total else ""
-        left = f", about {_minutes(self._left(now))} left" if self._done and self._total else ""
+        # What comes after all of them, as what was throttled does once more, has limits of its own.
+        left = f", about {_minutes(self._left(now))} left" if 0 < self._done < self._total else ""
         return f"{of}{self._text} ({_minutes(now - self._began)} elapsed{left})"
 
     def _left(self, now: float) -> float:

@@ -34,26 +34,31 @@ def keep_no_tuning() -> None:
 
     setattr(AutotuneCache, "save", save)  # noqa: B010 - a method, to mypy
     if is_installed("triton"):
-        from triton.runtime.autotuner import Autotuner
+        _keep_no_tiles()
 
-        # Kernels that tune themselves keep what they timed where Triton keeps what it compiled.
-        def check_disk_cache(self: object, key: object, configs: object, time: Callable[[], object]) -> bool:
-            time()
-            return False
 
-        setattr(Autotuner, "check_disk_cache", check_disk_cache)  # noqa: B010 - likewise
+def _keep_no_tiles() -> None:
+    """Let Triton's tuner neither read nor write what was timed, which it keeps where it keeps what it compiled."""
+    from triton.runtime.autotuner import Autotuner
+
+    def check_disk_cache(self: object, key: object, configs: object, time: Callable[[], object]) -> bool:
+        time()
+        return False
+
+    setattr(Autotuner, "check_disk_cache", check_disk_cache)  # noqa: B010 - a method, to mypy
 
 
 def take_first_tiles() -> None:
     """Let kernels that tune themselves take the first tiles that run, in this process and nowhere else.
 
     For a check that times nothing; other tiles are neither compiled nor run. fla keeps what its tuner chose in a cache
-    on the disk, by keys in which the number of tokens is missing: the tiles that are fastest on the check's small input
-    would be those of every case measured after it. Call it before fla is imported.
+    on the disk, by keys in which the number of tokens is missing: the tiles that run first on the check's small input
+    would be those of every case measured after it. So nothing is kept, whoever has imported fla already.
     """
     os.environ["FLA_CACHE_RESULTS"] = "0"
     if not is_installed("triton"):
         return
+    _keep_no_tiles()
     from triton.runtime.autotuner import Autotuner
 
     def run_once(call: Callable[[], object], quantiles: Iterable[float]) -> list[float]:
@@ -85,16 +90,20 @@ def compile_side_by_side(threads: int | None = None) -> None:
     at_once = min(MOST_THREADS, threads or len(os.sched_getaffinity(0)))
     try:
         from triton import knobs
-        from triton.runtime._async_compile import AsyncCompileMode
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
     except ImportError:  # An older Triton, or none: tiles are compiled in their turn.
         return
     if at_once < 2 or knobs.runtime.interpret:
         return
 
     def compile_all(tuner: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        with ThreadPoolExecutor(at_once) as pool, AsyncCompileMode(pool, ignore_errors=True):
-            for tiles in tuner.prune_configs(named):
-                tuner.fn.run(*args, **{**named, **tiles.all_kwargs(), "warmup": True})
+        outside = active_mode.get()
+        try:
+            with ThreadPoolExecutor(at_once) as pool, AsyncCompileMode(pool, ignore_errors=True):
+                for tiles in tuner.prune_configs(named):
+                    tuner.fn.run(*args, **{**named, **tiles.all_kwargs(), "warmup": True})
+        finally:
+            active_mode.set(outside)  # Which it leaves undone where a hook raises.
 
     def then_time(
         tuner: Any, times: Callable[[], list[float]], tuning: dict[str, Any], args: Any, named: Any

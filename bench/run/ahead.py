@@ -21,9 +21,10 @@ def gains(case: Case) -> bool:
 
     What tunes itself is left out: beside others, the published DiG's forward passes took five minutes to time all
     their tiles, and no choice may be kept (`bench.measure.tuners.keep_no_tuning`). Alone it takes one.
+    Max-autotune times GEMMs too, and Inductor keeps what it chose with the graph.
     """
     family = find_family(case.family)
-    return case.compiles and family.backend_of(dict(case.options)) not in family.tunes
+    return case.compiles and not case.max_autotune and family.backend_of(dict(case.options)) not in family.tunes
 
 
 def compared(cases: Iterable[Case]) -> list[Case]:

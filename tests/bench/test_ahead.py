@@ -27,6 +27,7 @@ SHORT = Budget(settle_s=0, settle_max_s=0, min_samples=3, least_s=0, target_s=0,
 def test_what_is_compiled_gains_but_not_what_tunes_itself() -> None:
     assert gains(COMPILED)
     assert not gains(replace(COMPILED, execution="eager", scope=""))
+    assert not gains(replace(COMPILED, max_autotune=True))
     assert not gains(replace(COMPILED, model="DiG-S/8", options=(("backend", "fla"),)))
 
 

@@ -36,6 +36,35 @@ count[(1,)](x, 2)
 print(int(x), count.best_config.kwargs)
 """
 
+KEPT = """
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Hopper:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Hopper())
+import bench.measure.tuners as tuners
+if FIRST:
+    tuners.take_first_tiles()
+
+@triton.autotune(
+    configs=[triton.Config({"SIZE": size}) for size in (16, 32)], key=["n"], cache_results=True,
+    do_bench=lambda call, quantiles: [float(FIRST)] * 3,
+)
+@triton.jit
+def count(x, n, SIZE: tl.constexpr):
+    tl.store(x, tl.load(x) + SIZE)
+
+count.fn.run = lambda *args, **named: None
+count[(1,)](torch.zeros(1), 1)
+print(count.best_config.kwargs, count.cache_results)
+"""
+
 TOGETHER = """
 import threading, time, types
 import torch, triton
@@ -150,3 +179,10 @@ def test_a_build_reads_and_keeps_nothing_that_a_kernel_timed_of_itself(
     monkeypatch.undo()
     # Triton calls it by position; another signature would end a build where it tunes.
     assert len(named) == len(inspect.signature(autotuner.Autotuner.check_disk_cache).parameters)
+
+
+def test_tiles_that_nobody_timed_are_kept_for_nobody(tmp_path: Path) -> None:
+    assert run("FIRST = True\n" + KEPT, tmp_path) == "{'SIZE': 16} True"
+    assert not list(tmp_path.rglob("*.autotune.json"))
+    run("FIRST = False\n" + KEPT, tmp_path)
+    assert list(tmp_path.rglob("*.autotune.json"))

@@ -73,6 +73,13 @@ def test_what_takes_longer_than_those_before_says_nothing_of_those_to_come(conso
     ]
 
 
+def test_of_what_comes_after_all_nothing_is_estimated(console: Console, clock: Clock) -> None:
+    waiting = Waiting(console, total=1, clock=clock)
+    waiting.advance()
+    waiting.show("measured again")
+    assert lines(console) == ["[1 of 1 done] measured again (0:00 elapsed)"]
+
+
 def test_of_what_comes_fast_the_last_is_said_and_of_what_lasts_that_it_lasts(console: Console, clock: Clock) -> None:
     waiting = Waiting(console, clock=clock)
     for text in ("first", "second", "third"):
