@@ -110,7 +110,7 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
     run, memory = prepare(step, case, meter)
     clock.append(time.perf_counter())
 
-    flush = _l2_flush(memory.allocator_peak) if case.device == "cuda" else None
+    flush = _l2_flush() if case.device == "cuda" else None
     found = sample(run, device=case.device, budget=job.budget, watch=watch, flush=flush)
     clock.append(time.perf_counter())
 
@@ -223,12 +223,16 @@ def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], Te
     return run, memory
 
 
-def _l2_flush(working_set: int | None) -> Callable[[], object] | None:
-    """The write that clears the L2 cache, for a case whose data would stay in it between steps; else None."""
+def _l2_flush() -> Callable[[], object] | None:
+    """The write that clears the L2 cache before a step, of whatever case; None where there is no memory for it.
+
+    Not of small cases alone: wherever the line is drawn, it falls between two models of some comparison.
+    """
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    if working_set is None or working_set > 2 * cache:
+    try:
+        return torch.empty(2 * cache, dtype=torch.int8, device="cuda").zero_
+    except torch.OutOfMemoryError:
         return None
-    return torch.empty(2 * cache, dtype=torch.int8, device="cuda").zero_
 
 
 def fits_in_l2(case: Case, working_set: int | None) -> bool:

@@ -64,7 +64,7 @@ class Timing:
         eager_ms: The step launched kernel by kernel.
         graph_ms: The same step replayed as one CUDA graph.
         launch_share: 1 − graph_ms / eager_ms, not below 0: what launches take of an eager step.
-        l2_flushed: Whether the L2 cache was overwritten before every sample, because the case's data could stay in it.
+        l2_flushed: Whether the L2 cache was overwritten before every sample.
     """
 
     warmup: str

@@ -167,7 +167,9 @@ def _said(middle: float | None, sizes: Sequence[int]) -> str:
     if middle == sizes[0]:
         only = "the only one" if len(sizes) == 1 else "the smallest"
         return f"ahead from {sizes[0]} pixels, {only} measured"
-    return f"ahead from {middle:.0f} pixels"
+    after = next(size for size in sizes if size >= middle)
+    before = max(size for size in sizes if size < after)
+    return f"ahead from {middle:.0f} pixels, read between {before} and {after}"
 
 
 def slope(tokens: Sequence[float], values: Sequence[float]) -> float:

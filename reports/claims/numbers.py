@@ -20,7 +20,7 @@ from reports.claims.ratio import FIGURES, Figure
 from reports.claims.rows import ROWS, Files, Source
 from reports.claims.subject import Subject
 
-LETTERS = {"throttled": "ᵗ", "unsteady": "ᵘ"}
+LETTERS = {"throttled": "ᵗ", "unsteady": "ᵘ", "not-rechecked": "ᶜ"}
 """What pages write after the time of a row with this mark."""
 OF_CASE: Mapping[str, Callable[[Row], float | None]] = {
     "": time,

@@ -55,7 +55,7 @@ def quoted(text: str, words: str, page: str = README.name) -> re.Match[str]:
         ClaimError: Nowhere, or in several places.
     """
     parts = [re.escape(" ".join(part.split(" "))) for part in words.split(HOLE)]
-    found = list(re.finditer(rf"(?<![\d.])({_VALUE})(?!\d|[.,]\d)([ᵗᵘ]*)".join(parts), text))
+    found = list(re.finditer(rf"(?<![\d.])({_VALUE})(?!\d|[.,]\d)([ᵗᵘᶜ]*)".join(parts), text))
     if len(found) != 1:
         places = "no longer says" if not found else f"says {len(found)} times"
         raise ClaimError(f"{page} {places} {words!r}; quote it as it is now")

@@ -114,7 +114,7 @@ def _absent(subject: Subject, row: Row | None, source: Source | None, rows: str)
 
 def _leading(text: str) -> tuple[str, str, str]:
     """A cell's number, the letters of its marks, and the rest."""
-    found = re.match(r"\s*(\d+(?:\.\d+)?)([ᵗᵘ]*)(?: ms| GiB)?(?:, )?(.*)", text)
+    found = re.match(r"\s*(\d+(?:\.\d+)?)([ᵗᵘᶜ]*)(?: ms| GiB)?(?:, )?(.*)", text)
     return (found[1], found[2], found[3].strip()) if found else ("", "", text)
 
 

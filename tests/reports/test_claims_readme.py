@@ -12,6 +12,7 @@ from reports.claims.__main__ import ROWS
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge
 from reports.claims.finding import Finding
+from reports.claims.numbers import measured
 from reports.claims.prose import HOLE, README
 from reports.claims.readme import HEADING, Section, read_readme
 from reports.claims.rows import Files
@@ -150,8 +151,11 @@ def test_the_choice_of_a_model_says_what_readmes_leads_are(claims: Claims, files
         return f"{min(found):.1f} to {max(found):.1f}"
 
     both = ("train", "forward")
-    batch = next(claim for claim in claims.of(Ratio) if claim.id == "readme-lead-forward-xl-256-batch64")
-    ahead = float(judge(batch, files, page()).measured.split()[0])
+    ours, peer = (
+        measured(f"samples of {model}@256 in sampling-best.jsonl", "", files)[0]
+        for model in ("DiG-XL/2", "Flash-DiT-XL/2")
+    )
+    ahead = ours / peer
     text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
     for said in (
         f"{between(512, *both)} times the best Flash-DiT at 512, {between(1024, *both)} at 1024, "
