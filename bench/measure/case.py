@@ -23,7 +23,7 @@ from bench.measure.failures import failed_row, failure
 from bench.measure.flops import step_flops
 from bench.measure.memory import MemoryMeter
 from bench.measure.profiler import kernel_names
-from bench.measure.recheck import recheck
+from bench.measure.recheck import look_before, recheck
 from bench.measure.steps import Step, build_step, capture, capture_stream, warm_up
 from bench.measure.timing import Sampled, sample
 from bench.measure.tuners import compile_side_by_side
@@ -101,6 +101,7 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
     tell("compiling")
     if case.device == "cuda":
         compile_side_by_side()
+    before = look_before(case, step)
     warm_up(step.run, case.device)
     clock.append(time.perf_counter())
     tell("measuring")
@@ -134,14 +135,14 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tell("checking")
     try:
-        error = recheck(case, step, run)
+        error = recheck(case, step, run, before)
     except torch.OutOfMemoryError:
         error = None
-    if error is None:
+    if error is None or before is None:
         marks.append("not-rechecked")
     checks = replace(checks, recheck_error=error)
     # What was timed goes first: the operation's own reference may need the room.
-    del step, run
+    del step, run, before
     release(case.device)
     alone = check_operation(case, model)
     if alone is None:

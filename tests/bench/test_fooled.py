@@ -13,8 +13,10 @@ from torch import Tensor
 
 from baselines.attention import attention_of, exact_attention
 from bench.cases.case import Case
-from bench.cases.jobs import Budget
-from bench.measure.recheck import recheck
+from bench.cases.jobs import Budget, CaseJob
+from bench.measure import recheck as checking
+from bench.measure.case import measure_case
+from bench.measure.recheck import look_before, recheck
 from bench.measure.steps import Step, build_step, repeated_blocks
 from bench.measure.timing import check_span, sample
 from bench.parity.error import ParityError
@@ -95,6 +97,110 @@ def test_a_kernel_that_stops_writing_after_some_calls_is_refused() -> None:
         step.run()
     with pytest.raises(ParityError, match="differs from its reference's"):
         recheck(FORWARD, step, step.run)
+
+
+def cached_by_address(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    known: dict[int, Tensor] = {}
+
+    def cached(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return known.setdefault(x.data_ptr(), forward(x, t, y))
+
+    return cached
+
+
+def after_calls(
+    calls: int, wrong: Callable[[Tensor], Tensor]
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """A fault that begins after so many calls."""
+
+    def tiring(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        made = 0
+
+        def tired(*inputs: Tensor) -> Tensor:
+            nonlocal made
+            made += 1
+            output = forward(*inputs)
+            return output if made <= calls else wrong(output)
+
+        return tired
+
+    return tiring
+
+
+def half_the_gradient(output: Tensor) -> Tensor:
+    return 0.5 * output + 0.5 * output.detach()
+
+
+FAULTS: dict[str, tuple[Case, Callable[[Callable[..., Tensor]], Callable[..., Tensor]], str]] = {
+    "cached": (FORWARD, cached_by_address, "its output on their inputs is that on other inputs"),
+    "stops": (FORWARD, after_calls(3, lambda output: 0 * output + 1), "its output is .* off what it was"),
+    "trains on nothing": (TRAIN, after_calls(3, lambda output: 0 * output), "its loss is .* off what it was"),
+    "half the gradient": (TRAIN, after_calls(3, half_the_gradient), "gradients of .* are not what they were"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_no_reference_sees_is_held_against_what_it_was_before(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any number of tokens, and in training: there the eager step has the fault too."""
+    monkeypatch.setattr(checking, "REFERENCE_TOKENS", 0)
+    case, wrong, said = FAULTS[fault]
+    step = build_step(case)
+    spoil(step, wrong)
+    before = look_before(case, step)
+    for _ in range(5):
+        step.run()
+    with pytest.raises(ParityError, match=said):
+        recheck(case, step, step.run, before)
+
+
+@pytest.mark.parametrize("case", [FORWARD, TRAIN])
+def test_what_is_right_is_what_it_was_before(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "REFERENCE_TOKENS", 0)
+    step = build_step(case)
+    given = [tensor.clone() for tensor in step.tensors]
+    drawn = torch.random.get_rng_state()
+    before = look_before(case, step)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert all(torch.equal(a, b) for a, b in zip(step.tensors, given, strict=True))
+    for _ in range(3):
+        step.run()
+    assert recheck(case, step, step.run, before) == pytest.approx(0, abs=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(step.tensors, given, strict=True))
+
+
+SHORT = Budget(settle_s=0, settle_max_s=0, min_samples=3, least_s=0, target_s=0, max_samples=3)
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "operation", "zeros"])
+def test_a_case_that_is_fooled_has_no_time(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, as a worker goes: the row is an error."""
+    monkeypatch.setattr(checking, "REFERENCE_TOKENS", 0)
+    case = FORWARD
+    if fault in FAULTS:
+        case, wrong, _ = FAULTS[fault]
+
+        def spoiled(case: Case) -> Step:
+            step = build_step(case)
+            spoil(step, wrong)
+            return step
+
+        monkeypatch.setattr("bench.measure.case.build_step", spoiled)
+    elif fault == "operation":
+        monkeypatch.setattr(
+            "bench.measure.case.check_operation", lambda case, model: (_ for _ in ()).throw(ParityError("dq is off"))
+        )
+    else:
+        monkeypatch.setattr("bench.measure.steps.fill_zeros", lambda model: None)
+    row = measure_case(CaseJob(case=case, budget=SHORT, environment={}, matmul_ceiling=None))
+    assert row.status == "error", row.message
+    assert not row.samples_ms
+
+
+def test_a_case_that_is_right_has_a_time() -> None:
+    for case in (FORWARD, TRAIN):
+        row = measure_case(CaseJob(case=case, budget=SHORT, environment={}, matmul_ceiling=None))
+        assert row.status == "ok", row.message
+        assert "not-rechecked" not in row.marks
 
 
 @pytest.mark.parametrize("fault", ["nothing", "half", "others"])
