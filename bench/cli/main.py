@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from bench.cases import suites as case_lists
-from bench.cases.case import SCOPES, Case, Dtype, Execution, Mode, Weights
+from bench.cases.case import COMPILED, SCOPES, Case, Dtype, Execution, Mode, Weights
 from bench.cases.choices import choose_device, default_dtype, default_execution, default_resolution
 from bench.cases.jobs import Limits
 from bench.cli import helps, helps_ops
@@ -202,6 +202,8 @@ def run(
             ways = default_execution(where) if executions is None else executions
             number = default_dtype(where) if dtype is None else dtype
             one_of(number, "--dtype", get_args(Dtype))
+            if not set(words(ways)) & set(COMPILED) and "compile_scope" in _typed(ctx):
+                refuse(f"--compile-scope is of compiled executions; these are {ways}: add {' or '.join(COMPILED)}")
             selected = case_lists.sweep(
                 named,
                 sizes=of_sizes,
@@ -234,10 +236,14 @@ def run(
         refuse(str(error))
 
 
+def _typed(ctx: typer.Context) -> list[str]:
+    """The axes that the command line names."""
+    return [name for name in AXES if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+
+
 def _refuse_axes(ctx: typer.Context, suite: str) -> None:
     """Refuse options that say what a suite says already; it would be measured as if they were not there."""
-    typed = [name for name in AXES if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    if typed:
+    if typed := _typed(ctx):
         given = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
         refuse(f"{given}: --suite {suite[:80]} has cases of its own, and axes belong to a run without --suite")
 

@@ -104,6 +104,23 @@ def test_a_suite_alone_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found == cpu_suite()
 
 
+def test_what_a_compilation_covers_is_asked_of_compiled_executions(tmp_path: Path) -> None:
+    options = [
+        "--models",
+        "DiT",
+        "--resolution",
+        "64",
+        "--compile-scope",
+        "block",
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    result = runner.invoke(cli.app, ["run", "--executions", "eager", *options])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: --compile-scope is of compiled executions; these are eager: add compile")
+    assert runner.invoke(cli.app, ["run", "--executions", "eager,compile", "--dry-run", *options]).exit_code == 0
+
+
 def test_what_tunes_itself_is_measured_last_by_axes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Case] = []
     monkeypatch.setattr(cli, "gpu_present", lambda: True)
