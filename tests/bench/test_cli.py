@@ -104,6 +104,14 @@ def test_a_suite_alone_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found == cpu_suite()
 
 
+@pytest.mark.parametrize(("weights", "said"), [("bf16", True), ("fp32,bf16", False)])
+def test_training_that_bf16_weights_leave_out_is_said(weights: str, said: bool, tmp_path: Path) -> None:
+    options = ["--models", "DiT", "--resolution", "64", "--dtype", "bf16", "--out", str(tmp_path / "a.jsonl")]
+    result = runner.invoke(cli.app, ["run", "--weights", weights, "--dry-run", *options])
+    assert result.exit_code == 0, result.output
+    assert ("training steps are left out" in result.output) == said
+
+
 def test_what_a_compilation_covers_is_asked_of_compiled_executions(tmp_path: Path) -> None:
     options = [
         "--models",

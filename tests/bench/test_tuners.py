@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.cases.case import Case
+from bench.cases.jobs import ParityJob
 from bench.measure import tuners
+from bench.run import worker
 from dig.environment import ROOT
 
 FIRST = """
@@ -186,3 +189,12 @@ def test_tiles_that_nobody_timed_are_kept_for_nobody(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.autotune.json"))
     run("FIRST = False\n" + KEPT, tmp_path)
     assert list(tmp_path.rglob("*.autotune.json"))
+
+
+def test_a_comparison_takes_the_first_tiles_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(worker, "take_first_tiles", lambda: done.append("first tiles"))
+    monkeypatch.setattr(worker, "check_against_reference", lambda case: done.append("compared"))
+    case = Case(model="DiT-S/8", resolution=64, dtype="fp32", device="cpu", mode="forward")
+    assert worker.check_parity(ParityJob(case=case)) == {}
+    assert done == ["first tiles", "compared"]
