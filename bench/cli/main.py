@@ -221,9 +221,7 @@ def run(
                 device=cast(Any, where),
             )
             if not quiet and "train" in words(modes) and words(weights) == ["bf16"]:
-                said = (
-                    "training steps are left out: bf16 weights are of forward passes; --weights fp32,bf16 has both"
-                )
+                said = "training steps are left out: bf16 weights are of forward passes; --weights fp32,bf16 has both"
                 Console(stderr=True, soft_wrap=True).print(said, markup=False)
         # What stands twice, by two names perhaps (DiG and DiG:reference), is measured once.
         selected = case_lists.tuned_last(case_lists.without_repeats(selected))
