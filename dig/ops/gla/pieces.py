@@ -255,11 +255,12 @@ def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.const
     rows = tl.arange(0, x.shape[0])
     which = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
     high = x.to(tl.bfloat16)
-    rest = x - widen((high,), PACKED)[0]
+    rest = x - (widen((high,), True)[0] if PACKED else high.to(tl.float32))
     mid = rest.to(tl.bfloat16)
     total = product(which, mid, tl.bfloat16, PRECISION)
     if tl.float32 == DOT:
-        total += product(which, (rest - widen((mid,), PACKED)[0]).to(tl.bfloat16), tl.bfloat16, PRECISION)
+        last = rest - (widen((mid,), True)[0] if PACKED else mid.to(tl.float32))
+        total += product(which, last.to(tl.bfloat16), tl.bfloat16, PRECISION)
     return total + product(which, high, tl.bfloat16, PRECISION)
 
 
