@@ -55,7 +55,19 @@ CASES = [
 def test_output_and_every_gradient(
     grid: tuple[int, int], heads: int, key_width: int, dtype: torch.dtype, batch: int, order: ScanOrder
 ) -> None:
-    inputs = [x.requires_grad_() for x in arguments(grid, heads, key_width, dtype, batch)]
+    check_output_and_gradients(arguments(grid, heads, key_width, dtype, batch), heads, grid, order)
+
+
+@pytest.mark.usefixtures("backward_form")
+def test_gates_that_forget_within_a_chunk() -> None:
+    """No chunk is mild: its parts' shares of the bias' gradient add up."""
+    projected, decay_weight, decay_bias, norm_weight = arguments((8, 9), 1, 32, torch.float32)
+    check_output_and_gradients([projected, decay_weight, decay_bias - 15, norm_weight], 1, (8, 9), ORDERS[0])
+
+
+def check_output_and_gradients(given: list[Tensor], heads: int, grid: tuple[int, int], order: ScanOrder) -> None:
+    dtype = given[0].dtype
+    inputs = [x.requires_grad_() for x in given]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     # A large eps: with 1e-6 the gradients of the first tokens' q and k are 0 but for rounding.
     settings = {"heads": heads, "grid": grid, "order": order, "eps": 0.1}
