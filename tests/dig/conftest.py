@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +13,10 @@ from tests.dig.encoded import COUNTS
 from tests.dig.encoded import run as encode
 from tests.dig.test_data_images import make_folder
 from tests.dig.tiny import TINY, app, make_fashion, make_vae, using
+
+if TYPE_CHECKING:
+    from dig.training.parallel import Ranks
+    from dig.training.parallel.watching import Watch
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +63,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory, images: Path, vae: Path) -> 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 images in colour, 16 pixels of which are read."""
     return make_folder(tmp_path_factory.mktemp("folder") / "data", {"a": 18, "b": 18}, side=16)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A job of one."""
+    from dig.training.parallel import joined
+
+    with joined("cpu", hang_seconds=30) as found:
+        yield found
+
+
+@pytest.fixture
+def watch(ranks: Ranks) -> Iterator[Watch]:
+    """What watches it."""
+    from dig.training.parallel.watching import Watch
+
+    found = Watch(ranks, remedy="go on", leave=lambda _status: None)
+    try:
+        yield found
+    finally:
+        found.leave()
