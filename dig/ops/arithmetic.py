@@ -39,3 +39,7 @@ def sigmoid(x, PRECISION: tl.constexpr):
     """1 / (1 + e^-x), any shape, fp32."""
     # The constant stands on the right: on its left Triton's interpreter makes the product a constexpr, not a tensor.
     return reciprocal(1.0 + tl.exp2(x * -LOG2E), PRECISION)
+
+
+INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
+"""Whether kernels run in Triton's interpreter, which knows no PTX."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -134,42 +133,6 @@ def compiled(*options: str) -> list[str]:
     lines = done.stdout.splitlines()
     assert all(line.endswith(" ok") for line in lines)
     return lines
-
-
-ROUNDS = """
-import json, sys
-from dataclasses import asdict, replace
-import torch
-from bench.ops.kernel_variants import kernel_variants
-from bench.ops.registers import inspect_variants
-from dig.ops.tiles import architectures
-
-warps, registers = map(int, sys.argv[1:])
-(hopper,) = (each for each in architectures() if each.capability == (9, 0))
-heads = 32, 64, torch.bfloat16
-tiles = replace(
-    hopper.gla[heads], few=None, gradient_rounds=True, gradient_warps=warps, gradient_registers=registers,
-    output_backward_parts=True, output_backward_registers=168,
-)
-hopper = replace(hopper, gla={heads: tiles})
-names = "gradient_rounds_kernel", "output_backward_parts_kernel"
-chosen = [each for each in kernel_variants(hopper) if each.function.__name__ in names]
-print(json.dumps([asdict(each) | {"faulty": each.faulty} for each in inspect_variants(chosen, hopper)]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("warps", "registers", "programs"), [(4, 168, 3), (8, 128, 2)])
-def test_rounds_fit_into_few_registers_on_hopper(warps: int, registers: int, programs: int) -> None:
-    """So many programs of them share an SM; of the first form's two warps a scheduler is all there is room for."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", ROUNDS, str(warps), str(registers)]
-    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=600)
-    parts, capped, plain = json.loads(done.stdout)
-    assert not [each for each in (parts, capped, plain) if each["faulty"]]
-    assert programs * 32 * warps * capped["registers"] <= 65536
-    assert programs * capped["shared"] <= 227 * KIB
-    assert 3 * 32 * 4 * parts["registers"] <= 65536
 
 
 def test_the_compiler_has_tile_choices_for_every_architecture() -> None:

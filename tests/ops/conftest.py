@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -291,23 +289,3 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _check_overflow_at_once()
     _look_dtypes_up()
     _remember_types()
-
-
-ROUNDS = {"gradient_rounds": True, "output_backward_parts": True}
-IN_FEW_REGISTERS = {**ROUNDS, "gradient_registers": 168, "output_backward_registers": 168}
-
-
-@pytest.fixture(params=[{}, IN_FEW_REGISTERS if torch.cuda.is_available() else ROUNDS], ids=["levels", "rounds"])
-def backward_form(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The recurrence's backward pass by levels, and in rounds and parts; the latter on a GPU at heads of 32 alone."""
-    from dig.ops.gla import launches
-
-    chosen = launches.tiles_for
-
-    def tiles_for(q: Any, v: Any) -> Any:
-        tiles = chosen(q, v)
-        heads = int(q.shape[-1]), int(v.shape[-1])
-        return replace(tiles, **request.param) if heads == (32, 64) or not torch.cuda.is_available() else tiles
-
-    monkeypatch.setattr(launches, "tiles_for", tiles_for)
-    return request.param

@@ -39,11 +39,8 @@ pytestmark = [
 ]
 
 
-LEAN = pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU: inline PTX"))
-
-
-@pytest.fixture(params=[False, LEAN], ids=["", "lean"])
-def launches(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Use the kernels for any number of tokens, on a CPU too; names of those that were launched."""
     names: list[str] = []
 
@@ -57,7 +54,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     def chosen(which, tokens: Tensor, F: int) -> ProductTiles:
         narrow = tokens.shape[-1] <= products.for_device(tokens.device).products.narrow_width
-        return replace((NARROW if narrow else WIDE)[which], lean=request.param)
+        return (NARROW if narrow else WIDE)[which]
 
     monkeypatch.setattr(products, "tiles_for", chosen)
     for name in ("up_swiglu_kernel", "down_swiglu_backward_kernel"):

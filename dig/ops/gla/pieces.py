@@ -42,7 +42,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig.ops.arithmetic import LOG2E, sigmoid, widen
+from dig.ops.arithmetic import LOG2E, sigmoid
 
 MIN_LOG2_DECAY = tl.constexpr(-10 * 1.4426950408889634)
 """The least log2 decay of a token: e^-10, see above."""
@@ -77,18 +77,6 @@ def forgotten(tokens, PRECISION: tl.constexpr):
     if PRECISION == "interpreter":
         return tokens
     return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [tokens], dtype=tl.int64, is_pure=False, pack=1)
-
-
-@triton.jit
-def laid_out_as(x, like, PRECISION: tl.constexpr):
-    """x, fp32, spread over threads as ``like``, of its shape, is: an instruction of both, which costs none.
-
-    For what comes from memory and meets a product's result in several places. Left alone, the compiler decides for each
-    place whether it moves x or what is computed of it, and computes some of that twice.
-    """
-    if PRECISION == "interpreter":
-        return x
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f,f", [x, like], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -190,7 +178,7 @@ def load_sums(sums, chunk, rows, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def load_sum(sums, chunk, row, C: tl.constexpr, P: tl.constexpr):
+def load_sum(sums, chunk, row: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
     """The sums (P,) of one row: of the last, the whole chunk's."""
     return tl.load(sums + chunk * (C * P) + row * P + tl.arange(0, P))
 
@@ -245,22 +233,21 @@ def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr = False):
+def running_sums(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Sums (C, P) of the rows of x (C, P), fp32, up to and with each.
 
     By products with 0 and 1 on the tensor cores: a scan across threads takes twice the instructions. x is split into a
     sum of bf16 tensors. Three keep all but its last bit or two. Two keep 17 bits, which do where operands are rounded
-    to bf16 anyway (DOT). PACKED is for a GPU: two are rounded at a time.
+    to bf16 anyway (DOT).
     """
     rows = tl.arange(0, x.shape[0])
     which = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
     high = x.to(tl.bfloat16)
-    rest = x - (widen((high,), True)[0] if PACKED else high.to(tl.float32))
+    rest = x - high.to(tl.float32)
     mid = rest.to(tl.bfloat16)
     total = product(which, mid, tl.bfloat16, PRECISION)
     if tl.float32 == DOT:
-        last = rest - (widen((mid,), True)[0] if PACKED else mid.to(tl.float32))
-        total += product(which, last.to(tl.bfloat16), tl.bfloat16, PRECISION)
+        total += product(which, (rest - mid.to(tl.float32)).to(tl.bfloat16), tl.bfloat16, PRECISION)
     return total + product(which, high, tl.bfloat16, PRECISION)
 
 

@@ -10,9 +10,9 @@ it loaded EVERY steps before, and loads its next one. The steps in between hide 
 of the addresses. The shares of all matrices are numbered through. ROWS and COLUMNS list the matrices' sizes; STARTS the
 first share of each, and then how many there are. The last matrices have gates: GATE_STARTS lists their first shares.
 
-**Lean.** An epilogue takes as long as a quarter of the sum where D is small. With LEAN it widens two rounded numbers in
-two instructions, where the compiler rounds one by one at a quarter of the rate, and divides by a reciprocal that is
-right to one unit in the last place.
+**Epilogues** take as long as a quarter of the sum where D is small. So two rounded numbers are widened in two
+instructions, where the compiler would round one by one at a quarter of the rate, and a reciprocal that is right to one
+unit in the last place stands for the division.
 """
 # Kernels are written in Triton's language, whose values and decorators carry no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -104,7 +104,7 @@ def store_share(share, loaded, copies, STARTS: tl.constexpr, R: tl.constexpr, C:
 def up_swiglu_kernel(
     x, weight, gate_up, hidden, masters, gates, copies, M,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    KEEP: tl.constexpr, LEAN: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, GATE_STARTS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
     EARLY: tl.constexpr,
@@ -137,17 +137,16 @@ def up_swiglu_kernel(
     if KEEP:
         gate_up.store([row, column], rounded_gate)
         gate_up.store([row, F + column], rounded_up)
-    gate, up = widen((rounded_gate, rounded_up), LEAN)
-    # exp may overflow for gates far below 0; the sigmoid is then 0, as it should be.
-    silu = gate * sigmoid(gate, "tf32") if LEAN else gate / (1.0 + tl.exp(-gate))
-    hidden.store([row, column], (silu * up).to(dtype))
+    gate, up = widen((rounded_gate, rounded_up), PRECISION != "interpreter")
+    # exp2 may overflow for gates far below 0; the sigmoid is then 0, as it should be.
+    hidden.store([row, column], (gate * sigmoid(gate, PRECISION) * up).to(dtype))
 
 
 @triton.jit(do_not_specialize=["M"])
 def down_swiglu_backward_kernel(
     dout, weight, gate_up, dgate_up, hidden, M,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    LEAN: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """dgate_up (M, 2F) and hidden (M, F) from dout (M, D), weight (D, F) and gate_up (M, 2F)."""
     start_early(EARLY)
@@ -157,7 +156,7 @@ def down_swiglu_backward_kernel(
         gradient = tl.dot(dout.load([row, k]), weight.load([k, column]), gradient)
     dtype: tl.constexpr = hidden.dtype
     gate = gate_up.load([row, column]).to(tl.float32)
-    share = sigmoid(gate, "tf32") if LEAN else 1.0 / (1.0 + tl.exp(-gate))
+    share = sigmoid(gate, PRECISION)
     silu = gate * share
     dgate_up.store([row, F + column], (gradient * silu).to(dtype))
     # Only now, so that no more than three numbers an element are there at once.

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dig.ops.arithmetic import INTERPRETED
 from dig.ops.launch import empty, launch_context
 from dig.ops.library import operation
 from dig.ops.linear import as_rows, without_autocast
@@ -37,6 +38,7 @@ from dig.ops.whole import ceil_div
 
 NO_SHARES: dict[str, Any] = {"ROWS": (), "COLUMNS": (), "STARTS": (0,), "GATE_STARTS": (0,), "R": 1, "C": 1, "EVERY": 0}
 """What `up_swiglu_kernel` is told where it casts no weights."""
+_PRECISION = "interpreter" if INTERPRETED else "tf32"
 
 
 def tiles_for(which: ProductPass, tokens: Tensor, F: int) -> ProductTiles | None:
@@ -99,7 +101,7 @@ def _launch_up(
             (_descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
              _descriptor(hidden, *tile), *copied),
             (M,),
-            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, LEAN=t.lean, **constants, **shares,
+            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=_PRECISION, **constants, **shares,
             **t.options,
         )  # fmt: skip
 
@@ -220,7 +222,7 @@ def project_down_backward(dout: Tensor, weight: Tensor, gate_up: Tensor) -> tupl
             (_descriptor(dout, t.rows, t.depth), _descriptor(weight, t.depth, t.columns), _descriptor(gate_up, *tile),
              _descriptor(dgate_up, *tile), _descriptor(hidden, *tile)),
             (M,),
-            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, LEAN=t.lean, **t.options,
+            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=_PRECISION, **t.options,
         )  # fmt: skip
     return dgate_up, hidden
 
