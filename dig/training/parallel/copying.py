@@ -120,7 +120,9 @@ class Windows:
         self._make = make or (lambda nbytes, device: SymmetricWindow.new(nbytes, device, group))
         self._lent: list[_Lent] = []
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many have been made."""
         return len(self._lent)
 
     def lend(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -294,7 +296,7 @@ def use_copies(model: nn.Module, group: dist.ProcessGroup, windows: Windows | No
         group: Of its mesh.
         windows: What all its parts share; made if not given.
     """
-    windows = windows or Windows(group)
+    windows = Windows(group) if windows is None else windows
     gather, reduce = CopyGather(windows), CopyReduce(windows)
     for part in model.modules():
         if isinstance(part, FSDPModule):
@@ -344,7 +346,7 @@ class CopyAllReduce:
 
     def __init__(self, network: DistributedDataParallel, windows: Windows | None = None) -> None:
         self._group: dist.ProcessGroup = network.process_group
-        self._windows = windows or Windows(self._group)
+        self._windows = Windows(self._group) if windows is None else windows
         self._device = next(network.parameters()).device
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
