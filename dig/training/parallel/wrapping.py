@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dig.graphs import on_capture_stream
 from dig.training.blocks import blocks_of
+from dig.training.parallel.copying import CopyAllReduce, can_copy, use_copies
 
 Kind = Literal["ddp", "fsdp"]
+Sending = Literal["auto", "nccl", "copies"]
 Precision = Literal["bf16", "fp32"]
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,6 +50,7 @@ class Parallel:
             means over the ranks.
         warmup: Runs that a capture needs before (`dig.capture`).
         keeps_whole: Whether blocks of a sharded model stay gathered to the backward pass of a step's last part.
+        sending: ``copies`` where ranks copy from each other's memory, ``nccl`` where the group's own backend sends.
     """
 
     kind: Kind
@@ -55,6 +58,7 @@ class Parallel:
     network: Callable[..., Any]
     warmup: int
     keeps_whole: bool = False
+    sending: Literal["nccl", "copies"] = "nccl"
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -81,6 +85,7 @@ def wrap(
     captured: bool = False,
     compiled: bool = False,
     mesh: DeviceMesh | None = None,
+    sending: Sending = "nccl",
 ) -> Parallel:
     """Make a model train in all ranks of the job that this process has joined (`dig.training.parallel.joined`).
 
@@ -98,19 +103,30 @@ def wrap(
             to their last backward pass of a step.
         compiled: Whether it goes through torch.compile: the whole model with ``ddp``, block by block with ``fsdp``.
         mesh: Of one dimension, with ``fsdp``; all ranks if not given.
+        sending: How weights and gradients go: ``nccl`` over the group's own backend, ``copies`` by engines that copy
+            between GPUs of one host, beside kernels (`dig.training.parallel.copying`), ``auto`` by copies where the
+            ranks can.
 
     Raises:
-        ValueError: There is no such kind, or it has no blocks to shard.
+        ValueError: There is no such kind or way of sending, it has no blocks to shard, or the ranks can't copy.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"parallel must be {' or '.join(get_args(Kind))}; got {kind!r}")
+    if sending not in get_args(Sending):
+        raise ValueError(f"sending must be {', '.join(get_args(Sending))}; got {sending!r}")
+    device = next(model.parameters()).device
     if kind == "fsdp":
+        mesh = mesh or mesh_of_all(device.type)
+        # Before anything is changed.
+        sent = _way(sending, mesh.get_group(), torch.device(mesh.device_type))
         if compiled:
             for block in blocks_of(model):
                 block.compile()
         shard(model, dtype=dtype, mesh=mesh, keep_whole=captured)
-        return Parallel(kind=kind, model=model, network=model, warmup=0, keeps_whole=captured)
-    device = next(model.parameters()).device
+        if sent == "copies":
+            use_copies(model, mesh.get_group())
+        return Parallel(kind=kind, model=model, network=model, warmup=0, keeps_whole=captured, sending=sent)
+    sent = _way(sending, dist.distributed_c10d._get_default_group(), device)
     # For a graph, its gradients' accumulators have to be made on the stream of the capture.
     with on_capture_stream(device) if captured else nullcontext():
         network: Any = DistributedDataParallel(
@@ -121,9 +137,21 @@ def wrap(
             # Those of the models here are constants.
             **_CONSTANT_BUFFERS,
         )
+    if sent == "copies":
+        CopyAllReduce(network)  # It is held by the network.
     if compiled:
         network = torch.compile(network)
-    return Parallel(kind=kind, model=model, network=network, warmup=GRAPH_WARMUP)
+    return Parallel(kind=kind, model=model, network=network, warmup=GRAPH_WARMUP, sending=sent)
+
+
+def _way(sending: Sending, group: dist.ProcessGroup, device: torch.device) -> Literal["nccl", "copies"]:
+    """How a model's ranks send, and all of them the same way."""
+    if sending == "nccl":
+        return "nccl"
+    reason = can_copy(group, device)
+    if reason is not None and sending == "copies":
+        raise ValueError(f"ranks can't send by copies: {reason}")
+    return "copies" if reason is None else "nccl"
 
 
 def mesh_of_all(device: str) -> DeviceMesh:

@@ -1,0 +1,138 @@
+"""Collectives by copies, on CPUs: their windows are files, and ranks meet over gloo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dig.training.parallel import Ranks, copying, wrap
+from dig.training.parallel.copying import Windows, _obstacle, can_copy
+from tests.dig import copying_job
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    """What each rank of a job finds."""
+    return copying_job.run(tmp_path_factory.mktemp("copying") / "job", "cpu", request.param, seconds=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [check.__name__ for check in copying_job.CHECKS])
+def test_ranks_that_copy(found: list[dict[str, str | None]], check: str) -> None:
+    assert [rank.get(check, "not reached") for rank in found] == [None] * len(found)
+
+
+class Alone:
+    """A window of one rank."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = torch.zeros(nbytes, dtype=torch.uint8)
+
+    def of(self, _rank: int) -> Tensor:
+        # In a storage of its own, over the same memory.
+        return torch.frombuffer(self.memory.numpy(), dtype=torch.uint8)
+
+    def meet(self) -> None: ...
+
+
+class Group:
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def windows() -> Windows:
+    return Windows(Group(), lambda nbytes, _device: Alone(nbytes))  # type: ignore[arg-type]
+
+
+def lend(found: Windows, numel: int) -> Tensor:
+    return found.lend(numel, dtype=torch.float32, device=CPU)
+
+
+def test_what_is_held_is_not_lent_again() -> None:
+    """With one window for all, the second tensor would be the first one's memory."""
+    found = windows()
+    first, second = lend(found, 8), lend(found, 8)
+    first.fill_(1)
+    second.fill_(2)
+    assert torch.equal(first, torch.ones(8))
+    assert found.count == 2
+    places = first.data_ptr(), second.data_ptr()
+    # A view holds it too: FSDP keeps no more of a share.
+    view = first.narrow(0, 2, 2)
+    del first
+    third = lend(found, 8)
+    assert third.data_ptr() not in places
+    del view
+    assert lend(found, 8).data_ptr() == places[0]
+    assert found.count == 3
+
+
+def test_a_window_that_is_too_small_is_left() -> None:
+    found = windows()
+    small = lend(found, 8)
+    at = small.data_ptr()
+    del small
+    large = lend(found, 9)
+    assert large.data_ptr() != at
+    assert lend(found, 4).data_ptr() == at
+    assert found.count == 2
+
+
+def test_a_window_is_lent_to_its_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = windows()
+    lent = lend(found, 8)
+    at = lent.data_ptr()
+    del lent
+    found._lent[0].stream = 7
+    assert lend(found, 8).data_ptr() != at
+    assert found.count == 2
+
+
+def test_a_window_is_known_by_what_was_lent() -> None:
+    found = windows()
+    lent = lend(found, 8)
+    assert found.behind(lent) is found._lent[0].window
+    assert found.behind(torch.zeros(8)) is None
+
+
+def test_a_capture_makes_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, and 32 bytes more"):
+        copying.Windows(Group()).lend(8, dtype=torch.float32, device=CPU)  # type: ignore[arg-type]
+
+
+def test_who_can_not_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2})
+    assert str(_obstacle([("a", 0), ("b", 0)], 0)) == "ranks are on 2 hosts (a, b), and copies go within one"
+    assert "GPUs of the same number" in str(_obstacle([("a", 0), ("a", 0)], 0))
+    assert "the GPU of rank 0 has no access to the memory of rank 2's" in str(
+        _obstacle([("a", 0), ("a", 1), ("a", 2)], 0)
+    )
+
+    class Symmetric:
+        backend: Any = "CUDA"
+
+    monkeypatch.setattr("torch.distributed._symmetric_memory.get_backend", lambda _device: Symmetric.backend)
+    assert _obstacle([("a", 0), ("a", 1)], 1) is None
+    Symmetric.backend = None
+    assert "has no symmetric memory" in str(_obstacle([("a", 0), ("a", 1)], 1))
+
+
+def test_ranks_that_can_not_copy_say_so(ranks: Ranks) -> None:
+    group: Any = torch.distributed.distributed_c10d._get_default_group()
+    assert can_copy(group, CPU) == "copies go between GPUs, not on a cpu"
+    assert can_copy(group, torch.device("cuda", 0)) == "there is one rank alone"
+    with pytest.raises(ValueError, match=r"ranks can't send by copies: copies go between GPUs"):
+        wrap(torch.nn.Linear(1, 1), "ddp", sending="copies")
+    with pytest.raises(ValueError, match=r"sending must be auto, nccl, copies; got 'mpi'"):
+        wrap(torch.nn.Linear(1, 1), "ddp", sending="mpi")  # type: ignore[arg-type]
+    assert wrap(torch.nn.Linear(1, 1), "ddp", sending="auto").sending == "nccl"
