@@ -281,6 +281,7 @@ def buckets(job: Job) -> None:
         if hook is not None and job.cuda:
             assert hook._symmetric
             assert len(hook._shared) > 1, hook._shared
+            assert None not in hook._shared.values()
     (due, due_gradients), (losses, gradients) = found
     torch.testing.assert_close(losses, due, rtol=1e-4, atol=0)
     for one, other in zip(gradients, due_gradients, strict=True):

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from dig.training.parallel import Ranks, copying, wrap
-from dig.training.parallel.copying import Windows, _obstacle, can_copy
+from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, Windows, _obstacle, can_copy
 from tests.dig import copying_job
+from tests.dig.test_training_step import config
 
 CPU = torch.device("cpu")
 
@@ -136,3 +138,23 @@ def test_ranks_that_can_not_copy_say_so(ranks: Ranks) -> None:
     with pytest.raises(ValueError, match=r"sending must be auto, nccl, copies; got 'mpi'"):
         wrap(torch.nn.Linear(1, 1), "ddp", sending="mpi")  # type: ignore[arg-type]
     assert wrap(torch.nn.Linear(1, 1), "ddp", sending="auto").sending == "nccl"
+
+
+@pytest.mark.usefixtures("tiny_dig", "ranks")
+def test_a_model_is_wrapped_to_send_by_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dig.training.parallel.wrapping.can_copy", lambda _group, _device: None)
+    sharded = wrap(config().model.build(), "fsdp", dtype="fp32", sending="auto")
+    assert sharded.sending == "copies"
+    groups = [
+        part._get_fsdp_state()._fsdp_param_group for part in sharded.model.modules() if isinstance(part, FSDPModule)
+    ]
+    assert len(groups) > 1
+    # All of its parts share the windows.
+    assert len({(group._all_gather_comm, group._reduce_scatter_comm) for group in groups}) == 1
+    assert isinstance(groups[0]._all_gather_comm, CopyGather)
+    assert isinstance(groups[0]._reduce_scatter_comm, CopyReduce)
+    averaged: Any = wrap(config().model.build(), "ddp", sending="copies")
+    assert averaged.sending == "copies"
+    ((_, state),) = averaged.network._comm_hooks
+    assert isinstance(state, CopyAllReduce)
+    assert wrap(config().model.build(), "ddp").sending == "nccl"

@@ -42,34 +42,45 @@ class Window(Protocol):
 
 
 class SymmetricWindow:
-    """A window in PyTorch's symmetric memory. All ranks must make it at a time, and wait for each other on the host.
+    """A window in PyTorch's symmetric memory. Made by `over` or `new`, by all ranks at a time.
 
     Args:
-        memory: Contiguous, in symmetric memory, of as many bytes on every rank.
-        group: Whose ranks may read it.
-
-    Raises:
-        RuntimeError: A CUDA graph is being captured, or the memory can't be shared.
+        memory: What it is over.
+        handle: PyTorch's, of that memory.
     """
 
-    def __init__(self, memory: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, memory: Tensor, handle: Any) -> None:
+        self._memory = memory  # The handle alone does not keep it.
+        self._handle = handle
+
+    @classmethod
+    def over(cls, memory: Tensor, group: dist.ProcessGroup) -> SymmetricWindow | None:
+        """One over memory that is there; None if that is not symmetric. The ranks' hosts wait for each other.
+
+        Args:
+            memory: Contiguous, of as many bytes on every rank.
+            group: Whose ranks may read it.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, or the memory can't be shared.
+        """
         import torch.distributed._symmetric_memory as symmetric
 
         _refuse_capture(memory.nbytes)
-        # Nothing here needs multicast, and to bind memory to it has been seen to fail.
+        # Nothing here needs multicast, and there are GPUs on which PyTorch can't bind memory to it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        self._memory = memory  # The handle alone does not keep it.
-        self._handle: Any = symmetric.rendezvous(memory, group)
-        if self._handle is None:
-            raise RuntimeError(f"{memory.nbytes} bytes at {memory.data_ptr():#x} are not in symmetric memory")
+        handle: Any = symmetric.rendezvous(memory, group)
+        return None if handle is None else cls(memory, handle)
 
     @classmethod
     def new(cls, nbytes: int, device: torch.device, group: dist.ProcessGroup) -> SymmetricWindow:
-        """One in new memory; see the class."""
+        """One over memory that is allocated for it; else as `over`."""
         import torch.distributed._symmetric_memory as symmetric
 
         _refuse_capture(nbytes)
-        return cls(symmetric.empty(nbytes, dtype=torch.uint8, device=device), group)
+        made = cls.over(symmetric.empty(nbytes, dtype=torch.uint8, device=device), group)
+        assert made is not None
+        return made
 
     def of(self, rank: int) -> Tensor:
         """See `Window.of`."""
@@ -352,9 +363,11 @@ class CopyAllReduce:
         if self._device.type == "cuda":
             # Else its small kernels queue behind the thousands of CTAs of the backward pass.
             self._stream = torch.cuda.Stream(self._device, priority=-1)
+            # Else PyTorch may allocate them as NCCL wants them, past the pool that is in use.
+            os.environ.setdefault("DDP_DISABLE_COMM_MEM", "1")
             self._hook = network.register_forward_pre_hook(torch.compiler.disable(self._lay_buckets))
         self._symmetric = False
-        self._shared: dict[tuple[int, int], Window] = {}
+        self._shared: dict[tuple[int, int], Window | None] = {}
         # No function of this file: DistributedDataParallel refuses annotations that are text.
         network.register_comm_hook(self, lambda state, bucket: state.average(bucket))
 
@@ -378,8 +391,9 @@ class CopyAllReduce:
         """
         gradients = bucket.buffer()
         with self._beside():
-            if self._symmetric:
-                average(self._window_of(gradients), gradients, self._windows.rank, self._windows.ranks)
+            window = self._window_of(gradients)
+            if window is not None:
+                average(window, gradients, self._windows.rank, self._windows.ranks)
             else:
                 lent = self._windows.lend(gradients.numel(), dtype=gradients.dtype, device=gradients.device)
                 lent.copy_(gradients)
@@ -402,10 +416,13 @@ class CopyAllReduce:
         with torch.cuda.stream(self._stream):
             yield
 
-    def _window_of(self, gradients: Tensor) -> Window:
+    def _window_of(self, gradients: Tensor) -> Window | None:
+        """The window over a bucket; None while it is not in symmetric memory."""
+        if not self._symmetric:
+            return None
         key = gradients.data_ptr(), gradients.nbytes
         if key not in self._shared:
-            self._shared[key] = SymmetricWindow(gradients, self._group)
+            self._shared[key] = SymmetricWindow.over(gradients, self._group)
         return self._shared[key]
 
 
