@@ -192,7 +192,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         if one_image:
             ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2, *room[5:])
         elif needed.down_proj:
-            ddown = weight_gradient(as_rows(d_branch), as_rows(hidden))
+            ddown = weight_gradient(as_rows(d_branch), as_rows(hidden), w.down_proj.dtype)
     del hidden, d_branch
     dh = linear_backward(dgate_up, p.gate_proj)
     d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
@@ -200,7 +200,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     )
     if needed.gate_proj:
         with on_side_stream(dgate_up, h):
-            dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h))
+            dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h), w.gate_proj.dtype)
     second_half = mark()
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
@@ -216,7 +216,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         if one_image:
             do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1, *room[2:3])
         elif needed.o_proj:
-            do_proj = weight_gradient(as_rows(d_branch), as_rows(y))
+            do_proj = weight_gradient(as_rows(d_branch), as_rows(y), w.o_proj.dtype)
     del y, d_branch
     dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
         x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm, *room[:2]
@@ -230,7 +230,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
     if needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
         with nullcontext() if across is None else on_side_stream(dprojected, h):
-            din_proj = weight_gradient(as_rows(dprojected), as_rows(h))
+            din_proj = weight_gradient(as_rows(dprojected), as_rows(h), w.in_proj.dtype)
     # Done by now; the most of what is held.
     let_go(second_half)
     gradients = BlockWeights(

@@ -133,7 +133,7 @@ def as_measured(found: Sequence[Point]) -> str:
             {
                 "model": cell(f"{case.model} ({', '.join(value for _, value in case.options)})"),
                 "GPUs": case.processes,
-                "by": cell(f"{case.parallel}, {case.way}" if case.parallel else case.way),
+                "by": cell(f"{case.together}, {case.way}" if case.parallel else case.way),
                 "images/s": MISSING if row.fps is None else number(row.fps),
                 "step, ms": step + (f"<sup>{letters}</sup>" if letters and point.step_ms else ""),
                 "efficiency": MISSING if point.efficiency is None else cell(str(point.efficiency)),

@@ -26,12 +26,13 @@ Device = Literal["cuda", "cpu"]
 
 
 Parallel = Literal["", "ddp", "fsdp"]
+Sending = Literal["", "collectives", "copies"]
 
 
 MOST_COUNT = 2**31 - 1
 _WORDS: Mapping[str, Any] = {
     "mode": Mode, "execution": Execution, "scope": Scope, "dtype": Dtype, "weights": Weights, "device": Device,
-    "parallel": Parallel,
+    "parallel": Parallel, "sending": Sending,
 }  # fmt: skip
 
 
@@ -57,6 +58,8 @@ class Case:
         processes: How many train one model together, each with a device of its own.
         parallel: How they do: ``ddp`` (every one has the whole model, gradients are averaged) or ``fsdp`` (each has a
             share of weights, gradients and moments); empty for one process.
+        sending: How these send gradients and weights: ``collectives`` (of NCCL, or gloo), or ``copies``
+            (`dig.training.parallel.copying`); empty for one process.
     """
 
     model: str
@@ -73,6 +76,7 @@ class Case:
     source: str = ""
     processes: int = 1
     parallel: Parallel = ""
+    sending: Sending = ""
 
     def __post_init__(self) -> None:
         """Raise ValueError on a field that no row may have."""
@@ -93,6 +97,12 @@ class Case:
                 raise ValueError(f"{name} must be a whole number from 1 to {MOST_COUNT}; got {value!r:.40}")
         if (self.processes > 1) != bool(self.parallel):
             raise ValueError("several processes are parallel by ddp or fsdp, and one is by neither")
+        if self.parallel and not self.sending:
+            object.__setattr__(self, "sending", "collectives")
+        if self.sending and not self.parallel:
+            raise ValueError(f"one process sends nothing; sending is {self.sending}")
+        if self.sending == "copies" and self.device != "cuda":
+            raise ValueError(f"copies go between GPUs; device is {self.device}")
         if self.parallel and self.mode != "train":
             raise ValueError(f"{self.parallel} is of training; mode is {self.mode}")
 
@@ -132,10 +142,15 @@ class Case:
         scope = f" by {self.scope}" if self.scope else ""
         return f"{self.execution}{scope}{' max-autotune' if self.max_autotune else ''}"
 
+    @property
+    def together(self) -> str:
+        """How several processes train, in short: ``fsdp``, ``fsdp by copies``; empty for one."""
+        return f"{self.parallel} by copies" if self.sending == "copies" else self.parallel
+
     def describe(self) -> str:
         """One line for people: ``DiG-S/2 (backend=fla) 1024px train graph bf16 batch 1``."""
         options = f" ({', '.join(f'{k}={v}' for k, v in self.options)})" if self.options else ""
-        several = f", {self.processes} processes by {self.parallel}" if self.parallel else ""
+        several = f", {self.processes} processes by {self.together}" if self.parallel else ""
         return (
             f"{self.model}{options} {self.resolution}px {self.mode} {self.way} {self.precision} "
             f"batch {self.batch} on {self.device}{several}"

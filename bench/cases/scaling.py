@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from bench.cases.case import CAPTURED, Case, Device, Dtype, Execution, Parallel
+from bench.cases.case import CAPTURED, Case, Device, Dtype, Execution, Parallel, Sending
 from bench.cases.jobs import BUDGETS, Budget
 from bench.cases.suites import best_way, sweep
 
@@ -16,6 +16,9 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 SIZE, RESOLUTION, BATCH = {"cuda": "XL", "cpu": "S"}, {"cuda": 256, "cpu": 64}, {"cuda": 32, "cpu": 2}
 PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp")
+SENDING: dict[str, tuple[Sending, ...]] = {"cuda": ("copies",), "cpu": ("collectives",)}
+"""Device → how GPUs send unless told."""
+WAYS: tuple[Sending, ...] = ("copies", "collectives")
 EXECUTIONS: tuple[Execution, ...] = ("graph", "eager")
 MOST_PROCESSES = 64
 BUDGET_ON_GPU = Budget(settle_max_s=2.0, least_s=1.0, target_s=3.0)
@@ -44,6 +47,7 @@ class Axes:
         batch: Images of one process.
         processes: How many, each; what one does is always measured, for the others are compared with it.
         parallel: ``ddp``, ``fsdp``.
+        sending: ``collectives``, ``copies``.
         executions: ``graph``, ``eager``; a family is compiled as well where that is its best way (`best_way`).
         dtype: ``bf16`` or ``fp32``.
         device: ``cuda`` or ``cpu``.
@@ -56,6 +60,7 @@ class Axes:
     batch: int
     processes: Sequence[int]
     parallel: Sequence[Parallel]
+    sending: Sequence[Sending]
     executions: Sequence[Execution]
     dtype: Dtype
     device: Device
@@ -83,7 +88,8 @@ def scaling_cases(axes: Axes) -> list[Case]:
             alone = _at_its_best(plain)
             several = [count for count in axes.processes if count > 1]
             cases.append(alone)
-            cases += [replace(alone, processes=count, parallel=kind) for count in several for kind in axes.parallel]
+            ways = [(kind, sending) for kind in axes.parallel for sending in axes.sending]
+            cases += [replace(alone, processes=n, parallel=k, sending=s) for n in several for k, s in ways]
     return list(dict.fromkeys(cases))
 
 
@@ -98,7 +104,7 @@ def _at_its_best(case: Case) -> Case:
 
 def alone_of(case: Case) -> Case:
     """The case of one process that a case is compared with."""
-    return replace(case, processes=1, parallel="")
+    return replace(case, processes=1, parallel="", sending="")
 
 
 def to_measure(cases: Iterable[Case], done: Iterable[Case]) -> list[Case]:

@@ -46,7 +46,7 @@ HELPS = {
     "scaling": Help(
         groups={
             WHAT: "models size patch resolution batch",
-            GPUS: "gpus processes parallel",
+            GPUS: "gpus processes parallel sending",
             HOW: "executions dtype device",
             LIMITS: "out resume prepare_limit time_limit",
         },

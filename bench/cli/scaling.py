@@ -29,7 +29,9 @@ from bench.cases.scaling import (
     MOST_PROCESSES,
     PARALLEL,
     RESOLUTION,
+    SENDING,
     SIZE,
+    WAYS,
     Axes,
     alone_of,
     budget_of,
@@ -79,6 +81,13 @@ def scaling(
     parallel: Annotated[
         str, typer.Option(help="ddp (DistributedDataParallel), fsdp (FSDP2, by block), separated by commas.")
     ] = ",".join(PARALLEL),
+    sending: Annotated[
+        str | None,
+        typer.Option(
+            help="How the GPUs send: copies (copy engines, within one host), collectives (NCCL), separated by commas. "
+            "Default: copies; collectives on a CPU."
+        ),
+    ] = None,
     executions: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +142,7 @@ def scaling(
             batch=BATCH[where] if batch is None else batch,
             processes=counts,
             parallel=cast(Any, some_of(parallel, "--parallel", PARALLEL)),
+            sending=cast(Any, some_of(",".join(SENDING[where]) if sending is None else sending, "--sending", WAYS)),
             executions=cast(Any, some_of(ways, "--executions", EXECUTIONS)),
             dtype=cast(Any, number),
             device=cast(Any, where),
@@ -292,7 +302,7 @@ def table(found: list[Point]) -> Table:
     for point in found:
         row, case = point.row, point.row.case
         options = ", ".join(value for _, value in case.options)
-        way = f"{case.parallel}, {case.way}" if case.parallel else case.way
+        way = f"{case.together}, {case.way}" if case.parallel else case.way
         peak = row.memory.peak if row.memory else None
         cells = (
             f"{case.model} ({options})",

@@ -46,6 +46,14 @@ case.processes            1
 case.parallel             empty
 placement, scaling        None: a run had one GPU, and every model one process
 ========================= ==========================================================================================
+
+Schema 6 (2026-11) knows how several GPUs send:
+
+========================= ==========================================================================================
+field                     in a row that was written as schema 1 to 5
+========================= ==========================================================================================
+case.sending              ``collectives`` of several processes; else empty
+========================= ==========================================================================================
 """
 
 from __future__ import annotations
@@ -53,7 +61,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA = 5
+SCHEMA = 6
 FORMER_BACKEND = {"DiG": "recurrence", "DiT": "attention", "Flash-DiT": "attention", "DiS": "mixer"}
 """Family → what ``backend`` was called until schema 2, and in sampling rows and training runs of that time."""
 
@@ -91,7 +99,15 @@ def _from_4(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-_STEPS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+def _from_5(record: dict[str, Any]) -> dict[str, Any]:
+    # What a case has where nothing is said is what such rows mean.
+    case = record.get("case")
+    if isinstance(case, dict) and "sending" in case:
+        raise ValueError("a row of schema 5 has no field 'case.sending'")
+    return record
+
+
+_STEPS = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
 _NEW_IN = {
     2: frozenset({"launch", "key", "marks", "timing", "clocks", "checks"}),
     3: frozenset({"look"}),

@@ -23,7 +23,7 @@ HELPS = {
             "Optimisation": "batch accumulate lr schedule warmup clip weight_decay",
             "Loss and averages": "loss label_dropout ema ema_warmup",
             "Logging and saving": "log_every save_every keep grid_every grid_steps grid_cfg log",
-            MACHINE: "device dtype execution deterministic parallel hang_timeout",
+            MACHINE: "device dtype execution deterministic parallel sending hang_timeout",
         },
         examples=(
             "python -m dig train --model DiG-S/2 --data images --image-size 64 --out run",

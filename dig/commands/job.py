@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -19,7 +19,7 @@ from dig.launched import follows, place_in_job
 
 if TYPE_CHECKING:
     from dig.sampling.sharing import Sharing
-    from dig.training.parallel import Kind, Ranks
+    from dig.training.parallel import Kind, Ranks, Sending
     from dig.training.parallel.watching import Watch
 
 ParallelOption = Annotated[
@@ -27,6 +27,13 @@ ParallelOption = Annotated[
     typer.Option(
         help="Under torchrun: ddp (each GPU holds the model), fsdp (the GPUs share weights, gradients and moments), or "
         "auto: ddp where there are several processes."
+    ),
+]
+SendingOption = Annotated[
+    str,
+    typer.Option(
+        help="How several processes send gradients and weights: collectives (NCCL, or gloo on a CPU), copies (by the "
+        "GPUs' copy engines, within one host), or auto: copies where they can."
     ),
 ]
 HangOption = Annotated[
@@ -49,11 +56,13 @@ class Job:
     Attributes:
         ranks: All of them.
         kind: How they share a model in training.
+        sending: How they send: see `dig.training.parallel.wrap`.
         watch: Ends this process where another one is gone or hangs.
     """
 
     ranks: Ranks
     kind: Kind
+    sending: Sending
     watch: Watch
 
 
@@ -70,7 +79,12 @@ def shared(job: Job | None) -> Sharing:
 
 @contextmanager
 def working_together(
-    device: str, *, parallel: str = "auto", hang_seconds: float = LONG_SECONDS, trains: bool = False
+    device: str,
+    *,
+    parallel: str = "auto",
+    sending: str = "auto",
+    hang_seconds: float = LONG_SECONDS,
+    trains: bool = False,
 ) -> Iterator[Job | None]:
     """Be one of the job's processes within; None where this process is alone.
 
@@ -79,6 +93,7 @@ def working_together(
     Args:
         device: As typed.
         parallel: Likewise; ``ddp`` and ``fsdp`` make a job of one process alone, too.
+        sending: Likewise.
         hang_seconds: Likewise.
         trains: Whether gradients are exchanged, over NCCL.
 
@@ -87,6 +102,8 @@ def working_together(
     """
     if parallel not in ("auto", "ddp", "fsdp"):
         raise ValueError(f"parallel must be auto, ddp or fsdp; got {parallel!r}")
+    if sending not in ("auto", "collectives", "copies"):
+        raise ValueError(f"sending must be auto, collectives or copies; got {sending!r}")
     if not 1 <= hang_seconds <= MOST_SECONDS:
         raise ValueError(f"--hang-timeout must be 1 to {MOST_SECONDS:,} seconds; got {hang_seconds}")
     if parallel == "auto" and place_in_job()[1] == 1:
@@ -106,7 +123,7 @@ def working_together(
         kind = cast(Literal["ddp", "fsdp"], "ddp" if parallel == "auto" else parallel)
         with _patient(watch):
             try:
-                yield Job(ranks=ranks, kind=kind, watch=watch)
+                yield Job(ranks=ranks, kind=kind, sending=cast(Any, sending), watch=watch)
                 watch.doing("waiting for the others to end", waits=True)
                 ranks.meet()
             except (typer.Exit, SystemExit, GeneratorExit):

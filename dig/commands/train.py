@@ -26,7 +26,7 @@ from dig.commands.common import (
     refusing,
 )
 from dig.commands.dry_run import rehearse_training
-from dig.commands.job import HANG_SECONDS, HangOption, ParallelOption, working_together
+from dig.commands.job import HANG_SECONDS, HangOption, ParallelOption, SendingOption, working_together
 from dig.commands.places import find_place
 from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option_types, write_options
 from dig.launched import follows
@@ -213,6 +213,7 @@ def train_command(
         ),
     ] = None,
     parallel: ParallelOption = "auto",
+    sending: SendingOption = "auto",
     hang_timeout: HangOption = HANG_SECONDS,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
@@ -229,7 +230,7 @@ def train_command(
     console = open_console(quiet=quiet or follows())
     with (
         refusing(),
-        working_together(device, parallel=parallel, hang_seconds=hang_timeout, trains=True) as job,
+        working_together(device, parallel=parallel, sending=sending, hang_seconds=hang_timeout, trains=True) as job,
     ):
         if job is not None and dry_run:
             raise ValueError("--dry-run is of one process: leave out torchrun and --parallel")
@@ -286,7 +287,7 @@ def train_command(
         if job is not None:
             from dig.training.parallel.team import Together
 
-            team = Together(job.ranks, job.kind, job.watch)
+            team = Together(job.ranks, job.kind, job.watch, job.sending)
         data_spec = DataSpec.of(dataset)
         first = beginning.weights(spec, data_spec, device=where, loss=loss, seed=seed)
         run = TrainConfig(

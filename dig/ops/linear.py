@@ -17,15 +17,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return _AS_IT_IS
 
 
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy^T x`` in fp32: the gradient of a linear layer's weight (N, K) from dy (M, N) and its input x (M, K).
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``dy^T x``: the gradient of a linear layer's weight (N, K) from dy (M, N) and its input x (M, K).
 
-    On a GPU the product of bf16 operands is written in fp32, in which it is added up. Written in bf16, it would lose
-    bits and take another pass to fp32 for the optimizer.
+    On a GPU the product of bf16 operands is added up in fp32, and written in the weight's dtype: for an fp32 weight
+    bf16 would lose bits and take another pass for the optimizer; for one in bf16 (FSDP's) fp32 would take that pass.
+
+    Args:
+        dy: As above.
+        x: As above, in dy's dtype.
+        dtype: Of the weight, which autograd asks of its gradient.
     """
-    if dy.is_cuda and dy.dtype == torch.bfloat16:
+    if dy.is_cuda and dy.dtype == torch.bfloat16 and dtype == torch.float32:
         return torch.mm(dy.T, x, out_dtype=torch.float32)
-    return (dy.T @ x).float()
+    return (dy.T @ x).to(dtype)
 
 
 def as_rows(tensor: Tensor) -> Tensor:

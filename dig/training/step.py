@@ -34,7 +34,7 @@ from dig.training.lora import attach
 from dig.training.shares import local, whole
 
 if TYPE_CHECKING:
-    from dig.training.parallel.wrapping import Kind, Parallel
+    from dig.training.parallel.wrapping import Kind, Parallel, Sending
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class TrainingStep:
             labels dropped already.
         loss: With its constants on the device.
         parallel: How ranks of a job share the model, which is then a part of this one's batch; None for one process.
+        sending: How ranks send: see `dig.training.parallel.wrap`.
 
     Attributes:
         ema: The model with averaged weights, in eval mode.
@@ -122,7 +123,14 @@ class TrainingStep:
         sums: (terms + 1,) fp64 sums over steps of the loss's terms and of the gradient's norm.
     """
 
-    def __init__(self, config: TrainConfig, model: Backbone, loss: Loss, parallel: Kind | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Backbone,
+        loss: Loss,
+        parallel: Kind | None = None,
+        sending: Sending = "auto",
+    ) -> None:
         self.config = config
         self.model = model
         self.loss = loss
@@ -143,7 +151,9 @@ class TrainingStep:
 
             mesh = mesh_of_all(config.device) if parallel == "fsdp" else None
             captured = config.execution == "graph"
-            self._parallel = wrap(model, parallel, dtype=config.dtype, captured=captured, compiled=compiled, mesh=mesh)
+            self._parallel = wrap(
+                model, parallel, dtype=config.dtype, captured=captured, compiled=compiled, mesh=mesh, sending=sending
+            )
             self._network = self._parallel.network
             if parallel == "fsdp":
                 shard(self.ema, mesh=mesh, trains=False)
@@ -172,6 +182,11 @@ class TrainingStep:
         self._laid = parallel != "ddp"
         # Ranks can't try a step and take it back: `build_step` has tried it for them.
         self._tried = parallel is not None
+
+    @property
+    def sending(self) -> str:
+        """How ranks send, ``collectives`` or ``copies``; empty of one process."""
+        return "" if self._parallel is None else self._parallel.sending
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the run's future depends on, by name; not copies."""
@@ -343,7 +358,10 @@ def _undetermined(config: TrainConfig) -> str | None:
 
 
 def build_step(
-    config: TrainConfig, first: Mapping[str, Tensor] | None = None, parallel: Kind | None = None
+    config: TrainConfig,
+    first: Mapping[str, Tensor] | None = None,
+    parallel: Kind | None = None,
+    sending: Sending = "auto",
 ) -> TrainingStep:
     """The training step of a run, on its device.
 
@@ -351,6 +369,7 @@ def build_step(
         config: The run.
         first: State dict of its first weights; None where they are drawn, or a checkpoint follows.
         parallel: How the ranks of the job that this process has joined share the model; None for one process.
+        sending: How they send: see `dig.training.parallel.wrap`.
 
     Raises:
         ValueError: A pattern of names fits nothing of the model.
@@ -372,7 +391,7 @@ def build_step(
         adapted = attach(model, rank=config.lora, targets=config.lora_targets, whole=config.lora_whole)
     # One that is sharded goes to its device share by share: all of it may not fit there.
     model = model if parallel == "fsdp" else model.to(device)
-    step = TrainingStep(config, model, build_loss(config.loss, device=device), parallel)
+    step = TrainingStep(config, model, build_loss(config.loss, device=device), parallel, sending)
     step.adapted = adapted
     if reason is not None:
         step.forgo_determinism(reason)

@@ -143,7 +143,7 @@ class Trainer:
         content = {"config": config.to_json(), "environment": environment}
         write_atomically(folder / CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
         self.log = RunLog(folder, self.step, config.log, config.to_json())
-        about = {"ranks": team.size, "parallel": team.kind} if team.kind else {}
+        about = {"ranks": team.size, "parallel": team.kind, "sending": self._step.sending} if team.kind else {}
         self.log.event("resumed" if self.step else "started", step=self.step, **about, environment=environment)
 
     @property

@@ -66,7 +66,7 @@ def scaling_command(case: Case) -> str:
     words = [
         "scaling", "--models", model_words(case.family, case.options, case.source), "--size", case.size,
         "--resolution", str(case.resolution), "--batch", str(case.batch), "--processes", str(case.processes),
-        "--parallel", case.parallel, "--executions", "graph" if case.captures else "eager",
+        "--parallel", case.parallel, "--sending", case.sending, "--executions", "graph" if case.captures else "eager",
     ]  # fmt: skip
     words += ["--patch", str(case.patch)] if case.patch != 2 else []
     return line(*words, *(["--device", "cpu"] if case.device == "cpu" else []))

@@ -91,7 +91,7 @@ def _entry(evidence: Evidence, file: str, row: Row) -> Entry:
         px=case.resolution,
         mode=case.mode,
         batch=case.batch * case.processes,
-        way=f"{case.way}, {case.processes} GPUs by {case.parallel}" if case.parallel else case.way,
+        way=f"{case.way}, {case.processes} GPUs by {case.together}" if case.parallel else case.way,
         precision=case.precision,
         machine=machine(row),
         ms=row.median_ms if timed else None,

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,15 +108,15 @@ def test_a_damaged_row_is_an_error_or_the_same_row(position: int, junk: str) -> 
 
 
 def test_newer_schema_is_refused() -> None:
-    line = make_row().to_json().replace('"schema":5', '"schema":6')
-    with pytest.raises(ResultError, match=r"schema 6 is newer than .* \(5\); update the project"):
+    line = make_row().to_json().replace('"schema":6', '"schema":7')
+    with pytest.raises(ResultError, match=r"schema 7 is newer than .* \(6\); update the project"):
         Row.from_json(line)
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "true", "1.0", '"2"', "null"])
 def test_what_is_no_version_is_refused(version: str) -> None:
     with pytest.raises(ResultError, match="is no version of a result row"):
-        Row.from_json(make_row().to_json().replace('"schema":5', f'"schema":{version}'))
+        Row.from_json(make_row().to_json().replace('"schema":6', f'"schema":{version}'))
 
 
 def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
@@ -167,6 +168,8 @@ def older(line: str, version: int) -> str:
     new = {3: ("look",), 5: ("placement", "scaling")}
     for name in (name for schema, names in new.items() if schema > version for name in names):
         assert record.pop(name) is None
+    if version < 6:
+        record["case"].pop("sending")
     if version < 5:
         assert (record["case"].pop("processes"), record["case"].pop("parallel")) == (1, "")
     return json.dumps({**record, "schema": version}, separators=(",", ":"))
@@ -186,10 +189,20 @@ def test_rows_before_schema_5_know_one_process_and_one_gpu(version: int) -> None
     assert row == Row.from_json(line)
     assert (row.case.processes, row.case.parallel, row.placement, row.scaling) == (1, "", None, None)
     with pytest.raises(ResultError, match=f"a row of schema {version} has no field '(placement|scaling)'"):
-        Row.from_json(line.replace('"schema":5', f'"schema":{version}'))
+        Row.from_json(line.replace('"schema":6', f'"schema":{version}'))
     alien = older(line, version).replace('"batch":1', '"batch":1,"processes":2')
     with pytest.raises(ResultError, match=r"has no field 'case\.processes'"):
         Row.from_json(alien)
+
+
+def test_rows_before_schema_6_sent_by_collectives() -> None:
+    several = make_row(case=Case(model="DiG-S/2", resolution=256, processes=2, parallel="ddp"))
+    copies = replace(several, case=replace(several.case, sending="copies"))
+    assert Row.from_json(older(several.to_json(), 5)).case.sending == "collectives"
+    assert Row.from_json(older(make_row().to_json(), 5)).case.sending == ""
+    assert Row.from_json(copies.to_json()).case.describe().endswith("2 processes by ddp by copies")
+    with pytest.raises(ResultError, match=r"a row of schema 5 has no field 'case\.sending'"):
+        Row.from_json(copies.to_json().replace('"schema":6', '"schema":5'))
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from bench.store.rows import Row, read_results
 def axes(**changes: Any) -> Axes:
     fields: dict[str, Any] = {
         "models": ("DiG:triton:variant=release", "Flash-DiT:sdpa-cudnn"), "size": "XL", "patch": 2, "resolution": 256,
-        "batch": 32, "processes": (1, 2, 4), "parallel": ("ddp", "fsdp"), "executions": ("graph", "eager"),
-        "dtype": "bf16", "device": "cuda",
+        "batch": 32, "processes": (1, 2, 4), "parallel": ("ddp", "fsdp"), "sending": ("collectives",),
+        "executions": ("graph", "eager"), "dtype": "bf16", "device": "cuda",
     }  # fmt: skip
     return Axes(**{**fields, **changes})
 
@@ -50,6 +50,18 @@ def test_cases_are_compiled_where_the_suite_best_compiles_them() -> None:
     ]
     cases = scaling_cases(axes(models=("DiG",), processes=(4,), executions=("eager",), device="cpu", dtype="fp32"))
     assert [(case.way, case.processes) for case in cases] == [("eager", 1), ("eager", 4), ("eager", 4)]
+
+
+def test_gpus_may_send_in_several_ways() -> None:
+    found = scaling_cases(
+        axes(models=("DiG",), processes=(2,), executions=("graph",), sending=("copies", "collectives"))
+    )
+    assert [case.together for case in found] == ["", "ddp by copies", "ddp", "fsdp by copies", "fsdp"]
+    assert {alone_of(case) for case in found} == {found[0]}
+    with pytest.raises(ValueError, match="copies go between GPUs; device is cpu"):
+        replace(found[1], device="cpu")
+    with pytest.raises(ValueError, match="one process sends nothing; sending is copies"):
+        replace(found[0], sending="copies")
 
 
 @pytest.mark.parametrize(("most", "counts"), [(1, [1]), (2, [1, 2]), (3, [1, 2]), (8, [1, 2, 4, 8])])

@@ -135,9 +135,9 @@ def test_ranks_that_can_not_copy_say_so(ranks: Ranks) -> None:
     assert can_copy(group, torch.device("cuda", 0)) == "there is one rank alone"
     with pytest.raises(ValueError, match=r"ranks can't send by copies: copies go between GPUs"):
         wrap(torch.nn.Linear(1, 1), "ddp", sending="copies")
-    with pytest.raises(ValueError, match=r"sending must be auto, nccl, copies; got 'mpi'"):
+    with pytest.raises(ValueError, match=r"sending must be auto, collectives, copies; got 'mpi'"):
         wrap(torch.nn.Linear(1, 1), "ddp", sending="mpi")  # type: ignore[arg-type]
-    assert wrap(torch.nn.Linear(1, 1), "ddp", sending="auto").sending == "nccl"
+    assert wrap(torch.nn.Linear(1, 1), "ddp", sending="auto").sending == "collectives"
 
 
 @pytest.mark.usefixtures("tiny_dig", "ranks")
@@ -157,4 +157,4 @@ def test_a_model_is_wrapped_to_send_by_copies(monkeypatch: pytest.MonkeyPatch) -
     assert averaged.sending == "copies"
     ((_, state),) = averaged.network._comm_hooks
     assert isinstance(state, CopyAllReduce)
-    assert wrap(config().model.build(), "ddp").sending == "nccl"
+    assert wrap(config().model.build(), "ddp", sending="collectives").sending == "collectives"

@@ -217,7 +217,7 @@ def silent_more(rows: list[Row], family: str) -> float:
         for row in rows
         if row.scaling is not None
         and row.scaling.run == sharded.scaling.run
-        and row.case == replace(sharded.case, processes=1, parallel="")
+        and row.case == replace(sharded.case, processes=1, parallel="", sending="")
     )
     assert alone.median_ms is not None
     return median(sharded.scaling.silent_ms) - alone.median_ms

@@ -18,7 +18,7 @@ from dig.training.parallel.agreement import check_alike, facts
 from dig.training.parallel.ranks import Ranks, Votes
 from dig.training.parallel.shards import ShardWriter, give_name, load_folder, shapes_of
 from dig.training.parallel.watching import Watch
-from dig.training.parallel.wrapping import Kind
+from dig.training.parallel.wrapping import Kind, Sending
 from dig.training.saving import (
     SCHEMA,
     SHARDS,
@@ -49,17 +49,19 @@ class Together(Team):
     Args:
         ranks: The job.
         kind: How they share the model.
+        sending: How they send: see `dig.training.parallel.wrap`.
         watch: Told what this rank does.
     """
 
     keeps = False
 
-    def __init__(self, ranks: Ranks, kind: Kind, watch: Watch) -> None:
+    def __init__(self, ranks: Ranks, kind: Kind, watch: Watch, sending: Sending = "auto") -> None:
         self.leads = ranks.leads
         self.size = ranks.world_size
         self.rank = ranks.rank
         self.kind: Kind = kind
         self.sharded = kind == "fsdp"
+        self._sending: Sending = sending
         self._ranks = ranks
         self._watch = watch
         self._votes = Votes(ranks, 2)
@@ -83,7 +85,7 @@ class Together(Team):
     def build(self, config: TrainConfig, first: Mapping[str, Tensor] | None) -> TrainingStep:
         """The step, whose model is wrapped; each rank's own draws are its own."""
         self.doing("building the model")
-        step = build_step(config, first, self.kind)
+        step = build_step(config, first, self.kind, self._sending)
         torch.manual_seed((config.seed * SEEDS + self.rank + 1) % 2**63)
         return step
 

@@ -23,7 +23,7 @@ from dig.training.blocks import blocks_of
 from dig.training.parallel.copying import CopyAllReduce, can_copy, use_copies
 
 Kind = Literal["ddp", "fsdp"]
-Sending = Literal["auto", "nccl", "copies"]
+Sending = Literal["auto", "collectives", "copies"]
 Precision = Literal["bf16", "fp32"]
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,7 +50,8 @@ class Parallel:
             means over the ranks.
         warmup: Runs that a capture needs before (`dig.capture`).
         keeps_whole: Whether blocks of a sharded model stay gathered to the backward pass of a step's last part.
-        sending: ``copies`` where ranks copy from each other's memory, ``nccl`` where the group's own backend sends.
+        sending: ``copies`` where ranks copy from each other's memory; ``collectives`` where their group's backend
+            sends.
     """
 
     kind: Kind
@@ -58,7 +59,7 @@ class Parallel:
     network: Callable[..., Any]
     warmup: int
     keeps_whole: bool = False
-    sending: Literal["nccl", "copies"] = "nccl"
+    sending: Literal["collectives", "copies"] = "collectives"
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -85,7 +86,7 @@ def wrap(
     captured: bool = False,
     compiled: bool = False,
     mesh: DeviceMesh | None = None,
-    sending: Sending = "nccl",
+    sending: Sending = "auto",
 ) -> Parallel:
     """Make a model train in all ranks of the job that this process has joined (`dig.training.parallel.joined`).
 
@@ -103,9 +104,9 @@ def wrap(
             to their last backward pass of a step.
         compiled: Whether it goes through torch.compile: the whole model with ``ddp``, block by block with ``fsdp``.
         mesh: Of one dimension, with ``fsdp``; all ranks if not given.
-        sending: How weights and gradients go: ``nccl`` over the group's own backend, ``copies`` by engines that copy
-            between GPUs of one host, beside kernels (`dig.training.parallel.copying`), ``auto`` by copies where the
-            ranks can.
+        sending: How weights and gradients go: ``collectives`` of the group's own backend, NCCL or gloo; ``copies`` by
+            engines that copy between GPUs of one host, beside kernels (`dig.training.parallel.copying`); ``auto`` by
+            copies where the ranks can.
 
     Raises:
         ValueError: There is no such kind or way of sending, it has no blocks to shard, or the ranks can't copy.
@@ -144,14 +145,14 @@ def wrap(
     return Parallel(kind=kind, model=model, network=network, warmup=GRAPH_WARMUP, sending=sent)
 
 
-def _way(sending: Sending, group: dist.ProcessGroup, device: torch.device) -> Literal["nccl", "copies"]:
+def _way(sending: Sending, group: dist.ProcessGroup, device: torch.device) -> Literal["collectives", "copies"]:
     """How a model's ranks send, and all of them the same way."""
-    if sending == "nccl":
-        return "nccl"
+    if sending == "collectives":
+        return "collectives"
     reason = can_copy(group, device)
     if reason is not None and sending == "copies":
         raise ValueError(f"ranks can't send by copies: {reason}")
-    return "copies" if reason is None else "nccl"
+    return "copies" if reason is None else "collectives"
 
 
 def mesh_of_all(device: str) -> DeviceMesh:
