@@ -10,6 +10,7 @@ import torch
 
 from bench.cases.case import Case
 from bench.cases.jobs import BUDGETS, CaseJob, Limits, RankJob
+from bench.measure.ranks import SENDING
 from bench.run.gpus import choose_cards, visible_cards
 from bench.run.lanes import Plan, run_on_cards
 from bench.run.ranks import run_ranks
@@ -40,19 +41,25 @@ def test_two_cases_side_by_side_are_on_two_cards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "execution", "scope", "family"),
+    ("sending", "parallel", "execution", "scope", "family"),
     [
-        ("ddp", "graph", "", "DiG"),
-        ("ddp", "eager", "", "DiG"),
-        ("fsdp", "graph", "", "DiG"),
-        ("fsdp", "eager", "", "DiG"),
-        ("ddp", "compiled-graph", "block", "Flash-DiT"),
-        ("fsdp", "compiled-graph", "block", "Flash-DiT"),
-        ("fsdp", "compile", "block", "Flash-DiT"),
+        ("collectives", "ddp", "graph", "", "DiG"),
+        ("collectives", "ddp", "eager", "", "DiG"),
+        ("collectives", "fsdp", "graph", "", "DiG"),
+        ("collectives", "fsdp", "eager", "", "DiG"),
+        ("collectives", "ddp", "compiled-graph", "block", "Flash-DiT"),
+        ("collectives", "fsdp", "compiled-graph", "block", "Flash-DiT"),
+        ("collectives", "fsdp", "compile", "block", "Flash-DiT"),
+        ("copies", "ddp", "graph", "", "DiG"),
+        ("copies", "ddp", "eager", "", "DiG"),
+        ("copies", "fsdp", "graph", "", "DiG"),
+        ("copies", "fsdp", "eager", "", "DiG"),
+        ("copies", "ddp", "compiled-graph", "block", "Flash-DiT"),
+        ("copies", "fsdp", "compile", "block", "Flash-DiT"),
     ],
 )
 def test_two_ranks_send_in_the_timed_step_and_not_in_the_silent_one(
-    parallel: Any, execution: Any, scope: Any, family: str
+    sending: Any, parallel: Any, execution: Any, scope: Any, family: str
 ) -> None:
     cards = choose_cards("0,1", visible_cards())
     case = Case(
@@ -64,6 +71,7 @@ def test_two_ranks_send_in_the_timed_step_and_not_in_the_silent_one(
         scope=scope,
         processes=2,
         parallel=parallel,
+        sending=sending,
     )
     job = CaseJob(case=case, budget=BUDGETS["cuda"], environment={}, matmul_ceiling=None)
     row = run_ranks(RankJob(job=job, run="now", patience=600), cards=cards, limits=Limits(prepare=300, measure=120))
@@ -71,7 +79,7 @@ def test_two_ranks_send_in_the_timed_step_and_not_in_the_silent_one(
     assert row.scaling.backend == "nccl"
     assert {rank.gpu_uuid for rank in row.scaling.ranks} == {card.uuid for card in cards}
     assert row.checks is not None
-    assert any("nccl" in name.lower() for name in row.checks.kernels)
+    assert any(SENDING[sending] in name.lower() for name in row.checks.kernels)
     assert row.scaling.silent_ms
     assert row.memory is not None
     weights = 4 * (row.parameters or 0)

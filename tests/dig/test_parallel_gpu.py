@@ -50,6 +50,8 @@ def test_two_gpus_train_as_one(model: str, tmp_path: Path) -> None:
         train("fsdp-again", "--parallel", "fsdp", steps=4),
         train("fsdp-again", "--parallel", "fsdp"),
         train("fsdp-eager", "--parallel", "fsdp", "--execution", "eager"),
+        train("nccl", "--sending", "collectives"),
+        train("fsdp-nccl", "--parallel", "fsdp", "--sending", "collectives"),
         train("compiled", "--parallel", "fsdp", "--execution", "compile"),
         ["sample", "--checkpoint", str(tmp_path / "graph"), "--samples", "40", "--steps", "4", "--batch", "8",
          "--model-batch", "8", "--npz", str(tmp_path / "two.npz")],
@@ -59,10 +61,21 @@ def test_two_gpus_train_as_one(model: str, tmp_path: Path) -> None:
     alone = [train("one"), [*commands[-1][:-1], str(tmp_path / "one.npz")]]
     assert end(start(tmp_path / "alone", alone, ranks=1, tiny=False), seconds=200) == [0]
     log = printed(tmp_path / "two", 0)
-    assert log.count("execution graph: ") == 6
+    assert log.count("execution graph: ") == 8
     losses = {
         run: [json.loads(line)["loss"] for line in (tmp_path / run / "train.jsonl").read_text().splitlines()]
-        for run in ("one", "graph", "eager", "again", "fsdp", "fsdp-again", "fsdp-eager", "compiled")
+        for run in (
+            "one",
+            "graph",
+            "eager",
+            "again",
+            "fsdp",
+            "fsdp-again",
+            "fsdp-eager",
+            "compiled",
+            "nccl",
+            "fsdp-nccl",
+        )
     }
     # Gone on with on as many ranks, and captured or not: the same bits.
     assert losses["again"] == losses["graph"]
@@ -74,6 +87,6 @@ def test_two_gpus_train_as_one(model: str, tmp_path: Path) -> None:
     }
     for run in ("eager", "again"):
         assert not [name for name, one in tensors[run].items() if not torch.equal(one, tensors["graph"][name])], run
-    for run in ("graph", "fsdp", "fsdp-eager", "compiled"):
+    for run in ("graph", "fsdp", "fsdp-eager", "compiled", "nccl", "fsdp-nccl"):
         assert losses[run] == pytest.approx(losses["one"], rel=2e-2), run
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
