@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dig.launched import place_in_job
+
 T = TypeVar("T")
 
 POWER_CAP = "sw-power-cap"
@@ -59,8 +61,17 @@ def count_gpus() -> int:
         return 0
 
 
+def _of_this_process() -> str:
+    """What `Gpu.open` calls the GPU of this process; empty where it sees none for itself."""
+    place, visible = place_in_job()[2], os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(place)
+    names = visible.split(",")
+    return names[place].strip() if place < len(names) else ""
+
+
 class Gpu:
-    """A GPU: the one that CUDA calls device 0 in this process's environment, or one that is named."""
+    """A GPU: the one that this process computes on, or one that is named."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -70,8 +81,8 @@ class Gpu:
         """The GPU, or None where there is no driver, no card, or a MIG slice (whose clocks are its card's).
 
         Args:
-            device: A UUID (``GPU-...``) or a number of NVML's; the first of this process's ``CUDA_VISIBLE_DEVICES``
-                if not given.
+            device: A UUID (``GPU-...``) or a number of NVML's. If not given, of this process's ``CUDA_VISIBLE_DEVICES``
+                the first, or of a job of several processes the one of its rank on the machine.
         """
         try:
             import pynvml
@@ -79,11 +90,11 @@ class Gpu:
             return None
         try:
             pynvml.nvmlInit()
-            first = device or os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-            if first.startswith("GPU-"):
-                return cls(pynvml.nvmlDeviceGetHandleByUUID(first.encode()))
-            return cls(pynvml.nvmlDeviceGetHandleByIndex(int(first))) if first.isdecimal() else None
-        except (pynvml.NVMLError, OSError):
+            name = device or _of_this_process()
+            if name.startswith("GPU-"):
+                return cls(pynvml.nvmlDeviceGetHandleByUUID(name.encode()))
+            return cls(pynvml.nvmlDeviceGetHandleByIndex(int(name))) if name.isdecimal() else None
+        except (pynvml.NVMLError, OSError, ValueError):
             return None
 
     def describe(self) -> dict[str, Any]:

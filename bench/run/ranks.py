@@ -39,7 +39,8 @@ def free_port() -> int:
 def rank_variables(rank: int, count: int, *, port: int, cards: Sequence[Card]) -> dict[str, str]:
     """The environment variables of a rank: torchrun's, and the GPUs.
 
-    Each sees its own GPU as device 0, and the others after it: a process asks the driver whether it can reach them.
+    Each sees all of them in the same order, and takes its own by its number: ranks that copy out of each other's memory
+    know GPUs by that.
 
     Args:
         rank: Which.
@@ -50,13 +51,13 @@ def rank_variables(rank: int, count: int, *, port: int, cards: Sequence[Card]) -
     found = {
         "RANK": str(rank),
         "WORLD_SIZE": str(count),
-        "LOCAL_RANK": "0",
+        "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         **QUIET,
     }
     if cards:
-        found[VISIBLE] = ",".join(card.uuid for card in (cards[rank], *cards[:rank], *cards[rank + 1 : count]))
+        found[VISIBLE] = ",".join(card.uuid for card in cards[:count])
     return found
 
 

@@ -82,7 +82,7 @@ def working_together(
     device: str,
     *,
     parallel: str = "auto",
-    sending: str = "auto",
+    sending: str = "collectives",
     hang_seconds: float = LONG_SECONDS,
     trains: bool = False,
 ) -> Iterator[Job | None]:

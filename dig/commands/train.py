@@ -213,7 +213,7 @@ def train_command(
         ),
     ] = None,
     parallel: ParallelOption = "auto",
-    sending: SendingOption = "auto",
+    sending: SendingOption = "collectives",
     hang_timeout: HangOption = HANG_SECONDS,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,

@@ -129,7 +129,7 @@ class TrainingStep:
         model: Backbone,
         loss: Loss,
         parallel: Kind | None = None,
-        sending: Sending = "auto",
+        sending: Sending = "collectives",
     ) -> None:
         self.config = config
         self.model = model
@@ -361,7 +361,7 @@ def build_step(
     config: TrainConfig,
     first: Mapping[str, Tensor] | None = None,
     parallel: Kind | None = None,
-    sending: Sending = "auto",
+    sending: Sending = "collectives",
 ) -> TrainingStep:
     """The training step of a run, on its device.
 

@@ -19,6 +19,7 @@ from bench.run.gpus import Card, choose_cards, visible_cards
 from bench.run.process import Worker, WorkerError
 from bench.run.runner import Launch, Referee, Sweep
 from bench.store.rows import Row
+from dig.nvml import Gpu
 from tests.bench.harness import small
 
 H100 = {"gpu_name": "H100", "gpu_power_limit": 700.0, "gpu_ecc": True}
@@ -109,6 +110,24 @@ def test_the_driver_is_asked_for_every_visible_card(monkeypatch: pytest.MonkeyPa
     assert seen() == [(0, "GPU-2"), (1, "GPU-0"), None]
     monkeypatch.setenv(gpus.VISIBLE, "")
     assert seen() == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "name"),
+    [(None, None, "GPU-0"), (None, "1", "GPU-1"), ("GPU-7, GPU-5", None, "GPU-7"), ("GPU-7, GPU-5", "1", "GPU-5"),
+     ("GPU-7", "1", None), ("GPU-7", "x", None)],
+)  # fmt: skip
+def test_a_process_watches_the_card_of_its_rank(
+    visible: str | None, rank: str | None, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda i: f"GPU-{i}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid.decode())
+    variables = {gpus.VISIBLE: visible, "LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": None if rank is None else "2"}
+    for variable, value in variables.items():
+        monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
+    gpu = Gpu.open()
+    assert (None if gpu is None else gpu._handle) == name
 
 
 def test_without_a_driver_there_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:

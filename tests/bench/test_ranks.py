@@ -210,16 +210,12 @@ def test_ranks_end_with_a_harness_that_is_killed(tiny: str, tmp_path: Path) -> N
     assert [pid for pid in descendants if alive(pid)] == []
 
 
-def test_each_rank_sees_its_own_card_first_and_multicast_stays_off() -> None:
+def test_each_rank_sees_all_cards_in_one_order_and_multicast_stays_off() -> None:
     cards = [Card(index=i, uuid=f"GPU-{i}") for i in range(4)]
     found = [rank_variables(rank, 3, port=1234, cards=cards) for rank in range(3)]
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == [
-        "GPU-0,GPU-1,GPU-2",
-        "GPU-1,GPU-0,GPU-2",
-        "GPU-2,GPU-0,GPU-1",
-    ]
+    assert {each["CUDA_VISIBLE_DEVICES"] for each in found} == {"GPU-0,GPU-1,GPU-2"}
     assert [(each["RANK"], each["WORLD_SIZE"], each["LOCAL_RANK"]) for each in found] == [
-        (str(r), "3", "0") for r in range(3)
+        (str(r), "3", str(r)) for r in range(3)
     ]
     assert {each["NCCL_NVLS_ENABLE"] for each in found} == {"0"}
     assert "CUDA_VISIBLE_DEVICES" not in rank_variables(0, 2, port=1, cards=())

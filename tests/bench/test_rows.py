@@ -149,6 +149,8 @@ ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
         (H100 / "rows.jsonl", 167, ALL),
         (H100 / "extra.jsonl", 51, {"triton", "sdpa-cudnn", "flash-attn-4-padded"}),
         (H100 / "eager.jsonl", 6, {"triton", "sdpa-cudnn"}),
+        (H100 / "whole.jsonl", 7, {"triton", "sdpa-cudnn", "flash-attn-4"}),
+        (H100 / "bare.jsonl", 12, ALL | {"triton", "flash-attn"}),
         (H100 / "scaling.jsonl", 16, {"triton", "sdpa-cudnn"}),
         (H100 / "best.jsonl", 80, ALL | {"triton", "flash-attn", "flash-attn-4", "flash-attn-4-padded"}),
         (ROOT / "tests" / "data" / "schema-1.jsonl", 132, ALL),

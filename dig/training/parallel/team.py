@@ -55,7 +55,7 @@ class Together(Team):
 
     keeps = False
 
-    def __init__(self, ranks: Ranks, kind: Kind, watch: Watch, sending: Sending = "auto") -> None:
+    def __init__(self, ranks: Ranks, kind: Kind, watch: Watch, sending: Sending = "collectives") -> None:
         self.leads = ranks.leads
         self.size = ranks.world_size
         self.rank = ranks.rank

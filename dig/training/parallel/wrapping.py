@@ -86,7 +86,7 @@ def wrap(
     captured: bool = False,
     compiled: bool = False,
     mesh: DeviceMesh | None = None,
-    sending: Sending = "auto",
+    sending: Sending = "collectives",
 ) -> Parallel:
     """Make a model train in all ranks of the job that this process has joined (`dig.training.parallel.joined`).
 
