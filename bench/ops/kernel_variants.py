@@ -185,7 +185,7 @@ def norm_variants(architecture: Architecture) -> Iterator[Variant]:
     for D in WIDTHS:
         for of, dtype in DTYPES.items():
             tiles = architecture.adaln_tiles(D, of)
-            shape = {"D": D, "NORM": "rms"}
+            shape: dict[str, Any] = {"D": D, "NORM": "rms"}
             for function, constants, warps in (
                 (
                     kernels.norm_modulate_kernel,
@@ -198,10 +198,9 @@ def norm_variants(architecture: Architecture) -> Iterator[Variant]:
                     | {"ADD": True, "BRANCH": True, "REBUILD": True},
                     tiles.backward_warps,
                 ),
-                (
-                    kernels.norm_modulate_finish_kernel,
-                    {"COLS": tiles.sum_columns, "ROWS": tiles.sum_rows, "BRANCH": True},
-                    tiles.sum_warps,
+                *(
+                    (kernels.norm_modulate_finish_kernel, {**tiles.sums(partials), "BRANCH": True}, tiles.sum_warps)
+                    for partials in (tiles.sum_least_rows, tiles.sum_rows)
                 ),
             ):
                 yield Variant(

@@ -136,15 +136,29 @@ def test_fp32_stream_with_bf16_branch_and_modulation(operation: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_long_sums_over_tokens(norm: str) -> None:
+def test_long_sums_over_tokens(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More partial sums than the last kernel reads at once, from several batch entries."""
+    chosen = fused.tiles_for
+
+    def tiles_for(x: Tensor) -> NormTiles:
+        return replace(chosen(x), programs=87, sum_rows=16, sum_columns=128, sum_least_rows=16)
+
+    monkeypatch.setattr(fused, "tiles_for", tiles_for)
     inputs = make_inputs("norm_modulate", 4097 if LARGE else 450, 8, B=3, norm=norm)
     assert_close("norm_modulate", inputs, norm=norm, dtype=torch.float32)
 
 
+def test_rows_of_partial_sums_follow_their_number() -> None:
+    """A program adds up as many elements whatever that is."""
+    found = {partials: BASE.sums(partials) for partials in (1, 16, 33, 200, 5000)}
+    assert {partials: sums["ROWS"] for partials, sums in found.items()} == {1: 32, 16: 32, 33: 64, 200: 256, 5000: 256}
+    assert {sums["ROWS"] * sums["COLS"] for sums in found.values()} == {256 * 8}
+    assert [sums["ALL_ROWS"] for sums in found.values()] == [64, 64, 128, 256, 256]
+
+
 @pytest.mark.slow
 def test_more_partial_sums_than_one_read_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = replace(BASE, part=32, backward_rows=1, backward_part=32, programs=140)
+    many = replace(BASE, part=32, backward_rows=1, backward_part=32, programs=140, sum_rows=32)
     monkeypatch.setattr(fused, "tiles_for", lambda x: many)
     inputs = make_inputs("residual_norm_modulate", 75, 8, B=2)
     assert_close("residual_norm_modulate", inputs, norm="rms", dtype=torch.float32)

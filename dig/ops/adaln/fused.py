@@ -179,10 +179,10 @@ def _backward_launches(
         early=True, D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=add,
         BRANCH=branch, REBUILD=rebuild, num_warps=tiles.backward_warps,
     )  # fmt: skip
+    sums = tiles.sums(programs)
     second = Launch(
-        norm_modulate_finish_kernel, (ceil_div(D, tiles.sum_columns), B + (norm == "rms")),
-        (row_strides[2], programs, B),
-        D=D, COLS=tiles.sum_columns, ROWS=tiles.sum_rows, NORM=norm, BRANCH=branch, num_warps=tiles.sum_warps,
+        norm_modulate_finish_kernel, (ceil_div(D, sums["COLS"]), B + (norm == "rms")), (row_strides[2], programs, B),
+        D=D, **sums, NORM=norm, BRANCH=branch, num_warps=tiles.sum_warps,
     )  # fmt: skip
     return first, second, (B, programs, 3 if branch else 2, D)
 

@@ -335,20 +335,22 @@ def norm_modulate_finish_kernel(
     D: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
     NORM: tl.constexpr,
     BRANCH: tl.constexpr,
 ):
     """Sums over tokens from partials (B, P, 2 or 3, D): dshift, dscale and dgate (B, D), dweight (D,).
 
-    Grid (ceil(D / COLS), B, or B + 1 for the rms norm, whose last programs sum dweight over all batch entries).
+    Grid (ceil(D / COLS), B, or B + 1 for the rms norm, whose last programs sum dweight over all batch entries). They
+    add up ROWS rows at a time, the last ALL_ROWS.
     """
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     exists = cols < D
     b = tl.program_id(1)
     KINDS: tl.constexpr = 3 if BRANCH else 2
-    steps = tl.arange(0, ROWS)
-    sum_n = tl.zeros([ROWS, COLS], tl.float32)
     if b < B:
+        steps = tl.arange(0, ROWS)
+        sum_n = tl.zeros([ROWS, COLS], tl.float32)
         sum_dh = tl.zeros([ROWS, COLS], tl.float32)
         sum_branch = tl.zeros([ROWS, COLS], tl.float32)
         step = 0
@@ -370,12 +372,15 @@ def norm_modulate_finish_kernel(
         if BRANCH:
             tl.store(dgate + out, tl.sum(sum_branch, axis=0).to(dgate.dtype.element_ty), mask=exists)
     else:
+        every = tl.arange(0, ALL_ROWS)
+        sum_scaled = tl.zeros([ALL_ROWS, COLS], tl.float32)
         step = 0
         while step < B * P:
-            rows = step + steps
-            mask = (rows < B * P)[:, None] & exists[None, :]
-            pointers = partials + rows.to(tl.int64)[:, None] * (KINDS * D) + D + cols[None, :]
-            b_scale = tl.load(scale + (rows // P).to(tl.int64)[:, None] * scale_b + cols[None, :], mask=mask, other=0.0)
-            sum_n += (1.0 + b_scale.to(tl.float32)) * tl.load(pointers, mask=mask, other=0.0)
-            step += ROWS
-        tl.store(dweight + cols, tl.sum(sum_n, axis=0).to(dweight.dtype.element_ty), mask=exists)
+            partial = step + every
+            there = (partial < B * P)[:, None] & exists[None, :]
+            at = partials + partial.to(tl.int64)[:, None] * (KINDS * D) + D + cols[None, :]
+            at_scale = scale + (partial // P).to(tl.int64)[:, None] * scale_b + cols[None, :]
+            factor = 1.0 + tl.load(at_scale, mask=there, other=0.0).to(tl.float32)
+            sum_scaled += factor * tl.load(at, mask=there, other=0.0)
+            step += ALL_ROWS
+        tl.store(dweight + cols, tl.sum(sum_scaled, axis=0).to(dweight.dtype.element_ty), mask=exists)

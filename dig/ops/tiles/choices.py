@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from dig.ops.whole import power_of_two
+
 SremPass = Literal["forward", "backward"]
 ProductPass = Literal["up", "up alone", "down"]
 """Up-projection GEMM with SwiGLU, keeping gate and up or not (``up alone``), and the GEMM back through the
@@ -143,6 +145,8 @@ class NormTiles:
             be little beside the rows that it reads, and an SM is to hold its share of them at once.
         sum_rows: Rows of partial sums that a program of the last kernel adds up at a time.
         sum_columns: Its columns.
+        sum_least_rows: Where an image has fewer partial sums, it takes fewer rows, at least so many, and as many more
+            columns.
         sum_warps: Its warps.
     """
 
@@ -155,11 +159,22 @@ class NormTiles:
     programs: int
     sum_rows: int
     sum_columns: int
+    sum_least_rows: int
     sum_warps: int
 
     def __post_init__(self) -> None:
         _check_positive(self)
         _check_powers_of_two(self, *(each.name for each in fields(self) if each.name != "programs"))
+
+    def sums(self, partials: int) -> dict[str, Any]:
+        """The last kernel's sizes for so many rows of partial sums an image."""
+        rows = min(self.sum_rows, max(self.sum_least_rows, power_of_two(partials)))
+        # Those of all images are many even where each has few.
+        return {
+            "ROWS": rows,
+            "ALL_ROWS": min(2 * rows, self.sum_rows),
+            "COLS": self.sum_columns * self.sum_rows // rows,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

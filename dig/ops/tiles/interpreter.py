@@ -34,6 +34,7 @@ _ADALN = NormTiles(
     programs=6,
     sum_rows=256,
     sum_columns=8,
+    sum_least_rows=32,
     sum_warps=8,
 )
 _SREM = replace(sm90.SREM["forward", torch.bfloat16], channels=512, groups=8, width=2, programs=1)

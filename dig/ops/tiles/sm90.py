@@ -91,7 +91,7 @@ GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
 # bf16 at 384. What adds up the partial sums is not swept.
 _NORM = NormTiles(
     rows=4, part=128, warps=4, backward_rows=4, backward_part=128, backward_warps=4, programs=3 * 132,
-    sum_rows=256, sum_columns=8, sum_warps=8,
+    sum_rows=256, sum_columns=8, sum_least_rows=32, sum_warps=8,
 )  # fmt: skip
 _WIDE_BF16 = replace(_NORM, part=1024, backward_rows=1, backward_part=1024, programs=4 * 132)
 _WIDE_FP32 = replace(_WIDE_BF16, part=128)
@@ -172,6 +172,12 @@ PRODUCTS = ProductChoices(
     share=(32, 128),
 )
 
+# Not swept. Reading the weight is all the work: with 64 images a program, each is read once for as many.
+MODULATION = ModulationTiles(
+    rows=64, columns=32, images=64, inner_images=32, gradient_rows=64, gradient_columns=64, shares=16, share_rows=32,
+    warps=4, stages=3,
+)  # fmt: skip
+
 WEIGHTS = WeightTiles(
     # Not swept: 16 elements a thread, as of `copy_few`.
     copy=CopyTiles(elements=4096, warps=8),
@@ -185,19 +191,7 @@ WEIGHTS = WeightTiles(
     # Not swept.
     gradient_columns=1024,
     gradient_warps=4,
-    # Not swept. Reading the weight is all the work: with 64 images a program, each is read once for as many.
-    modulation=ModulationTiles(
-        rows=64,
-        columns=32,
-        images=64,
-        inner_images=32,
-        gradient_rows=64,
-        gradient_columns=64,
-        shares=16,
-        share_rows=32,
-        warps=4,
-        stages=3,
-    ),
+    modulation=MODULATION,
 )
 
 # Not swept: as `WEIGHTS.vector`, for reading the weights is all the work.
