@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from bench.ops.registers import (
 )
 from dig.ops.tiles import KIB, sm90
 
-QUICK, ALL = 22, 95
+QUICK, ALL = 22, 99
 """Kernels, and their variants; SwiGLU's GEMMs, of which there are two and seven, are Hopper's alone."""
 OTHERWISE = {"9.0": (2, 7), "10.0": (0, -12)}
 """More of them, or fewer: Blackwell for data centres has a forward pass in one launch of few programs alone."""
@@ -158,3 +159,30 @@ def test_each_kernel_may_run(capability: str) -> None:
 def test_every_kernel_of_the_tables_may_run(capability: str) -> None:
     """Minutes of compiling each: nox -s tests_tables."""
     assert len(compiled("--capabilities", capability)) == ALL + OTHERWISE.get(capability, (0, 0))[1]
+
+
+RESIDENT = """
+import json
+from bench.ops.kernel_variants import norm_variants
+from bench.ops.registers import inspect_variants
+from dig.ops.tiles import architectures
+
+(hopper,) = (each for each in architectures() if each.capability == (9, 0))
+chosen = [each for each in norm_variants(hopper) if each.function.__name__ == "norm_modulate_backward_kernel"]
+print(json.dumps([[each.sizes, each.dtype, each.registers, each.warps] for each in inspect_variants(chosen, hopper)]))
+"""
+
+
+@pytest.mark.slow
+def test_programs_of_the_backward_norm_are_there_at_once() -> None:
+    """Were a few more than the SMs hold, all would wait for those few, which begin when the others are done."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT], check=True, env=environment, capture_output=True, text=True, timeout=600
+    )
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    for sizes, dtype, registers, warps in json.loads(done.stdout):
+        tiles = sm90.ADALN[int(sizes.removeprefix("D ")), dtypes[dtype]]
+        # An SM gives a warp's registers in units of 256.
+        resident = 65536 // (warps * -(-32 * registers // 256) * 256)
+        assert tiles.branch_programs <= 132 * resident, (sizes, dtype, registers)

@@ -120,7 +120,7 @@ def test_any_width(D: int) -> None:
 @pytest.mark.parametrize("tiles", sorted(set(ADALN.values()), key=repr), ids=lambda t: f"{t.part}-{t.backward_part}")
 def test_tiles_of_the_gpu(tiles: NormTiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's own tiles cut rows in fewer parts; here each program walks over rows several times, too."""
-    fewer = replace(tiles, programs=3)
+    fewer = replace(tiles, programs=3, branch_programs=3)
     monkeypatch.setattr(fused, "tiles_for", lambda x: fewer)
     inputs = make_inputs("residual_norm_modulate", 21, 1152 if tiles.backward_part > 512 else 384)
     assert_close("residual_norm_modulate", inputs, norm="rms", dtype=torch.float32)
@@ -141,7 +141,7 @@ def test_long_sums_over_tokens(norm: str, monkeypatch: pytest.MonkeyPatch) -> No
     chosen = fused.tiles_for
 
     def tiles_for(x: Tensor) -> NormTiles:
-        return replace(chosen(x), programs=87, sum_rows=16, sum_columns=128, sum_least_rows=16)
+        return replace(chosen(x), programs=87, branch_programs=87, sum_rows=16, sum_columns=128, sum_least_rows=16)
 
     monkeypatch.setattr(fused, "tiles_for", tiles_for)
     inputs = make_inputs("norm_modulate", 4097 if LARGE else 450, 8, B=3, norm=norm)
@@ -158,7 +158,7 @@ def test_rows_of_partial_sums_follow_their_number() -> None:
 
 @pytest.mark.slow
 def test_more_partial_sums_than_one_read_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = replace(BASE, part=32, backward_rows=1, backward_part=32, programs=140, sum_rows=32)
+    many = replace(BASE, part=32, backward_rows=1, backward_part=32, programs=140, branch_programs=140, sum_rows=32)
     monkeypatch.setattr(fused, "tiles_for", lambda x: many)
     inputs = make_inputs("residual_norm_modulate", 75, 8, B=2)
     assert_close("residual_norm_modulate", inputs, norm="rms", dtype=torch.float32)

@@ -173,7 +173,8 @@ def _backward_launches(
     """
     B, T, D = shape
     x, b_branch, dx_new, dh = (each[:2] for each in strides)
-    programs = max(1, min(ceil_div(T, tiles.backward_rows), tiles.programs // B))
+    most = tiles.branch_programs if branch else tiles.programs
+    programs = max(1, min(ceil_div(T, tiles.backward_rows), most // B))
     first = Launch(
         norm_modulate_backward_kernel, (programs, B), (*x, *b_branch, *row_strides, *dx_new, *dh, T),
         early=True, D=D, PARTS=parts_of(D, tiles.backward_part), R=tiles.backward_rows, NORM=norm, ADD=add,

@@ -143,6 +143,7 @@ class NormTiles:
         backward_warps: Its warps.
         programs: About how many programs the backward kernel runs on. Each leaves a row of partial sums, which is to
             be little beside the rows that it reads, and an SM is to hold its share of them at once.
+        branch_programs: The same where it goes back through a gated branch too, whose sums take more registers.
         sum_rows: Rows of partial sums that a program of the last kernel adds up at a time.
         sum_columns: Its columns.
         sum_least_rows: Where an image has fewer partial sums, it takes fewer rows, at least so many, and as many more
@@ -157,6 +158,7 @@ class NormTiles:
     backward_part: int
     backward_warps: int
     programs: int
+    branch_programs: int
     sum_rows: int
     sum_columns: int
     sum_least_rows: int
@@ -164,7 +166,7 @@ class NormTiles:
 
     def __post_init__(self) -> None:
         _check_positive(self)
-        _check_powers_of_two(self, *(each.name for each in fields(self) if each.name != "programs"))
+        _check_powers_of_two(self, *(each.name for each in fields(self) if not each.name.endswith("programs")))
 
     def sums(self, partials: int) -> dict[str, Any]:
         """The last kernel's sizes for so many rows of partial sums an image."""

@@ -32,6 +32,7 @@ _ADALN = NormTiles(
     backward_part=1024,
     backward_warps=4,
     programs=6,
+    branch_programs=6,
     sum_rows=256,
     sum_columns=8,
     sum_least_rows=32,

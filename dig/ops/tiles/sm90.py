@@ -91,19 +91,21 @@ GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
 # bf16 at 384. What adds up the partial sums is not swept.
 _NORM = NormTiles(
     rows=4, part=128, warps=4, backward_rows=4, backward_part=128, backward_warps=4, programs=3 * 132,
-    sum_rows=256, sum_columns=8, sum_least_rows=32, sum_warps=8,
+    branch_programs=2 * 132, sum_rows=256, sum_columns=8, sum_least_rows=32, sum_warps=8,
 )  # fmt: skip
-_WIDE_BF16 = replace(_NORM, part=1024, backward_rows=1, backward_part=1024, programs=4 * 132)
+_WIDE_BF16 = replace(_NORM, part=1024, backward_rows=1, backward_part=1024, programs=4 * 132, branch_programs=4 * 132)
 _WIDE_FP32 = replace(_WIDE_BF16, part=128)
 ADALN: dict[tuple[int, torch.dtype], NormTiles] = {
-    (384, torch.bfloat16): replace(_NORM, part=256, warps=2, backward_warps=2, programs=4 * 132),
+    (384, torch.bfloat16): replace(
+        _NORM, part=256, warps=2, backward_warps=2, programs=4 * 132, branch_programs=4 * 132
+    ),
     (384, torch.float32): _NORM,
     (768, torch.bfloat16): replace(_NORM, part=256, backward_rows=2, backward_part=512),
     (768, torch.float32): replace(_NORM, backward_rows=2, backward_part=256),
     (1024, torch.bfloat16): _WIDE_BF16,
     (1024, torch.float32): _WIDE_FP32,
-    (1152, torch.bfloat16): _WIDE_BF16,
-    (1152, torch.float32): _WIDE_FP32,
+    (1152, torch.bfloat16): replace(_WIDE_BF16, branch_programs=3 * 132),
+    (1152, torch.float32): replace(_WIDE_FP32, branch_programs=3 * 132),
 }
 
 _SREM = SremTiles(
