@@ -14,19 +14,9 @@ data centres (tcgen05: UTCHMMA and others). Ampere, Ada and Blackwell for deskto
 operands from a thread's registers, so that a spill costs time and nothing else. A line says ``spills without
 asynchronous products: ok``.
 
-**The fault.** Hopper's asynchronous products (HGMMA) find their operands by 64-bit descriptors, which are computed in
-the 63 registers that a warp's threads share: the low word as a base and an offset, the high word as the carry and a
-constant. Where those registers are short, ptxas 12.8 has been seen to hand two products the same base, which it also
-reads as the 0 of the high word::
-
-    UIADD3   UR14, UP0, UR4, 0x40          low words of two descriptors, of different tensors
-    UIADD3   UR18, UP1, UR4, 0x40
-    UIADD3.X UR15, UR4, -0x7fffffe0, UP0   their high words
-
-The products then read other memory than they should, with no error or with an illegal address. PTX is right, the
-interpreter is right, and so is memcheck where the wrong address happens to exist. `wrong_descriptors` looks for a carry
-added to the very register that the low word was computed from. It has been seen on Hopper alone, and is looked for in
-Hopper's instructions. Blackwell's asynchronous products find operands by descriptors too, hence the rule about spills.
+**The fault.** ptxas 12.8 has been seen to give Hopper's asynchronous products (HGMMA) wrong places of their operands, in
+two ways; `bench.ops.descriptors` follows them through the code. Blackwell's asynchronous products find operands by
+descriptors too, hence the rule about spills.
 """
 
 from __future__ import annotations
@@ -40,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bench.ops.descriptors import wrong_descriptors
 from bench.ops.kernel_variants import Variant, kernel_variants
 from bench.ops.listings import listings
 from dig.ops.tiles import KIB, Architecture, architectures
@@ -90,30 +81,6 @@ class Compiled:
 def asynchronous_products(sass: str) -> int:
     """Matrix products of a listing that find their operands by descriptors: Hopper's, and Blackwell's tcgen05."""
     return len(re.findall(r"\b(?:HGMMA|UTC[A-Z]*MMA)\b", sass))
-
-
-def wrong_descriptors(sass: str) -> tuple[str, ...]:
-    """Instructions of a listing that add a low word's carry to the register of that low word's base: see above."""
-    carries: dict[str, tuple[str, int]] = {}
-    written: dict[str, int] = {}
-    wrong = []
-    for number, line in enumerate(sass.splitlines()):
-        match = re.search(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", line)
-        if match is None:
-            continue
-        instruction = match.group(2).strip()
-        high = re.match(r"UIADD3\.X UR\d+, (UR\d+), \S+, URZ, (UP\d),", instruction)
-        if high and high.group(2) in carries:
-            base, at = carries[high.group(2)]
-            if high.group(1) == base and written.get(base, -1) < at:
-                wrong.append(f"{match.group(1)}: {instruction}")
-        target = re.match(r"(?:@!?U?P\d )?(?:U|R2UR)\S* (UR\d+)", instruction)
-        if target:
-            written[target.group(1)] = number
-        low = re.match(r"UIADD3 UR\d+, (UP\d), (UR\d+), 0x[0-9a-f]+, URZ", instruction)
-        if low:
-            carries[low.group(1)] = (low.group(2), number)
-    return tuple(wrong)
 
 
 def hasty_accesses(sass: str) -> tuple[str, ...]:

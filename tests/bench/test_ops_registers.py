@@ -20,7 +20,6 @@ from bench.ops.registers import (
     by_capability,
     hasty_accesses,
     too_much_shared,
-    wrong_descriptors,
 )
 from dig.ops.tiles import KIB, sm90
 
@@ -28,28 +27,6 @@ QUICK, ALL = 22, 99
 """Kernels, and their variants; SwiGLU's GEMMs, of which there are two and seven, are Hopper's alone."""
 OTHERWISE = {"9.0": (2, 7), "10.0": (0, -12)}
 """More of them, or fewer: Blackwell for data centres has a forward pass in one launch of few programs alone."""
-
-# From a listing of gradient_kernel whose products read wrong operands on an H100.
-FAULT = """
-        /*53c0*/                   UIADD3 UR14, UP0, UR4, 0x40, URZ ;      /* 0x000000 */
-        /*53e0*/                   UIADD3 UR18, UP1, UR4, 0x40, URZ ;
-        /*5570*/                   ULDC UR32, c[0x0][0x2dc] ;
-        /*5680*/                   UIADD3.X UR15, UR4, -0x7fffffe0, URZ, UP0, !UPT ;
-        /*56a0*/                   UIADD3.X UR19, UR4, -0x7fffffe0, URZ, UP1, !UPT ;
-"""
-
-
-def test_the_fault_is_found() -> None:
-    found = wrong_descriptors(FAULT)
-    assert [line.split(":")[0] for line in found] == ["5680", "56a0"]
-
-
-def test_a_base_that_is_written_in_between_is_none() -> None:
-    assert not wrong_descriptors(FAULT.replace("ULDC UR32, c[0x0][0x2dc]", "UMOV UR4, URZ"))
-    assert not wrong_descriptors(
-        FAULT.replace("UIADD3.X UR15, UR4", "UIADD3.X UR15, UR5").replace("UIADD3.X UR19, UR4", "UIADD3.X UR19, URZ")
-    )
-
 
 WAITING = """
         /*0050*/                   PREEXIT ;
