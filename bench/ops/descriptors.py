@@ -128,12 +128,7 @@ def _targets(operation: str, operands: list[str]) -> list[str]:
 
 
 def _is_wide(operation: str) -> bool:
-    return (
-        ".128" in operation
-        or ".64" in operation
-        or "WIDE" in operation
-        or operation.startswith(("HMMA", "LDSM", "CS2R"))
-    )
+    return re.search(r"\.128|\.64|WIDE|^HMMA|^LDSM|^CS2R", operation) is not None
 
 
 def _after(register: str, count: int) -> str:

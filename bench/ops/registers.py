@@ -14,8 +14,8 @@ data centres (tcgen05: UTCHMMA and others). Ampere, Ada and Blackwell for deskto
 operands from a thread's registers, so that a spill costs time and nothing else. A line says ``spills without
 asynchronous products: ok``.
 
-**The fault.** ptxas 12.8 has been seen to give Hopper's asynchronous products (HGMMA) wrong places of their operands, in
-two ways; `bench.ops.descriptors` follows them through the code. Blackwell's asynchronous products find operands by
+**The fault.** ptxas 12.8 has been seen to give Hopper's asynchronous products (HGMMA) wrong places of their operands,
+in two ways; `bench.ops.descriptors` follows them through the code. Blackwell's asynchronous products find operands by
 descriptors too, hence the rule about spills.
 """
 

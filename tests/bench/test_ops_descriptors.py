@@ -1,4 +1,4 @@
-"""Descriptors of asynchronous products, followed through listings: pieces of what ptxas 12.8 made, and of what is right."""
+"""Descriptors of asynchronous products, followed through listings: pieces of ptxas 12.8's, and right ones."""
 
 from __future__ import annotations
 
@@ -79,9 +79,8 @@ def test_what_only_the_round_before_has_written_is_found() -> None:
     # Something else has been there before.
     (found,) = wrong_descriptors(BASE + BEFORE.replace("RZ, RZ, RZ", "RZ, RZ, R9") + FROM_THE_ROUND_BEFORE)
     assert "UR7" in found
-    (found,) = wrong_descriptors(
-        BASE + "/*0150*/ FADD R222, R8, R9 ;\n/*0160*/ FADD R223, R8, R9 ;" + FROM_THE_ROUND_BEFORE
-    )
+    other = "/*0150*/ FADD R222, R8, R9 ;\n/*0160*/ FADD R223, R8, R9 ;"
+    (found,) = wrong_descriptors(BASE + other + FROM_THE_ROUND_BEFORE)
     assert found.endswith("UR7 is no constant")
 
 
