@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -47,12 +47,32 @@ def _context() -> ForkServerContext | SpawnContext:
     return context
 
 
+QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
+"""Of what compilers' processes leave that are ended with their worker, it removes all, and would warn of it."""
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """What is started within has this environment variable."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _start_server() -> None:
     """Start the server unless it runs; Ctrl-C, which a terminal sends to it too, is blocked from its first instruction.
 
     `bench.run.preload` has it ignored from then on, by all that is forked from the server too.
     """
-    resource_tracker.ensure_running()  # The server's start asks for it, and its own start unblocks SIGINT here.
+    # The server's start asks for it, and its own start unblocks SIGINT here.
+    with _variable("PYTHONWARNINGS", QUIET_TRACKER):
+        resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()

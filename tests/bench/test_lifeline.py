@@ -109,3 +109,36 @@ def test_the_folder_of_a_harness_that_runs_is_left_alone(tmp_path: Path) -> None
     assert folder.is_dir()
     first.communicate("\n", timeout=30)
     assert list(tmp_path.iterdir()) == []
+
+
+LEAVES = """
+import multiprocessing
+import os
+import signal
+
+def leave(connection):
+    made = [multiprocessing.get_context("forkserver").Semaphore() for _ in range(3)]
+    connection.send(f"made {len(made)}")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+LOOKS = """
+import os
+from bench.run.process import Worker
+
+before = os.environ.get("PYTHONWARNINGS")
+with Worker("leaves:leave") as worker:
+    print(worker.answer(60))
+    worker.end()
+assert os.environ.get("PYTHONWARNINGS") == before
+"""
+
+
+@pytest.mark.parametrize("warnings", [None, "error::SyntaxWarning"])
+def test_what_a_killed_worker_leaves_is_removed_without_a_word(warnings: str | None, tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    environment.pop("PYTHONWARNINGS", None)
+    environment |= {} if warnings is None else {"PYTHONWARNINGS": warnings}
+    done = subprocess.run([sys.executable, "-c", LOOKS], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "made 3\n"), done.stderr
+    assert done.stderr == ""
