@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dig.launched import place_in_job
-
 T = TypeVar("T")
 
 POWER_CAP = "sw-power-cap"
@@ -61,9 +59,9 @@ def count_gpus() -> int:
         return 0
 
 
-def _of_this_process() -> str:
-    """What `Gpu.open` calls the GPU of this process; empty where it sees none for itself."""
-    place, visible = place_in_job()[2], os.environ.get("CUDA_VISIBLE_DEVICES")
+def _visible(place: int) -> str:
+    """What `Gpu.open` calls a GPU that this process sees; empty where it sees fewer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return str(place)
     names = visible.split(",")
@@ -77,12 +75,12 @@ class Gpu:
         self._handle = handle
 
     @classmethod
-    def open(cls, device: str | None = None) -> Gpu | None:
+    def open(cls, device: str | None = None, *, place: int = 0) -> Gpu | None:
         """The GPU, or None where there is no driver, no card, or a MIG slice (whose clocks are its card's).
 
         Args:
-            device: A UUID (``GPU-...``) or a number of NVML's. If not given, of this process's ``CUDA_VISIBLE_DEVICES``
-                the first, or of a job of several processes the one of its rank on the machine.
+            device: A UUID (``GPU-...``) or a number of NVML's; if not given, one of ``CUDA_VISIBLE_DEVICES``.
+            place: Which of those: the first, or of several processes that see all alike another one.
         """
         try:
             import pynvml
@@ -90,11 +88,11 @@ class Gpu:
             return None
         try:
             pynvml.nvmlInit()
-            name = device or _of_this_process()
+            name = device or _visible(place)
             if name.startswith("GPU-"):
                 return cls(pynvml.nvmlDeviceGetHandleByUUID(name.encode()))
             return cls(pynvml.nvmlDeviceGetHandleByIndex(int(name))) if name.isdecimal() else None
-        except (pynvml.NVMLError, OSError, ValueError):
+        except (pynvml.NVMLError, OSError):
             return None
 
     def describe(self) -> dict[str, Any]:

@@ -16,9 +16,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 SIZE, RESOLUTION, BATCH = {"cuda": "XL", "cpu": "S"}, {"cuda": 256, "cpu": 64}, {"cuda": 32, "cpu": 2}
 PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp")
-SENDING: dict[str, tuple[Sending, ...]] = {"cuda": ("copies",), "cpu": ("collectives",)}
-"""Device → how GPUs send unless told."""
-WAYS: tuple[Sending, ...] = ("copies", "collectives")
+WAYS: tuple[Sending, ...] = ("collectives", "copies")
 EXECUTIONS: tuple[Execution, ...] = ("graph", "eager")
 MOST_PROCESSES = 64
 BUDGET_ON_GPU = Budget(settle_max_s=2.0, least_s=1.0, target_s=3.0)

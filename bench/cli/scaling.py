@@ -29,7 +29,6 @@ from bench.cases.scaling import (
     MOST_PROCESSES,
     PARALLEL,
     RESOLUTION,
-    SENDING,
     SIZE,
     WAYS,
     Axes,
@@ -82,12 +81,11 @@ def scaling(
         str, typer.Option(help="ddp (DistributedDataParallel), fsdp (FSDP2, by block), separated by commas.")
     ] = ",".join(PARALLEL),
     sending: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="How the GPUs send: copies (copy engines, within one host), collectives (NCCL), separated by commas. "
-            "Default: copies; collectives on a CPU."
+            help="How the GPUs send: collectives (NCCL), copies (copy engines, within one host), separated by commas."
         ),
-    ] = None,
+    ] = "collectives",
     executions: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +140,7 @@ def scaling(
             batch=BATCH[where] if batch is None else batch,
             processes=counts,
             parallel=cast(Any, some_of(parallel, "--parallel", PARALLEL)),
-            sending=cast(Any, some_of(",".join(SENDING[where]) if sending is None else sending, "--sending", WAYS)),
+            sending=cast(Any, some_of(sending, "--sending", WAYS)),
             executions=cast(Any, some_of(ways, "--executions", EXECUTIONS)),
             dtype=cast(Any, number),
             device=cast(Any, where),

@@ -42,6 +42,7 @@ from bench.parity.inputs import SEED
 from bench.parity.kernels import check_kernels, doubts
 from bench.store.ledgers import Checks, Rank, Scaling
 from bench.store.rows import Mark, Row, utc_now
+from dig.launched import place_in_job
 from dig.layers import Backbone
 from dig.nvml import Gpu
 from dig.registry import parse_name
@@ -73,12 +74,15 @@ def measure_rank(job: RankJob, tell: Callable[[Phase], None], answer: Callable[[
 
     answered = False
     try:
-        gpu = Gpu.open() if case.device == "cuda" else None
+        place = place_in_job()[2]
+        gpu = Gpu.open(place=place) if case.device == "cuda" else None
         if cpus := stay_near(gpu):
             environment = {**environment, "near_cpus": cpus}
         if gpu is not None:
             environment = {**environment, **gpu.describe()}
-        watch = Watch(gpu)  # Before CUDA starts here, as is the meter.
+        watch = Watch(gpu)  # Before CUDA starts here.
+        if case.device == "cuda":
+            torch.cuda.set_device(place)  # The meter starts CUDA, on the GPU that is then the current one.
         meter = MemoryMeter(case.device, gpu)
         with joined(case.device, hang_seconds=job.patience) as ranks:
             try:

@@ -23,7 +23,7 @@ from bench.store.rows import Mark, Row
 PAUSE = 0.05
 GRACE = 1.0
 """Seconds to hear what other ranks have to say of a failure: the first word of it is often a neighbour's."""
-QUIET: Mapping[str, str] = {"NCCL_NVLS_ENABLE": "0"}
+QUIET: Mapping[str, str] = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 """What every rank is given: NVLink multicast stays off, which a machine may not allow."""
 _SECOND_HAND = re.compile(r"(?i)peer|connection|broken pipe|nccl|gloo|store|wait for|barrier")
 """In the message of a rank that only saw another one go."""
@@ -54,6 +54,9 @@ def rank_variables(rank: int, count: int, *, port: int, cards: Sequence[Card]) -
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # What torchrun may have said of its own job, where it has started this harness.
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         **QUIET,
     }
     if cards:

@@ -85,10 +85,14 @@ def encode_command(
             workers=workers,
             report=partial(_tell_progress, progress, sharing),
             meet=sharing.meet,
+            agree=sharing.agree,
         ):
             last = told
     if launched and follows():
         return
+    if job is not None and not last.joined:
+        # All ranks have come to their end.
+        raise ValueError(f"{out} has no index: not all of its shards are there; the same command makes what is missing")
     typer.echo(shown(_summary(last, out, world_size or 1)))
 
 

@@ -119,7 +119,7 @@ def working_together(
         logging.getLogger("dig").setLevel(logging.ERROR)
         logging.getLogger("dig.training.data").setLevel(logging.WARNING)
     with _parting() as parts, joined(one_device(device), hang_seconds=hang_seconds, trains=trains) as ranks, parts():
-        watch = Watch(ranks, remedy="the same command goes on with what is finished")
+        watch = Watch(ranks)
         kind = cast(Literal["ddp", "fsdp"], "ddp" if parallel == "auto" else parallel)
         with _patient(watch):
             try:

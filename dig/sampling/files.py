@@ -141,6 +141,7 @@ def _sample_to_npz(
             check_disk(parts, 2 * size * plan.count, f"{plan.count:,} samples", "try fewer --samples")
         return [start for start in starts if not _holds(parts / _part(start), len(cut(start)))]
 
+    sharing.agree({**about["plan"], **about, "plan": None, "batch": batch, "name": name})
     missing = sharing.from_leader(begin)
     done = skipped = plan.count - sum(len(cut(start)) for start in missing)
     for start in sharing.mine(missing):

@@ -128,6 +128,7 @@ def sample_to_folder(
         return missing
 
     with _only_writer(folder) if sharing.leads else nullcontext():
+        sharing.agree({**about, **dataclasses.asdict(plan), "class names": list(class_names)})
         missing = sharing.from_leader(begin)
         skipped = plan.count - sum(len(indices) for _, indices in missing)
         done = skipped

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -31,6 +31,9 @@ class Sharing:
     def from_leader(self, ask: Callable[[], T]) -> T:
         """What asking gives, asked by the process that leads; the others wait for it."""
         return ask()
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise ValueError unless all processes name the same facts of what is to be made."""
 
     def begins(self, what: str) -> None:
         """Say what begins, to whoever watches."""

@@ -69,6 +69,7 @@ def scaling_command(case: Case) -> str:
         "--parallel", case.parallel, "--sending", case.sending, "--executions", "graph" if case.captures else "eager",
     ]  # fmt: skip
     words += ["--patch", str(case.patch)] if case.patch != 2 else []
+    words += ["--dtype", case.dtype] if case.dtype != ("bf16" if case.device == "cuda" else "fp32") else []
     return line(*words, *(["--device", "cpu"] if case.device == "cpu" else []))
 
 

@@ -113,20 +113,20 @@ def test_the_driver_is_asked_for_every_visible_card(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("visible", "rank", "name"),
-    [(None, None, "GPU-0"), (None, "1", "GPU-1"), ("GPU-7, GPU-5", None, "GPU-7"), ("GPU-7, GPU-5", "1", "GPU-5"),
-     ("GPU-7", "1", None), ("GPU-7", "x", None)],
+    ("visible", "place", "name"),
+    [(None, 0, "GPU-0"), (None, 1, "GPU-1"), ("GPU-7, GPU-5", 0, "GPU-7"), ("GPU-7, GPU-5", 1, "GPU-5"),
+     ("GPU-7", 1, None)],
 )  # fmt: skip
-def test_a_process_watches_the_card_of_its_rank(
-    visible: str | None, rank: str | None, name: str | None, monkeypatch: pytest.MonkeyPatch
+def test_a_process_watches_the_card_of_its_place(
+    visible: str | None, place: int, name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda i: f"GPU-{i}")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid.decode())
-    variables = {gpus.VISIBLE: visible, "LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": None if rank is None else "2"}
-    for variable, value in variables.items():
+    # What a launcher has left in the environment is of no process that nobody told.
+    for variable, value in {gpus.VISIBLE: visible, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
-    gpu = Gpu.open()
+    gpu = Gpu.open(place=place) if place else Gpu.open()
     assert (None if gpu is None else gpu._handle) == name
 
 

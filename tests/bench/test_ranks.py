@@ -16,6 +16,7 @@ import torch
 
 from bench.cases.case import Case
 from bench.cases.jobs import Budget, CaseJob, Limits, RankJob
+from bench.measure import ranks
 from bench.measure.timing import follow, sample
 from bench.run.gpus import Card
 from bench.run.process import WorkerError
@@ -218,7 +219,34 @@ def test_each_rank_sees_all_cards_in_one_order_and_multicast_stays_off() -> None
         (str(r), "3", str(r)) for r in range(3)
     ]
     assert {each["NCCL_NVLS_ENABLE"] for each in found} == {"0"}
+    assert {each["TORCH_SYMM_MEM_DISABLE_MULTICAST"] for each in found} == {"1"}
+    # Whoever launched the harness has launched another job.
+    assert {each["TORCHELASTIC_USE_AGENT_STORE"] for each in found} == {"False"}
     assert "CUDA_VISIBLE_DEVICES" not in rank_variables(0, 2, port=1, cards=())
+
+
+def test_a_rank_starts_cuda_on_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the meter, which touches it first: a context on the first card would be foreign to whoever has that."""
+    order: list[Any] = []
+    stop = RuntimeError("far enough")
+
+    def meter(device: str, gpu: Any) -> None:
+        order.append("meter")
+        raise stop
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks.Gpu, "open", classmethod(lambda cls, device=None, place=0: order.append(place)))
+    monkeypatch.setattr(ranks, "stay_near", lambda gpu: None)
+    monkeypatch.setattr(ranks, "versions", lambda device: {})
+    monkeypatch.setattr(ranks, "MemoryMeter", meter)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(("current", device)))
+    case = Case(model="DiT-S/8", resolution=64, processes=2, parallel="ddp")
+    job = CaseJob(case=case, budget=QUICK, environment={}, matmul_ceiling=None)
+    rows: list[Row] = []
+    ranks.measure_rank(RankJob(job=job, run="r", patience=9.0), lambda phase: None, rows.append)
+    assert order == [1, ("current", 1), "meter"]
+    assert "far enough" in rows[0].message
 
 
 def rank_row(samples: tuple[float, ...], peak: int, silent: tuple[float, ...] = (), **changes: Any) -> Row:

@@ -31,6 +31,7 @@ def start(
 ) -> list[Any]:
     """Processes, one a rank, that do the commands; ``setup`` is Python that each runs first, ``tiny`` makes DiG small.
 
+    A word ``@one|other`` is another one for each rank.
     What a rank prints is in ``rank-N.log`` in the folder; the commands' exit statuses, in the end, in ``rank-N.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,9 @@ def main(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     statuses = []
     exec(plan["setup"], {"__name__": "setup"})
-    for port, words in zip(plan["ports"], plan["commands"], strict=True):
+    for port, given in zip(plan["ports"], plan["commands"], strict=True):
         os.environ["MASTER_PORT"] = str(port)
+        words = [word[1:].split("|")[int(os.environ["RANK"])] if word[0] == "@" else word for word in given]
         with using(TINY) if plan["tiny"] else nullcontext():
             try:
                 app(words, prog_name="dig")

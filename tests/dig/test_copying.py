@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from dig.training.parallel import Ranks, copying, wrap
-from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, Windows, _obstacle, can_copy
+from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, Place, Windows, _obstacle, can_copy
+from dig.training.parallel.wrapping import sending_of
 from tests.dig import copying_job
 from tests.dig.test_training_step import config
 
@@ -43,11 +44,14 @@ class Alone:
 
 
 class Group:
+    def __init__(self, ranks: int = 1) -> None:
+        self.ranks = ranks
+
     def rank(self) -> int:
         return 0
 
     def size(self) -> int:
-        return 1
+        return self.ranks
 
 
 def windows() -> Windows:
@@ -112,38 +116,56 @@ def test_a_capture_makes_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
         copying.Windows(Group()).lend(8, dtype=torch.float32, device=CPU)  # type: ignore[arg-type]
 
 
+def places(*given: tuple[str, int], visible: int = 3) -> list[Place]:
+    """Ranks of hosts with GPUs of these numbers."""
+    return [
+        Place(host=host, boot="1", gpu=f"{host}-{number}", visible=tuple(map(str, range(visible))), number=number)
+        for host, number in given
+    ]
+
+
 def test_who_can_not_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2})
-    assert str(_obstacle([("a", 0), ("b", 0)], 0)) == "ranks are on 2 hosts (a, b), and copies go within one"
-    assert "GPUs of the same number" in str(_obstacle([("a", 0), ("a", 0)], 0))
+    two = places(("a", 0), ("a", 1))
+    assert str(_obstacle(places(("a", 0), ("b", 0)), 0)) == "ranks are on 2 hosts (a, b), and copies go within one"
+    assert "on 2 hosts" in str(_obstacle([two[0], two[1]._replace(boot="2")], 0))
+    assert _obstacle(places(("a", 0), ("a", 0)), 0) == "ranks share a GPU"
+    # Each sees its own alone, or the same in another order.
+    assert "see other GPUs" in str(_obstacle([two[0], two[1]._replace(visible=("1",), number=0)], 0))
+    assert "see other GPUs" in str(_obstacle([two[0], two[1]._replace(visible=("1", "0", "2"))], 0))
     assert "the GPU of rank 0 has no access to the memory of rank 2's" in str(
-        _obstacle([("a", 0), ("a", 1), ("a", 2)], 0)
+        _obstacle(places(("a", 0), ("a", 1), ("a", 2)), 0)
     )
 
     class Symmetric:
         backend: Any = "CUDA"
 
     monkeypatch.setattr("torch.distributed._symmetric_memory.get_backend", lambda _device: Symmetric.backend)
-    assert _obstacle([("a", 0), ("a", 1)], 1) is None
+    assert _obstacle(two, 1) is None
     Symmetric.backend = None
-    assert "has no symmetric memory" in str(_obstacle([("a", 0), ("a", 1)], 1))
+    assert "has no symmetric memory" in str(_obstacle(two, 1))
 
 
-def test_ranks_that_can_not_copy_say_so(ranks: Ranks) -> None:
+def test_ranks_that_can_not_copy_say_so(ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
     group: Any = torch.distributed.distributed_c10d._get_default_group()
+    two: Any = Group(2)
     assert can_copy(group, CPU) == "copies go between GPUs, not on a cpu"
     assert can_copy(group, torch.device("cuda", 0)) == "there is one rank alone"
-    with pytest.raises(ValueError, match=r"ranks can't send by copies: copies go between GPUs"):
-        wrap(torch.nn.Linear(1, 1), "ddp", sending="copies")
+    with pytest.raises(ValueError, match=r"ranks can't send by copies: copies .* a cpu; take sending collectives"):
+        sending_of("copies", CPU, two)
     with pytest.raises(ValueError, match=r"sending must be auto, collectives, copies; got 'mpi'"):
         wrap(torch.nn.Linear(1, 1), "ddp", sending="mpi")  # type: ignore[arg-type]
-    assert wrap(torch.nn.Linear(1, 1), "ddp", sending="auto").sending == "collectives"
+    with caplog.at_level("INFO", logger="dig"):
+        assert sending_of("auto", CPU, two) == "collectives"
+    assert "ranks send by collectives: copies go between GPUs" in caplog.text
+    # One rank has nothing to send: a run of several goes on by it.
+    assert wrap(torch.nn.Linear(1, 1), "ddp", sending="copies").sending == "collectives"
 
 
 @pytest.mark.usefixtures("tiny_dig", "ranks")
 def test_a_model_is_wrapped_to_send_by_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dig.training.parallel.wrapping.can_copy", lambda _group, _device: None)
-    sharded = wrap(config().model.build(), "fsdp", dtype="fp32", sending="auto")
+    monkeypatch.setattr("dig.training.parallel.wrapping.sending_of", lambda sending, *_: sending)
+    sharded = wrap(config().model.build(), "fsdp", dtype="fp32", sending="copies")
     assert sharded.sending == "copies"
     groups = [
         part._get_fsdp_state()._fsdp_param_group for part in sharded.model.modules() if isinstance(part, FSDPModule)

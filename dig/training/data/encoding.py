@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -222,6 +222,7 @@ def encode(
     workers: int | None = None,
     report: Callable[[int, int], object] = lambda done, total: None,
     meet: Callable[[], object] = lambda: None,
+    agree: Callable[[Mapping[str, Any]], object] = lambda facts: None,
 ) -> Iterator[Progress]:
     """Encode a folder of class folders. An iterator: it works while it is iterated, and yields after each shard.
 
@@ -246,6 +247,7 @@ def encode(
         workers: Threads that decode images. Default: one for each processor that this process may use, 16 at most.
         report: Called after every batch with this rank's images that lie behind, and all of them.
         meet: Called when this rank's shards are made; may wait for the other ranks, and rank 0 then finds all of them.
+        agree: Called before the first shard with what makes them what they are; may refuse what other ranks differ in.
 
     Raises:
         DataError: The images, the VAE or the folder of the shards cannot be used, or no image can be read.
@@ -287,6 +289,7 @@ def encode(
     if rank == 0 and model.config.scaling_factor != scale:
         logger.warning("the VAE %r names the scale %g; %g is used", vae, model.config.scaling_factor, scale)
     encoding = dataclasses.replace(encoding, vae_sha256=weights_sha256(model))
+    agree({**dataclasses.asdict(encoding), "batch": batch_size})
     numbers = range(rank, encoding.shards, world_size)
     side = image_size // downsampling(model)
     out.mkdir(parents=True, exist_ok=True)

@@ -37,16 +37,24 @@ def family_sha256(family: Family) -> str:
     return digest_of(files) if files else ""
 
 
-def facts(config: TrainConfig) -> dict[str, str]:
-    """What of this process has to be as in the others, by what it is called in a message."""
-    content = config.to_json()
+def program() -> dict[str, str]:
+    """What runs, by what it is called in a message."""
+    return {"code under dig/": code_sha256(), "torch": torch.__version__, "Python": platform.python_version()}
+
+
+def facts(config: TrainConfig, **more: str) -> dict[str, str]:
+    """What of this process has to be as in the others, by what it is called in a message.
+
+    Args:
+        config: The run.
+        **more: Options beside it.
+    """
+    content = config.to_json() | more
     data: dict[str, Any] = content.pop("data")
     family = parse_name(config.model.name)[0]
     return {
-        "code under dig/": code_sha256(),
+        **program(),
         f"code of {family.name}": family_sha256(family),
-        "torch": torch.__version__,
-        "Python": platform.python_version(),
         "data": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest(),
         **{f"option {name}": json.dumps(value, sort_keys=True) for name, value in content.items()},
     }

@@ -15,7 +15,8 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -438,28 +439,58 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> str | None:
     if group.size() == 1:
         return "there is one rank alone"
     index = torch.cuda.current_device() if device.index is None else device.index
-    places: list[tuple[str, int]] = [("", 0)] * group.size()
-    dist.all_gather_object(places, (socket.gethostname(), index), group=group)
+    places: list[Place] = [_place(index)] * group.size()
+    dist.all_gather_object(places, places[0], group=group)
     reasons: list[str | None] = [None] * group.size()
     dist.all_gather_object(reasons, _obstacle(places, group.rank()), group=group)
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _obstacle(places: Sequence[tuple[str, int]], rank: int) -> str | None:
+class Place(NamedTuple):
+    """Where a rank computes.
+
+    Attributes:
+        host: Its machine's name.
+        boot: What tells machines of one name apart.
+        gpu: Its GPU's UUID.
+        visible: UUIDs of the GPUs that it sees, in their order.
+        number: Of its own among them.
+    """
+
+    host: str
+    boot: str
+    gpu: str
+    visible: tuple[str, ...]
+    number: int
+
+
+def _place(index: int) -> Place:
+    visible = tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = ""
+    return Place(host=socket.gethostname(), boot=boot, gpu=visible[index], visible=visible, number=index)
+
+
+def _obstacle(places: Sequence[Place], rank: int) -> str | None:
     """What keeps a rank from its peers' memory.
 
     Args:
-        places: Of each rank, its host and its GPU's number there.
+        places: Of each rank.
         rank: Which one.
     """
-    hosts = {host for host, _ in places}
+    hosts = {(place.host, place.boot) for place in places}
     if len(hosts) > 1:
-        return f"ranks are on {len(hosts)} hosts ({', '.join(sorted(hosts)[:3])}), and copies go within one"
-    if len(set(places)) < len(places):
-        return "ranks have GPUs of the same number; let each see all of them (CUDA_VISIBLE_DEVICES)"
-    mine = places[rank][1]
-    for peer, (_, theirs) in enumerate(places):
-        if peer != rank and not torch.cuda.can_device_access_peer(mine, theirs):
+        names = ", ".join(sorted(host for host, _ in hosts)[:3])
+        return f"ranks are on {len(hosts)} hosts ({names}), and copies go within one"
+    if len({place.gpu for place in places}) < len(places):
+        return "ranks share a GPU"
+    if len({place.visible for place in places}) > 1:
+        return "ranks see other GPUs, or in another order; let each see all of them alike (CUDA_VISIBLE_DEVICES)"
+    mine = places[rank].number
+    for peer, place in enumerate(places):
+        if peer != rank and not torch.cuda.can_device_access_peer(mine, place.number):
             return f"the GPU of rank {rank} has no access to the memory of rank {peer}'s"
     try:
         import torch.distributed._symmetric_memory as symmetric

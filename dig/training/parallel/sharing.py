@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from dig.sampling.sharing import Sharing
+from dig.training.parallel.agreement import check_alike, program
 from dig.training.parallel.ranks import Ranks
 from dig.training.parallel.watching import Watch
 
 T = TypeVar("T")
+GOES_ON = "the same command goes on with what is finished"
 
 
 class SharedWork(Sharing):
@@ -35,8 +38,20 @@ class SharedWork(Sharing):
         found: T = self._ranks.from_leader(value if self.leads else None)
         return found
 
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """See that all ranks would make the same; the program, too.
+
+        Raises:
+            RanksDifferError: They would not, on all of them.
+        """
+        self._watch.doing("comparing what is asked of the ranks", waits=True)
+        self._ranks.meet()
+        mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
+        check_alike(self._ranks, program() | mine)
+
     def begins(self, what: str) -> None:
         """Tell the watch."""
+        self._watch.remedy = GOES_ON
         self._watch.doing(what)
 
     def meet(self) -> None:

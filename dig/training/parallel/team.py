@@ -18,7 +18,7 @@ from dig.training.parallel.agreement import check_alike, facts
 from dig.training.parallel.ranks import Ranks, Votes
 from dig.training.parallel.shards import ShardWriter, give_name, load_folder, shapes_of
 from dig.training.parallel.watching import Watch
-from dig.training.parallel.wrapping import Kind, Sending
+from dig.training.parallel.wrapping import Kind, Sending, sending_of
 from dig.training.saving import (
     SCHEMA,
     SHARDS,
@@ -62,6 +62,7 @@ class Together(Team):
         self.kind: Kind = kind
         self.sharded = kind == "fsdp"
         self._sending: Sending = sending
+        self._remedy = ""
         self._ranks = ranks
         self._watch = watch
         self._votes = Votes(ranks, 2)
@@ -71,7 +72,7 @@ class Together(Team):
     def begin(self, config: TrainConfig, folder: Path) -> None:
         """See that all ranks would train the same, and that a step's batch divides among them."""
         self.doing("comparing code, options and data")
-        check_alike(self._ranks, facts(config))
+        check_alike(self._ranks, facts(config, parallel=self.kind, sending=self._sending))
         parts = self.size * config.accumulate
         if config.batch % parts:
             shares = f"{self.size} ranks" + (f" of {config.accumulate} parts each" if config.accumulate > 1 else "")
@@ -80,12 +81,14 @@ class Together(Team):
             )
         if self.sharded and config.lora:
             raise ValueError("adapters of --lora are small and are not sharded: use --parallel ddp")
-        self._watch.remedy = f"the checkpoints in {folder} are whole: go on with the same command"
+        self._sending = sending_of(self._sending, self._ranks.device)
+        self._remedy = f"the checkpoints in {folder} are whole: go on with the same command"
 
     def build(self, config: TrainConfig, first: Mapping[str, Tensor] | None) -> TrainingStep:
         """The step, whose model is wrapped; each rank's own draws are its own."""
         self.doing("building the model")
         step = build_step(config, first, self.kind, self._sending)
+        self._watch.remedy = self._remedy
         torch.manual_seed((config.seed * SEEDS + self.rank + 1) % 2**63)
         return step
 

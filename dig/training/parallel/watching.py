@@ -75,7 +75,8 @@ class Watch:
 
     Args:
         ranks: The job.
-        remedy: What to do about a job that failed, for its message: ``go on with the same command``.
+        remedy: What to do about a job that failed, for its message: ``go on with the same command``; empty while
+            nothing has been made that it could go on with.
         leave: Ends the process.
 
     Attributes:
@@ -83,7 +84,7 @@ class Watch:
         remedy: As above; may be changed at any time.
     """
 
-    def __init__(self, ranks: Ranks, *, remedy: str, leave: Callable[[int], object] = os._exit) -> None:
+    def __init__(self, ranks: Ranks, *, remedy: str = "", leave: Callable[[int], object] = os._exit) -> None:
         self.remedy = remedy
         self._ranks = ranks
         self._leave = leave
@@ -230,10 +231,10 @@ class Watch:
         names = ", ".join(map(str, list(behind)[:8])) + (", ..." if len(behind) > 8 else "")
         who = f"rank {rank} hangs" if len(behind) == 1 else f"ranks {names} hang"
         waiting = f", and {len(beats) - len(behind)} wait for it" if len(beats) > len(behind) else ""
-        return (
-            f"{who} {beat.where()}: for {beat.seconds:.0f} s{waiting}; if that may take so long, give a larger "
-            "--hang-timeout"
-        )
+        # A process that is stopped says no more how long it has been at it.
+        seconds = max(beat.seconds, time.monotonic() - self._moved)
+        so_long = "if that may take so long, give a larger --hang-timeout"
+        return f"{who} {beat.where()}: for {seconds:.0f} s{waiting}; {so_long}"
 
     def _claims(self) -> bool:
         """Whether this rank is the first one that has something to say of the end of the job."""
@@ -245,7 +246,8 @@ class Watch:
     def _end(self, message: str, *, claimed: bool, status: int = STATUS) -> None:
         """End this process, with the message if it is this rank's to say."""
         if claimed:
-            print(f"error: {one_line(message)}; {self.remedy}", file=sys.stderr, flush=True)
+            remedy = f"; {self.remedy}" if self.remedy else ""
+            print(f"error: {one_line(message)}{remedy}", file=sys.stderr, flush=True)
             with suppress(dist.DistError, RuntimeError):
                 self._ranks.store.set("failed", message)
                 # The store may be this process' own: who reads it should have the time.

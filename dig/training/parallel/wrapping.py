@@ -6,6 +6,7 @@ Shapes: B samples of one rank's part of a batch.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ Kind = Literal["ddp", "fsdp"]
 Sending = Literal["auto", "collectives", "copies"]
 Precision = Literal["bf16", "fp32"]
 M = TypeVar("M", bound=nn.Module)
+logger = logging.getLogger(__name__)
 
 GRAPH_WARMUP = 11
 """Runs before a step with DistributedDataParallel is captured, as PyTorch's notes on CUDA graphs ask for: over the
@@ -113,13 +115,11 @@ def wrap(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"parallel must be {' or '.join(get_args(Kind))}; got {kind!r}")
-    if sending not in get_args(Sending):
-        raise ValueError(f"sending must be {', '.join(get_args(Sending))}; got {sending!r}")
     device = next(model.parameters()).device
     if kind == "fsdp":
         mesh = mesh or mesh_of_all(device.type)
         # Before anything is changed.
-        sent = _way(sending, mesh.get_group(), torch.device(mesh.device_type))
+        sent = sending_of(sending, torch.device(mesh.device_type), mesh.get_group())
         if compiled:
             for block in blocks_of(model):
                 block.compile()
@@ -127,7 +127,7 @@ def wrap(
         if sent == "copies":
             use_copies(model, mesh.get_group())
         return Parallel(kind=kind, model=model, network=model, warmup=0, keeps_whole=captured, sending=sent)
-    sent = _way(sending, dist.distributed_c10d._get_default_group(), device)
+    sent = sending_of(sending, device)
     # For a graph, its gradients' accumulators have to be made on the stream of the capture.
     with on_capture_stream(device) if captured else nullcontext():
         network: Any = DistributedDataParallel(
@@ -145,14 +145,31 @@ def wrap(
     return Parallel(kind=kind, model=model, network=network, warmup=GRAPH_WARMUP, sending=sent)
 
 
-def _way(sending: Sending, group: dist.ProcessGroup, device: torch.device) -> Literal["collectives", "copies"]:
-    """How a model's ranks send, and all of them the same way."""
-    if sending == "collectives":
+def sending_of(
+    sending: Sending, device: torch.device, group: dist.ProcessGroup | None = None
+) -> Literal["collectives", "copies"]:
+    """How the ranks of a group send, all of them the same way. All must ask.
+
+    Args:
+        sending: As of `wrap`. A rank alone has nothing to send, whatever is asked for.
+        device: This rank's.
+        group: Whose ranks; those of the job if not given.
+
+    Raises:
+        ValueError: There is no such way, or the ranks can't copy.
+    """
+    if sending not in get_args(Sending):
+        raise ValueError(f"sending must be {', '.join(get_args(Sending))}; got {sending!r}")
+    group = dist.distributed_c10d._get_default_group() if group is None else group
+    if sending == "collectives" or group.size() == 1:
         return "collectives"
     reason = can_copy(group, device)
-    if reason is not None and sending == "copies":
-        raise ValueError(f"ranks can't send by copies: {reason}")
-    return "copies" if reason is None else "collectives"
+    if reason is None:
+        return "copies"
+    if sending == "copies":
+        raise ValueError(f"ranks can't send by copies: {reason}; take sending collectives")
+    logger.info("ranks send by collectives: %s", reason)
+    return "collectives"
 
 
 def mesh_of_all(device: str) -> DeviceMesh:
