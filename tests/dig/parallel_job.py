@@ -25,10 +25,9 @@ def free_port() -> int:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     while True:
         port = 20_000 + 1_500 * worker + random.SystemRandom().randrange(1_500)
-        with socket.socket() as found:
-            with suppress(OSError):
-                found.bind(("127.0.0.1", port))
-                return port
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def start(
