@@ -16,7 +16,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each rank of a job finds."""
-    return copying_job.run(tmp_path_factory.mktemp("copying") / "job", "cuda", 2, seconds=240)
+    return copying_job.run(tmp_path_factory.mktemp("copying") / "job", "cuda", 2, seconds=100)
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in copying_job.GPU_CHECKS])
