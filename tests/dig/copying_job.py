@@ -34,9 +34,9 @@ from dig.training.parallel.copying import (
     Window,
     Windows,
     average,
-    can_copy,
     use_copies,
 )
+from dig.training.parallel.reach import can_copy
 from dig.training.shares import local
 from tests.dig.parallel_job import free_port
 

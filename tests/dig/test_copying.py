@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from dig.training.parallel import Ranks, copying, wrap
-from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, Place, Windows, _obstacle, can_copy
+from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, Windows
+from dig.training.parallel.reach import Place, _obstacle, can_copy
 from dig.training.parallel.wrapping import sending_of
 from tests.dig import copying_job
 from tests.dig.test_training_step import config

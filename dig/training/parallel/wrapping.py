@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dig.graphs import on_capture_stream
 from dig.training.blocks import blocks_of
-from dig.training.parallel.copying import CopyAllReduce, can_copy, use_copies
+from dig.training.parallel.copying import CopyAllReduce, use_copies
+from dig.training.parallel.reach import can_copy
 
 Kind = Literal["ddp", "fsdp"]
 Sending = Literal["auto", "collectives", "copies"]
