@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple, cast
 
@@ -40,7 +41,7 @@ from bench.measure.versions import versions
 from bench.parity.error import ParityError, relative_error
 from bench.parity.inputs import SEED
 from bench.parity.kernels import check_kernels, doubts
-from bench.store.ledgers import Checks, Rank, Scaling
+from bench.store.ledgers import Checks, Memory, Rank, Scaling
 from bench.store.rows import Mark, Row, utc_now
 from dig.launched import place_in_job
 from dig.layers import Backbone
@@ -143,6 +144,8 @@ def _measure(job: RankJob, ranks: Ranks, kept: _Kept, tell: Callable[[Phase], No
     _warm_up(step, case, max(WARMUP_STEPS, parallel.warmup if case.captures else 0))
     tell("measuring")
     run, memory = prepare(step, case, meter)
+    if parallel.windows is not None:
+        memory = _and_windows(memory, parallel.windows.uncounted)
     timed = _in_step(run, ranks, budget, case.device, watch)
     # On a CPU the profiler, beside gloo's threads, has been seen to end a rank with a damaged heap (PyTorch 2.13).
     names = kernel_names(run, case.device) if case.device == "cuda" else set()
@@ -187,6 +190,12 @@ def _measure(job: RankJob, ranks: Ranks, kept: _Kept, tell: Callable[[Phase], No
             gradient_bound=bound,
         ),
     )
+
+
+def _and_windows(memory: Memory, nbytes: int) -> Memory:
+    """The ledger with what peers read, as far as the allocator did not count it."""
+    counted = {name: getattr(memory, name) for name in ("resident", "allocator_peak", "reserved_peak")}
+    return replace(memory, **{name: value + nbytes for name, value in counted.items() if value is not None})
 
 
 def _warm_up(step: Step, case: Case, steps: int) -> None:

@@ -19,7 +19,8 @@ class Memory:
         resident: Allocated before the first step: weights, buffers, inputs.
         activations: allocator_peak − resident − optimizer: what lives only within a step, gradients included, for the
             step frees them at its start.
-        allocator_peak: The most that torch's CUDA allocator handed out during the steps, the resident part included.
+        allocator_peak: The most that torch's CUDA allocator handed out during the steps, the resident part included,
+            and windows of ranks that copy (`dig.training.parallel.copying`).
         reserved_peak: The most that this allocator held from the driver.
         context: What the process took on the device before its first tensor: CUDA context and loaded modules.
         process_peak: The whole process: NVML's figure on a GPU (context and libraries included), resident set on a CPU.

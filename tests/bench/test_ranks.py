@@ -249,6 +249,14 @@ def test_a_rank_starts_cuda_on_its_own_card(monkeypatch: pytest.MonkeyPatch) -> 
     assert "far enough" in rows[0].message
 
 
+def test_windows_are_in_the_ledger() -> None:
+    memory = Memory(parameters=1, resident=10, activations=5, allocator_peak=15, process_peak=40)
+    counted = ranks._and_windows(memory, 7)
+    assert (counted.resident, counted.activations, counted.allocator_peak) == (17, 5, 22)
+    # The process' own peak has them, and what was not read stays so.
+    assert (counted.process_peak, counted.reserved_peak) == (40, None)
+
+
 def rank_row(samples: tuple[float, ...], peak: int, silent: tuple[float, ...] = (), **changes: Any) -> Row:
     case = Case(model="DiG-XL/2", resolution=256, batch=32, processes=2, parallel="ddp", execution="graph")
     scaling = Scaling(

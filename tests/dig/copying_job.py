@@ -47,6 +47,7 @@ WIDTH = 48
 class FileWindow:
     """A window of the CPU."""
 
+    uncounted = 0
     _numbers = itertools.count()
 
     def __init__(self, folder: Path, nbytes: int, group: dist.ProcessGroup) -> None:

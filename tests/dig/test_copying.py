@@ -36,6 +36,7 @@ class Alone:
 
     def __init__(self, nbytes: int) -> None:
         self.memory = torch.zeros(nbytes, dtype=torch.uint8)
+        self.uncounted = nbytes
 
     def of(self, _rank: int) -> Tensor:
         # In a storage of its own, over the same memory.
@@ -101,6 +102,13 @@ def test_a_window_is_lent_to_its_stream_alone(monkeypatch: pytest.MonkeyPatch) -
     found._lent[0].stream = 7
     assert lend(found, 8).data_ptr() != at
     assert found.count == 2
+
+
+def test_memory_that_the_allocator_does_not_know_is_counted() -> None:
+    found = windows()
+    assert found.uncounted == 0
+    _held = lend(found, 8), lend(found, 8)
+    assert found.uncounted == 2 * 8 * 4
 
 
 def test_a_window_is_known_by_what_was_lent() -> None:

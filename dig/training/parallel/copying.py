@@ -31,7 +31,13 @@ GRAIN = 32
 
 
 class Window(Protocol):
-    """Memory of this rank that its peers may read; each of them has as much of its own."""
+    """Memory of this rank that its peers may read; each of them has as much of its own.
+
+    Attributes:
+        uncounted: Bytes of it that PyTorch's allocator knows nothing of.
+    """
+
+    uncounted: int
 
     def of(self, rank: int) -> Tensor:
         """Bytes of a rank's memory, this one's too: in a storage that nothing holds but what is returned."""
@@ -51,6 +57,7 @@ class SymmetricWindow:
     def __init__(self, memory: Tensor, handle: Any) -> None:
         self._memory = memory  # The handle alone does not keep it.
         self._handle = handle
+        self.uncounted = 0
 
     @classmethod
     def over(cls, memory: Tensor, group: dist.ProcessGroup) -> SymmetricWindow | None:
@@ -77,8 +84,11 @@ class SymmetricWindow:
         import torch.distributed._symmetric_memory as symmetric
 
         _refuse_capture(nbytes)
+        before = torch.cuda.memory_allocated(device)
         made = cls.over(symmetric.empty(nbytes, dtype=torch.uint8, device=device), group)
         assert made is not None
+        # PyTorch 2.13 takes it out of a pool of its allocator, 2.11 from the driver.
+        made.uncounted = max(0, nbytes - (torch.cuda.memory_allocated(device) - before))
         return made
 
     def of(self, rank: int) -> Tensor:
@@ -134,6 +144,11 @@ class Windows:
     def count(self) -> int:
         """How many have been made."""
         return len(self._lent)
+
+    @property
+    def uncounted(self) -> int:
+        """Bytes of them that PyTorch's allocator knows nothing of."""
+        return sum(lent.window.uncounted for lent in self._lent)
 
     def lend(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(numel,) in a window, for the current stream.
@@ -352,11 +367,14 @@ class CopyAllReduce:
     Args:
         network: On its device, with ``gradient_as_bucket_view``, before its first pass.
         windows: For buckets that aren't in symmetric memory; made if not given.
+
+    Attributes:
+        windows: Those.
     """
 
     def __init__(self, network: DistributedDataParallel, windows: Windows | None = None) -> None:
         self._group: dist.ProcessGroup = network.process_group
-        self._windows = Windows(self._group) if windows is None else windows
+        self.windows = Windows(self._group) if windows is None else windows
         self._device = next(network.parameters()).device
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
@@ -392,11 +410,11 @@ class CopyAllReduce:
         with self._beside():
             window = self._window_of(gradients)
             if window is not None:
-                average(window, gradients, self._windows.rank, self._windows.ranks)
+                average(window, gradients, self.windows.rank, self.windows.ranks)
             else:
-                lent = self._windows.lend(gradients.numel(), dtype=gradients.dtype, device=gradients.device)
+                lent = self.windows.lend(gradients.numel(), dtype=gradients.dtype, device=gradients.device)
                 lent.copy_(gradients)
-                average(cast(Window, self._windows.behind(lent)), lent, self._windows.rank, self._windows.ranks)
+                average(cast(Window, self.windows.behind(lent)), lent, self.windows.rank, self.windows.ranks)
                 gradients.copy_(lent)
             future: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=None if self._stream is None else [self._device]

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dig.graphs import on_capture_stream
 from dig.training.blocks import blocks_of
-from dig.training.parallel.copying import CopyAllReduce, use_copies
+from dig.training.parallel.copying import CopyAllReduce, Windows, use_copies
 from dig.training.parallel.reach import can_copy
 
 Kind = Literal["ddp", "fsdp"]
@@ -55,6 +55,7 @@ class Parallel:
         keeps_whole: Whether blocks of a sharded model stay gathered to the backward pass of a step's last part.
         sending: ``copies`` where ranks copy from each other's memory; ``collectives`` where their group's backend
             sends.
+        windows: What they copy out of; None without copies.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Parallel:
     warmup: int
     keeps_whole: bool = False
     sending: Literal["collectives", "copies"] = "collectives"
+    windows: Windows | None = None
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -125,9 +127,10 @@ def wrap(
             for block in blocks_of(model):
                 block.compile()
         shard(model, dtype=dtype, mesh=mesh, keep_whole=captured)
-        if sent == "copies":
-            use_copies(model, mesh.get_group())
-        return Parallel(kind=kind, model=model, network=model, warmup=0, keeps_whole=captured, sending=sent)
+        windows = use_copies(model, mesh.get_group()) if sent == "copies" else None
+        return Parallel(
+            kind=kind, model=model, network=model, warmup=0, keeps_whole=captured, sending=sent, windows=windows
+        )
     sent = sending_of(sending, device)
     # For a graph, its gradients' accumulators have to be made on the stream of the capture.
     with on_capture_stream(device) if captured else nullcontext():
@@ -139,11 +142,10 @@ def wrap(
             # Those of the models here are constants.
             **_CONSTANT_BUFFERS,
         )
-    if sent == "copies":
-        CopyAllReduce(network)  # It is held by the network.
+    windows = CopyAllReduce(network).windows if sent == "copies" else None  # The network holds it.
     if compiled:
         network = torch.compile(network)
-    return Parallel(kind=kind, model=model, network=network, warmup=GRAPH_WARMUP, sending=sent)
+    return Parallel(kind=kind, model=model, network=network, warmup=GRAPH_WARMUP, sending=sent, windows=windows)
 
 
 def sending_of(
