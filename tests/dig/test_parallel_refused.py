@@ -35,7 +35,12 @@ def refused(folder: Path, words: list[str]) -> str:
     return message
 
 
-@pytest.mark.parametrize("options", [("--parallel", "@ddp|fsdp"), ("--sending", "@auto|collectives")])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "options", [("--parallel", "@ddp|fsdp"), pytest.param(("--sending", "@auto|collectives"), marks=SLOW)]
+)
 def test_ways_of_training(options: tuple[str, str], data: Path, tmp_path: Path) -> None:
     name, words = options[0].removeprefix("--"), options[1][1:].split("|")
     message = refused(tmp_path, train(data, tmp_path / "run", *options))
@@ -43,6 +48,7 @@ def test_ways_of_training(options: tuple[str, str], data: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_a_rank_cannot(data: Path, tmp_path: Path) -> None:
     message = refused(tmp_path, train(data, tmp_path / "run", "--sending", "copies"))
     assert "ranks can't send by copies: copies go between GPUs, not on a cpu; take sending collectives" in message
@@ -51,8 +57,9 @@ def test_what_a_rank_cannot(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "said_of"),
-    [(("--seed", "@1|2"), "seed than rank 0 (2, 1)"), (("--cfg", "@1.5|2"), "cfg_scale than rank 0 (2.0, 1.5)"),
-     (("--model-batch", "@2|4"), "model_batch than rank 0 (4, 2)")],
+    [(("--seed", "@1|2"), "seed than rank 0 (2, 1)"),
+     pytest.param(("--cfg", "@1.5|2"), "cfg_scale than rank 0 (2.0, 1.5)", marks=SLOW),
+     pytest.param(("--model-batch", "@2|4"), "model_batch than rank 0 (4, 2)", marks=SLOW)],
 )  # fmt: skip
 @pytest.mark.parametrize("output", ["--npz", "--images"])
 def test_samples(option: tuple[str, str], said_of: str, output: str, run: Path, tmp_path: Path) -> None:
