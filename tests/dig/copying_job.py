@@ -175,14 +175,13 @@ def sums_in_order(job: Job) -> None:
 
 def averages(job: Job) -> None:
     """In place, of sizes that do not divide, smaller than the number of ranks among them."""
-    ranks = job.ranks.world_size
+    ranks, windows = job.ranks.world_size, job.windows()
     for turn, size in enumerate((1, 31, 33, 5000)):
-        window = job.window(4 * size, job.device)
-        own = window.of(job.ranks.rank).view(torch.float32)
+        own = windows.lend(size, dtype=torch.float32, device=job.device)
         for again in range(3):
             own.copy_(torch.arange(size, device=job.device) * (1 + job.ranks.rank) * ranks + again)
             job.stagger(turn + again)
-            average(window, own, job.ranks.rank, ranks)
+            average(windows, own)
             due = torch.arange(size, device=job.device).float() * (ranks * (ranks + 1) // 2) + again
             assert torch.equal(own, due), (size, own, due)
 
@@ -397,7 +396,7 @@ def main(folder: Path, device: str) -> None:
             try:
                 check(job)
                 found[check.__name__] = None
-            except Exception:
+            except Exception:  # Whatever it is: it is what the check found, and the test of that name fails of it.
                 found[check.__name__] = traceback.format_exc()
                 print(f"rank {ranks.rank}, {check.__name__}: {found[check.__name__]}", flush=True)
             (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(found))

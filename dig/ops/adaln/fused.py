@@ -18,10 +18,10 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from dig.ops.adaln.kernels import norm_modulate_backward_kernel, norm_modulate_finish_kernel, norm_modulate_kernel
+from dig.ops.arithmetic import INTERPRETED
 from dig.ops.derivatives import once
 from dig.ops.launch import Launch, empty, last_contiguous, launch_context, or_none
 from dig.ops.library import operation
@@ -65,7 +65,7 @@ def _check_arguments(
     x: Tensor, branch: Tensor | None, per_batch: dict[str, Tensor], weight: Tensor | None, dtype: torch.dtype
 ) -> None:
     """Raise ValueError on what the kernels do not take; shapes have been checked already."""
-    if not x.is_cuda and isinstance(norm_modulate_kernel, triton.runtime.JITFunction):
+    if not x.is_cuda and not INTERPRETED:
         raise ValueError(f"x must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); got {x.device}")
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"x must have a width of at most {MAX_WIDTH}; got {x.shape[-1]}")

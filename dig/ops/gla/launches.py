@@ -18,10 +18,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from dig.ops.gla.kernels import local_state_kernel, output_kernel, scan_kernel, short_scan_kernel
+from dig.ops.arithmetic import INTERPRETED
+from dig.ops.gla.kernels import local_state_kernel, scan_kernel, short_scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel
 from dig.ops.gla.layouts import Layout, Outline, Rows, Slots, strides_of
 from dig.ops.launch import Launch, LaunchContext
@@ -148,7 +148,7 @@ def _plan(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if not isinstance(output_kernel, triton.runtime.JITFunction):
+    if INTERPRETED:
         return "interpreter"
     # Three tf32 products keep fp32's 24 bits of the operands and still run on the tensor cores.
     return "tf32x3" if dtype == torch.float32 else "tf32"

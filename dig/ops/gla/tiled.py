@@ -14,12 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from dig.ops.arithmetic import INTERPRETED
 from dig.ops.derivatives import once
 from dig.ops.gla.block_launches import output_launch, run_block, run_rows_backward
-from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.launches import (
     check_kept,
     empty_states,
@@ -57,7 +56,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be (B, T, H, width), none of them 0; got {tuple(tensor.shape)}")
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be {' or '.join(map(str, DTYPES))}; got {q.dtype}")
-    if not q.is_cuda and isinstance(output_kernel, triton.runtime.JITFunction):
+    if not q.is_cuda and not INTERPRETED:
         raise ValueError(
             f"q must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {q.device}"
         )

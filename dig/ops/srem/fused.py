@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from dig.ops.arithmetic import INTERPRETED
 from dig.ops.derivatives import once
 from dig.ops.launch import Launch, empty, launch_context, or_none
 from dig.ops.library import operation
@@ -93,7 +93,7 @@ def _plan_of(
         (ceil_div(D, tiles.channels), patches, B),
         (x_strides[0], branch_strides[0] if branch_strides else 0, gate_stride or 0, *grid, patch_rows, *taps),
         early=True, D=D, X_T=x_strides[1], BRANCH_T=branch_strides[1] if branch_strides else D,
-        GATED=branch_strides is not None, PACKED=bf16 and isinstance(srem_forward_kernel, triton.runtime.JITFunction),
+        GATED=branch_strides is not None, PACKED=bf16 and not INTERPRETED,
         W=tiles.width, G=tiles.groups, BD=tiles.channels, **extra, num_warps=tiles.warps, maxnreg=tiles.registers,
     )  # fmt: skip
     gated = gate_stride is not None and not sum_only
@@ -269,7 +269,7 @@ def fused_srem(
         ValueError: A shape, dtype, device or stride that the kernels do not take; the message names the argument.
     """
     check_shapes(x, branch, gate, weight, bias, grid)
-    if not x.is_cuda and isinstance(srem_forward_kernel, triton.runtime.JITFunction):
+    if not x.is_cuda and not INTERPRETED:
         raise ValueError(
             f"x must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {x.device}"
         )

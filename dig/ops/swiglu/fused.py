@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from dig.ops.arithmetic import INTERPRETED
 from dig.ops.derivatives import once
 from dig.ops.launch import Launch, empty, last_contiguous, launch_context, or_none
 from dig.ops.library import operation
@@ -135,7 +135,7 @@ def fused_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _check(gate_up: Tensor) -> None:
-    if not gate_up.is_cuda and isinstance(swiglu_kernel, triton.runtime.JITFunction):
+    if not gate_up.is_cuda and not INTERPRETED:
         raise ValueError(
             f"gate_up must be on a CUDA device (or TRITON_INTERPRET=1 set before the import); it is on {gate_up.device}"
         )

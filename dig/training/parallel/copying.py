@@ -330,21 +330,21 @@ def use_copies(model: nn.Module, group: dist.ProcessGroup, windows: Windows | No
     return windows
 
 
-def average(window: Window, own: Tensor, rank: int, ranks: int) -> None:
+def average(windows: Windows, own: Tensor, window: Window | None = None) -> None:
     """Make a tensor its mean over the ranks, in place: each averages a chunk, and copies the others' from them.
 
     Args:
-        window: Begins with the tensor.
+        windows: Of the ranks.
         own: (N,), contiguous.
-        rank: Of this process.
-        ranks: How many there are.
+        window: Begins with the tensor; the one that was lent as it, if not given.
     """
+    window = cast(Window, windows.behind(own)) if window is None else window
+    rank, ranks, others = windows.rank, windows.ranks, windows.others()
     size = math.ceil(own.numel() / (ranks * GRAIN)) * GRAIN
 
     def chunk(tensor: Tensor, number: int) -> Tensor:
         return tensor[number * size : (number + 1) * size]
 
-    others = [(rank + step) % ranks for step in range(1, ranks)]
     seen = {peer: _seen(window, peer, own) for peer in others}
     mine = chunk(own, rank)
     parts = [mine if number == rank else torch.empty_like(mine) for number in range(ranks)]
@@ -410,11 +410,11 @@ class CopyAllReduce:
         with self._beside():
             window = self._window_of(gradients)
             if window is not None:
-                average(window, gradients, self.windows.rank, self.windows.ranks)
+                average(self.windows, gradients, window)
             else:
                 lent = self.windows.lend(gradients.numel(), dtype=gradients.dtype, device=gradients.device)
                 lent.copy_(gradients)
-                average(cast(Window, self.windows.behind(lent)), lent, self.windows.rank, self.windows.ranks)
+                average(self.windows, lent)
                 gradients.copy_(lent)
             future: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=None if self._stream is None else [self._device]
