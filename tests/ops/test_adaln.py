@@ -148,6 +148,17 @@ def test_long_sums_over_tokens(norm: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert_close("norm_modulate", inputs, norm=norm, dtype=torch.float32)
 
 
+@pytest.mark.parametrize(("branch", "programs"), [(False, 6), (True, 4)])
+def test_a_gated_branch_has_programs_of_its_own(branch: bool, programs: int) -> None:
+    """The registers of its sums leave an SM fewer of them."""
+    tiles = replace(BASE, programs=12, branch_programs=8)
+    strides = ((384 * 256, 384, 1),) * 4
+    _, _, partials = fused._backward_launches(
+        tiles, torch.Size((2, 256, 384)), strides, (384, 384, 384), "rms", True, branch, True
+    )
+    assert partials == (2, programs, 3 if branch else 2, 384)
+
+
 def test_rows_of_partial_sums_follow_their_number() -> None:
     """A program adds up as many elements whatever that is."""
     found = {partials: BASE.sums(partials) for partials in (1, 16, 33, 200, 5000)}
