@@ -5,6 +5,7 @@ To start a process takes seconds, so each does many commands, one after the othe
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -20,14 +22,26 @@ from typing import Any
 from tests.dig.tiny import TINY, app, using
 
 
-def free_port() -> int:
-    """A port of this host that nobody listens on, and none that the system gives others: tests beside this one too."""
+def free_ports(count: int) -> list[int]:
+    """Ports of this host that nobody listens on, none twice, and none that the system gives others.
+
+    A job that finds the store of the one before it at its port waits for ranks that are gone.
+    """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
-    while True:
-        port = 20_000 + 1_500 * worker + random.SystemRandom().randrange(1_500)
+    first = 20_000 + 1_500 * worker
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(first, first + 1_500), 1_500):
         with socket.socket() as found, suppress(OSError):
             found.bind(("127.0.0.1", port))
-            return port
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise OSError(f"{count} free ports from {first} on are not to be had: {len(ports)} are")
+
+
+def free_port() -> int:
+    """One of `free_ports`."""
+    return free_ports(1)[0]
 
 
 def start(
@@ -40,7 +54,7 @@ def start(
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan: dict[str, Any] = {
-        "ports": [free_port() for _ in commands],
+        "ports": free_ports(len(commands)),
         "commands": [list(words) for words in commands],
         "setup": setup,
     }
@@ -63,9 +77,25 @@ def start(
 
 
 def end(started: list[Any], seconds: float = 120) -> list[int]:
-    """Wait for the processes; their exit statuses."""
+    """Wait for the processes; their exit statuses.
+
+    Raises:
+        TimeoutError: Some did not end; it says where each of their threads was, and what all ranks had printed.
+    """
+    until = time.monotonic() + seconds
     try:
-        return [process.wait(timeout=seconds) for process in started]
+        return [process.wait(timeout=max(until - time.monotonic(), 0)) for process in started]
+    except subprocess.TimeoutExpired:
+        hung = [process for process in started if process.poll() is None]
+        for process in hung:
+            # Each says where it is, and dies (`main`).
+            process.send_signal(signal.SIGABRT)
+        for process in hung:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+        folder = Path(started[0].args[-1])
+        said = "\n".join(f"rank {rank}:\n{printed(folder, rank)[-6000:]}" for rank in range(len(started)))
+        raise TimeoutError(f"{len(hung)} of {len(started)} ranks did not end within {seconds:g} s\n{said}") from None
     finally:
         for process in started:
             process.kill()
@@ -91,6 +121,7 @@ inputs.InputStream.take = taking
 
 
 def main(folder: Path) -> None:
+    faulthandler.enable()
     # Started in the background of a shell, it would ignore what is to be sent to it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     plan = json.loads((folder / "plan.json").read_text())

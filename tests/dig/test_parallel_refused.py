@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from dig.training.parallel import joined
 from tests.dig.parallel_job import end, printed, start
 from tests.dig.test_data_images import make_folder
 from tests.dig.test_parallel_faults import said, train
@@ -75,3 +77,17 @@ def test_latents(tmp_path: Path) -> None:
     message = refused(tmp_path, [*words, "--device", "cpu", "--seed", "@1|2"])
     assert "rank 1 has other seed than rank 0 (2, 1)" in message
     assert not [path for path in (tmp_path / "out").glob("*") if not path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("fails", ["init_process_group", "new_group"])
+def test_ranks_that_do_not_connect(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the store is that of a job before, whose ranks are gone."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with \n[pair.cc:152] timed out connecting: Connection refused")
+
+    monkeypatch.setattr(torch.distributed, fails, refuse)
+    message = r"rank 0 found .* did not connect to the other ranks \(Gloo .* timed out .*\); start all of them anew"
+    with pytest.raises(ValueError, match=message), joined("cpu"):
+        pass
+    assert not torch.distributed.is_initialized()

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dig.graphs import graphs_end_here
 from dig.launched import from_environment, launched, place_in_job
+from dig.messages import describe
 
 HANG_SECONDS = 600.0
 """How long a job may stand still, unless it is told: longer than any kernel takes to compile, or a grid to draw."""
@@ -162,16 +163,18 @@ def joined(device: str, *, hang_seconds: float = HANG_SECONDS, trains: bool = Tr
         # Else an exchange's few CTAs queue behind each kernel's thousands, and hardly run beside them.
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     timeout = timedelta(seconds=hang_seconds + AFTER)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if over_nccl else "gloo",
-        store=PrefixStore("groups", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=where if over_nccl else None,
-    )
+    with _connecting(rank):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if over_nccl else "gloo",
+            store=PrefixStore("groups", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=where if over_nccl else None,
+        )
     try:
-        control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        with _connecting(rank):
+            control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         assert control is not None
         assert saving is not None
         # Before the group ends, which waits for the graphs that send over it.
@@ -190,6 +193,18 @@ def joined(device: str, *, hang_seconds: float = HANG_SECONDS, trains: bool = Tr
         dist.destroy_process_group()
 
 
+@contextmanager
+def _connecting(rank: int) -> Iterator[None]:
+    """Say in one line that ranks don't reach each other, though they have found the job's store."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        raise ValueError(
+            f"rank {rank} found the job's store, but did not connect to the other ranks ({describe(error)[:200]}); "
+            "start all of them anew, at a port of their own (torchrun --master-port)"
+        ) from None
+
+
 def _find_store(rank: int, world_size: int) -> Store:
     """What the processes of a job meet at: torchrun's own, or one for a process alone."""
     if not launched():
@@ -198,7 +213,7 @@ def _find_store(rank: int, world_size: int) -> Store:
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=START_SECONDS)))
     except (dist.DistError, ValueError, OSError, RuntimeError) as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = describe(error)[:200]
         raise ValueError(
             f"rank {rank} does not find the others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
             f"({reason}); start all of them with torchrun"
