@@ -255,6 +255,16 @@ class DiGBlock(nn.Module):
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return reorder(self._convolve(x, route), route.grid, route.order, route.target)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `torch.nn.Module.compile`, where it gains anything: a block that is fused already is left as it is.
+
+        Its passes are written out, so the compiler finds nothing to fuse between them; to be called through it costs
+        the host as much as many launches, and the model could compute nothing ahead for the block.
+        """
+        if self.backend == "triton" and self.weights() is not None:
+            return
+        super().compile(*args, **kwargs)
+
     def _convolve(self, x: Tensor, route: Route) -> Tensor:
         """SREM's convolution of tokens in scan order: it sees the grid as the scan folds it, and replaces x."""
         if self.dw_conv is None:

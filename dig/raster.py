@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dig import raster_formulas as _raster_formulas  # noqa: F401 - what FlopCounterMode is to know of blocks here
 from dig.config import EPS
 from dig.layers import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, adaln_linear
-from dig.ops import formulas as _formulas  # noqa: F401 - what FlopCounterMode is to know of the operations here
 from dig.ops.adaln import norm_modulate
 from dig.ops.condition import condition
 from dig.ops.side_stream import Point, mark, on_side_stream, uses_side_stream, wait
@@ -156,7 +156,8 @@ class Lookahead:
         self._conditions, self._across = [c] * len(weights), None
         if gathers:
             self._weights, self._conditions, self._across = gathered([w for w in weights if w is not None], c)
-        self._prepares = prepares
+        # Compiled, a block's one operation prepares what it needs itself.
+        self._prepares = prepares and not torch.compiler.is_compiling()
         self._folds = [w is not None and folds_gates(x, w) for w in self._weights]
         casts = any(product.dtype != x.dtype for w in weights if w is not None for product in w.products)
         self._programs = programs_beside(passes_for(x.device), x.shape[0] * x.shape[1], casts=casts)

@@ -1,84 +1,118 @@
-"""One DiG block on this project's kernels, tokens in raster order: with gradients (`dig.raster_training`) or without.
+"""One DiG block on this project's kernels, tokens in raster order: with gradients or without, compiled or as it is.
 
-Without gradients nothing is kept. With one image, gates are folded into weights and products are added to x in place.
+Its passes are written out in `dig.raster_training` and `dig.raster_inference`; for torch.compile each of them is one
+operation (`dig.raster_compiled`).
 
 Shapes: B batch, T tokens, D width.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dig.config import EPS
-from dig.ops.gla.mixer import order_code
-from dig.ops.linear import as_rows
+from dig import raster_compiled
+from dig.ops.derivatives import refuse_second_derivatives
+from dig.ops.side_stream import Across, side_work
 from dig.ops.tiles import passes_for
-from dig.raster_operations import add_and_convolve, linear, operations_for
-from dig.raster_training import train_block
-from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, Settings, prepare_block
+from dig.raster_inference import infer_block, infer_images
+from dig.raster_training import backward_pass, forward_pass
+from dig.raster_weights import Ahead, BlockWeights, Prepared, Products, Settings, prepare_block
 
 
-def _linear_in_halves(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear`, half of the rows at a time: see `PassChoices`."""
-    rows = as_rows(x)
-    out, half = rows.new_empty(len(rows), len(weight)), len(rows) // 2
-    for part in (slice(half), slice(half, None)):
-        torch.mm(rows[part], weight.T, out=out[part])
-    return out.view(*x.shape[:-1], len(weight))
+class RasterBlock(torch.autograd.Function):
+    """`dig.model.DiGBlock` in raster order, for `train_block`, which names the arguments.
+
+    Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
+    the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come `Products` (None
+    where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the products nothing is
+    differentiated: gradients go to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        c: Tensor,
+        settings: Settings,
+        across: Across | None,
+        modulation: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """(B, T, D) in x's dtype."""
+        copies, w = tensors[:_PRODUCTS], BlockWeights._make(tensors[_PRODUCTS:])
+        if torch.compiler.is_compiling():
+            out, kept = raster_compiled.train(x, c, modulation, copies, w, settings)
+        else:
+            assert modulation is not None
+            pairs = zip(copies, w.products, strict=True)
+            p = Products._make(weight if copy is None else copy for copy, weight in pairs)
+            out, kept = forward_pass(x, c, modulation, p, w, settings)
+        ctx.save_for_backward(*kept, *w)
+        ctx.settings, ctx.across = settings, across
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, c and the parameters; None for a parameter that is frozen."""
+        refuse_second_derivatives()
+        needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
+        condition, settings, dout = ctx.needs_input_grad[1], ctx.settings, dout.contiguous()
+        if torch.compiler.is_compiling():
+            found = raster_compiled.go_back(ctx.saved_tensors, dout, settings, needed, condition=condition)
+        else:
+            across: Across | None = ctx.across
+            with side_work(dout.device) if across is None else across.part(dout.device):
+                found = backward_pass(partial(_take, ctx), dout, settings, needed, condition=condition, across=across)
+        dx, dc, gradients = found
+        weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
+        return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
 
 
-def infer_block(
+_PRODUCTS, _WEIGHTS = len(Products._fields), len(BlockWeights._fields)
+
+
+def _take(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What a node has saved, which it lets go unless the graph is kept."""
+    saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()
+    return saved
+
+
+def train_block(
     x: Tensor,
-    prepared: Prepared,
+    c: Tensor,
+    prepared: Prepared | None,
     weights: BlockWeights,
     settings: Settings,
-    *,
-    fused_cast: FusedCast | None = None,
-    in_place: bool = False,
+    across: Across | None = None,
 ) -> Tensor:
-    """The forward pass alone of one image, without gradients; arguments as of `train_block`, but with folded gates.
+    """`RasterBlock` by names.
 
-    With a fused cast, the next block's weights are prepared too. In place, **x is overwritten**: the sums need no copy.
+    Args:
+        x: (B, T, D) in raster order, in the dtype of the products.
+        c: (B, D), the condition after its SiLU.
+        prepared: Without folded gates; None within torch.compile, where it is still to be computed.
+        weights: The block's.
+        settings: Its settings.
+        across: As of `Ahead`.
+
+    Returns:
+        (B, T, D) in x's dtype.
     """
-    w, p, grid, order = weights, prepared.products, settings.grid, settings.order
-    shift1, scale1, _, shift2, scale2, _ = prepared.modulation.chunk(6, dim=1)
-    ops = operations_for(x)
-    h, _ = ops.norm(x, shift1, scale1, w.norm1, settings.norm, EPS, x.dtype)
-    halved = fused_cast is not None and h.shape[1] <= passes_for(x.device).halved_tokens
-    projected = _linear_in_halves(h, p.in_proj) if halved else linear(h, p.in_proj)
-    y, _ = ops.mixer(
-        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, False
-    )
-    x = x if in_place else x.clone()
-    x[0].addmm_(y[0], p.o_proj.T)
-    h, _ = ops.norm(x, shift2, scale2, w.norm2, settings.norm, EPS, x.dtype)
-    hidden = ops.up(h, p.gate_proj, False)[0] if fused_cast is None else fused_cast.project_up(h, p.gate_proj)
-    x[0].addmm_(hidden[0], p.down_proj.T)
-    if w.conv_weight is None or w.conv_bias is None:
-        return x
-    return ops.srem(x, None, None, w.conv_weight, w.conv_bias, *grid, *order)
-
-
-def infer_images(x: Tensor, prepared: Prepared, weights: BlockWeights, settings: Settings) -> Tensor:
-    """The forward pass alone of images with a condition each; arguments as of `train_block`: no gate is folded.
-
-    What only a backward pass reads is not written: above all SwiGLU's input, the largest tensor of a block.
-    """
-    w, p, norm, order = weights, prepared.products, settings.norm, order_code(settings.order)
-    shift1, scale1, gate1, shift2, scale2, gate2 = prepared.modulation.chunk(6, dim=1)
-    ops = operations_for(x)
-    h, _ = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
-    projected = linear(h, p.in_proj)
-    y, _ = ops.mixer(
-        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *settings.grid, order, EPS, False
-    )
-    del projected
-    x, h, _ = ops.residual_norm(x, linear(y, p.o_proj), gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-    del y
-    hidden = ops.up(h, p.gate_proj, False)[0]
-    return add_and_convolve(ops, x, linear(hidden, p.down_proj), gate2, w, settings)
+    modulation: Tensor | None = None
+    copies: list[Tensor | None] = [None] * _PRODUCTS
+    if prepared is not None:
+        # A parameter that is its own copy goes in once, so that it has one gradient.
+        pairs = zip(prepared.products, weights.products, strict=True)
+        copies = [None if copy is weight else copy for copy, weight in pairs]
+        modulation = prepared.modulation
+    out: Tensor = RasterBlock.apply(x, c, settings, across, modulation, *copies, *weights)
+    return out
 
 
 def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, ahead: Ahead | None = None) -> Tensor:
@@ -98,13 +132,18 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     fold_gates = folds_gates(x, weights)
     activated = F.silu(c) if ahead is None else ahead.activated
     prepared = None if ahead is None else ahead.prepared
-    if prepared is None:
+    compiling = torch.compiler.is_compiling()
+    if prepared is None and not compiling:
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)
     if torch.is_grad_enabled():
         return train_block(x, activated, prepared, weights, settings, None if ahead is None else ahead.across)
+    fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
+    if prepared is None or compiling:
+        return raster_compiled.infer(
+            x, activated, prepared, weights, settings, fold_gates=fold_gates, fused_cast=fused_cast
+        )
     if not fold_gates:
         return infer_images(x, prepared, weights, settings)
-    fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
     return infer_block(x, prepared, weights, settings, fused_cast=fused_cast, in_place=in_place)
 
 

@@ -1,4 +1,4 @@
-"""One DiG block that trains, on this project's kernels and tokens in raster order: both passes written out.
+"""The passes of a DiG block that trains, on this project's kernels and tokens in raster order, written out.
 
 Autograd would keep what each operation read and add gradients up in passes of their own. Here a block keeps five
 tensors a token (its input, the fused projection, the sum between its halves, SwiGLU's input, the second half's output)
@@ -17,6 +17,7 @@ Shapes: B batch, T tokens, D width, F inner width of SwiGLU.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -24,10 +25,9 @@ import torch
 from torch import Tensor
 
 from dig.config import EPS
-from dig.ops.derivatives import refuse_second_derivatives
 from dig.ops.gla.mixer import order_code
 from dig.ops.linear import as_rows, weight_gradient
-from dig.ops.side_stream import Across, let_go, mark, on_side_stream, side_work, wait
+from dig.ops.side_stream import Across, let_go, mark, on_side_stream, wait
 from dig.raster_operations import (
     Operations,
     add_and_convolve,
@@ -36,81 +36,7 @@ from dig.raster_operations import (
     modulation_room,
     operations_for,
 )
-from dig.raster_weights import (
-    BlockWeights,
-    Prepared,
-    Products,
-    Settings,
-    adaln_backward,
-    cast_products,
-)
-
-
-class RasterBlock(torch.autograd.Function):
-    """`dig.model.DiGBlock` in raster order, for `train_block`, which names the arguments.
-
-    Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
-    the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come `Products` (None
-    where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the products nothing is
-    differentiated: gradients go to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        c: Tensor,
-        settings: Settings,
-        across: Across | None,
-        modulation: Tensor,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        """(B, T, D) in x's dtype."""
-        w = BlockWeights._make(tensors[_PRODUCTS:])
-        copies = zip(tensors[:_PRODUCTS], w.products, strict=True)
-        p = Products._make(weight if copy is None else copy for copy, weight in copies)
-        norm, grid, order = settings.norm, settings.grid, settings.order
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        ops = operations_for(x)
-        h, stats1 = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
-        projected = linear(h, p.in_proj)
-        y, states = ops.mixer(
-            projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, True
-        )
-        branch1 = linear(y, p.o_proj)
-        x1, h, stats2 = ops.residual_norm(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-        hidden, gate_up = ops.up(h, p.gate_proj, True)
-        branch2 = linear(hidden, p.down_proj)
-        del hidden
-        out = add_and_convolve(ops, x1, branch2, gate2, w, settings)
-        # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for
-        # the gates anyway: their copies would take half as much as the weights.
-        kept = Kept(
-            x=x,
-            projected=projected,
-            states=states,
-            x1=x1,
-            gate_up=gate_up,
-            branch1=None if x.shape[0] == 1 else branch1,
-            branch2=branch2,
-            stats1=stats1,
-            stats2=stats2,
-            modulation=modulation,
-            c=c,
-        )
-        ctx.save_for_backward(*kept, *tensors[_PRODUCTS:])
-        ctx.settings, ctx.across = settings, across
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, c and the parameters; None for a parameter that is frozen."""
-        refuse_second_derivatives()
-        needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
-        with side_work(dout.device) if ctx.across is None else ctx.across.part(dout.device):
-            dx, dc, gradients = _backward(ctx, dout.contiguous(), needed)
-        weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
-        return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
+from dig.raster_weights import BlockWeights, Products, Settings, adaln_backward, cast_products
 
 
 class Kept(NamedTuple):
@@ -143,20 +69,83 @@ class Kept(NamedTuple):
     c: Tensor
 
 
-_PRODUCTS, _WEIGHTS, _KEPT = (len(record._fields) for record in (Products, BlockWeights, Kept))
+_KEPT = len(Kept._fields)
 
 
-def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Tensor | None, BlockWeights]:
-    """Gradients of x, of c and of the parameters; ``needed`` says by name which of these are asked for."""
-    saved = ctx.saved_tensors
-    w = BlockWeights._make(saved[_KEPT:])
-    x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept._make(saved[:_KEPT])
-    del saved
-    if not torch.compiler.is_compiling():
-        # Unless the graph is kept, each tensor can go when the last kernel that reads it has been launched.
-        ctx.maybe_clear_saved_tensors()
-    settings: Settings = ctx.settings
-    across: Across | None = ctx.across
+def forward_pass(
+    x: Tensor, c: Tensor, modulation: Tensor, p: Products, w: BlockWeights, settings: Settings
+) -> tuple[Tensor, Kept]:
+    """The forward pass of a block that trains, and what its backward pass needs beside the parameters.
+
+    Args:
+        x: (B, T, D) in raster order, in the dtype of the products.
+        c: (B, D), the condition after its SiLU.
+        modulation: (B, 6D), adaLN's output.
+        p: The weights of the products in x's dtype, no gates folded in.
+        w: The block's parameters.
+        settings: Its settings.
+
+    Returns:
+        (B, T, D) in x's dtype; and `Kept`, which holds x, c and the modulation as they are.
+    """
+    norm, grid, order = settings.norm, settings.grid, settings.order
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+    ops = operations_for(x)
+    h, stats1 = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
+    projected = linear(h, p.in_proj)
+    y, states = ops.mixer(
+        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, True
+    )
+    branch1 = linear(y, p.o_proj)
+    x1, h, stats2 = ops.residual_norm(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
+    hidden, gate_up = ops.up(h, p.gate_proj, True)
+    branch2 = linear(hidden, p.down_proj)
+    del hidden
+    out = add_and_convolve(ops, x1, branch2, gate2, w, settings)
+    # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for the
+    # gates anyway: their copies would take half as much as the weights.
+    return out, Kept(
+        x=x,
+        projected=projected,
+        states=states,
+        x1=x1,
+        gate_up=gate_up,
+        branch1=None if x.shape[0] == 1 else branch1,
+        branch2=branch2,
+        stats1=stats1,
+        stats2=stats2,
+        modulation=modulation,
+        c=c,
+    )
+
+
+def backward_pass(
+    saved: Callable[[], Sequence[Tensor | None]],
+    dout: Tensor,
+    settings: Settings,
+    needed: BlockWeights,
+    *,
+    condition: bool,
+    across: Across | None,
+) -> tuple[Tensor, Tensor | None, BlockWeights]:
+    """The backward pass of `forward_pass`.
+
+    Args:
+        saved: Gives `Kept` and then `BlockWeights`, field by field, and holds none of them any longer where nobody else
+            asks for them: each tensor can then go when the last kernel that reads it has been launched.
+        dout: (B, T, D), contiguous.
+        settings: The block's.
+        needed: Whether a parameter's gradient is asked for, by its name.
+        condition: Whether c's is.
+        across: Of the side work that runs on into the next block; None where it ends with this one.
+
+    Returns:
+        Gradients of x, of c, and of the parameters. What is not asked for may be None.
+    """
+    tensors = saved()
+    w = BlockWeights._make(tensors[_KEPT:])
+    x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept._make(tensors[:_KEPT])
+    del tensors
     norm, grid, order = settings.norm, settings.grid, settings.order
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = x.shape[0] == 1
@@ -222,7 +211,7 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm, *room[:2]
     )
     dc = dadaln_weight = dadaln_bias = None
-    if ctx.needs_input_grad[1] or needed.adaln_weight or needed.adaln_bias:
+    if condition or needed.adaln_weight or needed.adaln_bias:
         parts = [dshift1, dscale1, dgate1, dshift2, dscale2, dgate2]
         with on_side_stream(*parts, c):
             dmodulation = torch.cat(parts, dim=1) if dmodulation is None else dmodulation
@@ -249,29 +238,6 @@ def _backward(ctx: Any, dout: Tensor, needed: BlockWeights) -> tuple[Tensor, Ten
         adaln_bias=dadaln_bias,  # type: ignore[arg-type]
     )
     return dx, dc, gradients
-
-
-def train_block(
-    x: Tensor, c: Tensor, prepared: Prepared, weights: BlockWeights, settings: Settings, across: Across | None = None
-) -> Tensor:
-    """`RasterBlock` by names.
-
-    Args:
-        x: (B, T, D) in raster order, in the dtype of the products.
-        c: (B, D), the condition after its SiLU.
-        prepared: Without folded gates.
-        weights: The block's.
-        settings: Its settings.
-        across: As of `Ahead`.
-
-    Returns:
-        (B, T, D) in x's dtype.
-    """
-    # A parameter that is its own copy goes in once, so that it has one gradient.
-    pairs = zip(prepared.products, weights.products, strict=True)
-    copies = [None if copy is weight else copy for copy, weight in pairs]
-    out: Tensor = RasterBlock.apply(x, c, settings, across, prepared.modulation, *copies, *weights)
-    return out
 
 
 def _as(gradient: Tensor | None, weight: Tensor) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dig import raster, raster_block, raster_weights
+from dig import raster, raster_block, raster_inference, raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops.adaln import fused as adaln
 from dig.ops.gla import launches
@@ -197,7 +197,7 @@ def test_weights_cast_in_a_gemm_change_no_bit(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("tokens", [1, 6, 15])
 def test_a_projection_in_halves(tokens: int) -> None:
     x, weight = torch.randn(1, tokens, 48, device=DEVICE), torch.randn(50, 48, device=DEVICE)
-    found = raster_block._linear_in_halves(x, weight)
+    found = raster_inference._linear_in_halves(x, weight)
     assert found.shape == (1, tokens, 50)
     assert relative_error(found, x.double() @ weight.double().T) < 1e-5
 

@@ -68,5 +68,5 @@ def condition(
 def _(
     t: Tensor, y: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
-    c = torch.empty(len(t), len(first), dtype=table.dtype, device=t.device)
+    c = torch.empty(t.shape[0], first.shape[0], dtype=table.dtype, device=t.device)
     return c, torch.empty_like(c)

@@ -106,12 +106,12 @@ def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor
 
 @modulation.register_fake
 def _(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.empty(len(c), len(weight), dtype=weight.dtype, device=c.device)
+    return torch.empty(c.shape[0], weight.shape[0], dtype=weight.dtype, device=c.device)
 
 
 @modulation_backward.register_fake
 def _(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return empty(c), empty(weight), torch.empty(len(weight), dtype=weight.dtype, device=c.device)
+    return empty(c), empty(weight), torch.empty(weight.shape[0], dtype=weight.dtype, device=c.device)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

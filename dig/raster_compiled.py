@@ -1,0 +1,202 @@
+"""A DiG block's passes on this project's kernels as operations that ``torch.compile`` takes whole.
+
+Traced, a block is some 17 operations a training step. Each is called by Inductor's wrapper through PyTorch's dispatcher
+and asks anew about its tensors, which costs the host more than its launches: compiled, DiG took longer outside of CUDA
+graphs than as it is. Between the passes' operations the compiler finds nothing to fuse. So here each pass is one, and
+does inside what it does where nobody compiles: it launches directly, and within a CUDA graph on a side stream too.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dig.ops.side_stream import side_work
+from dig.raster_inference import infer_block, infer_images
+from dig.raster_training import Kept, backward_pass, forward_pass
+from dig.raster_weights import BlockWeights, FusedCast, Prepared, Products, Settings, prepare_block, settings_of
+from dig.scan import ScanOrder
+
+_OWN = tuple(name for name in Kept._fields if name not in ("x", "c", "modulation", "branch1"))
+"""What a forward pass makes in any case, of what it keeps."""
+
+
+def train(
+    x: Tensor, c: Tensor, modulation: Tensor | None, copies: Sequence[Tensor | None], w: BlockWeights, s: Settings
+) -> tuple[Tensor, Kept]:
+    """`forward_pass` as one operation.
+
+    Args:
+        x: As there, as are c, w and s.
+        c: After its SiLU.
+        modulation: (B, 6D); None where it is still to be computed.
+        copies: `Products` as the GEMMs take them, None for those that are the parameters themselves; not read without a
+            modulation.
+        w: The block's parameters.
+        s: Its settings.
+    """
+    out, *made = torch.ops.dig.train_block(x, c, modulation, copies, w, *_numbers(s))
+    kept = dict(zip(_OWN, made, strict=False))
+    rest = iter(made[len(_OWN) :])
+    branch1 = None if x.shape[0] == 1 else next(rest)
+    modulation = next(rest) if modulation is None else modulation
+    return out, Kept(x=x, c=c, modulation=modulation, branch1=branch1, **kept)
+
+
+def go_back(
+    saved: Sequence[Tensor | None], dout: Tensor, s: Settings, needed: BlockWeights, *, condition: bool
+) -> tuple[Tensor, Tensor | None, BlockWeights]:
+    """`backward_pass` as one operation; arguments as there, gradients of what is asked for alone."""
+    dx, *rest = torch.ops.dig.train_block_backward(dout, saved, list(needed), condition, *_numbers(s))
+    gradients = iter(rest)
+    dc = next(gradients) if condition else None
+    return dx, dc, BlockWeights._make(next(gradients) if asked else None for asked in needed)
+
+
+def infer(
+    x: Tensor,
+    c: Tensor,
+    prepared: Prepared | None,
+    w: BlockWeights,
+    s: Settings,
+    *,
+    fold_gates: bool,
+    fused_cast: FusedCast | None = None,
+) -> Tensor:
+    """`infer_block` (with ``fold_gates``) or `infer_images` as one operation; x is left as it is.
+
+    Args:
+        x: As there, as are w, s and ``fused_cast``.
+        c: After its SiLU.
+        prepared: None where it is still to be computed.
+        w: The block's parameters.
+        s: Its settings.
+        fold_gates: Whether the block takes weights with folded gates.
+        fused_cast: Of the next block's weights.
+    """
+    modulation, copies = (None, ()) if prepared is None else (prepared.modulation, prepared.products)
+    after = () if fused_cast is None else (*fused_cast.products, fused_cast.modulation)
+    out, *cast = torch.ops.dig.infer_block(x, c, modulation, copies, w, after, fold_gates, *_numbers(s))
+    if fused_cast is not None:
+        fused_cast.prepared = Prepared(modulation=fused_cast.modulation, products=Products._make(cast))
+    result: Tensor = out
+    return result
+
+
+def _numbers(s: Settings) -> tuple[str, int, int, int, bool, bool]:
+    return s.norm, s.heads, *s.grid, *s.order
+
+
+def _settings(norm: str, heads: int, rows: int, columns: int, transposed: bool, reversed: bool) -> Settings:
+    return settings_of(norm, heads, (rows, columns), ScanOrder(transposed, reversed))
+
+
+def _prepared(
+    x: Tensor,
+    c: Tensor,
+    modulation: Tensor | None,
+    copies: Sequence[Tensor | None],
+    w: BlockWeights,
+    *,
+    fold_gates: bool = False,
+) -> Prepared:
+    if modulation is None:
+        return prepare_block(w, c, x.dtype, fold_gates=fold_gates)
+    pairs = zip(copies, w.products, strict=True)
+    return Prepared(modulation=modulation, products=Products._make(b if a is None else a for a, b in pairs))
+
+
+def _train_block(
+    x: Tensor,
+    c: Tensor,
+    modulation: Tensor | None,
+    copies: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    norm: str,
+    heads: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    reversed: bool,
+) -> list[Tensor]:
+    """The result; what is kept, by `_OWN`; the first branch of several images; a modulation that was computed."""
+    w = BlockWeights._make(weights)
+    with torch.no_grad(), side_work(x.device):
+        p = _prepared(x, c, modulation, copies, w)
+        s = _settings(norm, heads, rows, columns, transposed, reversed)
+        out, kept = forward_pass(x, c, p.modulation, p.products, w, s)
+    found = [out, *(getattr(kept, name) for name in _OWN)]
+    if kept.branch1 is not None:
+        found.append(kept.branch1)
+    if modulation is None:
+        found.append(p.modulation)
+    return found
+
+
+def _train_block_backward(
+    dout: Tensor,
+    saved: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    condition: bool,
+    norm: str,
+    heads: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    reversed: bool,
+) -> list[Tensor]:
+    """Gradients of x, of c if it is asked for, and of those parameters that are."""
+    s = _settings(norm, heads, rows, columns, transposed, reversed)
+    asked = BlockWeights._make(needed)
+    with torch.no_grad(), side_work(dout.device):
+        dx, dc, gradients = backward_pass(lambda: saved, dout, s, asked, condition=condition, across=None)
+    wanted = [gradient for gradient, wants in zip((dc, *gradients), (condition, *needed), strict=True) if wants]
+    found = [dx, *(gradient for gradient in wanted if gradient is not None)]
+    assert len(found) == 1 + len(wanted), "a gradient that was asked for was not computed"
+    return found
+
+
+def _infer_block(
+    x: Tensor,
+    c: Tensor,
+    modulation: Tensor | None,
+    copies: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    after: Sequence[Tensor],
+    fold_gates: bool,
+    norm: str,
+    heads: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    reversed: bool,
+) -> list[Tensor]:
+    """The result, and the next block's `Products` where they and its modulation are given by ``after``."""
+    w = BlockWeights._make(weights)
+    s = _settings(norm, heads, rows, columns, transposed, reversed)
+    with torch.no_grad():
+        p = _prepared(x, c, modulation, copies, w, fold_gates=fold_gates)
+        if not fold_gates:
+            return [infer_images(x, p, w, s)]
+        fused_cast = FusedCast(Products._make(after[:-1]), after[-1]) if after else None
+        out = infer_block(x, p, w, s, fused_cast=fused_cast)
+    if fused_cast is None:
+        return [out]
+    assert fused_cast.prepared is not None
+    return [out, *fused_cast.prepared.products]
+
+
+# By hand, for `torch.library.custom_op` puts Python of its own around each call, several times as long as the
+# dispatcher's. Nothing differentiates these: `dig.raster_block.RasterBlock` does.
+_LIBRARY = torch.library.Library("dig", "FRAGMENT")
+for _function in (_train_block, _train_block_backward, _infer_block):
+    _name = _function.__name__[1:]
+    _schema = torch.library.infer_schema(_function, mutates_args=())
+    _LIBRARY.define(f"{_name}{_schema}", tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    # Of tensors without values, the operations within tell the shapes.
+    torch.library.register_fake(f"dig::{_name}", _function, lib=_LIBRARY)

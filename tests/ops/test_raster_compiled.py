@@ -1,0 +1,218 @@
+"""A block's passes as torch.compile takes them: one operation each, with the numbers of the passes as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dig import raster, raster_compiled
+from dig.block import DiGBlock
+from dig.model import DiG
+from dig.ops.swiglu import products
+from dig.ops.tiles import INTERPRETER, sm90
+from dig.raster_inference import infer_block, infer_images
+from dig.raster_training import backward_pass, forward_pass
+from dig.raster_weights import BlockWeights, FusedCast, Prepared, Settings, prepare_block, settings_of
+from dig.scan import ScanOrder
+from tests.helpers import example
+from tests.ops.test_raster import BASE, DEVICE, twins
+
+CASES = {
+    "paper": BASE,
+    "release": replace(BASE, variant="release"),
+    "no convolution": replace(BASE, convolution="none"),
+    "skips": replace(BASE, skip="linear", variant="release"),
+}
+
+
+@contextmanager
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Within, the fused pass goes the way that it goes under torch.compile, which nothing traces; what it called."""
+    called: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for name in ("train", "go_back", "infer"):
+            patch.setattr(raster_compiled, name, noting(getattr(raster_compiled, name), name, called))
+        yield called
+
+
+def noting(run: Callable[..., Any], name: str, called: list[str]) -> Callable[..., Any]:
+    def noted(*given: Any, **named: Any) -> Any:
+        called.append(name)
+        return run(*given, **named)
+
+    return noted
+
+
+def results(kernels: DiG, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The output and every gradient that is asked for."""
+    kernels.zero_grad()
+    output = kernels(*inputs)
+    (output.float() * torch.linspace(-1, 1, output.numel(), device=DEVICE).view_as(output)).sum().backward()
+    return [output.detach(), *(p.grad.clone() for p in kernels.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "autocast"),
+    [
+        ("paper", 1, False),
+        ("release", 1, True),
+        ("release", 2, True),
+        ("no convolution", 2, False),
+        ("skips", 1, False),
+        *(pytest.param(name, 1 + i % 2, True, marks=pytest.mark.slow) for i, name in enumerate(CASES) if i != 1),
+    ],
+)
+def test_the_same_numbers(name: str, batch: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of training, where what precedes and follows the blocks may add up otherwise, and the same bits without."""
+    _, kernels = twins(replace(CASES[name], depth=4 if name == "skips" else 2))
+    inputs = example(kernels, batch)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        expected = results(kernels, inputs)
+        with compiling(monkeypatch) as called:
+            found = results(kernels, inputs)
+        assert called == ["train"] * len(kernels.blocks) + ["go_back"] * len(kernels.blocks)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        with torch.no_grad():
+            plain, before = kernels(*inputs), inputs[0].clone()
+            with compiling(monkeypatch) as called:
+                assert torch.equal(kernels(*inputs), plain)
+            assert called == ["infer"] * len(kernels.blocks)
+            assert torch.equal(inputs[0], before)
+
+
+def of_a_block(batch: int) -> tuple[Tensor, Tensor, BlockWeights, Settings]:
+    """Tokens, condition, weights and settings."""
+    _, kernels = twins(replace(BASE, depth=1))
+    (block,) = kernels.blocks
+    assert isinstance(block, DiGBlock)
+    weights = block.weights()
+    assert weights is not None
+    detached = BlockWeights._make(None if w is None else w.detach() for w in weights)
+    settings = settings_of("rms", 1, kernels.grid, ScanOrder(transposed=True, reversed=True))
+    tokens = torch.randn(batch, kernels.grid[0] * kernels.grid[1], 64, device=DEVICE)
+    return tokens, torch.randn(batch, 64, device=DEVICE), detached, settings
+
+
+def kept_by(x: Tensor, c: Tensor, w: BlockWeights, s: Settings) -> list[Tensor | None]:
+    prepared = prepare_block(w, c, x.dtype, fold_gates=False)
+    _, kept = forward_pass(x, c, prepared.modulation, prepared.products, w, s)
+    return [*kept, *w]
+
+
+FROZEN = {
+    "all are asked for": (),
+    "products are frozen": ("in_proj", "gate_proj", "o_proj", "down_proj"),
+    "no modulation": ("adaln_weight", "adaln_bias", "conv_weight"),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("which", FROZEN)
+def test_gradients_that_are_asked_for_are_those_of_the_pass(which: str, batch: int) -> None:
+    x, c, w, s = of_a_block(batch)
+    dout = torch.randn_like(x)
+    needed: Any = BlockWeights._make(name not in FROZEN[which] for name in BlockWeights._fields)
+    condition = which == "all are asked for"
+    saved = kept_by(x, c, w, s)
+    with torch.no_grad():
+        expected = backward_pass(lambda: saved, dout, s, needed, condition=condition, across=None)
+    dx, dc, gradients = raster_compiled.go_back(saved, dout, s, needed, condition=condition)
+    assert torch.equal(dx, expected[0])
+    assert torch.equal(dc, expected[1]) if condition else dc is None
+    for ours, theirs, asked in zip(gradients, expected[2], needed, strict=True):
+        assert torch.equal(ours, theirs) if asked else ours is None
+
+
+def calls(batch: int) -> dict[str, tuple[tuple[Any, ...], Callable[[], object]]]:
+    """Arguments of each operation, and what it stands for."""
+    x, c, w, s = of_a_block(batch)
+    numbers = raster_compiled._numbers(s)
+    saved = kept_by(x, c, w, s)
+    frozen: Any = BlockWeights._make(name != "gate_proj" for name in BlockWeights._fields)
+
+    def infer() -> Tensor:
+        prepared = prepare_block(w, c, x.dtype, fold_gates=batch == 1)
+        return infer_block(x, prepared, w, s) if batch == 1 else infer_images(x, prepared, w, s)
+
+    return {
+        "train_block": ((x, c, None, [], list(w), *numbers), lambda: kept_by(x, c, w, s)),
+        "train_block_backward": (
+            (x, saved, list(frozen), False, *numbers),
+            lambda: backward_pass(lambda: saved, x, s, frozen, condition=False, across=None),
+        ),
+        "infer_block": ((x, c, None, [], list(w), [], batch == 1, *numbers), infer),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["train_block", "train_block_backward", "infer_block"])
+def test_operations_are_registered_soundly(name: str, batch: int) -> None:
+    """Nothing is changed or aliased, and what stands for tensors without values has their shapes and strides."""
+    arguments, _ = calls(batch)[name]
+    torch.library.opcheck(getattr(torch.ops.dig, name), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["train_block", "train_block_backward", "infer_block"])
+def test_they_count_what_is_in_them(name: str, batch: int) -> None:
+    arguments, inside = calls(batch)[name]
+    assert raster is not None  # which registers the formulas
+    totals = []
+    for run in (lambda: getattr(torch.ops.dig, name)(*arguments), inside):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+def test_the_next_blocks_weights_are_cast_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = replace(sm90.PRODUCTS.wide["up alone"], depth=16)
+    monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
+    choices = replace(INTERPRETER.products, narrow_width=0, share=(128, 128))
+    monkeypatch.setattr(products, "for_device", lambda _: replace(INTERPRETER, products=choices))
+    x, c, w, s = of_a_block(1)
+    x = x.bfloat16()
+    with torch.no_grad():
+        prepared = prepare_block(w, c, x.dtype, fold_gates=True)
+        casts = [FusedCast(w.products, prepared.modulation) for _ in range(2)]
+        expected = infer_block(x, prepared, w, s, fused_cast=casts[0])
+        found = raster_compiled.infer(x, c, prepared, w, s, fold_gates=True, fused_cast=casts[1])
+    assert torch.equal(found, expected)
+    made: list[Prepared] = [cast.prepared for cast in casts if cast.prepared is not None]
+    assert len(made) == 2
+    for ours, theirs in zip(made[1].products, made[0].products, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs)
+
+
+def test_a_fused_block_that_is_told_to_compile_is_left_as_it_is() -> None:
+    """One whose parts somebody has to see called is compiled, as is every one of the reference."""
+    reference, kernels = twins(replace(BASE, depth=2))
+    kernels.blocks[1].attn.o_proj.register_forward_hook(lambda *_: None)
+    for model in (reference, kernels):
+        for block in model.blocks:
+            block.compile(backend="eager")
+    compiled = [block._compiled_call_impl is not None for block in (*reference.blocks, *kernels.blocks)]
+    assert compiled == [True, True, False, True]
+
+
+@pytest.mark.slow
+def test_batches_that_grow_are_compiled_once_more() -> None:
+    """The second size makes the batch a symbol; the third compiles nothing."""
+    _, kernels = twins(replace(BASE, depth=1))
+    compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        inputs = example(kernels, batch)
+        with torch.compiler.set_stance("fail_on_recompile" if batch == 5 else "default"):
+            found = results(compiled, inputs)
+        for ours, theirs in zip(found, results(kernels, inputs), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
