@@ -56,10 +56,10 @@ def may_install(session: nox.Session) -> bool:
     return not isinstance(session.virtualenv, nox.virtualenv.PassthroughEnv)
 
 
-def in_parallel() -> tuple[str, ...]:
-    """The options of pytest that share tests out among processes."""
-    cores = str(max(1, min(4, os.cpu_count() or 1)))
-    return "-n", cores, "--dist", "worksteal"
+def in_parallel(beyond: int = 0) -> tuple[str, ...]:
+    """The options of pytest that share tests out among processes: one a core, and so many beyond."""
+    cores = max(1, min(4, os.cpu_count() or 1))
+    return "-n", str(cores + beyond), "--dist", "worksteal"
 
 
 def without_pin(requirement: str) -> str:
@@ -111,11 +111,11 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-def run_tests(session: nox.Session, *chosen: str) -> None:
+def run_tests(session: nox.Session, *chosen: str, beyond: int = 0) -> None:
     """Run tests side by side, those chosen or those that the command line names."""
     # Without bytecode on the disk every process would compile the tests anew, with pytest's rewriting of assertions.
     env = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": None}
-    session.run("pytest", *in_parallel(), *(session.posargs or chosen), env=env)
+    session.run("pytest", *in_parallel(beyond), *(session.posargs or chosen), env=env)
 
 
 @nox.session
@@ -131,7 +131,8 @@ def tests_slow(session: nox.Session) -> None:
     """Run the slow tests: real processes, killed and gone on with; and those on drawn inputs, with more of them."""
     if may_install(session):
         install(session, "test", extras="train")
-    run_tests(session, "-m", "(slow or hypothesis) and not tables", "--hypothesis-profile", "many")
+    # Half of their time they wait for processes of their own.
+    run_tests(session, "-m", "(slow or hypothesis) and not tables", "--hypothesis-profile", "many", beyond=1)
 
 
 @nox.session

@@ -152,6 +152,8 @@ def _measure(job: RankJob, ranks: Ranks, kept: _Kept, tell: Callable[[Phase], No
     kernels = _check_names(case, names)
     del run
     silent_ms = _silent(step, parallel, ranks, case, budget)
+    if parallel.windows is not None:
+        parallel.windows.check(ranks.gather)
     marks: list[Mark] = watch.marks() if case.device == "cuda" else []
     if timed.warmup == "bound":
         marks.append("unsteady")

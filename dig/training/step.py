@@ -34,6 +34,7 @@ from dig.training.lora import attach
 from dig.training.shares import local, whole
 
 if TYPE_CHECKING:
+    from dig.training.parallel.copying import Windows
     from dig.training.parallel.wrapping import Kind, Parallel, Sending
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,11 @@ class TrainingStep:
     def sending(self) -> str:
         """How ranks send, ``collectives`` or ``copies``; empty of one process."""
         return "" if self._parallel is None else self._parallel.sending
+
+    @property
+    def windows(self) -> Windows | None:
+        """What ranks copy out of; None without copies."""
+        return None if self._parallel is None else self._parallel.windows
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the run's future depends on, by name; not copies."""

@@ -118,6 +118,23 @@ def test_a_window_is_known_by_what_was_lent() -> None:
     assert found.behind(torch.zeros(8)) is None
 
 
+def test_ranks_that_were_lent_other_windows_are_told() -> None:
+    """One lets go of its first tensor before it asks again, the other only after."""
+    ours, theirs = windows(), windows()
+    for found in (ours, theirs):
+        held = lend(found, 8)
+        if found is ours:
+            del held
+        lend(found, 8)
+    orders: list[int] = []
+    for found in (ours, theirs):
+        found.check(lambda order: [orders.append(order) or order])  # type: ignore[func-returns-value]
+    assert orders[0] != orders[1]
+    with pytest.raises(copying.WindowsDifferError, match="lent other windows than each other"):
+        ours.check(lambda order: [order, orders[1]])
+    ours.check(lambda order: [order, orders[0]])
+
+
 def test_a_capture_makes_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -27,6 +27,7 @@ from dig.training.data.loader import default_workers
 from dig.training.needs import training_needs
 from dig.training.parallel import Ranks
 from dig.training.parallel.agreement import RanksDifferError, check_alike, code_sha256, facts, family_sha256
+from dig.training.parallel.copying import Windows, WindowsDifferError
 from dig.training.parallel.team import Together
 from dig.training.parallel.watching import Beat, Watch
 from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
@@ -120,6 +121,18 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, ranks: Ranks, watch: Wa
     with pytest.raises(CheckpointError, match=r"model\.x is not finite after step 3"):
         team.save(tmp_path, 3, {"model.x": torch.tensor([1.0, float("nan")])}, {}, keep=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_ranks_read_out_of_other_windows_is_not_saved(
+    tmp_path: Path, ranks: Ranks, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team = Together(ranks, "ddp", watch)
+    team._windows = Windows(ranks.control)
+    team.save(tmp_path, 3, {"model.x": torch.ones(2)}, {}, keep=2)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value + 1])
+    with pytest.raises(WindowsDifferError, match="lent other windows"):
+        team.save(tmp_path, 4, {"model.x": torch.ones(2)}, {}, keep=2)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["step-00000003.shards"]
 
 
 def test_a_disk_that_is_full_is_said(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,6 +110,10 @@ def _refuse_capture(nbytes: int) -> None:
         )
 
 
+class WindowsDifferError(ValueError):
+    """Ranks that copy were lent other windows than each other, so what they read of their peers was something else."""
+
+
 @dataclass(eq=False)
 class _Lent:
     """A window, and to whom it was lent last."""
@@ -128,7 +133,8 @@ class Windows:
     lets the streams that gather wait for the copy out of it; before it drops what was reduced, the stream of the
     backward pass for the reduction, of which the last thing is that all ranks meet.
 
-    All ranks must ask for the same in the same order; then they are lent the same windows.
+    All ranks must ask for the same in the same order, and let go of it likewise; then they are lent the same windows
+    (`check`).
 
     Args:
         group: Whose ranks read them.
@@ -139,6 +145,7 @@ class Windows:
         self.rank, self.ranks = group.rank(), group.size()
         self._make = make or (lambda nbytes, device: SymmetricWindow.new(nbytes, device, group))
         self._lent: list[_Lent] = []
+        self._order = 0
 
     @property
     def count(self) -> int:
@@ -166,9 +173,11 @@ class Windows:
         memory = window.of(self.rank)
         tensor = StorageWeakRef(memory.untyped_storage())
         if lent is None:
-            self._lent.append(_Lent(window, nbytes, stream, tensor, memory.data_ptr()))
+            lent = _Lent(window, nbytes, stream, tensor, memory.data_ptr())
+            self._lent.append(lent)
         else:
             lent.tensor, lent.address = tensor, memory.data_ptr()
+        self._order = zlib.crc32(f"{self._lent.index(lent)} {nbytes}".encode(), self._order)
         return memory[:nbytes].view(dtype)
 
     def behind(self, tensor: Tensor) -> Window | None:
@@ -176,6 +185,21 @@ class Windows:
         address = tensor.data_ptr()
         found = (lent.window for lent in self._lent if lent.address == address and not lent.tensor.expired())
         return next(found, None)
+
+    def check(self, gather: Callable[[int], list[int]]) -> None:
+        """See that all ranks were lent the same windows so far. All must ask.
+
+        Args:
+            gather: Gives what each rank gives.
+
+        Raises:
+            WindowsDifferError: They were not; on all ranks.
+        """
+        if len(set(gather(self._order))) > 1:
+            raise WindowsDifferError(
+                "ranks that copy were lent other windows than each other, and read wrong values: what they computed "
+                "since is lost; send by collectives"
+            )
 
     def others(self) -> list[int]:
         """The other ranks, from the next one on: no two ranks begin with the same one."""

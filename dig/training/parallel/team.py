@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dig.training.config import TrainConfig
 from dig.training.parallel.agreement import check_alike, facts
+from dig.training.parallel.copying import Windows
 from dig.training.parallel.ranks import Ranks, Votes
 from dig.training.parallel.shards import ShardWriter, give_name, load_folder, shapes_of
 from dig.training.parallel.watching import Watch
@@ -62,6 +63,7 @@ class Together(Team):
         self.kind: Kind = kind
         self.sharded = kind == "fsdp"
         self._sending: Sending = sending
+        self._windows: Windows | None = None
         self._remedy = ""
         self._ranks = ranks
         self._watch = watch
@@ -88,6 +90,7 @@ class Together(Team):
         """The step, whose model is wrapped; each rank's own draws are its own."""
         self.doing("building the model")
         step = build_step(config, first, self.kind, self._sending)
+        self._windows = step.windows
         self._watch.remedy = self._remedy
         torch.manual_seed((config.seed * SEEDS + self.rank + 1) % 2**63)
         return step
@@ -184,8 +187,11 @@ class Together(Team):
 
         Raises:
             CheckpointError: A tensor is not finite on some rank.
+            WindowsDifferError: Ranks that copy have read something else than they asked for.
         """
         self.saved()
+        if self._windows is not None:
+            self._windows.check(self._ranks.gather)
         wrong = not_finite({name: local(tensor) for name, tensor in tensors.items()})
         if self.any(wrong is not None):
             name = next(found for found in self._ranks.gather(wrong) if found is not None)
