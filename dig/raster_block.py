@@ -30,7 +30,8 @@ class RasterBlock(torch.autograd.Function):
     Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
     the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come `Products` (None
     where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the products nothing is
-    differentiated: gradients go to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
+    differentiated: gradients go to the parameters and to c. Within torch.compile both are None, and made in the pass.
+    Differentiable once (`dig.ops.derivatives`).
     """
 
     @staticmethod
@@ -45,10 +46,9 @@ class RasterBlock(torch.autograd.Function):
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
         copies, w = tensors[:_PRODUCTS], BlockWeights._make(tensors[_PRODUCTS:])
-        if torch.compiler.is_compiling():
-            out, kept = raster_compiled.train(x, c, modulation, copies, w, settings)
+        if modulation is None:
+            out, kept = raster_compiled.train(x, c, w, settings)
         else:
-            assert modulation is not None
             pairs = zip(copies, w.products, strict=True)
             p = Products._make(weight if copy is None else copy for copy, weight in pairs)
             out, kept = forward_pass(x, c, modulation, p, w, settings)
@@ -96,7 +96,7 @@ def train_block(
     Args:
         x: (B, T, D) in raster order, in the dtype of the products.
         c: (B, D), the condition after its SiLU.
-        prepared: Without folded gates; None within torch.compile, where it is still to be computed.
+        prepared: Without folded gates; None within torch.compile.
         weights: The block's.
         settings: Its settings.
         across: As of `Ahead`.
@@ -132,18 +132,19 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     fold_gates = folds_gates(x, weights)
     activated = F.silu(c) if ahead is None else ahead.activated
     prepared = None if ahead is None else ahead.prepared
-    compiling = torch.compiler.is_compiling()
-    if prepared is None and not compiling:
+    grad = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        # What a pass takes of the weights and the condition is part of its operation; nothing was made ahead of it.
+        if grad:
+            return train_block(x, activated, None, weights, settings)
+        return raster_compiled.infer(x, activated, weights, settings, fold_gates=fold_gates)
+    if prepared is None:
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)
-    if torch.is_grad_enabled():
+    if grad:
         return train_block(x, activated, prepared, weights, settings, None if ahead is None else ahead.across)
-    fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
-    if prepared is None or compiling:
-        return raster_compiled.infer(
-            x, activated, prepared, weights, settings, fold_gates=fold_gates, fused_cast=fused_cast
-        )
     if not fold_gates:
         return infer_images(x, prepared, weights, settings)
+    fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)
     return infer_block(x, prepared, weights, settings, fused_cast=fused_cast, in_place=in_place)
 
 

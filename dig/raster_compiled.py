@@ -18,33 +18,18 @@ from torch import Tensor
 from dig.ops.side_stream import side_work
 from dig.raster_inference import infer_block, infer_images
 from dig.raster_training import Kept, backward_pass, forward_pass
-from dig.raster_weights import BlockWeights, FusedCast, Prepared, Products, Settings, prepare_block, settings_of
+from dig.raster_weights import BlockWeights, Settings, prepare_block, settings_of
 from dig.scan import ScanOrder
 
-_OWN = tuple(name for name in Kept._fields if name not in ("x", "c", "modulation", "branch1"))
+_MADE = tuple(name for name in Kept._fields if name not in ("x", "c", "branch1"))
 """What a forward pass makes in any case, of what it keeps."""
 
 
-def train(
-    x: Tensor, c: Tensor, modulation: Tensor | None, copies: Sequence[Tensor | None], w: BlockWeights, s: Settings
-) -> tuple[Tensor, Kept]:
-    """`forward_pass` as one operation.
-
-    Args:
-        x: As there, as are c, w and s.
-        c: After its SiLU.
-        modulation: (B, 6D); None where it is still to be computed.
-        copies: `Products` as the GEMMs take them, None for those that are the parameters themselves; not read without a
-            modulation.
-        w: The block's parameters.
-        s: Its settings.
-    """
-    out, *made = torch.ops.dig.train_block(x, c, modulation, copies, w, *_numbers(s))
-    kept = dict(zip(_OWN, made, strict=False))
-    rest = iter(made[len(_OWN) :])
-    branch1 = None if x.shape[0] == 1 else next(rest)
-    modulation = next(rest) if modulation is None else modulation
-    return out, Kept(x=x, c=c, modulation=modulation, branch1=branch1, **kept)
+def train(x: Tensor, c: Tensor, w: BlockWeights, s: Settings) -> tuple[Tensor, Kept]:
+    """`prepare_block` and `forward_pass` as one operation; arguments as there."""
+    out, *made = torch.ops.dig.train_block(x, c, w, *_numbers(s))
+    branch1 = made.pop() if x.shape[0] > 1 else None
+    return out, Kept(x=x, c=c, branch1=branch1, **dict(zip(_MADE, made, strict=True)))
 
 
 def go_back(
@@ -57,34 +42,10 @@ def go_back(
     return dx, dc, BlockWeights._make(next(gradients) if asked else None for asked in needed)
 
 
-def infer(
-    x: Tensor,
-    c: Tensor,
-    prepared: Prepared | None,
-    w: BlockWeights,
-    s: Settings,
-    *,
-    fold_gates: bool,
-    fused_cast: FusedCast | None = None,
-) -> Tensor:
-    """`infer_block` (with ``fold_gates``) or `infer_images` as one operation; x is left as it is.
-
-    Args:
-        x: As there, as are w, s and ``fused_cast``.
-        c: After its SiLU.
-        prepared: None where it is still to be computed.
-        w: The block's parameters.
-        s: Its settings.
-        fold_gates: Whether the block takes weights with folded gates.
-        fused_cast: Of the next block's weights.
-    """
-    modulation, copies = (None, ()) if prepared is None else (prepared.modulation, prepared.products)
-    after = () if fused_cast is None else (*fused_cast.products, fused_cast.modulation)
-    out, *cast = torch.ops.dig.infer_block(x, c, modulation, copies, w, after, fold_gates, *_numbers(s))
-    if fused_cast is not None:
-        fused_cast.prepared = Prepared(modulation=fused_cast.modulation, products=Products._make(cast))
-    result: Tensor = out
-    return result
+def infer(x: Tensor, c: Tensor, w: BlockWeights, s: Settings, *, fold_gates: bool) -> Tensor:
+    """`prepare_block` and `infer_block` (with ``fold_gates``) or `infer_images` as one operation; x is left as is."""
+    out: Tensor = torch.ops.dig.infer_block(x, c, w, fold_gates, *_numbers(s))
+    return out
 
 
 def _numbers(s: Settings) -> tuple[str, int, int, int, bool, bool]:
@@ -95,26 +56,9 @@ def _settings(norm: str, heads: int, rows: int, columns: int, transposed: bool, 
     return settings_of(norm, heads, (rows, columns), ScanOrder(transposed, reversed))
 
 
-def _prepared(
-    x: Tensor,
-    c: Tensor,
-    modulation: Tensor | None,
-    copies: Sequence[Tensor | None],
-    w: BlockWeights,
-    *,
-    fold_gates: bool = False,
-) -> Prepared:
-    if modulation is None:
-        return prepare_block(w, c, x.dtype, fold_gates=fold_gates)
-    pairs = zip(copies, w.products, strict=True)
-    return Prepared(modulation=modulation, products=Products._make(b if a is None else a for a, b in pairs))
-
-
 def _train_block(
     x: Tensor,
     c: Tensor,
-    modulation: Tensor | None,
-    copies: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
     norm: str,
     heads: int,
@@ -123,18 +67,14 @@ def _train_block(
     transposed: bool,
     reversed: bool,
 ) -> list[Tensor]:
-    """The result; what is kept, by `_OWN`; the first branch of several images; a modulation that was computed."""
+    """The result; what is kept, by `_MADE`; and of several images the first branch."""
     w = BlockWeights._make(weights)
     with torch.no_grad(), side_work(x.device):
-        p = _prepared(x, c, modulation, copies, w)
+        p = prepare_block(w, c, x.dtype, fold_gates=False)
         s = _settings(norm, heads, rows, columns, transposed, reversed)
         out, kept = forward_pass(x, c, p.modulation, p.products, w, s)
-    found = [out, *(getattr(kept, name) for name in _OWN)]
-    if kept.branch1 is not None:
-        found.append(kept.branch1)
-    if modulation is None:
-        found.append(p.modulation)
-    return found
+    found = [out, *(getattr(kept, name) for name in _MADE)]
+    return found if kept.branch1 is None else [*found, kept.branch1]
 
 
 def _train_block_backward(
@@ -163,10 +103,7 @@ def _train_block_backward(
 def _infer_block(
     x: Tensor,
     c: Tensor,
-    modulation: Tensor | None,
-    copies: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
-    after: Sequence[Tensor],
     fold_gates: bool,
     norm: str,
     heads: int,
@@ -174,20 +111,12 @@ def _infer_block(
     columns: int,
     transposed: bool,
     reversed: bool,
-) -> list[Tensor]:
-    """The result, and the next block's `Products` where they and its modulation are given by ``after``."""
+) -> Tensor:
     w = BlockWeights._make(weights)
     s = _settings(norm, heads, rows, columns, transposed, reversed)
     with torch.no_grad():
-        p = _prepared(x, c, modulation, copies, w, fold_gates=fold_gates)
-        if not fold_gates:
-            return [infer_images(x, p, w, s)]
-        fused_cast = FusedCast(Products._make(after[:-1]), after[-1]) if after else None
-        out = infer_block(x, p, w, s, fused_cast=fused_cast)
-    if fused_cast is None:
-        return [out]
-    assert fused_cast.prepared is not None
-    return [out, *fused_cast.prepared.products]
+        run = infer_block if fold_gates else infer_images
+        return run(x, prepare_block(w, c, x.dtype, fold_gates=fold_gates), w, s)
 
 
 # By hand, for `torch.library.custom_op` puts Python of its own around each call, several times as long as the

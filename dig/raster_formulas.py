@@ -29,11 +29,9 @@ def _forward(x: Shape, w: BlockWeights) -> int:
     return products + mixer_flops(mixed, shapes.decay_weight, shapes.decay_bias, shapes.head_norm) + convolved
 
 
-def _run_block(
-    x: Shape, c: Shape, modulation: Shape | None, copies: Any, weights: Sequence[Any], *rest: Any, **named: Any
-) -> int:
+def _run_block(x: Shape, c: Shape, weights: Sequence[Any], *rest: Any, **named: Any) -> int:
     w: Any = BlockWeights._make(weights)
-    return _forward(x, w) + (0 if modulation else modulation_flops(c, w.adaln_weight))
+    return _forward(x, w) + modulation_flops(c, w.adaln_weight)
 
 
 def _train_block_backward(

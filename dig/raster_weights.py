@@ -134,13 +134,11 @@ class FusedCast:
         modulation: The later block's (1, 6D), which has the gates that go into its weights.
 
     Attributes:
-        products: As above.
-        modulation: As above.
         prepared: What comes of them; None until the earlier block has run.
     """
 
     def __init__(self, products: Products, modulation: Tensor) -> None:
-        self.products, self.modulation = products, modulation
+        self._products, self._modulation = products, modulation
         self.prepared: Prepared | None = None
 
     @staticmethod
@@ -150,9 +148,9 @@ class FusedCast:
 
     def project_up(self, h: Tensor, weight: Tensor) -> Tensor:
         """SwiGLU's result (B, T, F) from h (B, T, D) and the earlier block's weight (2F, D); fills in ``prepared``."""
-        gates = gates_of_one_image(self.modulation)
-        hidden, *copies = project_up_preparing(h, weight, self.products, gates)
-        self.prepared = Prepared(modulation=self.modulation, products=Products._make(copies))
+        gates = gates_of_one_image(self._modulation)
+        hidden, *copies = project_up_preparing(h, weight, self._products, gates)
+        self.prepared = Prepared(modulation=self._modulation, products=Products._make(copies))
         return hidden
 
 

@@ -15,11 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dig import raster, raster_compiled
 from dig.block import DiGBlock
 from dig.model import DiG
-from dig.ops.swiglu import products
-from dig.ops.tiles import INTERPRETER, sm90
 from dig.raster_inference import infer_block, infer_images
 from dig.raster_training import backward_pass, forward_pass
-from dig.raster_weights import BlockWeights, FusedCast, Prepared, Settings, prepare_block, settings_of
+from dig.raster_weights import BlockWeights, Settings, prepare_block, settings_of
 from dig.scan import ScanOrder
 from tests.helpers import example
 from tests.ops.test_raster import BASE, DEVICE, twins
@@ -144,12 +142,12 @@ def calls(batch: int) -> dict[str, tuple[tuple[Any, ...], Callable[[], object]]]
         return infer_block(x, prepared, w, s) if batch == 1 else infer_images(x, prepared, w, s)
 
     return {
-        "train_block": ((x, c, None, [], list(w), *numbers), lambda: kept_by(x, c, w, s)),
+        "train_block": ((x, c, list(w), *numbers), lambda: kept_by(x, c, w, s)),
         "train_block_backward": (
             (x, saved, list(frozen), False, *numbers),
             lambda: backward_pass(lambda: saved, x, s, frozen, condition=False, across=None),
         ),
-        "infer_block": ((x, c, None, [], list(w), [], batch == 1, *numbers), infer),
+        "infer_block": ((x, c, list(w), batch == 1, *numbers), infer),
     }
 
 
@@ -172,26 +170,6 @@ def test_they_count_what_is_in_them(name: str, batch: int) -> None:
             run()
         totals.append(counter.get_total_flops())
     assert totals[0] == totals[1] > 0
-
-
-def test_the_next_blocks_weights_are_cast_within(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = replace(sm90.PRODUCTS.wide["up alone"], depth=16)
-    monkeypatch.setattr(products, "tiles_for", lambda which, tokens, F: wide if which == "up alone" else None)
-    choices = replace(INTERPRETER.products, narrow_width=0, share=(128, 128))
-    monkeypatch.setattr(products, "for_device", lambda _: replace(INTERPRETER, products=choices))
-    x, c, w, s = of_a_block(1)
-    x = x.bfloat16()
-    with torch.no_grad():
-        prepared = prepare_block(w, c, x.dtype, fold_gates=True)
-        casts = [FusedCast(w.products, prepared.modulation) for _ in range(2)]
-        expected = infer_block(x, prepared, w, s, fused_cast=casts[0])
-        found = raster_compiled.infer(x, c, prepared, w, s, fold_gates=True, fused_cast=casts[1])
-    assert torch.equal(found, expected)
-    made: list[Prepared] = [cast.prepared for cast in casts if cast.prepared is not None]
-    assert len(made) == 2
-    for ours, theirs in zip(made[1].products, made[0].products, strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert torch.equal(ours, theirs)
 
 
 def test_a_fused_block_that_is_told_to_compile_is_left_as_it_is() -> None:
