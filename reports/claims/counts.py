@@ -8,7 +8,6 @@ from functools import cache
 from bench.inspect.counts import Counts, count
 from dig.family import FamilyError, UnknownModelError
 from dig.registry import find_family
-from reports.cells import number
 from reports.claims.errors import ClaimError
 from reports.claims.finding import Finding, about, together
 from reports.claims.spec import Count
@@ -72,7 +71,12 @@ def judge_count(claim: Count) -> Finding:
         source=claim.source,
         said=claim.said,
         verdict=together(verdicts),
-        measured=f"{', '.join(map(number, found))} {UNITS[claim.what]}",
+        measured=f"{', '.join(map(_to_digits, found, claim.values))} {UNITS[claim.what]}",
         command=command,
         notes=(f"{', '.join(claim.models)}; each may be {claim.within:g}% off",),
     )
+
+
+def _to_digits(value: float, said: str) -> str:
+    """To a digit more than was said, so that it can be held against that."""
+    return f"{value:.{len(said.partition('.')[2]) + 1}f}"

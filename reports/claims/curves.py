@@ -107,7 +107,7 @@ def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
     printed = ""
     if claim.quote:
         printed = readme.quoted(claim.quote)[1]
-        said = claim.quote.replace(HOLE, printed)
+        said = (claim.said or claim.quote).replace(HOLE, printed)
     if source is None or not found:
         where = source.name if source is not None else claim.rows
         note = f"no resolution in {where} at which both have rows"
@@ -134,7 +134,7 @@ def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
         said=said,
         verdict=verdict,
         measured=_said(middle, sizes),
-        interval=None if ahead or earliest is None or latest is None else (earliest, latest),
+        interval=None if ahead or earliest is None or latest is None else _around(earliest, latest, sizes),
         command=claim.command
         or (
             measuring_subjects([ours, peer])
@@ -161,6 +161,17 @@ def _rounding(text: str) -> float:
     return 0.5 * 10.0 ** (len(text) - len(text.rstrip("0")))
 
 
+def _around(earliest: float, latest: float, sizes: Sequence[int]) -> tuple[float, float]:
+    """The measured resolutions that the place surely lies between: how the times go from one to the next is not known.
+
+    Args:
+        earliest: Where it would be with every time at the end that favours ours.
+        latest: With every one at the other end.
+        sizes: Ascending.
+    """
+    return float(max((x for x in sizes if x < earliest), default=sizes[0])), float(min(x for x in sizes if x >= latest))
+
+
 def _said(middle: float | None, sizes: Sequence[int]) -> str:
     if middle is None:
         return f"not ahead at {sizes[-1]}, the largest measured"
@@ -169,7 +180,8 @@ def _said(middle: float | None, sizes: Sequence[int]) -> str:
         return f"ahead from {sizes[0]} pixels, {only} measured"
     after = next(size for size in sizes if size >= middle)
     before = max(size for size in sizes if size < after)
-    return f"ahead from {middle:.0f} pixels, read between {before} and {after}"
+    # Its last digits are not known: a straight line between the logarithms stands for what lies between.
+    return f"ahead from about {round(middle, -1):.0f} pixels, interpolated between {before} and {after}"
 
 
 def slope(tokens: Sequence[float], values: Sequence[float]) -> float:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bench.store.rows import Row
 from reports.series import DOUBTS, doubts
 
-Verdict = Literal["holds", "holds in part", "does not hold", "not measured"]
-VERDICTS: tuple[Verdict, ...] = ("holds", "holds in part", "does not hold", "not measured")
+Verdict = Literal["holds", "holds in part", "not told apart", "does not hold", "not measured"]
+"""``holds in part``: of several, some hold; or part of the interval lies where it would. ``not told apart``: of two that
+are compared, either may be the better one."""
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,10 @@ def said_by_readme(claim: Ratio, readme: Section) -> tuple[str, str]:
     """
     if claim.quote:
         text = readme.quoted(claim.quote)[1]
-        return claim.said or claim.quote.replace(HOLE, text), text
+        return (claim.said or claim.quote).replace(HOLE, text), text
     line = readme.line(*claim.line)
-    return claim.said or f"{' · '.join(claim.line)}: a lead of {line[LEAD]} times", line[LEAD]
+    said = claim.said or f"{' · '.join(claim.line)}: a lead of {HOLE} times"
+    return said.replace(HOLE, line[LEAD]), line[LEAD]
 
 
 def judge_ratio(claim: Ratio, files: Files, readme: Section) -> Finding:

@@ -140,7 +140,7 @@ def judge_order(claim: Order, files: Files) -> Finding:
     """Whether each arm is better than the next one, over seeds.
 
     A pair holds where the whole interval of their ratio says so. It does not where the whole interval says the
-    opposite, and holds in part where the interval leaves it open.
+    opposite, and is not told apart where the interval leaves it open.
 
     Raises:
         ResultError: The file cannot be read.
@@ -174,7 +174,7 @@ def judge_order(claim: Order, files: Files) -> Finding:
         )
     found = [pair for pair in pairs if pair is not None]
     verdicts: list[Verdict] = [
-        "holds" if pair.low > 1 else "does not hold" if pair.high < 1 else "holds in part" for pair in found
+        "holds" if pair.low > 1 else "does not hold" if pair.high < 1 else "not told apart" for pair in found
     ]
     between = [
         f"{b} over {a}: {number(pair.ratio)} [{number(pair.low)}, {number(pair.high)}], {verdict}"

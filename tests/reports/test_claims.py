@@ -327,7 +327,7 @@ def test_an_order_of_arms(tmp_path: Path) -> None:
     files = Files([path], {"ablation.jsonl"})
     assert judge_order(order("best", "middle", "worst"), files).verdict == "holds"
     assert judge_order(order("middle", "best"), files).verdict == "does not hold"
-    assert judge_order(order("middle", "same"), files).verdict == "holds in part"
+    assert judge_order(order("middle", "same"), files).verdict == "not told apart"
     assert judge_order(order("best", "middle", "same"), files).verdict == "holds in part"
     absent = judge_order(order("best", "gone"), files)
     assert absent.verdict == "not measured"
