@@ -30,6 +30,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench.messages import OneLineCommand, one_of, refuse
+from dig.messages import describe
+
 if TYPE_CHECKING:
     import torch
 
@@ -322,7 +325,7 @@ class Lane:
         return frechet_distance(self.real, Gaussian.of(extract(self.features, array_batches(images), self.device)))
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def main(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of Fashion-MNIST's idx files.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that gets ablation.jsonl.")],
@@ -346,6 +349,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     path = out / NAME
     if lane is None:
+        _check(data, classifier, device)
         _share_out(runs, lanes)
         return
     from dig.training.data.files import append_line
@@ -370,6 +374,24 @@ def main(
             f"{arm.experiment} {arm.name} seed {seed}: {numbers or record['failed']}, {record['steps']} steps in "
             f"{record['seconds']:.1f} s, {time.monotonic() - began:.1f} s in all"
         )
+
+
+def _check(data: Path, classifier: Path, device: str) -> None:
+    """Refuse, in one line, what no lane could work with."""
+    import torch
+
+    from dig.evaluation.classifier import load_classifier
+    from dig.training.data.idx import IdxImages
+
+    one_of(device, "--device", ("cuda", "cpu"))
+    if device == "cuda" and not torch.cuda.is_available():
+        refuse("--device cuda finds no GPU here; --device cpu takes hours")
+    try:
+        for split in ("train", "test"):
+            IdxImages(data, split=split)
+        load_classifier(classifier, "cpu")
+    except (ValueError, OSError) as error:
+        refuse(describe(error))
 
 
 def _share_out(runs: list[tuple[Arm, int]], lanes: int) -> None:

@@ -22,6 +22,7 @@ import typer
 
 from bench.messages import OneLineCommand, cell, say
 from bench.store.files import write_file
+from dig.family import BACKEND
 from dig.registry import parse_name
 from reports import drawing
 from reports.ablation_runs import TIMED, Run, read_ablation
@@ -246,7 +247,9 @@ def data(runs: Sequence[Run]) -> str:
 
 def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     """The Fréchet distance of SREM's arms, and against size and tokens, in the form of the paper's Fig. 5."""
-    styles = {"DiG": Looks().style("DiG", 0), "Flash-DiT": Looks().style("Flash-DiT", 0)}
+    # With its kernels: a colour is a model with those, in every figure.
+    families = {parse_name(run.model)[0].name: run.backend for run in runs}
+    styles = {name: Looks().of(name, ((BACKEND, backend),) if backend else ()) for name, backend in families.items()}
     srem, scaling = arms_of(runs, "srem"), arms_of(runs, "scaling")
     panels = [panel for panel in (srem, scaling, scaling) if panel]
     if not panels:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.messages import visible
+from dig.family import BACKEND
 from reports.logs import Record, RunError, read_lines
 
 SCRIPT = "python examples/ablation.py fashion-mnist out/ablation"
@@ -33,6 +34,7 @@ class Run:
     samples: int
     sampling_steps: int
     about: tuple[str, ...]
+    backend: str = ""
 
 
 def read_ablation(path: Path) -> list[Run]:
@@ -72,7 +74,14 @@ def _run(line: Record) -> Run | None:
         samples=samples,
         sampling_steps=sampling_steps,
         about=(*about, f"{samples:,} samples of {sampling_steps} steps"),
+        backend=_backend(get("options")),
     )
+
+
+def _backend(options: object) -> str:
+    """What ran the model; empty where the line doesn't say."""
+    found = options.get(BACKEND) if isinstance(options, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def repeating(

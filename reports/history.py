@@ -209,7 +209,7 @@ def levels(values: Sequence[float], found: Sequence[Change]) -> list[float]:
 
 def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], figure: Figure) -> Drawing:
     """The case over its commits, levels as steps, change points as dashed lines with what they changed."""
-    look = Looks().style(case.family, 0)
+    look = Looks().of(case.family, case.options)
     label = case.describe()
     line = Line(
         label=label,

@@ -11,8 +11,8 @@ from bench.store.rows import Row
 from reports.series import DOUBTS, doubts
 
 Verdict = Literal["holds", "holds in part", "not told apart", "does not hold", "not measured"]
-"""``holds in part``: of several, some hold; or part of the interval lies where it would. ``not told apart``: of two that
-are compared, either may be the better one."""
+"""``holds in part``: of several, some hold; or part of the interval lies where it would. ``not told apart``: of two
+that are compared, either may be the better one."""
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 
 from bench.cases.case import Case
+from bench.messages import visible
 from bench.store.profiles import ProfileRow
 from bench.store.rows import Row
 from bench.store.selection import machine
@@ -145,9 +147,20 @@ def beside(evidence: Evidence) -> list[Chart | Missing]:
                 "python -m bench compare says what does, and gives verdicts.",
             ),
             reading="Left of 1, the first named is faster.",
-            command=line("compare", *(str(evidence.paths.get(name, name)) for name in list(by_file)[:2])),
+            command="; ".join(dict.fromkeys(_comparing(evidence, mine, theirs) for (_, mine), (_, theirs) in pairs)),
         )
     ]
+
+
+def _comparing(evidence: Evidence, first: Mapping[Case, Row], second: Mapping[Case, Row]) -> str:
+    """What compares the files of two sides' rows; the page itself, where a machine's are in several."""
+    file_of = {id(row): file for file, row in evidence.rows}
+    files = [list(dict.fromkeys(file_of[id(row)] for row in side.values())) for side in (first, second)]
+    paths = [[str(evidence.paths.get(name, name)) for name in names] for names in files]
+    if [len(names) for names in paths] == [1, 1] and paths[0] != paths[1]:
+        return line("compare", *paths[0], *paths[1])
+    together = dict.fromkeys(itertools.chain(*paths))
+    return visible(shlex.join(["python", "-m", "reports.page", *together, "--out", "out/report"]))
 
 
 Side = tuple[str, dict[Case, Row]]

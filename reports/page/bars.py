@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+from bench.cases.case import Case
 from bench.sampling.rows import Comparison
 from bench.store.profiles import ProfileRow
 from bench.store.rows import Row
@@ -13,7 +15,7 @@ from reports.drawing import Style
 from reports.page.chart import Chart, Datum, Missing, Panel
 from reports.page.commands import capacity_command, line, profile_command, run_command, sampling_command
 from reports.page.evidence import Evidence, Probe
-from reports.page.said import GIB, commit, provenance
+from reports.page.said import GIB, commit, marked, provenance, time_words
 from reports.page.steps import PAPER, fullest, on_one_machine
 from reports.series import MODE_NAMES, Series, Sweep, launches_of
 
@@ -65,13 +67,17 @@ def parts(evidence: Evidence) -> list[Chart | Missing]:
     title = "Where the time of an eager step goes"
 
     def choose(sweep: Sweep) -> list[Row]:
-        return [row for row in sweep.rows if row.case.execution == "graph" and row.timing and row.timing.eager_ms]
+        launched = _eager(sweep.rows)
+        captured = (row for row in sweep.rows if row.case.execution == "graph" and row.status == "ok")
+        return [row for row in captured if row.case in launched]
 
     file, rows = fullest(evidence, choose)
-    timed = [row for row in on_one_machine(rows) if row.timing and row.timing.graph_ms and row.timing.eager_ms]
+    timed = on_one_machine(rows)
+    # Not the brief trial of an eager step that a row of a graph has beside it: that takes up to twice as long.
+    launched = _eager(evidence.sweeps[file].rows) if timed else {}
     points = _points(timed)
     if not points:
-        why = "no file has two models at one point with the time of an eager step and of its graph"
+        why = "no file has two models at one point with a row of the eager step and one of its graph"
         return [Missing(name="parts", section="parts", title=title, why=why, command=PAPER)]
     profiles = {(each.case.model, each.case.options, each.case.mode, each.case.resolution, each.case.batch): each
                 for each in evidence.profiles}  # fmt: skip
@@ -82,7 +88,7 @@ def parts(evidence: Evidence) -> list[Chart | Missing]:
             case = row.case
             profile = profiles.get((case.model, case.options, case.mode, case.resolution, case.batch))
             label = evidence.labels[Series.of(row)]
-            data += _time_data(row, profile, label)
+            data += _time_data(row, launched[case], profile, label)
             if profile is None:
                 unsplit[f"{name}: {label}"] = profile_command(case)
             else:
@@ -103,6 +109,7 @@ def parts(evidence: Evidence) -> list[Chart | Missing]:
             y_label="ms a step, launched eagerly",
             caption=(
                 provenance([*timed, *split], [file]),
+                *marked([*timed, *(launched[row.case] for row in timed)]),
                 "Launches: the time of the eager step less that of the same step as one CUDA graph, in which launches "
                 "cost nothing. The rest of a bar is the graph's time"
                 + (", split as the kernels of a profiled eager step are." if split else "."),
@@ -116,10 +123,14 @@ def parts(evidence: Evidence) -> list[Chart | Missing]:
     ]
 
 
-def _time_data(row: Row, profile: ProfileRow | None, label: str) -> list[Datum]:
-    timing = row.timing
-    assert timing is not None
-    graph, eager = timing.graph_ms or 0.0, timing.eager_ms or 0.0
+def _eager(rows: Iterable[Row]) -> dict[Case, Row]:
+    """Rows of eager steps with a time, by the case of the same step in a graph."""
+    found = (row for row in rows if row.case.execution == "eager" and row.status == "ok")
+    return {replace(row.case, execution="graph"): row for row in found}
+
+
+def _time_data(row: Row, launched: Row, profile: ProfileRow | None, label: str) -> list[Datum]:
+    graph, eager = row.median_ms or 0.0, launched.median_ms or 0.0
     if profile is not None and profile.device_ms > 0:
         words = ("products", "attention or recurrence", "the rest")
         on_device = {
@@ -129,14 +140,15 @@ def _time_data(row: Row, profile: ProfileRow | None, label: str) -> list[Datum]:
         on_device = {"all kernels": graph}
     pieces = {**on_device, "launches": max(eager - graph, 0.0)}
     total = sum(pieces.values())
-    command = run_command([row.case]) if profile is None else profile_command(row.case)
+    command = run_command([row.case, launched.case]) if profile is None else profile_command(row.case)
     return [
         Datum(
             series=label,
             x=label,
             y=ms,
             part=part,
-            text=f"{number(ms)} ms, {ms / total:.0%} of {number(total)} ms · commit {commit(row.environment)}",
+            text=f"{number(ms)} ms, {ms / total:.0%} of {number(total)} ms; the eager step {time_words(launched)} · "
+            f"commit {commit(row.environment)}",
             command=command,
         )
         for part, ms in pieces.items()
@@ -337,7 +349,8 @@ def sampling(evidence: Evidence) -> list[Chart | Missing]:
                 f"{confidence:.1%}.",
             ),
             reading="Longer bars sample faster.",
-            command=panels[0].data[0].command,
+            # A run measures its models in turns: a command for each.
+            command="; ".join(dict.fromkeys(each.command for panel in panels for each in panel.data)),
         )
     ]
 

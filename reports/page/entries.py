@@ -37,6 +37,7 @@ class Entry:
         word: Why there is no number; empty otherwise.
         message: What went wrong, or could not be said.
         commit, date: Of the measurement.
+        started: When it began, to the second: of two rows of a day one is newer.
         command: What repeats it.
         assumed: The model's size is this project's assumption.
     """
@@ -63,6 +64,7 @@ class Entry:
     message: str
     commit: str
     date: str
+    started: str
     command: str
     assumed: bool
 
@@ -109,6 +111,7 @@ def _entry(evidence: Evidence, file: str, row: Row) -> Entry:
         message=row.message[:MOST_LETTERS],
         commit=commit(row.environment),
         date=row.started_at[:10],
+        started=row.started_at,
         command=scaling_command(case) if case.parallel else run_command([case], launches=max(launches_of(row), 1)),
         assumed=is_assumed(case),
     )

@@ -38,7 +38,7 @@ def commit(environment: Mapping[str, Any]) -> str:
 
 def provenance(rows: Sequence[Told], files: Iterable[str] = ()) -> str:
     """``NVIDIA H100 80GB HBM3 · torch 2.11.0 · commit a659891ad3 · 2026-11-26 · rows.jsonl``; of several values all."""
-    parts = [" and ".join(dict.fromkeys(machine(row) for row in rows))]
+    parts = [" and ".join(dict.fromkeys(_where(row) for row in rows))]
     for key, prefix in (("torch", "torch "), ("cuda", "CUDA "), ("triton", "Triton ")):
         values = dict.fromkeys(str(row.environment[key]) for row in rows if row.environment.get(key))
         parts += [prefix + " and ".join(values)] if values else []
@@ -48,6 +48,10 @@ def provenance(rows: Sequence[Told], files: Iterable[str] = ()) -> str:
     parts += [span(dates)] if dates else []
     names = " and ".join(dict.fromkeys(files))
     return " · ".join([*parts, *([names] if names else [])])
+
+
+def _where(row: Told) -> str:
+    return f"{machine(row)} (CPU, not a GPU result)" if row.case.device == "cpu" else machine(row)
 
 
 def intervals(rows: Sequence[Row]) -> str:

@@ -19,7 +19,8 @@ SECTIONS: Mapping[str, tuple[str, str, str]] = {
     "explore": (
         "Explore",
         "Choose what to compare",
-        "Rows differ in one thing only: what stands across. A series is one model with one set of kernels.",
+        "Rows differ in what stands across alone; the newest of all files may also differ in their commits. A series "
+        "is one model with one set of kernels.",
     ),
     "speed": (
         "Speed, memory",

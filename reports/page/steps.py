@@ -16,6 +16,7 @@ from reports.page.commands import line, run_command
 from reports.page.evidence import Evidence
 from reports.page.said import GIB, intervals, marked, provenance, row_words
 from reports.series import (
+    ASSUMED_NOTE,
     MODE_NAMES,
     STATUS_NAMES,
     Selection,
@@ -213,8 +214,9 @@ def _lines(
         log_y=True,
         caption=(
             provenance(timed, [file]),
-            f"{cases[0].way}, {cases[0].precision}, batch {cases[0].batch}. {intervals(timed)}",
-            *marked(timed),
+            f"{cases[0].way}, {cases[0].precision}, batch {cases[0].batch}. "
+            + (intervals(timed) if figure is speed else "No interval: a launch has one peak."),
+            *(marked(timed) if figure is speed else [ASSUMED_NOTE] if any(map(is_assumed, cases)) else []),
             *([f"Without any number: {', '.join(lost)}."] if lost else []),
         ),
         command=run_command(cases),

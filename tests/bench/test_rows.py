@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from bench.cases.case import Case
 from bench.store.files import write_file
 from bench.store.ledgers import Checks, Clocks, Memory, Placement, Rank, Scaling, Timing
+from bench.store.migrations import SCHEMA
 from bench.store.rows import ResultError, ResultsWriter, Row, read_results
 from dig.family import Look
 
@@ -382,3 +383,7 @@ def test_unwritable_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultError, match="cannot write"):
         ResultsWriter(tmp_path / "file" / "results.jsonl")
+
+
+def test_the_page_on_method_names_the_schema() -> None:
+    assert f"**Its schema** is version {SCHEMA}." in (ROOT / "docs" / "method.md").read_text()

@@ -52,7 +52,7 @@ def timed(family: str, backend: str, size: str, resolution: int, ms: float, **ch
         activations=gib * resolution // 512, allocator_peak=gib // 4 + gib // 7 + gib * resolution // 512,
         process_peak=gib + gib * resolution // 512,
     )  # fmt: skip
-    timing = Timing(warmup="steady", warmup_steps=9, ci_low=ms, ci_high=ms, eager_ms=ms + 30, graph_ms=ms)
+    timing = Timing(warmup="steady", warmup_steps=9, ci_low=ms, ci_high=ms, eager_ms=2 * ms + 90, graph_ms=ms)
     return replace(row, memory=memory, timing=timing)
 
 
@@ -66,6 +66,12 @@ def step_rows(text: str = "", environment: dict[str, Any] | None = None) -> list
             ("B", 1024, "forward"), ("S", 2048, "forward"), ("B", 2048, "forward"),
         )
     ]  # fmt: skip
+    # Their launches take 30 ms, whatever the brief trial beside the graph's row says.
+    rows += [
+        replace(row, case=replace(row.case, execution="eager"), samples_ms=tuple(ms + 30 for ms in row.samples_ms))
+        for row in rows
+        if row.status == "ok" and (row.case.size, row.case.resolution, row.case.mode) == ("S", 1024, "train")
+    ]
     if text:
         where = {"gpu_name": GPU["gpu_name"], "torch": text, "commit": text, "cpu": text}
         fields = {"environment": where, "mode": "train", "options": (("word", text),)}

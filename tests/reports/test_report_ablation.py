@@ -282,6 +282,25 @@ def test_the_page_on_training_says_what_the_published_runs_say() -> None:
         assert told[("crisscross", "u-shape-zero", measure)] == "not told apart"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "cpu"), "has no train-images-idx3-ubyte"),
+        (("--device", "tpu"), "unknown --device 'tpu'"),
+        (("--seeds", "0"), "--seeds"),
+    ],
+)
+def test_the_script_refuses_in_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/ablation.py", str(tmp_path), str(tmp_path / "out"), *words],
+        cwd=ROOT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_the_script_makes_what_is_missing(tmp_path: Path) -> None:
     data = make_fashion(tmp_path / "data")

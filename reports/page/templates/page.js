@@ -35,7 +35,7 @@ function explore() {
   const kept = new Map();
   const better = (one, other) => {
     if ((one.ms === null) !== (other.ms === null)) return other.ms === null;
-    return chosen("way") === fastest && one.ms !== null ? one.ms < other.ms : one.date >= other.date;
+    return chosen("way") === fastest && one.ms !== null ? one.ms < other.ms : one.started >= other.started;
   };
   const found = page.entries.filter((entry) => matches(entry));
   for (const entry of found) {
