@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
@@ -72,10 +72,22 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """From which moment on another level holds, and by what factor it is above the one before."""
+    """From which moment on another level holds, and by what factor it is above the one before.
+
+    Attributes:
+        index: The moment's.
+        factor: Of the levels.
+        step: Of the moment over the one before it.
+    """
 
     index: int
     factor: float
+    step: float
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the moment itself is not what changed: it is less than half of the way, as in a steady drift."""
+        return math.log(self.step) / math.log(self.factor) < 0.5
 
 
 def rows_of(text: str, rows: Iterable[Row]) -> list[Row]:
@@ -195,7 +207,7 @@ def changes(values: Sequence[float], noise: float) -> list[Change]:
     ends = ruptures.Pelt(model="l2", min_size=1, jump=1).fit(logs[:, None]).predict(pen=penalty)
     parts = [logs[a:b] for a, b in zip([0, *ends], ends, strict=False)]
     return [
-        Change(index=end, factor=math.exp(after.mean() - before.mean()))
+        Change(index=end, factor=math.exp(after.mean() - before.mean()), step=math.exp(logs[end] - logs[end - 1]))
         for end, before, after in zip(ends, parts, parts[1:], strict=False)
     ]
 
@@ -205,6 +217,23 @@ def levels(values: Sequence[float], found: Sequence[Change]) -> list[float]:
     logs = np.log(np.asarray(values, dtype=float))
     edges = [0, *(change.index for change in found), len(values)]
     return [math.exp(logs[a:b].mean()) for a, b in pairwise(edges) for _ in range(a, b)]
+
+
+def changed(found: Sequence[Moment], at: Sequence[Change]) -> list[str]:
+    """A line for each change point, and one for each drift: no commit of a drift is to blame for it."""
+    lines = []
+    edges = [0, *(change.index for change in at), len(found)]
+    runs = [list(own) for _, own in groupby(range(len(at)), key=lambda i: (at[i].drifts, at[i].factor > 1))]
+    for own in runs:
+        if not at[own[0]].drifts:
+            lines += [f"changed by {at[i].factor - 1:+.1%} at {found[at[i].index].commit}" for i in own]
+            continue
+        factor = math.prod(at[i].factor for i in own)
+        first, last = found[edges[own[0]]], found[edges[own[-1] + 2] - 1]
+        lines.append(
+            f"drifts by {factor - 1:+.1%} between {first.commit} and {last.commit}: no commit there makes half of it"
+        )
+    return lines
 
 
 def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], figure: Figure) -> Drawing:
@@ -325,8 +354,8 @@ def report(
     say(f"{rows[0].case.describe()} on {where}: {len(found)} commits")
     for moment in found:
         say(f"  {moment.started_at[:16]} {moment.commit:8} {number(moment.value)} {unit}")
-    for change in at:
-        say(f"changed by {change.factor - 1:+.1%} at {found[change.index].commit}")
+    for line in changed(found, at):
+        say(line)
     if len(found) < LEAST_POINTS:
         say(f"no change points: they take {LEAST_POINTS} commits")
     elif not at:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.store.rows import Row
-from reports.history import app, changes, levels, moments, rows_of
+from reports.history import app, changed, changes, levels, moments, rows_of
 
 runner = CliRunner()
 TRITON = (("backend", "triton"),)
@@ -57,6 +57,20 @@ def test_what_lies_below_the_noise_floor_is_no_change() -> None:
     quiet = [10.0] * 10 + [10.05] * 10
     assert [change.index for change in changes(quiet, 0.001)] == [10]
     assert changes(quiet, 0.02) == []
+
+
+def test_a_drift_blames_no_commit(make_row: MakeRow) -> None:
+    """40 commits of half a percent each, and one of 10%."""
+    values = [10.0 * 1.005**i for i in range(40)]
+    found = moments([at(make_row, i, ms) for i, ms in enumerate(values)], "time")
+    (line,) = changed(found, changes(values, 0.005))
+    assert line.startswith("drifts by +")
+    assert "no commit there makes half of it" in line
+    jump = [ms * (1.1 if i >= 20 else 1.0) for i, ms in enumerate(values)]
+    found = moments([at(make_row, i, ms) for i, ms in enumerate(jump)], "time")
+    lines = changed(found, changes(jump, 0.005))
+    assert [line.partition(" by ")[0] for line in lines] == ["drifts", "changed", "drifts"]
+    assert lines[1].endswith(f"at {20:07x}")
 
 
 def test_few_commits_have_no_change_points() -> None:
