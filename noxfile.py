@@ -264,7 +264,7 @@ def regression(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """Draw the published rows, hold every claim against them, and make out/report/index.html.
+    """Draw the published rows, hold every claim against them, and make out/published/index.html.
 
     With options it is ``python -m reports`` with these alone.
     """
@@ -275,4 +275,4 @@ def report(session: nox.Session) -> None:
     if not session.posargs:
         rows = [str(path) for path in sorted(Path("results/h100").glob("*.jsonl"))]
         session.run("python", "-m", "reports.claims", *rows, "--out", "results/h100")
-        session.run("python", "-m", "reports.page", "results/h100", "--out", "out/report")
+        session.run("python", "-m", "reports.page", "results/h100", "--out", "out/published")

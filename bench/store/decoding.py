@@ -110,6 +110,17 @@ def _fields(kind: Any) -> Mapping[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
+@cache
+def _required(kind: Any) -> frozenset[str]:
+    """The fields without a default."""
+    nothing = dataclasses.MISSING
+    return frozenset(
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is nothing and field.default_factory is nothing and field.init
+    )
+
+
 def decode_dataclass(kind: type[T], value: Any, where: str) -> T:
     """Build a dataclass from what `json.loads` gave; absent fields take their defaults, unknown ones are refused.
 
@@ -126,10 +137,9 @@ def decode_dataclass(kind: type[T], value: Any, where: str) -> T:
     fields = _fields(typing.cast(Any, kind))
     if unknown := value.keys() - fields.keys():
         raise ValueError(f"{where} has a field that this schema does not know: {min(unknown)!r:.80}")
-    try:
-        return kind(**{name: decode(fields[name], value[name], f"{where}.{name}") for name in value})
-    except TypeError as error:  # a field without a default is absent
-        raise ValueError(f"{where}: {error}") from None
+    if absent := _required(typing.cast(Any, kind)) - value.keys():
+        raise ValueError(f"{where} lacks {', '.join(sorted(absent))}")
+    return kind(**{name: decode(fields[name], value[name], f"{where}.{name}") for name in value})
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:

@@ -70,7 +70,11 @@ def read_claims(path: Path) -> tuple[Claim, ...]:
             found = found.get("claims")
         if not isinstance(found, list):
             raise ValueError("expected a list of claims")
-        return tuple(decode_dataclass(Claim, _words(each), f"claim {i}") for i, each in enumerate(found, 1))
+        claims = tuple(decode_dataclass(Claim, _words(each), f"claim {i}") for i, each in enumerate(found, 1))
+        for i, claim in enumerate(claims, 1):
+            if not claim.said.strip():
+                raise ValueError(f"claim {i} says nothing: give what is claimed as said")
+        return claims
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

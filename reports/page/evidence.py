@@ -160,6 +160,8 @@ def find_files(paths: Iterable[Path]) -> tuple[list[tuple[Path, Kind]], list[str
                 continue  # Drawn as a picture, or warned of there.
             elif folder:
                 warnings.append(f"{file}: left out; its first line is no row of the benchmark")
+            elif file.exists() and not file.read_bytes().strip():
+                raise ResultError(f"no rows in {file}; run the benchmark first")
             else:
                 raise ResultError(
                     f"{file}: its first line is no row of the benchmark; name files that python -m bench wrote"

@@ -75,7 +75,7 @@ def pair(make_row: Callable[..., Row], over: Any, under: Any, **changes: Any) ->
         ("@1024:train", "@*:train", "over must be of one resolution"),
         ('said = "twice as fast"', "", "said is empty"),
         ('source = "the paper"', 'source = " "', "source is empty"),
-        ('rows = "rows.jsonl"', "", "ratio 'faster': "),
+        ('rows = "rows.jsonl"', "", "ratio 'faster' lacks rows"),
         ("rows =", "file =", "field that this schema does not know: 'file'"),
         ("[[ratio]]", "[[ratios]]", "unknown table 'ratios'"),
         ("[[ratio]]", "[ratio]", "ratio must be written [[ratio]]"),

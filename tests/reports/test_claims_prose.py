@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -220,3 +221,15 @@ def test_bad_declarations_are_refused_in_one_line(tmp_path: Path, text: str, why
     assert why in str(error.value)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_measured_is_not_said_in_words() -> None:
+    """No row is held against "ten times": README's results have digits."""
+    counts = "two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|a hundred"
+    ratio = re.compile(
+        rf"\b(twice|thrice|double[sd]?|halve[sd]?|half the|a (third|quarter|fifth) |({counts}) times)", re.I
+    )
+    page = prose(README.read_text())
+    results = page[page.index("What the H100 says") : page.index("What the H100 says") + 12_000]
+    assert ratio.findall(results) == []
+    assert ratio.search("It is ten times as fast, and takes a third of the memory.")

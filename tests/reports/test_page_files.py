@@ -186,7 +186,12 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert one_line(run(empty, "--out", out)) == f"error: no rows in {empty}; run the benchmark first"
     assert "is no row of the benchmark" in one_line(run(alien, "--out", out))
     assert "did you mean fig1b?" in one_line(run(folder, "--out", out, "--figure", "fig1"))
-    assert "not a file of claims: claim 1: " in one_line(run(folder, "--out", out, "--claims", torn))
+    assert "not a file of claims: claim 1 lacks id" in one_line(run(folder, "--out", out, "--claims", torn))
+    torn.write_text('[{"id": 1}]')
+    assert "claim 1 says nothing" in one_line(run(folder, "--out", out, "--claims", torn))
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text("\n")
+    assert one_line(run(nothing, "--out", out)) == f"error: no rows in {nothing}; run the benchmark first"
     assert "choose another --out" in one_line(run(folder, "--out", alien))
     assert not out.exists()
 
@@ -229,7 +234,8 @@ def test_runs_that_are_drawn_are_not_said_to_be_left_out(tmp_path: Path) -> None
 
 def test_an_interval_without_width_is_none(tmp_path: Path) -> None:
     path = tmp_path / "claims.json"
-    path.write_text(json.dumps([{"id": "peak", "interval": [94.4, 94.4]}, {"id": "time", "interval": [1, 2]}]))
+    claims = [{"id": "peak", "interval": [94.4, 94.4]}, {"id": "time", "interval": [1, 2]}]
+    path.write_text(json.dumps([{**claim, "said": "so"} for claim in claims]))
     assert [claim.interval for claim in read_claims(path)] == [None, (1, 2)]
 
 
