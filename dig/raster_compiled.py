@@ -48,12 +48,14 @@ def infer(x: Tensor, c: Tensor, w: BlockWeights, s: Settings, *, fold_gates: boo
     return out
 
 
-def _numbers(s: Settings) -> tuple[str, int, int, int, bool, bool]:
-    return s.norm, s.heads, *s.grid, *s.order
+def _numbers(s: Settings) -> tuple[str, list[int]]:
+    """Settings as an operation takes them."""
+    return s.norm, [s.heads, *s.grid, *map(int, s.order)]
 
 
-def _settings(norm: str, heads: int, rows: int, columns: int, transposed: bool, reversed: bool) -> Settings:
-    return settings_of(norm, heads, (rows, columns), ScanOrder(transposed, reversed))
+def _settings(norm: str, numbers: Sequence[int]) -> Settings:
+    heads, rows, columns, transposed, reversed = numbers
+    return settings_of(norm, heads, (rows, columns), ScanOrder(bool(transposed), bool(reversed)))
 
 
 def _train_block(
@@ -61,17 +63,13 @@ def _train_block(
     c: Tensor,
     weights: Sequence[Tensor | None],
     norm: str,
-    heads: int,
-    rows: int,
-    columns: int,
-    transposed: bool,
-    reversed: bool,
+    numbers: Sequence[int],
 ) -> list[Tensor]:
     """The result; what is kept, by `_MADE`; and of several images the first branch."""
     w = BlockWeights._make(weights)
     with torch.no_grad(), side_work(x.device):
         p = prepare_block(w, c, x.dtype, fold_gates=False)
-        s = _settings(norm, heads, rows, columns, transposed, reversed)
+        s = _settings(norm, numbers)
         out, kept = forward_pass(x, c, p.modulation, p.products, w, s)
     found = [out, *(getattr(kept, name) for name in _MADE)]
     return found if kept.branch1 is None else [*found, kept.branch1]
@@ -83,14 +81,10 @@ def _train_block_backward(
     needed: Sequence[bool],
     condition: bool,
     norm: str,
-    heads: int,
-    rows: int,
-    columns: int,
-    transposed: bool,
-    reversed: bool,
+    numbers: Sequence[int],
 ) -> list[Tensor]:
     """Gradients of x, of c if it is asked for, and of those parameters that are."""
-    s = _settings(norm, heads, rows, columns, transposed, reversed)
+    s = _settings(norm, numbers)
     asked = BlockWeights._make(needed)
     with torch.no_grad(), side_work(dout.device):
         dx, dc, gradients = backward_pass(lambda: saved, dout, s, asked, condition=condition, across=None)
@@ -106,14 +100,10 @@ def _infer_block(
     weights: Sequence[Tensor | None],
     fold_gates: bool,
     norm: str,
-    heads: int,
-    rows: int,
-    columns: int,
-    transposed: bool,
-    reversed: bool,
+    numbers: Sequence[int],
 ) -> Tensor:
     w = BlockWeights._make(weights)
-    s = _settings(norm, heads, rows, columns, transposed, reversed)
+    s = _settings(norm, numbers)
     with torch.no_grad():
         run = infer_block if fold_gates else infer_images
         return run(x, prepare_block(w, c, x.dtype, fold_gates=fold_gates), w, s)
