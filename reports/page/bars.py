@@ -262,7 +262,7 @@ def capacity(evidence: Evidence) -> list[Chart | Missing]:
                     Datum(
                         series=label,
                         x=label,
-                        y=None if top is None else float(top),
+                        y=top,
                         word="nothing fits" if top is None else "",
                         text=f"{f'peak {number(held / GIB)} GiB · ' if held else ''}{beyond}",
                         command=capacity_command(
@@ -290,6 +290,7 @@ def capacity(evidence: Evidence) -> list[Chart | Missing]:
             panels=tuple(Panel(name=name, data=tuple(data)) for name, data in found.items()),
             styles={label: evidence.looks.of(family, options) for label, family, options in series},
             y_label="the largest that fits",
+            counts=True,
             caption=(
                 f"{where}{f' · commit {commits}' if commits else ''} · {len(evidence.probes)} probes, each a process",
                 "Found by bisection; no interval, for what fits has none.",

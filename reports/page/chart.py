@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from reports.cells import number
 from reports.drawing import Style
 
 Kind = Literal["lines", "bars", "stack", "points", "ratios"]
@@ -86,6 +87,7 @@ class Chart:
         parts: Of stacked bars: name → what it holds, from the axis outwards.
         x_label, y_label: Of the axes; y is the number's, also where bars lie.
         log_x, log_y: Whether an axis is logarithmic.
+        counts: Whether numbers are of images or pixels, which rounding would make others of.
         caption: Card, versions, commit, date; what points and intervals are.
         reading: How to read it, in a sentence.
         command: What measures all of it again.
@@ -103,10 +105,15 @@ class Chart:
     y_label: str
     log_x: bool = False
     log_y: bool = False
+    counts: bool = False
     caption: tuple[str, ...] = ()
     reading: str = ""
     command: str = ""
     missing: tuple[tuple[str, str], ...] = ()
+
+    def written(self, value: float) -> str:
+        """A number as every form of the chart shows it: counts in full, others by three significant digits."""
+        return f"{value:.0f}" if self.counts else number(value)
 
     def csv(self) -> str:
         """Every number, a line each."""
@@ -141,6 +148,7 @@ class Chart:
             "y": self.y_label,
             "logX": self.log_x,
             "logY": self.log_y,
+            "counts": self.counts,
         }
 
 

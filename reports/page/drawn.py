@@ -13,7 +13,6 @@ from matplotlib.ticker import MaxNLocator
 from bench.messages import visible
 from reports import drawing
 from reports.best_figure import write_labels
-from reports.cells import number
 from reports.drawing import Failure, Line, Point, Style
 from reports.figures import Drawing
 from reports.page.chart import Chart, Datum, Panel
@@ -178,7 +177,7 @@ def _name_bars(axis: Any, names: Sequence[str], chart: Chart) -> None:
     axis.set_ylim(max(len(names), 3) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel(visible(chart.y_label), labelpad=5)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=chart.counts))
 
 
 def _draw_bars(axis: Any, chart: Chart, panel: Panel) -> None:
@@ -194,7 +193,7 @@ def _draw_bars(axis: Any, chart: Chart, panel: Panel) -> None:
             axis.barh(at, datum.y, height=0.62, color=style.color, gid=f"bar:{visible(datum.series)}")
         if datum.low is not None and datum.high is not None:
             axis.hlines(at, datum.low, datum.high, color=drawing.INK, linewidth=1.8, gid="spread")
-        text = datum.word or number(datum.y or 0)
+        text = datum.word or chart.written(datum.y or 0)
         axis.annotate(
             visible(text), (datum.high or datum.y or 0, at), xytext=(4, 0), textcoords="offset points", va="center",
             fontsize=8,
@@ -218,7 +217,7 @@ def _draw_stack(axis: Any, chart: Chart, panel: Panel) -> None:
         mark = panel.marks.get(name)
         if mark is not None:
             axis.vlines(mark, at - 0.36, at + 0.36, color=drawing.INK, linewidth=1.5, gid="mark")
-        text = number(end) if mark is None else f"{number(end)} · {number(mark)}"
+        text = " · ".join(chart.written(value) for value in (end, mark) if value is not None)
         axis.annotate(
             text, (max(end, mark or 0.0), at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
             fontweight="bold",

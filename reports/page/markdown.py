@@ -90,7 +90,7 @@ def table(chart: Chart, panel: Panel) -> list[str]:
     if not across:
         lines = [f"| | {cell(chart.y_label)} | |", "| --- | ---: | --- |"]
         return lines + [
-            f"| {cell(_place(datum, chart))} | {said(datum)} | {cell(datum.text)} |" for datum in panel.data
+            f"| {cell(_place(datum, chart))} | {said(datum, chart)} | {cell(datum.text)} |" for datum in panel.data
         ]
     places = list(dict.fromkeys(datum.x for datum in panel.data))
     if all(isinstance(place, float) for place in places):
@@ -98,7 +98,7 @@ def table(chart: Chart, panel: Panel) -> list[str]:
     found = {(datum.x, datum.part or datum.series): datum for datum in panel.data}
     lines = [f"| {cell(chart.x_label)} | {' | '.join(map(cell, across))} |", "| --- |" + " ---: |" * len(across)]
     for place in places:
-        cells = [said(found[place, name]) if (place, name) in found else "" for name in across]
+        cells = [said(found[place, name], chart) if (place, name) in found else "" for name in across]
         shown = f"{place:g}" if isinstance(place, float) else cell(place)
         lines.append(f"| {shown} | {' | '.join(cells)} |")
     return lines
@@ -110,11 +110,11 @@ def _place(datum: Datum, chart: Chart) -> str:
     return str(datum.x)
 
 
-def said(datum: Datum) -> str:
+def said(datum: Datum, chart: Chart) -> str:
     """``2.41 [2.40, 2.42]``, or why there is no number."""
     if datum.y is None:
         return cell(datum.word or "–")
     star = "*" if datum.assumed else ""
     if datum.low is None or datum.high is None or datum.low == datum.high:
-        return number(datum.y) + star
-    return f"{number(datum.y)}{star} [{number(datum.low)}, {number(datum.high)}]"
+        return chart.written(datum.y) + star
+    return f"{chart.written(datum.y)}{star} [{chart.written(datum.low)}, {chart.written(datum.high)}]"

@@ -25,6 +25,7 @@ from reports.page.commands import run_command
 from reports.page.drawn import PART_COLORS, draw
 from reports.page.evidence import Evidence, gather
 from reports.page.html import PARTS_ON_DARK
+from reports.page.markdown import markdown
 from reports.page.said import provenance
 from reports.page.sections import NAMES, figures
 from tests.reports.conftest import build_row
@@ -172,6 +173,18 @@ def test_what_fits_is_the_largest_that_did(evidence: Evidence) -> None:
     assert datum.y == 48
     assert "49 does not fit" in datum.text
     assert panel.name.startswith("Largest batch at 256 pixels")
+
+
+def test_counts_are_written_in_full() -> None:
+    evidence = gather([ROOT / "results" / "h100" / "capacity.jsonl"])
+    found = chart(evidence, "capacity")
+    assert [panel.data[0].y for panel in found.panels] == [301, 4608]
+    assert [texts_at_bars(found, place) for place in (0, 1)] == [["301"], ["4608"]]
+    assert "| 4608 | peak 72.8 GiB" in markdown(evidence, [found])
+
+
+def texts_at_bars(found: Chart, place: int) -> list[str]:
+    return [each.get_text() for each in draw(found).figure.axes[place].texts]
 
 
 def test_sampling_has_the_medians_and_what_failed(evidence: Evidence) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from dig.environment import ROOT
 from reports.page.__main__ import app
 from reports.page.sections import NAMES
 from tests.reports.page_rows import HOSTILE, step_rows, timed, write_everything
@@ -70,6 +71,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("hostile"), HOSTS_TEXT)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of measured rows, whose names are as long as they get."""
+    out = tmp_path_factory.mktemp("published")
+    names = ("rows", "bare", "capacity", "sampling", "sampling-best")
+    result = CliRunner().invoke(app, [*(f"{ROOT}/results/h100/{name}.jsonl" for name in names), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return out / "index.html"
 
 
 @pytest.fixture
@@ -260,6 +271,19 @@ def test_hovering_and_clicking_read_a_number(shown: Callable[..., Any], page: Pa
     picked = browser.execute_script("return document.querySelector('#picked-fig1a code').textContent")
     assert picked.startswith("python -m bench run --models ")
     assert row.fps is not None
+
+
+def test_counts_are_written_in_full(shown: Callable[..., Any], published: Path) -> None:
+    browser = shown(published)
+    choose(browser, "select[data-panel=capacity]", "1")
+    texts = "[...document.querySelectorAll('#chart-capacity svg.marks text')].map((each) => each.textContent)"
+    wait(browser, f"return {texts}.includes('4608')")
+    assert {"0", "2000", "4000"} <= set(browser.execute_script(f"return {texts}"))
+    browser.execute_script("document.querySelector('details.numbers[data-chart=capacity]').open = true")
+    wait(
+        browser,
+        "return document.querySelector('details.numbers[data-chart=capacity] tr')?.textContent.includes('4608')",
+    )
 
 
 def test_another_panel_is_drawn(shown: Callable[..., Any], page: Path) -> None:

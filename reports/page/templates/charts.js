@@ -18,10 +18,14 @@ function number(value) {
   return Number(value.toPrecision(3)).toFixed(Math.min(digits, 12));
 }
 
-function words(datum) {
+// Counts of images or pixels are shown in full: rounded, they would be others.
+const written = (chart, value) => (chart.counts && Number.isFinite(value) ? String(value) : number(value));
+
+function words(chart, datum) {
   if (datum.y === null || datum.y === undefined) return datum.word || "–";
   const spread = datum.low !== null && datum.low !== undefined && datum.low !== datum.high;
-  return number(datum.y) + (spread ? ` [${number(datum.low)}, ${number(datum.high)}]` : "");
+  const [y, low, high] = [datum.y, datum.low, datum.high].map((value) => written(chart, value));
+  return y + (spread ? ` [${low}, ${high}]` : "");
 }
 
 // Charts -------------------------------------------------------------------------------------------------------------
@@ -48,8 +52,8 @@ function scales(chart, data) {
     fill: { domain, range: domain.map((name) => (chart.styles[name].hollow ? "var(--card)" : chart.styles[name].color)) } };
 }
 
-function values(panel) {
-  return panel.data.map((datum, place) => ({ ...datum, place, at: String(datum.x), said: words(datum),
+function values(chart, panel) {
+  return panel.data.map((datum, place) => ({ ...datum, place, at: String(datum.x), said: words(chart, datum),
     more: [datum.part, datum.assumed ? "assumed size" : "", datum.text].filter(Boolean).join(" · ") }));
 }
 
@@ -101,7 +105,7 @@ const keysOf = (chart, data, withLines) => scales(chart, data).domain.map((name)
   dash: withLines ? chart.styles[name].dash : null }));
 
 function lines(chart, panel, width) {
-  const data = values(panel);
+  const data = values(chart, panel);
   const scale = scales(chart, data);
   const numeric = data.every((each) => typeof each.x === "number");
   const tall = height(width);
@@ -171,12 +175,13 @@ function lines(chart, panel, width) {
 }
 
 function bars(chart, panel, width) {
-  const data = values(panel);
+  const data = values(chart, panel);
   const scale = scales(chart, data);
   const y = { field: "x", type: "nominal", sort: null, title: null,
     axis: { labelLimit: width * 0.42, domain: false, ticks: false, grid: false } };
   const most = Math.max(...data.map((each) => each.high ?? each.y ?? 0), 1e-9);
-  const x = { field: "y", type: "quantitative", title: chart.y, axis: { tickCount: 4, format: "~s" },
+  const x = { field: "y", type: "quantitative", title: chart.y,
+    axis: { tickCount: 4, ...(chart.counts ? { format: "d", tickMinStep: 1 } : { format: "~s" }) },
     scale: { domain: [0, most * (1 + 60 / (0.6 * width))], nice: false } };
   const color = { field: "series", type: "nominal", scale: scale.color, legend: null };
   const layer = [
@@ -189,13 +194,13 @@ function bars(chart, panel, width) {
   ];
   for (const each of data) {
     each.edge = each.high ?? each.y ?? 0;
-    each.label = each.word || number(each.y);
+    each.label = each.word || written(chart, each.y);
   }
   return { data: { values: data }, height: 38 * new Set(data.map((each) => each.x)).size, layer };
 }
 
 function stack(chart, panel, width) {
-  const data = values(panel);
+  const data = values(chart, panel);
   const whole = {};
   for (const each of data) whole[each.x] = (whole[each.x] || 0) + (each.y || 0);
   const most = Math.max(...Object.values(whole), ...Object.values(panel.marks), 1e-9);
@@ -230,7 +235,7 @@ function stack(chart, panel, width) {
 }
 
 function points(chart, panel, width) {
-  const data = values(panel);
+  const data = values(chart, panel);
   for (const each of data) each.at = number(each.x);
   const scale = scales(chart, data);
   const { roof } = panel;
@@ -255,7 +260,7 @@ function points(chart, panel, width) {
 }
 
 function ratios(chart, panel, width) {
-  const data = values(panel);
+  const data = values(chart, panel);
   const scale = scales(chart, data);
   const narrow = width < 520;
   const y = { field: "x", type: "nominal", sort: null, title: null,
@@ -295,7 +300,7 @@ async function draw(chart, panel) {
   result.view.addEventListener("click", (event, item) => {
     const place = item && item.datum && item.datum.place;
     const datum = place === undefined ? null : panel.data[place];
-    if (datum) pick(chart.name, datum);
+    if (datum) pick(chart, datum);
   });
   place.dataset.drawn = chart.kind;
 }
@@ -310,9 +315,9 @@ function copyButton(command) {
   return button;
 }
 
-function pick(name, datum) {
-  const what = [datum.series, String(datum.x), words(datum), datum.text].filter(Boolean).join(" · ");
-  const place = $(`picked-${name}`);
+function pick(chart, datum) {
+  const what = [datum.series, String(datum.x), words(chart, datum), datum.text].filter(Boolean).join(" · ");
+  const place = $(`picked-${chart.name}`);
   place.replaceChildren(element("p", { textContent: what }), ...(datum.command ? [copyLine(datum.command)] : []));
   place.hidden = false;
 }
@@ -322,7 +327,7 @@ function fillNumbers(details) {
   const body = element("tbody");
   for (const datum of shown[chart.name] || []) {
     body.append(element("tr", {}, element("th", { scope: "row", textContent: datum.series }),
-      ...[String(datum.x) === datum.series ? "" : String(datum.x), datum.part || "", words(datum)].map((value) =>
+      ...[String(datum.x) === datum.series ? "" : String(datum.x), datum.part || "", words(chart, datum)].map((value) =>
         element("td", { textContent: value })), element("td", {}, datum.command ? copyButton(datum.command) : "")));
   }
   details.querySelector(".scroll")?.remove();
