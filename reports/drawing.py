@@ -14,7 +14,9 @@ from itertools import groupby
 from typing import Any, Literal
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
 from bench.messages import visible
@@ -22,8 +24,16 @@ from dig.family import Look
 
 WIDTH_INCHES = 9.0
 PANEL_INCHES = 3.3
+LEFT, RIGHT, GAP = 0.72, 0.1, 0.8
+"""Inches left of the panels, right of them, and between them."""
 INK = "#222222"
 SOFT_INK = "#555555"
+TITLE_POINTS = 10.0
+"""Of panels' titles."""
+LINE = 1.2 / 72
+"""Inches from one line of a text to the next, a point of its size."""
+MOST_LINES = 4
+"""Of a text that is wrapped; a longer one is nobody's name."""
 LANE = 0.075  # height of a lane of failures, as a share of the panel
 LANE_COLOR = "#F4F4F4"
 LABEL_INCHES = 0.31
@@ -125,7 +135,10 @@ def draw_panel(
 
     At least one line must have points: they set the axis. A ``level`` is a thin line across, always in sight.
     """
-    axes.set_title(visible(title), loc="left", fontsize=10, fontweight="bold", pad=7)
+    wide = axes.get_position().width * WIDTH_INCHES
+    axes.set_title(
+        wrap(visible(title), wide, TITLE_POINTS, "bold"), loc="left", fontsize=TITLE_POINTS, fontweight="bold", pad=7
+    )
     axes.set_xlabel(visible(x_label), labelpad=5)
     axes.set_ylabel(visible(y_label), labelpad=5)
     axes.grid(True, color="#E3E3E3", linewidth=0.6)
@@ -332,24 +345,84 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(t) for t in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
 
 
-def assemble(panels: int, *, title: str, caption: str, styles: Mapping[str, Style]) -> tuple[Figure, list[Any]]:
-    """A figure of panels side by side, with a title, a legend above the panels and a caption below them."""
+def text_inches(text: str, size: float, weight: str = "normal") -> float:
+    """How wide a line of text is drawn.
+
+    Args:
+        size: In points.
+        weight: ``bold`` is wider.
+    """
+    font = FontProperties(family=RC["font.family"], size=size, weight=weight)
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+
+
+def wrap(text: str, inches: float, size: float, weight: str = "normal") -> str:
+    """A text in lines of not more than ``inches``: broken between words, or within one that is wider by itself.
+
+    Only what doesn't fit into `MOST_LINES` is cut, and ends in an ellipsis.
+    """
+
+    def fits(line: str) -> bool:
+        return text_inches(line, size, weight) <= inches
+
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if fits(longer):
+            lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and not fits(lines[-1] + letter):
+                lines.append("")
+            lines[-1] += letter
+        if len(lines) > MOST_LINES:
+            lines = [*lines[: MOST_LINES - 1], f"{lines[MOST_LINES - 1][:-1]}…"]
+            break
+    return "\n".join(lines)
+
+
+def panel_inches(panels: int) -> float:
+    """How wide each of the panels is that `assemble` makes."""
+    return (WIDTH_INCHES - LEFT - RIGHT - GAP * (panels - 1)) / panels
+
+
+def assemble(
+    panels: int,
+    *,
+    title: str,
+    caption: str,
+    styles: Mapping[str, Style],
+    tall: float = PANEL_INCHES,
+    above: float = 0.0,
+    below: float = 0.0,
+) -> tuple[Figure, list[Any]]:
+    """A figure of panels side by side, with a title, a legend above the panels and a caption below them.
+
+    Args:
+        panels: At least one.
+        title: Of the figure; panels get theirs afterwards.
+        caption: Its lines are wrapped.
+        styles: Label → look, in the order of the legend.
+        tall: Inches of a panel.
+        above: Inches that panels' titles take beyond a line.
+        below: Inches that ticks' labels take beyond a line.
+    """
     columns = _legend_columns(list(styles))
     legend_rows = math.ceil(len(styles) / columns)
     caption_lines = [part for text in caption.split("\n") for part in textwrap.wrap(visible(text), 155)]
-    top = 0.42 + 0.2 * legend_rows + 0.36
-    bottom = 0.62 + 0.165 * len(caption_lines)
-    height = top + PANEL_INCHES + bottom
+    top = 0.42 + 0.2 * legend_rows + 0.36 + above
+    bottom = 0.62 + 0.165 * len(caption_lines) + below
+    height = top + tall + bottom
     figure = Figure(figsize=(WIDTH_INCHES, height))
-    left, right, gap = 0.72, 0.1, 0.8
-    panel = (WIDTH_INCHES - left - right - gap * (panels - 1)) / panels
+    panel = panel_inches(panels)
     axes = [
         figure.add_axes(
             (
-                (left + i * (panel + gap)) / WIDTH_INCHES,
+                (LEFT + i * (panel + GAP)) / WIDTH_INCHES,
                 bottom / height,
                 panel / WIDTH_INCHES,
-                PANEL_INCHES / height,
+                tall / height,
             )
         )
         for i in range(panels)

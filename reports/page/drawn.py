@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -25,24 +26,39 @@ PART_COLORS = ("#2E1A47", "#6B4C9A", "#A78BC9", "#D3C4E5", "#ECE6F3")
 HATCHES = ("", "////", "..", "\\\\\\\\", "xx")
 """Likewise: no two parts beside each other are alike in grey."""
 NAME_INCHES = {"bars": 1.75, "stack": 1.55, "ratios": 3.6}
-"""Of bars' names, left of a panel."""
+"""Most of bars' names, left of a panel; wider ones are wrapped."""
+NAME_POINTS = 7.5
+TITLE_POINTS = {"lines": drawing.TITLE_POINTS, "bars": 8.5, "stack": 8.5, "points": 8.5, "ratios": 8.5}
+"""Of panels' names."""
+EDGE, BETWEEN, TICK = 0.15, 0.35, 0.1
+"""Inches left of the first names, between panels, and between a name and its bar."""
 
 
 def draw(chart: Chart) -> Drawing:
     """The figure."""
     panels = chart.panels[: MOST_PANELS[chart.kind]]
+    points = TITLE_POINTS[chart.kind]
     with mpl.rc_context(dict(drawing.RC)):
+        room = _room(chart, panels)
+        names = [visible(panel.name) if len(chart.panels) > 1 else "" for panel in panels]
+        titles = [drawing.wrap(name, room.panel, points, "bold") for name in names]
         figure, axes = drawing.assemble(
-            len(panels), title=chart.title, caption=_caption(chart, panels), styles=_legend(chart, panels)
+            len(panels),
+            title=chart.title,
+            caption=_caption(chart, panels),
+            styles=_legend(chart, panels),
+            tall=room.tall,
+            above=max(title.count("\n") for title in titles) * points * drawing.LINE,
         )
-        _make_room(axes, chart, panels)
-        for axis, panel in zip(axes, panels, strict=True):
-            name = visible(panel.name) if len(chart.panels) > 1 else ""
+        for axis, left in zip(axes, room.lefts, strict=False):
+            box = axis.get_position()
+            width = drawing.WIDTH_INCHES
+            axis.set_position((left / width, box.y0, room.panel / width, box.height))
+        for axis, panel, name, title in zip(axes, panels, names, titles, strict=True):
             if chart.kind == "lines":
                 _draw_lines(axis, chart, panel, name)
                 continue
-            wide = axis.get_position().width * drawing.WIDTH_INCHES
-            axis.set_title(_cut(name, int(wide / 0.075)), loc="left", fontsize=8.5, fontweight="bold", pad=7)
+            axis.set_title(title, loc="left", fontsize=points, fontweight="bold", pad=7)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(True, axis="x", color="#E3E3E3", linewidth=0.6)
             axis.set_axisbelow(True)
@@ -64,20 +80,43 @@ def _same_names(panels: Sequence[Panel]) -> bool:
     return len(panels) == 2 and _bars(panels[0]) == _bars(panels[1])
 
 
-def _make_room(axes: Sequence[Any], chart: Chart, panels: Sequence[Panel]) -> None:
-    """Leave room for bars' names left of every panel; of two with the same names, left of the first."""
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """Inches that a chart's texts leave: of a panel its width and height, and where each begins if names move it."""
+
+    panel: float
+    tall: float = drawing.PANEL_INCHES
+    lefts: tuple[float, ...] = ()
+
+
+def _room(chart: Chart, panels: Sequence[Panel]) -> _Room:
+    """Room for bars' names left of every panel, as wide as they are; of two with the same names, left of the first."""
     if chart.kind not in NAME_INCHES:
-        return
-    width = drawing.WIDTH_INCHES
-    room, gap, edge = NAME_INCHES[chart.kind], 0.35, 0.15
-    named = 1 if _same_names(panels) else len(panels)
-    panel = (width - edge - room * named - gap * (len(panels) - 1) - 0.1) / len(panels)
-    left = edge
-    for place, axis in enumerate(axes):
-        box = axis.get_position()
-        left += room if place < named else 0.0
-        axis.set_position((left / width, box.y0, panel / width, box.height))
-        left += panel + gap
+        return _Room(panel=drawing.panel_inches(len(panels)))
+    named = panels[:1] if _same_names(panels) else panels
+    texts = [[_wrapped(name, chart) for name in _bars(panel)] for panel in named]
+    rooms = [
+        TICK + max(drawing.text_inches(line, NAME_POINTS) for text in own for line in text.split("\n")) for own in texts
+    ]
+    panel = drawing.WIDTH_INCHES - EDGE - sum(rooms) - BETWEEN * (len(panels) - 1) - drawing.RIGHT
+    panel /= len(panels)
+    lefts, left = [], EDGE
+    for place in range(len(panels)):
+        left += rooms[place] if place < len(rooms) else 0.0
+        lefts.append(left)
+        left += panel + BETWEEN
+    # Half a line more than a name has, so that its lines are nearer to each other than to the next name's.
+    lines = max(text.count("\n") + 1.5 for own in texts for text in own)
+    rows = max(*map(len, texts), 3)
+    return _Room(
+        panel=panel,
+        tall=max(drawing.PANEL_INCHES, rows * lines * NAME_POINTS * drawing.LINE),
+        lefts=tuple(lefts),
+    )
+
+
+def _wrapped(name: str, chart: Chart) -> str:
+    return drawing.wrap(visible(name), NAME_INCHES[chart.kind] - TICK, NAME_POINTS)
 
 
 def _caption(chart: Chart, panels: Sequence[Panel]) -> str:
@@ -146,7 +185,7 @@ def _draw_lines(axis: Any, chart: Chart, panel: Panel, name: str) -> None:
     drawing.draw_panel(
         axis,
         lines,
-        title=_cut(name, 60),
+        title=name,
         x_label=chart.x_label,
         y_label=f"{chart.y_label} (log axis)",
         x_ticks={place(x): f"{x:g}" if isinstance(x, float) else visible(str(x)) for x in order},
@@ -166,14 +205,9 @@ def _bars(panel: Panel) -> list[str]:
     return list(dict.fromkeys(str(datum.x) for datum in panel.data))[:MOST_BARS]
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
 def _name_bars(axis: Any, names: Sequence[str], chart: Chart) -> None:
     """Names left of the axis, the first on top."""
-    letters = int(NAME_INCHES[chart.kind] / 0.058)
-    axis.set_yticks(range(len(names)), [_cut(visible(name), letters) for name in names], fontsize=7.5)
+    axis.set_yticks(range(len(names)), [_wrapped(name, chart) for name in names], fontsize=NAME_POINTS)
     axis.set_ylim(max(len(names), 3) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel(visible(chart.y_label), labelpad=5)

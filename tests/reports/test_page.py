@@ -6,6 +6,7 @@ import csv
 import functools
 import re
 import shlex
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from bench.cli.main import app as bench
 from bench.store.rows import read_results
 from dig.environment import ROOT
 from dig.registry import families
+from reports import drawing
 from reports.looks import Looks
 from reports.page.chart import Chart, Missing
 from reports.page.colors import DARK_PAGE, LEAST_CONTRAST, contrast, luminance, on_dark
 from reports.page.commands import run_command
-from reports.page.drawn import PART_COLORS, draw
+from reports.page.drawn import MOST_BARS, PART_COLORS, draw
 from reports.page.evidence import Evidence, gather
 from reports.page.html import PARTS_ON_DARK
 from reports.page.markdown import markdown
@@ -37,6 +39,11 @@ ROWS = sorted((ROOT / "results").rglob("*.jsonl"))
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory) -> Evidence:
     return gather([write_everything(tmp_path_factory.mktemp("rows"))])
+
+
+@pytest.fixture(scope="module")
+def published() -> Evidence:
+    return gather([ROOT / "results" / "h100"])
 
 
 def chart(evidence: Evidence, name: str) -> Chart:
@@ -185,6 +192,47 @@ def test_counts_are_written_in_full() -> None:
 
 def texts_at_bars(found: Chart, place: int) -> list[str]:
     return [each.get_text() for each in draw(found).figure.axes[place].texts]
+
+
+@pytest.mark.parametrize("name", ["sampling", "capacity", "beside"])
+def test_no_name_or_title_of_a_figure_is_cut(published: Evidence, name: str) -> None:
+    found = chart(published, name)
+    # Every panel once, though a file has the first ones alone: their names are as long as measured ones get.
+    for panels in (found.panels, *((panel, found.panels[0]) for panel in found.panels[1:])):
+        drawn = draw(replace(found, panels=panels)).figure
+        edges = drawn.bbox
+        (legend,) = drawn.legends
+        boxes = [legend.get_window_extent()]
+        for axis, panel in zip(drawn.axes, panels, strict=False):
+            (title,) = [text for text in (axis.title, axis._left_title) if text.get_text()]
+            assert same_words(title.get_text(), panel.name)
+            boxes.append(title.get_window_extent())
+            labels = [label for label in axis.get_yticklabels() if label.get_visible()]
+            names = list(dict.fromkeys(str(each.x) for each in panel.data))
+            shown = [label.get_text() for label in labels]
+            assert all(map(same_words, shown, names))
+            assert len(labels) == min(len(names), MOST_BARS) or (axis is drawn.axes[1] and not labels)
+            boxes += [label.get_window_extent() for label in labels]
+            boxes += [axis.get_window_extent()]
+        for box in boxes:
+            assert edges.x0 <= box.x0 < box.x1 <= edges.x1
+            assert edges.y0 <= box.y0 < box.y1 <= edges.y1
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
+def same_words(shown: str, meant: str) -> bool:
+    return shown.split() == meant.split()
+
+
+def test_a_text_is_broken_between_words_or_within_one_that_is_too_wide() -> None:
+    assert drawing.wrap("Flash-DiT (sdpa-cudnn)", 9.0, 7.5) == "Flash-DiT (sdpa-cudnn)"
+    assert drawing.wrap("Flash-DiT (sdpa-cudnn)", 0.8, 7.5) == "Flash-DiT\n(sdpa-cudnn)"
+    lines = drawing.wrap(f"of {'x' * 30}", 1.0, 7.5).split("\n")
+    assert "".join(lines) == f"of{'x' * 30}"
+    assert all(drawing.text_inches(line, 7.5) <= 1.0 for line in lines)
+    endless = drawing.wrap("word " * 300, 1.0, 7.5)
+    assert endless.endswith("…")
+    assert endless.count("\n") == drawing.MOST_LINES - 1
 
 
 def test_sampling_has_the_medians_and_what_failed(evidence: Evidence) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of measured rows, whose names are as long as they get."""
     out = tmp_path_factory.mktemp("published")
-    names = ("rows", "bare", "capacity", "sampling", "sampling-best")
+    names = ("rows", "best", "extra", "bare", "capacity", "sampling", "sampling-best")
     result = CliRunner().invoke(app, [*(f"{ROOT}/results/h100/{name}.jsonl" for name in names), "--out", str(out)])
     assert result.exit_code == 0, result.output
     return out / "index.html"
@@ -284,6 +285,36 @@ def test_counts_are_written_in_full(shown: Callable[..., Any], published: Path) 
         browser,
         "return document.querySelector('details.numbers[data-chart=capacity] tr')?.textContent.includes('4608')",
     )
+
+
+def panels_shown(browser: Any, name: str) -> Iterator[list[str]]:
+    """Draws every panel of a chart; yields the names of its bars."""
+    panels = browser.execute_script(
+        "return JSON.parse(document.getElementById('data').textContent).charts"
+        ".find((chart) => chart.name === arguments[0]).panels.map((panel) => panel.data.map((each) => each.x))",
+        name,
+    )
+    for place, names in enumerate(panels):
+        browser.execute_script(f"delete document.getElementById('chart-{name}').dataset.drawn")
+        choose(browser, f"select[data-panel={name}]", str(place))
+        wait(browser, f"return document.getElementById('chart-{name}').dataset.drawn")
+        yield names
+
+
+@pytest.mark.parametrize("width", [360, 600, 1280])
+def test_no_name_of_a_bar_is_cut(shown: Callable[..., Any], published: Path, width: int) -> None:
+    browser = shown(published, width)
+    script = (
+        "return [...document.querySelectorAll(`#chart-${arguments[0]} .role-axis-label text`)].map((each) => {"
+        " const box = each.getBoundingClientRect();"
+        " return [each.textContent, box.left, box.top, box.right, box.bottom]; })"
+    )
+    for name in ("sampling", "capacity", "beside"):
+        for names in panels_shown(browser, name):
+            labels = {label.replace(" ", ""): box for label, *box in browser.execute_script(script, name)}
+            boxes = [labels[each.replace(" ", "")] for each in dict.fromkeys(names)]
+            assert all(0 <= left < right <= width for left, _, right, _ in boxes)
+            assert all(one[3] <= other[1] + 1 for one, other in pairwise(boxes)), "names lie on each other"
 
 
 def test_another_panel_is_drawn(shown: Callable[..., Any], page: Path) -> None:

@@ -174,11 +174,49 @@ function lines(chart, panel, width) {
   return { data: { values: data }, height: tall, layer: layers, resolve: { scale: { y: "shared" } } };
 }
 
+const pen = document.createElement("canvas").getContext("2d");
+function wide(text, size, weight = 400) {
+  pen.font = `${weight} ${size}px ${config.font}`;
+  return pen.measureText(text).width;
+}
+
+// A text in lines of not more than so many pixels: broken between words, or within one that is wider by itself.
+function wrap(text, pixels, size) {
+  const made = [""];
+  for (const word of text.split(/\s+/)) {
+    const longer = made.at(-1) ? `${made.at(-1)} ${word}` : word;
+    if (wide(longer, size) <= pixels) { made[made.length - 1] = longer; continue; }
+    if (made.at(-1)) made.push("");
+    for (const letter of word) {
+      if (made.at(-1) && wide(made.at(-1) + letter, size) > pixels) made.push("");
+      made[made.length - 1] += letter;
+    }
+    if (made.length > mostLines) return [...made.slice(0, mostLines - 1), `${made[mostLines - 1].slice(0, -1)}…`];
+  }
+  return made;
+}
+const mostLines = 8; // a longer text is nobody's name
+
+// The axis of bars' names, wrapped where they would take more than a share of the width; how tall that makes the bars,
+// and how wide it leaves them.
+function names(data, width, { share, size = 12, least }) {
+  const own = new Map(data.map((each) => [String(each.x), wrap(String(each.x), share * width, size)]));
+  for (const each of data) each.name = own.get(String(each.x)).join("\n");
+  const line = Math.round(1.2 * size);
+  const most = Math.max(...[...own.values()].map((each) => each.length));
+  const left = Math.max(...[...own.values()].flat().map((each) => wide(each, size)));
+  const up = `-${line / 2} * (length(split(datum.value, '\\n')) - 1)`; // so that a name's middle is at its bar's
+  return { of: (x) => own.get(x).join("\n"), plot: width - left - 18, tall: own.size * Math.max(least, line * (most + 0.6)),
+    y: { field: "name", type: "nominal", sort: null, title: null,
+      axis: { labelExpr: "split(datum.value, '\\n')", labelLineHeight: line, labelFontSize: size, labelLimit: 0,
+        labelOverlap: false, labelOffset: { expr: up }, domain: false, ticks: false,
+        grid: false } } };
+}
+
 function bars(chart, panel, width) {
   const data = values(chart, panel);
   const scale = scales(chart, data);
-  const y = { field: "x", type: "nominal", sort: null, title: null,
-    axis: { labelLimit: width * 0.42, domain: false, ticks: false, grid: false } };
+  const { y, plot, tall } = names(data, width, { share: 0.42, least: 38 });
   const most = Math.max(...data.map((each) => each.high ?? each.y ?? 0), 1e-9);
   const x = { field: "y", type: "quantitative", title: chart.y,
     axis: { tickCount: 4, ...(chart.counts ? { format: "d", tickMinStep: 1 } : { format: "~s" }) },
@@ -196,7 +234,7 @@ function bars(chart, panel, width) {
     each.edge = each.high ?? each.y ?? 0;
     each.label = each.word || written(chart, each.y);
   }
-  return { data: { values: data }, height: 38 * new Set(data.map((each) => each.x)).size, layer };
+  return { data: { values: data }, height: tall, layer };
 }
 
 function stack(chart, panel, width) {
@@ -210,18 +248,17 @@ function stack(chart, panel, width) {
     each.ink = page.parts[each.order].ink;
   }
   const parts = chart.parts.filter((part) => data.some((each) => each.part === part));
-  const y = { field: "x", type: "nominal", sort: null, title: null,
-    axis: { labelLimit: width * 0.42, domain: false, ticks: false, grid: false } };
+  const { y, of, tall } = names(data, width, { share: 0.42, least: 40 });
   const x = { field: "y", type: "quantitative", title: chart.y, stack: "zero", axis: { tickCount: 4, format: "~s" },
     scale: { domain: [0, most * (1 + (Object.keys(panel.marks).length ? 95 : 50) / (0.6 * width))], nice: false } };
   const order = { field: "order", type: "quantitative" };
   const color = { field: "part", type: "nominal", sort: parts, legend: null,
     scale: { domain: parts, range: parts.map((part) => page.parts[chart.parts.indexOf(part)].color) } };
-  const ends = Object.entries(whole).map(([name, total]) => ({ x: name,
+  const ends = Object.entries(whole).map(([name, total]) => ({ name: of(name),
     label: number(total) + (name in panel.marks ? ` · ${number(panel.marks[name])}` : ""),
     total: Math.max(total, panel.marks[name] || 0) }));
-  const marks = Object.entries(panel.marks).map(([name, value]) => ({ x: name, mark: value }));
-  return { data: { values: data }, height: 40 * Object.keys(whole).length, layer: [
+  const marks = Object.entries(panel.marks).map(([name, value]) => ({ name: of(name), mark: value }));
+  return { data: { values: data }, height: tall, layer: [
     { mark: { type: "bar", height: { band: 0.66 }, stroke: "var(--card)", strokeWidth: 1, cursor: "pointer" },
       encoding: { y, x, color, order, tooltip: tip("Bar", chart.y) } },
     { mark: { type: "text", fontSize: 11 },
@@ -262,13 +299,11 @@ function points(chart, panel, width) {
 function ratios(chart, panel, width) {
   const data = values(chart, panel);
   const scale = scales(chart, data);
-  const narrow = width < 520;
-  const y = { field: "x", type: "nominal", sort: null, title: null,
-    axis: { labelLimit: narrow ? width * 0.45 : 460, domain: false, ticks: false, labelFontSize: narrow ? 9 : 11 } };
+  const { y, tall } = names(data, width, { share: 0.5, size: width < 520 ? 9 : 11, least: 22 });
   const x = { field: "y", type: "quantitative", title: chart.y, axis: { tickCount: 5, format: "~g" },
     scale: { zero: false, nice: true, padding: 10 } };
   const color = { field: "series", type: "nominal", scale: scale.color, legend: null };
-  return { data: { values: data }, height: 22 * new Set(data.map((each) => each.x)).size, layer: [
+  return { data: { values: data }, height: tall, layer: [
     { data: { values: [{ y: panel.level ?? 1 }] }, mark: { type: "rule", color: text }, encoding: { x } },
     { mark: { type: "rule", strokeWidth: 5, opacity: 0.4 },
       encoding: { y, x: { ...x, field: "low" }, x2: { field: "high" }, color } },
