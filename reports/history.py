@@ -42,6 +42,9 @@ PENALTY = 4.0
 """Of one change point, in variances times ln n. Of 300 series of 20 equal points with normal noise 5% then have one;
 a step of six standard deviations is found in 95% of series within them, and in 90% at their last point."""
 COMMIT_LETTERS = 7
+LABEL_POINTS = 7.0
+AXIS_LABEL_INCHES = 0.25
+"""Of the room below an axis: here the commits' labels have it."""
 
 app = typer.Typer(add_completion=False)
 
@@ -256,9 +259,15 @@ def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], 
         + (f" Some are marked {', '.join(marked)}." if marked else "")
     )
     unit = "Milliseconds a step" if figure == "time" else "GiB"
+    # Labels stand upright below the axis, where the caption's room is for lying ones.
+    longest = max(drawing.text_inches(moment.commit, LABEL_POINTS) for moment in found)
     with mpl.rc_context(dict(drawing.RC)):
         shape, (axes,) = drawing.assemble(
-            1, title=f"{'Time' if figure == 'time' else 'Memory'} over commits", caption=caption, styles={label: look}
+            1,
+            title=f"{'Time' if figure == 'time' else 'Memory'} over commits",
+            caption=caption,
+            styles={label: look},
+            below=max(longest - AXIS_LABEL_INCHES, 0.0),
         )
         drawing.draw_panel(
             axes,
@@ -269,7 +278,7 @@ def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], 
             x_ticks={float(i): moment.commit for i, moment in enumerate(found)},
             failures_at="top",
         )
-        axes.tick_params(axis="x", labelrotation=90, labelsize=7)
+        axes.tick_params(axis="x", labelrotation=90, labelsize=LABEL_POINTS)
         steps = levels([moment.value for moment in found], at)
         if len(found) >= LEAST_POINTS:  # Of fewer, no level is claimed.
             axes.step(

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.store.rows import Row
-from reports.history import app, changed, changes, levels, moments, rows_of
+from reports.history import app, changed, changes, draw, levels, moments, rows_of
 
 runner = CliRunner()
 TRITON = (("backend", "triton"),)
@@ -137,6 +137,16 @@ def test_options_are_checked(write_rows: Callable[..., Path], make_row: MakeRow)
     path = str(write_rows([make_row("DiG-S/2", options=TRITON)]))
     for words in (["--figure", "speed"], ["--noise", "0"], ["--noise", "nan"]):
         assert runner.invoke(app, [path, "--case", CASE, *words]).exit_code == 2
+
+
+def test_a_commits_label_does_not_reach_the_caption(make_row: MakeRow) -> None:
+    rows = [at(make_row, i, 10.0, environment={"commit": "87741eb1d4", "dirty": True}) for i in range(3)]
+    found = moments(rows, "time")
+    figure = draw(rows[0].case, "NVIDIA H100", found, [], "time").figure
+    (label,) = [text.get_window_extent() for text in figure.axes[0].get_xticklabels() if text.get_text()]
+    assert found[0].commit == "87741eb+"
+    caption = min((text.get_window_extent() for text in figure.texts), key=lambda box: box.y0)
+    assert label.y0 > caption.y1
 
 
 def test_figure_and_data_are_written(make_row: MakeRow, write_rows: Callable[..., Path], tmp_path: Path) -> None:
