@@ -317,6 +317,51 @@ def test_no_name_of_a_bar_is_cut(shown: Callable[..., Any], published: Path, wid
             assert all(one[3] <= other[1] + 1 for one, other in pairwise(boxes)), "names lie on each other"
 
 
+@pytest.mark.parametrize("width", [360, PHONE])
+def test_on_a_phone_no_text_of_a_bar_runs_over_the_edge(shown: Callable[..., Any], published: Path, width: int) -> None:
+    browser = shown(published, width)
+    script = """
+        const edge = document.getElementById(`chart-${arguments[0]}`).getBoundingClientRect().right;
+        return [...document.querySelectorAll(`#chart-${arguments[0]} svg.marks text`)]
+          .filter((each) => each.getBoundingClientRect().right > edge && Number(getComputedStyle(each).opacity))
+          .map((each) => each.textContent);
+    """
+    for name in ("memory", "parts", "sampling", "capacity"):
+        for _ in panels_shown(browser, name):
+            assert browser.execute_script(script, name) == []
+
+
+def test_a_panels_name_is_written_out_where_its_choice_would_cut_it(shown: Callable[..., Any], published: Path) -> None:
+    script = "return document.getElementById('whole-capacity').innerText"
+    name = "Largest batch at 256 pixels, training step, graph, bf16"
+    assert shown(published, 360).execute_script(script) == name
+    browser = shown(published, 1280)
+    assert not browser.find_element("id", "whole-capacity").is_displayed()
+
+
+@pytest.mark.parametrize("width", [360, PHONE])
+def test_a_time_is_seen_beside_its_model_and_its_button(shown: Callable[..., Any], published: Path, width: int) -> None:
+    browser = shown(published, width)
+    # Down, too: headings lie above what passes below them.
+    model, time, button, table, first, below = browser.execute_script("""
+        const scroll = document.querySelector(".rows .scroll");
+        const cells = document.querySelectorAll("#row-table tbody tr:nth-child(20) > *");
+        scroll.scrollIntoView({ block: "center", behavior: "instant" });
+        scroll.scrollLeft = cells[6].offsetLeft - cells[0].offsetWidth;
+        scroll.scrollTop = cells[0].offsetTop - 200;
+        const ends = (each) => [each.getBoundingClientRect().left, each.getBoundingClientRect().right];
+        const first = document.querySelector("#row-table thead th");
+        const { left, top } = first.getBoundingClientRect();
+        return [cells[0], cells[6], cells[12], scroll].map(ends)
+          .concat([first.dataset.label, document.elementFromPoint(left + 3, top + 3)?.dataset.label]);
+    """)
+    assert model[0] >= table[0]
+    assert model[1] <= time[0] + 1
+    assert time[1] <= button[0] + 1
+    assert button[1] <= table[1]
+    assert first == below == "Model"
+
+
 def test_another_panel_is_drawn(shown: Callable[..., Any], page: Path) -> None:
     browser = shown(page)
     before = browser.execute_script("return document.querySelector('#chart-memory svg.marks').textContent")

@@ -174,6 +174,7 @@ function lines(chart, panel, width) {
   return { data: { values: data }, height: tall, layer: layers, resolve: { scale: { y: "shared" } } };
 }
 
+// Text is measured as Vega does.
 const pen = document.createElement("canvas").getContext("2d");
 function wide(text, size, weight = 400) {
   pen.font = `${weight} ${size}px ${config.font}`;
@@ -206,21 +207,31 @@ function names(data, width, { share, size = 12, least }) {
   const most = Math.max(...[...own.values()].map((each) => each.length));
   const left = Math.max(...[...own.values()].flat().map((each) => wide(each, size)));
   const up = `-${line / 2} * (length(split(datum.value, '\\n')) - 1)`; // so that a name's middle is at its bar's
-  return { of: (x) => own.get(x).join("\n"), plot: width - left - 18, tall: own.size * Math.max(least, line * (most + 0.6)),
+  return { of: (x) => own.get(x).join("\n"), plot: width - left - 24,
+    tall: own.size * Math.max(least, line * (most + 0.6)),
     y: { field: "name", type: "nominal", sort: null, title: null,
       axis: { labelExpr: "split(datum.value, '\\n')", labelLineHeight: line, labelFontSize: size, labelLimit: 0,
         labelOverlap: false, labelOffset: { expr: up }, domain: false, ticks: false,
         grid: false } } };
 }
 
+// Where an axis from 0 has to end, that the text behind every bar is inside.
+function end(bars, plot, weight) {
+  const room = (text) => Math.max(plot - wide(text, config.text.fontSize, weight) - 8, 0.2 * plot);
+  return Math.max(...bars.map(([value, text]) => value * plot / room(text)), 1e-9);
+}
+
 function bars(chart, panel, width) {
   const data = values(chart, panel);
   const scale = scales(chart, data);
   const { y, plot, tall } = names(data, width, { share: 0.42, least: 38 });
-  const most = Math.max(...data.map((each) => each.high ?? each.y ?? 0), 1e-9);
+  for (const each of data) {
+    each.edge = each.high ?? each.y ?? 0;
+    each.label = each.word || written(chart, each.y);
+  }
   const x = { field: "y", type: "quantitative", title: chart.y,
-    axis: { tickCount: 4, ...(chart.counts ? { format: "d", tickMinStep: 1 } : { format: "~s" }) },
-    scale: { domain: [0, most * (1 + 60 / (0.6 * width))], nice: false } };
+    axis: { tickCount: 4, labelBound: 4, ...(chart.counts ? { format: "d", tickMinStep: 1 } : { format: "~s" }) },
+    scale: { domain: [0, end(data.map((each) => [each.edge, each.label]), plot, 600)], nice: false } };
   const color = { field: "series", type: "nominal", scale: scale.color, legend: null };
   const layer = [
     { mark: { type: "bar", height: { band: 0.62 }, cursor: "pointer", cornerRadiusEnd: 2 },
@@ -230,10 +241,6 @@ function bars(chart, panel, width) {
     { mark: { type: "text", align: "left", dx: 6, fontWeight: 600 },
       encoding: { y, x: { ...x, field: "edge" }, text: { field: "label" } } },
   ];
-  for (const each of data) {
-    each.edge = each.high ?? each.y ?? 0;
-    each.label = each.word || written(chart, each.y);
-  }
   return { data: { values: data }, height: tall, layer };
 }
 
@@ -241,22 +248,23 @@ function stack(chart, panel, width) {
   const data = values(chart, panel);
   const whole = {};
   for (const each of data) whole[each.x] = (whole[each.x] || 0) + (each.y || 0);
-  const most = Math.max(...Object.values(whole), ...Object.values(panel.marks), 1e-9);
-  for (const each of data) {
-    each.order = chart.parts.indexOf(each.part);
-    each.label = each.y / most > 34 / (width * 0.75) ? number(each.y) : "";
-    each.ink = page.parts[each.order].ink;
-  }
-  const parts = chart.parts.filter((part) => data.some((each) => each.part === part));
-  const { y, of, tall } = names(data, width, { share: 0.42, least: 40 });
-  const x = { field: "y", type: "quantitative", title: chart.y, stack: "zero", axis: { tickCount: 4, format: "~s" },
-    scale: { domain: [0, most * (1 + (Object.keys(panel.marks).length ? 95 : 50) / (0.6 * width))], nice: false } };
-  const order = { field: "order", type: "quantitative" };
-  const color = { field: "part", type: "nominal", sort: parts, legend: null,
-    scale: { domain: parts, range: parts.map((part) => page.parts[chart.parts.indexOf(part)].color) } };
+  const { y, of, plot, tall } = names(data, width, { share: 0.42, least: 40 });
   const ends = Object.entries(whole).map(([name, total]) => ({ name: of(name),
     label: number(total) + (name in panel.marks ? ` · ${number(panel.marks[name])}` : ""),
     total: Math.max(total, panel.marks[name] || 0) }));
+  const most = end(ends.map((each) => [each.total, each.label]), plot, 700);
+  for (const each of data) {
+    each.order = chart.parts.indexOf(each.part);
+    each.label = each.y / most * plot > 34 ? number(each.y) : "";
+    each.ink = page.parts[each.order].ink;
+  }
+  const parts = chart.parts.filter((part) => data.some((each) => each.part === part));
+  const x = { field: "y", type: "quantitative", title: chart.y, stack: "zero",
+    axis: { tickCount: 4, labelBound: 4, format: "~s" },
+    scale: { domain: [0, most], nice: false } };
+  const order = { field: "order", type: "quantitative" };
+  const color = { field: "part", type: "nominal", sort: parts, legend: null,
+    scale: { domain: parts, range: parts.map((part) => page.parts[chart.parts.indexOf(part)].color) } };
   const marks = Object.entries(panel.marks).map(([name, value]) => ({ name: of(name), mark: value }));
   return { data: { values: data }, height: tall, layer: [
     { mark: { type: "bar", height: { band: 0.66 }, stroke: "var(--card)", strokeWidth: 1, cursor: "pointer" },
@@ -320,6 +328,11 @@ async function draw(chart, panel) {
   const width = Math.floor(place.clientWidth);
   if (!width) return;
   shown[chart.name] = panel.data;
+  const whole = $(`whole-${chart.name}`);
+  if (whole) {
+    whole.textContent = panel.name;
+    whole.hidden = wide(panel.name, 15) < width - 40; // a select cuts what is wider
+  }
   if (!panel.data.some((each) => each.y !== null && each.y !== undefined)) {
     place.replaceChildren(element("p", { className: "status", textContent: "No row with a number matches." }));
     return;
