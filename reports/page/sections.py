@@ -14,7 +14,8 @@ SECTIONS: Mapping[str, tuple[str, str, str]] = {
     "claims": (
         "Claims",
         "Claims and verdicts",
-        "What was said, what was measured here, and whether it holds.",
+        "What was said, what was measured here, and whether it holds. A ratio's interval here is of two medians "
+        "(docs/method.md says how); in figures bars are where most steps lie, which is another thing.",
     ),
     "explore": (
         "Explore",
