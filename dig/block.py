@@ -274,17 +274,23 @@ class DiGBlock(nn.Module):
 
     def _run_on_kernels(self, x: Tensor, c: Tensor, route: Route, ahead: Ahead | None) -> Tensor:
         from dig.ops.derivatives import refuse_transforms
+        from dig.raster import compute_dtype
         from dig.raster_block import run_block
         from dig.raster_weights import settings_of
 
         refuse_transforms()
-        if x.dtype not in KERNEL_DTYPES:
-            raise ValueError(refused_dtype(x.dtype))
+        for used in (x.dtype, compute_dtype(x)):
+            if used not in KERNEL_DTYPES:
+                raise ValueError(refused_dtype(used))
         if x.dim() != 3 or x.shape[1] != route.grid[0] * route.grid[1] or c.shape != (len(x), x.shape[2]):
             raise ValueError(
                 f"a block takes tokens (B, {route.grid[0] * route.grid[1]}, D) and a condition (B, D); got "
                 f"{tuple(x.shape)} and {tuple(c.shape)}"
             )
+        given = x.dtype
+        if ahead is None:
+            # The model hands on tokens in the dtype of the products; whoever calls a block may leave that to autocast.
+            x = x.to(compute_dtype(x))
         x = reorder(x, route.grid, route.source, RASTER).contiguous()
         weights = self.weights() if ahead is None else ahead.weights
         if weights is None:
@@ -293,7 +299,7 @@ class DiGBlock(nn.Module):
             norm = "rms" if self.variant == "paper" else "layer"
             settings = settings_of(norm, self.attn.heads, route.grid, route.order)
             x = run_block(x, c, weights, settings, ahead)
-        return reorder(x, route.grid, RASTER, route.target)
+        return reorder(x, route.grid, RASTER, route.target).to(given)
 
     def weights(self) -> BlockWeights | None:
         """Its parameters, for whoever computes what it does without calling its parts; None if that skips anything.

@@ -181,10 +181,8 @@ class DiG(Backbone):
             # On kernels, tokens stay in one dtype. Elsewhere what is narrower is promoted, and autocast casts.
             if kernels and found.dtype in takes:
                 return found.to(dtype)
-            kind = found.device.type  # which autocast may not know: tensors on "meta" have no values to cast
-            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            cast = autocast or torch.promote_types(found.dtype, dtype) == dtype
-            if not kernels and found.is_floating_point() and cast:
+            floats = not kernels and found.is_floating_point()
+            if floats and (torch.promote_types(found.dtype, dtype) == dtype or _autocasts(found.device.type)):
                 return found
         what = f"{tuple(found.shape)} in {_word(found.dtype)}" if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
@@ -254,6 +252,14 @@ class DiG(Backbone):
 def _recomputed(block: nn.Module) -> bool | None:
     """`DiGBlock.recomputed`, of whatever stands in its place."""
     return cast("bool | None", getattr(block, "recomputed", None))
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on; it may not know the device: tensors on "meta" have no values to cast.
+
+    PyTorch 2.11's compiler can't trace this, so it is asked where the answer is needed alone.
+    """
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -9,14 +9,14 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dig import raster_compiled
-from dig.ops.derivatives import refuse_second_derivatives
+from dig.ops.derivatives import refuse_export, refuse_second_derivatives
 from dig.ops.side_stream import Across, side_work
 from dig.ops.tiles import passes_for
 from dig.raster_inference import infer_block, infer_images
@@ -30,8 +30,7 @@ class RasterBlock(torch.autograd.Function):
     Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
     the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come `Products` (None
     where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the products nothing is
-    differentiated: gradients go to the parameters and to c. Within torch.compile both are None, and made in the pass.
-    Differentiable once (`dig.ops.derivatives`).
+    differentiated: gradients go to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
     """
 
     @staticmethod
@@ -41,17 +40,14 @@ class RasterBlock(torch.autograd.Function):
         c: Tensor,
         settings: Settings,
         across: Across | None,
-        modulation: Tensor | None,
+        modulation: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
         copies, w = tensors[:_PRODUCTS], BlockWeights._make(tensors[_PRODUCTS:])
-        if modulation is None:
-            out, kept = raster_compiled.train(x, c, w, settings)
-        else:
-            pairs = zip(copies, w.products, strict=True)
-            p = Products._make(weight if copy is None else copy for copy, weight in pairs)
-            out, kept = forward_pass(x, c, modulation, p, w, settings)
+        pairs = zip(copies, w.products, strict=True)
+        p = Products._make(weight if copy is None else copy for copy, weight in pairs)
+        out, kept = forward_pass(x, c, modulation, p, w, settings)
         ctx.save_for_backward(*kept, *w)
         ctx.settings, ctx.across = settings, across
         return out
@@ -61,13 +57,9 @@ class RasterBlock(torch.autograd.Function):
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
         refuse_second_derivatives()
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
-        condition, settings, dout = ctx.needs_input_grad[1], ctx.settings, dout.contiguous()
-        if torch.compiler.is_compiling():
-            found = raster_compiled.go_back(ctx.saved_tensors, dout, settings, needed, condition=condition)
-        else:
-            across: Across | None = ctx.across
-            with side_work(dout.device) if across is None else across.part(dout.device):
-                found = backward_pass(partial(_take, ctx), dout, settings, needed, condition=condition, across=across)
+        condition, dout, across = ctx.needs_input_grad[1], dout.contiguous(), cast("Across | None", ctx.across)
+        with side_work(dout.device) if across is None else across.part(dout.device):
+            found = backward_pass(partial(_take, ctx), dout, ctx.settings, needed, condition=condition, across=across)
         dx, dc, gradients = found
         weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
         return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
@@ -86,7 +78,7 @@ def _take(ctx: Any) -> tuple[Tensor | None, ...]:
 def train_block(
     x: Tensor,
     c: Tensor,
-    prepared: Prepared | None,
+    prepared: Prepared,
     weights: BlockWeights,
     settings: Settings,
     across: Across | None = None,
@@ -96,7 +88,7 @@ def train_block(
     Args:
         x: (B, T, D) in raster order, in the dtype of the products.
         c: (B, D), the condition after its SiLU.
-        prepared: Without folded gates; None within torch.compile.
+        prepared: Without folded gates.
         weights: The block's.
         settings: Its settings.
         across: As of `Ahead`.
@@ -104,14 +96,11 @@ def train_block(
     Returns:
         (B, T, D) in x's dtype.
     """
-    modulation: Tensor | None = None
-    copies: list[Tensor | None] = [None] * _PRODUCTS
-    if prepared is not None:
-        # A parameter that is its own copy goes in once, so that it has one gradient.
-        pairs = zip(prepared.products, weights.products, strict=True)
-        copies = [None if copy is weight else copy for copy, weight in pairs]
-        modulation = prepared.modulation
-    out: Tensor = RasterBlock.apply(x, c, settings, across, modulation, *copies, *weights)
+    # A parameter that is its own copy goes in once, so that it has one gradient.
+    copies = [
+        None if copy is weight else copy for copy, weight in zip(prepared.products, weights.products, strict=True)
+    ]
+    out: Tensor = RasterBlock.apply(x, c, settings, across, prepared.modulation, *copies, *weights)
     return out
 
 
@@ -136,7 +125,8 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     if torch.compiler.is_compiling():
         # What a pass takes of the weights and the condition is part of its operation; nothing was made ahead of it.
         if grad:
-            return train_block(x, activated, None, weights, settings)
+            refuse_export()
+            return raster_compiled.train_block(x, activated, weights, settings)
         return raster_compiled.infer(x, activated, weights, settings, fold_gates=fold_gates)
     if prepared is None:
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)

@@ -25,14 +25,34 @@ _TRANSFORMS = {
 
 def refuse_transforms() -> None:
     """Raise ValueError under one of torch.func's transforms, or where forward-mode derivatives are asked for."""
-    if torch.compiler.is_compiling():
-        return
-    transform = torch._C._functorch.peek_interpreter_stack()
-    asked = None if transform is None else _TRANSFORMS.get(transform.key())
+    asked = _transform()
     if forward_ad._current_level >= 0:
         asked = asked or "forward-mode derivatives"
     if asked is not None:
         raise ValueError(f"backend 'triton' has no {asked}; {_INSTEAD}")
+
+
+def _transform() -> str | None:
+    """What the innermost of torch.func's transforms asks for."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return None if transform is None else _TRANSFORMS.get(transform.key())
+
+
+def refuse_export() -> None:
+    """Raise ValueError where torch.export traces what autograd is told by a node: it would leave out the gradient."""
+    if _exporting():
+        raise ValueError("torch.export would lose gradients of backend 'triton': export under torch.no_grad()")
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler: a trace asks, instead of tracing
+# the question, to which PyTorch 2.11's has an answer of its own. The compiler itself guards on the transforms that a
+# trace was made under.
+for _asked in (_transform, _exporting):
+    vars(_asked)["_dynamo_marked_constant"] = True
 
 
 def once(backward: Callable[P, R]) -> Callable[P, R]:
@@ -50,6 +70,7 @@ def refuse_second_derivatives() -> None:
     """Raise ValueError in a backward pass that is recorded for another one.
 
     The second pass itself would be too late: part of what it needs is never recorded, and its result could be wrong.
+    Within torch.compile too, which may compile a backward pass by itself where it leaves its call to Python.
     """
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         raise ValueError(f"backend 'triton' has no second derivatives, which create_graph=True asks for; {_INSTEAD}")

@@ -82,6 +82,9 @@ def test_a_block_alone_refuses_them_too() -> None:
             transform(lambda x: block(x, c, route).sum())(tokens)
     with pytest.raises(ValueError, match="has no forward-mode derivatives"):
         torch.func.jvp(lambda x: block(x, c, route), (tokens,), (tokens,))
+    output = block(tokens.requires_grad_(), c, route)
+    with pytest.raises(ValueError, match="has no second derivatives"):
+        torch.autograd.grad(output.sum(), tokens, create_graph=True)
 
 
 CHANGES = {

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from dig import raster, raster_compiled
 from dig.block import DiGBlock
 from dig.model import DiG
+from dig.ops.tiles import passes_for
 from dig.raster_inference import infer_block, infer_images
 from dig.raster_training import backward_pass, forward_pass
 from dig.raster_weights import BlockWeights, Settings, prepare_block, settings_of
-from dig.scan import ScanOrder
-from tests.helpers import example
+from dig.scan import RASTER, Route, ScanOrder
+from tests.helpers import example, relative_error
 from tests.ops.test_raster import BASE, DEVICE, twins
 
 CASES = {
@@ -123,7 +125,9 @@ def test_gradients_that_are_asked_for_are_those_of_the_pass(which: str, batch: i
     saved = kept_by(x, c, w, s)
     with torch.no_grad():
         expected = backward_pass(lambda: saved, dout, s, needed, condition=condition, across=None)
-    dx, dc, gradients = raster_compiled.go_back(saved, dout, s, needed, condition=condition)
+    dx, dc, gradients = raster_compiled.go_back(
+        saved, dout, *raster_compiled._numbers(s), list(needed), condition=condition
+    )
     assert torch.equal(dx, expected[0])
     assert torch.equal(dc, expected[1]) if condition else dc is None
     for ours, theirs, asked in zip(gradients, expected[2], needed, strict=True):
@@ -185,12 +189,116 @@ def test_a_fused_block_that_is_told_to_compile_is_left_as_it_is() -> None:
 
 @pytest.mark.slow
 def test_batches_that_grow_are_compiled_once_more() -> None:
-    """The second size makes the batch a symbol; the third compiles nothing."""
+    """The second size makes the batch a symbol; no other compiles anything, on either side of the condition's bound."""
     _, kernels = twins(replace(BASE, depth=1))
     compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
-    for batch in (2, 3, 5):
+    for batch in (2, 3, 5, passes_for(torch.device(DEVICE)).condition_images + 1):
         inputs = example(kernels, batch)
-        with torch.compiler.set_stance("fail_on_recompile" if batch == 5 else "default"):
+        with torch.compiler.set_stance("fail_on_recompile" if batch > 3 else "default"):
             found = results(compiled, inputs)
         for ours, theirs in zip(found, results(kernels, inputs), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("backend", "autocast"), [("reference", True), ("triton", False), ("triton", True)])
+def test_a_model_is_one_graph(backend: str, autocast: bool) -> None:
+    """With gradients, whose nodes PyTorch 2.11's compiler hands strings and numbers alone."""
+    reference, kernels = twins(replace(BASE, depth=1))
+    model = kernels if backend == "triton" else reference
+    inputs = example(model, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        for ours, theirs in zip(results(compiled, inputs), results(model, inputs), strict=True):
+            assert relative_error(ours, theirs) < (1e-2 if autocast else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["train_block", "infer_block"])
+def test_an_operation_by_itself_loses_no_derivative(name: str) -> None:
+    """As a program that something else traced of a model may call it."""
+    (x, *others), _ = calls(2)[name]
+    run = getattr(torch.ops.dig, name)
+    with torch.no_grad():
+        run(x.detach().requires_grad_(), *others)
+    run(x, *others)
+    with pytest.raises(ValueError, match=rf"^torch\.ops\.dig\.{name} has no gradient by itself: .*"):
+        run(x.detach().requires_grad_(), *others)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(ValueError, match="no forward-mode derivatives"):
+        run(forward_ad.make_dual(x, torch.ones_like(x)), *others)
+    with torch.no_grad(), forward_ad.dual_level():
+        run(x, *others)
+
+
+def _jvp(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        tangent: Tensor = torch.func.jvp(lambda x: model(x, t, y), (x,), (torch.ones_like(x),))[1]
+    return tangent
+
+
+def _penalty(model: DiG, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(model(x, t, y).sum(), x, create_graph=True)[0].square().sum()
+
+
+@pytest.mark.parametrize(
+    ("of", "what"), [(_jvp, "forward-mode derivatives"), (_penalty, "second derivatives, which create_graph=True .*")]
+)
+def test_what_the_kernels_do_not_have_is_refused_within_a_compiled_function_too(
+    of: Callable[..., Tensor], what: str
+) -> None:
+    reference, kernels = twins(replace(BASE, depth=1))
+    inputs = example(kernels, 2)
+    torch.testing.assert_close(torch.compile(of, backend="eager")(reference, *inputs), of(reference, *inputs))
+    with pytest.raises(ValueError, match=rf"^backend 'triton' has no {what}; take backend 'reference' for them$"):
+        torch.compile(of, backend="eager")(kernels, *inputs).backward()
+
+
+def test_a_compiled_model_is_refused_where_forward_mode_is_entered_later() -> None:
+    _, kernels = twins(replace(BASE, depth=1))
+    compiled, (x, t, y) = torch.compile(kernels, backend="aot_eager"), example(kernels, 2)
+    with torch.no_grad():
+        compiled(x, t, y)
+        with forward_ad.dual_level(), pytest.raises(ValueError, match="no forward-mode derivatives"):
+            compiled(forward_ad.make_dual(x, torch.ones_like(x)), t, y)
+
+
+def test_a_program_is_exported_without_gradients_alone() -> None:
+    _, kernels = twins(replace(BASE, depth=1))
+    inputs = example(kernels, 2)
+    with pytest.raises(Exception, match=r"torch\.export would lose gradients of backend 'triton': export under"):
+        torch.export.export(kernels, inputs, strict=True)
+    with torch.no_grad():
+        program = torch.export.export(kernels, inputs, strict=True).module()
+        assert relative_error(program(*inputs), kernels(*inputs)) < 1e-5
+    with pytest.raises(ValueError, match="no gradient by itself"):
+        program(*inputs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_change_before_the_backward_pass_are_noticed(compiled: bool) -> None:
+    _, kernels = twins(replace(BASE, depth=1))
+    run = torch.compile(kernels, backend="aot_eager") if compiled else kernels
+    for name in ("attn.in_proj", "mlp.down_proj", "adaLN_modulation.1"):
+        output = run(*example(kernels, 2))
+        with torch.no_grad():
+            kernels.blocks[0].get_submodule(name).weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_block_by_itself_takes_what_autocast_gives(compiled: bool) -> None:
+    """Tokens in fp32, as the reference takes them: its products are in bf16, and what it hands on in fp32."""
+    reference, kernels = twins(replace(BASE, depth=1))
+    route = Route(grid=kernels.grid, source=RASTER, order=kernels.orders[0], target=RASTER)
+    tokens = torch.randn(2, kernels.grid[0] * kernels.grid[1], 64, device=DEVICE)
+    condition = torch.randn(2, 64, device=DEVICE)
+    block = torch.compile(kernels.blocks[0], backend="aot_eager") if compiled else kernels.blocks[0]
+    whole = reference.blocks[0](tokens, condition, route)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = block(tokens, condition, route)
+    assert found.dtype == torch.float32
+    assert 1e-4 < relative_error(found, whole) < 2e-2
+    found.sum().backward()
+    whole.sum().backward()
+    ours, theirs = (model.blocks[0].mlp.down_proj.weight.grad for model in (kernels, reference))
+    assert relative_error(ours, theirs) < 3e-2
