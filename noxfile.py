@@ -156,6 +156,18 @@ def tests_newest(session: nox.Session) -> None:
 
 
 @nox.session
+def tests_oldest(session: nox.Session) -> None:
+    """Run the tests that need no GPU on the oldest torch that the project takes, which is gigabytes."""
+    if may_install(session):
+        dependencies = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+        (oldest,) = (each.replace(">=", "==") + ".*" for each in dependencies if each.startswith("torch>="))
+        session.install(oldest)
+        session.install("-e", ".[train,lora]", *GROUPS["test"])
+    session.run("python", "-m", "pip", "list")
+    run_tests(session)
+
+
+@nox.session
 def tests_gpu(session: nox.Session) -> None:
     """Run the tests that need a GPU: kernels and peers against the references, the harness on the device."""
     if may_install(session):
