@@ -279,7 +279,10 @@ class DiGBlock(nn.Module):
         from dig.raster_weights import settings_of
 
         refuse_transforms()
-        for used in (x.dtype, compute_dtype(x)):
+        given = x.dtype
+        # The model hands on tokens in the dtype of the products; whoever calls a block may leave that to autocast.
+        dtype = given if ahead is not None else compute_dtype(x)
+        for used in (given, dtype):
             if used not in KERNEL_DTYPES:
                 raise ValueError(refused_dtype(used))
         if x.dim() != 3 or x.shape[1] != route.grid[0] * route.grid[1] or c.shape != (len(x), x.shape[2]):
@@ -287,11 +290,7 @@ class DiGBlock(nn.Module):
                 f"a block takes tokens (B, {route.grid[0] * route.grid[1]}, D) and a condition (B, D); got "
                 f"{tuple(x.shape)} and {tuple(c.shape)}"
             )
-        given = x.dtype
-        if ahead is None:
-            # The model hands on tokens in the dtype of the products; whoever calls a block may leave that to autocast.
-            x = x.to(compute_dtype(x))
-        x = reorder(x, route.grid, route.source, RASTER).contiguous()
+        x = reorder(x.to(dtype), route.grid, route.source, RASTER).contiguous()
         weights = self.weights() if ahead is None else ahead.weights
         if weights is None:
             x = self._run_part_by_part(x, c, Route(grid=route.grid, source=RASTER, order=route.order, target=RASTER))
