@@ -100,10 +100,12 @@ def embed_condition(
     times: TimestepEmbedder, labels: LabelEmbedder, t: Tensor, y: Tensor, unseen: bool
 ) -> tuple[Tensor, Tensor]:
     """The condition before and after its SiLU, (B, D) both; ``unseen`` is what `untouched_embedders` says."""
-    plain = not (torch.is_grad_enabled() or y.is_floating_point() or (labels.training and labels.dropout > 0))
+    plain = unseen and not (
+        torch.is_grad_enabled() or y.is_floating_point() or (labels.training and labels.dropout > 0)
+    )
+    fits = plain and times.frequencies % 2 == 0 and t.dim() == 1 and y.shape == t.shape
     # How many images there are comes last: a program of torch.compile that was asked is one for few or for many.
-    single = unseen and plain and times.frequencies % 2 == 0 and t.dim() == 1 and y.shape == t.shape
-    if single and len(t) <= passes_for(t.device).condition_images:
+    if fits and len(t) <= passes_for(t.device).condition_images:
         first, second = cast(nn.Linear, times.mlp[0]), cast(nn.Linear, times.mlp[2])
         table = labels.embedding_table.weight
         both: tuple[Tensor, Tensor] = condition(t, y, first.weight, first.bias, second.weight, second.bias, table)
