@@ -76,6 +76,9 @@ class SymmetricWindow:
         _refuse_capture(memory.nbytes)
         # Nothing here needs multicast, and there are GPUs on which PyTorch can't bind memory to it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        # PyTorch 2.11 clears the flags by which ranks meet on the default stream, behind whatever it has to do. A peer
+        # that came first would have set one by then, and the ranks would wait for each other for ever.
+        torch.cuda.default_stream(memory.device).synchronize()
         handle: Any = symmetric.rendezvous(memory, group)
         return None if handle is None else cls(memory, handle)
 
