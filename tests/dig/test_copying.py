@@ -142,8 +142,8 @@ def test_a_capture_makes_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
         copying.Windows(Group()).lend(8, dtype=torch.float32, device=CPU)  # type: ignore[arg-type]
 
 
-def test_flags_are_cleared_before_a_peer_can_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the default stream, whichever one is current: PyTorch 2.11 clears them there, and the host goes on."""
+def test_sharing_waits_for_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a peer can set a flag, and before a kernel reads where it is: PyTorch 2.11 leaves both to that stream."""
     import torch.distributed._symmetric_memory as symmetric
 
     did: list[str] = []
@@ -155,7 +155,7 @@ def test_flags_are_cleared_before_a_peer_can_set_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Default())
     monkeypatch.setattr(symmetric, "rendezvous", lambda memory, group: did.append("shared"))
     assert copying.SymmetricWindow.over(torch.zeros(8), Group()) is None  # type: ignore[arg-type]
-    assert did == ["waited", "shared"]
+    assert did == ["waited", "shared", "waited"]
 
 
 def places(*given: tuple[str, int], visible: int = 3) -> list[Place]:

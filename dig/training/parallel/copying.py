@@ -76,10 +76,13 @@ class SymmetricWindow:
         _refuse_capture(memory.nbytes)
         # Nothing here needs multicast, and there are GPUs on which PyTorch can't bind memory to it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        # PyTorch 2.11 clears the flags by which ranks meet on the default stream, behind whatever it has to do. A peer
-        # that came first would have set one by then, and the ranks would wait for each other for ever.
-        torch.cuda.default_stream(memory.device).synchronize()
+        # PyTorch 2.11 does two things on the default stream, whichever is current, without waiting for them. It clears
+        # the flags by which ranks meet: a peer may have set one by then, and the ranks would wait for each other for
+        # ever. And it writes where the flags are, which kernels on other streams would read too early.
+        default = torch.cuda.default_stream(memory.device)
+        default.synchronize()
         handle: Any = symmetric.rendezvous(memory, group)
+        default.synchronize()
         return None if handle is None else cls(memory, handle)
 
     @classmethod
