@@ -247,7 +247,9 @@ def test_what_the_kernels_do_not_have_is_refused_within_a_compiled_function_too(
 ) -> None:
     reference, kernels = twins(replace(BASE, depth=1))
     inputs = example(kernels, 2)
-    torch.testing.assert_close(torch.compile(of, backend="eager")(reference, *inputs), of(reference, *inputs))
+    # On a CPU: PyTorch 2.11 can't compile forward-mode derivatives of its RMSNorm on a GPU.
+    given = [reference.cpu(), *(value.cpu() for value in inputs)]
+    torch.testing.assert_close(torch.compile(of, backend="eager")(*given), of(*given))
     with pytest.raises(ValueError, match=rf"^backend 'triton' has no {what}; take backend 'reference' for them$"):
         torch.compile(of, backend="eager")(kernels, *inputs).backward()
 
