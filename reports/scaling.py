@@ -14,6 +14,7 @@ from bench.judge.scaling import Point, points
 from bench.messages import OneLineCommand, cell, refuse, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError, Row, read_results
+from bench.store.selection import machine
 from dig.environment import ROOT
 from reports.cells import GIB, MISSING, markdown, number
 from reports.refusing import refusing
@@ -30,7 +31,10 @@ from reports.scaling_model import (
 )
 from reports.series import DOUBTS, STATUS_NAMES, doubts
 
-ROWS = tuple(ROOT / "results" / "h100" / f"{name}.jsonl" for name in ("rows", "extra", "best", "scaling"))
+ROWS = (
+    *(ROOT / "results" / "h100" / f"{name}.jsonl" for name in ("rows", "extra", "best", "scaling")),
+    ROOT / "results" / "h200" / "scaling.jsonl",
+)
 RESOLUTIONS = (256, 1024)
 IMAGES = {256: 32, 1024: 8}
 """Of a GPU, where each gets as many whatever their number."""
@@ -78,12 +82,18 @@ def steps_of(work: Work, resolution: int, assumed: Assumed) -> tuple[list[Step],
     return weak, strong
 
 
+def of_one_device(rows: Sequence[Row]) -> list[Row]:
+    """Those of the device that the first row is of: steps of several would not add up."""
+    return [row for row in rows if machine(row) == machine(rows[0])]
+
+
 def on_paper(rows: Sequence[Row], assumed: Assumed) -> str:
-    """All that is worked out, as Markdown.
+    """All that is worked out, as Markdown, from rows of one device.
 
     Raises:
-        MissingRowError: The rows hold nothing to work it out from.
+        MissingRowError: They hold nothing to work it out from.
     """
+    rows = of_one_device(rows)
     estimated, measured = check_on_s(rows)
     used = "; ".join(
         f"{row.case.model} {row.case.resolution}px {row.case.mode} batch {row.case.batch}, "
@@ -91,7 +101,7 @@ def on_paper(rows: Sequence[Row], assumed: Assumed) -> str:
         for row in rows_used(rows, RESOLUTIONS)
     )
     parts = [
-        f"From these rows, each the newest of its case: {used}.",
+        f"From these rows of one {machine(rows[0])}, each the newest of its case: {used}.",
         f"The same estimate of DiG-S/2 at 1024 pixels, one image, gives {number(1000 * estimated)} ms; measured: "
         f"{number(1000 * measured)} ms.",
     ]
@@ -124,6 +134,7 @@ def as_measured(found: Sequence[Point]) -> str:
     if not any(point.row.case.processes > 1 for point in found):
         return ""
     lines = []
+    several = len({machine(point.row) for point in found}) > 1
     for point in found:
         row, case = point.row, point.row.case
         letters = "".join(DOUBTS[mark][0] for mark in doubts(row))
@@ -131,6 +142,7 @@ def as_measured(found: Sequence[Point]) -> str:
         peak = row.memory.peak if row.memory is not None else None
         lines.append(
             {
+                **({"card": cell(machine(row))} if several else {}),
                 "model": cell(f"{case.model} ({', '.join(value for _, value in case.options)})"),
                 "GPUs": case.processes,
                 "by": cell(f"{case.together}, {case.way}" if case.parallel else case.way),
@@ -143,7 +155,7 @@ def as_measured(found: Sequence[Point]) -> str:
         )
     marked = {mark for point in found for mark in doubts(point.row)}
     legend = "; ".join(f"{letter}: {meaning}" for mark, (letter, meaning) in DOUBTS.items() if mark in marked)
-    table = markdown(pd.DataFrame(lines).set_index(["model", "GPUs"]))
+    table = markdown(pd.DataFrame(lines).set_index([*(["card"] if several else []), "model", "GPUs"]))
     return f"### Measured\n\n{table}" + (f"\n\nOf times with a letter: {legend}." if legend else "")
 
 
@@ -169,7 +181,7 @@ def into_page(page: str, text: str) -> str:
 def report(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RESULTS.jsonl", help="Results files. Default: this project's of one H100."),
+        typer.Argument(metavar="RESULTS.jsonl", help="Results files. Default: this project's of H100s and H200s."),
     ] = None,
     assume: Annotated[
         list[str] | None,

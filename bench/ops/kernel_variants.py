@@ -164,13 +164,12 @@ def product_variants(architecture: Architecture) -> Iterator[Variant]:
             weight = (tiles.columns, tiles.depth) if up else (tiles.depth, tiles.columns)
             sizes = {"D": D, "F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": tiles.group}
             shape: dict[str, Any] = {**sizes, "PRECISION": "tf32"}
-            walks = tiles.walking is not None and lists is alone
             yield Variant(
                 function=product_kernels.up_swiglu_kernel if up else product_kernels.down_swiglu_backward_kernel,
                 sizes=f"D {D} F {F}" + (" casts" if lists is casts else ""),
                 dtype="bf16",
                 shared=tiles.shared_memory(which),
-                constants=shape | constants | {"KEEP": which == "up", "WALK": walks} if up else shape,
+                constants=shape | constants | {"KEEP": which == "up"} if up else shape,
                 options=tiles.options,
                 blocks=dict.fromkeys(("gate_up", "dgate_up", "hidden"), tile)
                 | {"x": tokens, "dout": tokens, "weight": weight},

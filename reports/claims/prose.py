@@ -13,8 +13,13 @@ from reports.claims.errors import ClaimError
 README = ROOT / "README.md"
 HOLE = "{}"
 _VALUE = r"\d+(?:,\d{3})*(?:\.\d+)?"
-NUMBER = re.compile(r"(?<!\w)(?<!\d[.,])(?<![A-Za-z][-/])\d+(?:[.,]\d+)*")
-"""A number in prose, a version too. What follows a letter is part of a name: ``H100``, ``DiG-S/2``."""
+NUMBER = re.compile(
+    r"(?<!\w)(?<!\d[.,])(?<![A-Za-z][-/])"
+    r"(?!(?=\d*[a-f])[\da-f]{7}\b)"  # A commit.
+    r"\d+(?:[.,]\d+)*"
+)
+"""A number in prose, a version too. What follows a letter is part of a name: ``H100``, ``DiG-S/2``. Nor is a
+commit one."""
 _DROPPED = (
     (re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL), " "),
     (re.compile(r"<!--.*?-->", re.DOTALL), " "),

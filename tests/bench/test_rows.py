@@ -149,7 +149,7 @@ ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
     [
         (H100 / "rows.jsonl", 167, ALL),
         (H100 / "extra.jsonl", 51, {"triton", "sdpa-cudnn", "flash-attn-4-padded"}),
-        (H100 / "eager.jsonl", 6, {"triton", "sdpa-cudnn"}),
+        (H100 / "eager.jsonl", 9, {"triton", "sdpa-cudnn"}),
         (H100 / "whole.jsonl", 7, {"triton", "sdpa-cudnn", "flash-attn-4"}),
         (H100 / "bare.jsonl", 12, ALL | {"triton", "flash-attn"}),
         (H100 / "scaling.jsonl", 16, {"triton", "sdpa-cudnn"}),

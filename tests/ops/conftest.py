@@ -51,19 +51,6 @@ def _multiply_bf16() -> None:
     interpreter.InterpreterBuilder.create_dot = multiply_numbers
 
 
-def _count_by_scalars() -> None:
-    """Make a scalar a loop's bound: it is an array of one element, which today's NumPy does not take for a number."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_index
-
-
 def _scan_rows_at_once() -> None:
     """Make the interpreter's scans go along one axis and take all else at once; it goes element by element."""
     import numpy as np
@@ -294,7 +281,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_to_nearest()
     _multiply_bf16()
-    _count_by_scalars()
     _scan_rows_at_once()
     _refuse_tensors_in_constants()
     _check_every_address()

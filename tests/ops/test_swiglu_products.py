@@ -39,8 +39,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=[None, 3], ids=["", "walking"])
-def launches(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Use the kernels for any number of tokens, on a CPU too; names of those that were launched."""
     names: list[str] = []
 
@@ -54,7 +54,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     def chosen(which, tokens: Tensor, F: int) -> ProductTiles:
         narrow = tokens.shape[-1] <= products.for_device(tokens.device).products.narrow_width
-        return replace((NARROW if narrow else WIDE)[which], walking=request.param)
+        return (NARROW if narrow else WIDE)[which]
 
     monkeypatch.setattr(products, "tiles_for", chosen)
     for name in ("up_swiglu_kernel", "down_swiglu_backward_kernel"):

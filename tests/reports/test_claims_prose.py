@@ -15,7 +15,7 @@ from reports.claims import numbers
 from reports.claims.declared import Number, read_declared, restated
 from reports.claims.errors import ClaimError
 from reports.claims.numbers import measured
-from reports.claims.prose import README, prose, quoted, read_page, unexplained
+from reports.claims.prose import NUMBER, README, prose, quoted, read_page, unexplained
 from reports.claims.rows import ROWS, Files
 from reports.claims.spec import Claim, read_claims
 
@@ -233,3 +233,8 @@ def test_what_is_measured_is_not_said_in_words() -> None:
     assert len(results) > 4_000
     assert ratio.findall(results) == []
     assert ratio.search("It is ten times as fast, and takes a third of the memory.")
+
+
+def test_a_commit_is_no_number() -> None:
+    said = "at 05fefd7 and 9328b3a, 1234567 rows, 12.5 of 0998e9f0, 3e4"
+    assert NUMBER.findall(said) == ["1234567", "12.5", "0998", "3"]

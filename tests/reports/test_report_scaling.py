@@ -175,6 +175,22 @@ def test_the_estimate_is_near_what_was_measured() -> None:
     assert estimated == pytest.approx(measured, rel=1 / 7)
 
 
+def test_an_estimate_is_of_one_device() -> None:
+    """A newer row of another card leaves it as it is; its times would not add up with those of the first."""
+    first = scaling.of_one_device(published())
+    known = find(first, model="DiG-XL/2", resolution=256, batch=32, mode="train")
+    other = replace(
+        known,
+        environment={**known.environment, "gpu_name": "NVIDIA H200"},
+        samples_ms=tuple(ms / 2 for ms in known.samples_ms),
+        started_at="2999-01-01",
+    )
+    assert scaling.on_paper([*first, other], Assumed()) == scaling.on_paper(first, Assumed())
+    assert scaling.on_paper([*first, replace(other, environment=known.environment)], Assumed()) != scaling.on_paper(
+        first, Assumed()
+    )
+
+
 def test_the_page_is_what_the_command_prints() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert scaling.into_page(text, scaling.told(published(), Assumed())) == text
@@ -225,7 +241,7 @@ def silent_more(rows: list[Row], family: str) -> float:
 
 def test_what_the_page_says_of_its_tables() -> None:
     """The sentences below the tables, held against them."""
-    assumed, rows = Assumed(), published()
+    assumed, rows = Assumed(), scaling.of_one_device(published())
     small, large = (work_of(rows, resolution=resolution, assumed=assumed) for resolution in scaling.RESOLUTIONS)
     weak, strong = scaling.steps_of(large, 1024, assumed)
     assert all(step.exposed_s == 0 for step in weak)

@@ -27,17 +27,18 @@ from dig.ops.early_launch import start_early
 
 
 @triton.jit
-def tile_corner(tile, M, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """First token and first column of a tile.
+def tile_corner(M, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """First token and first column of this program.
 
     GROUP rows of tiles are walked column by column: programs that run together share tokens and weights in the L2
     cache.
     """
+    program = tl.program_id(0)
     across: tl.constexpr = F // BN
-    group = tile // (GROUP * across)
+    group = program // (GROUP * across)
     first = group * GROUP
     height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
-    inside = tile % (GROUP * across)
+    inside = program % (GROUP * across)
     return (first + inside % height) * BM, inside // height * BN
 
 
@@ -99,26 +100,11 @@ def store_share(share, loaded, copies, STARTS: tl.constexpr, R: tl.constexpr, C:
     tl.store(choose(share, copies, STARTS) + offsets, product.to(copies[0].dtype.element_ty), mask=exists)
 
 
-@triton.jit
-def store_hidden(gate, up, gate_up, hidden, row, column, F: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Write a tile of hidden and, with KEEP, of gate_up, from both sums (BM, BN)."""
-    # Rounded first, as the product by itself would be: the backward pass begins with the rounded values.
-    dtype: tl.constexpr = hidden.dtype
-    rounded_gate = gate.to(dtype)
-    rounded_up = up.to(dtype)
-    if KEEP:
-        gate_up.store([row, column], rounded_gate)
-        gate_up.store([row, F + column], rounded_up)
-    gate, up = widen((rounded_gate, rounded_up), PRECISION != "interpreter")
-    # exp2 may overflow for gates far below 0; the sigmoid is then 0, as it should be.
-    hidden.store([row, column], (gate * sigmoid(gate, PRECISION) * up).to(dtype))
-
-
 @triton.jit(do_not_specialize=["M"])
 def up_swiglu_kernel(
     x, weight, gate_up, hidden, masters, gates, copies, M,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    KEEP: tl.constexpr, WALK: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STARTS: tl.constexpr, GATE_STARTS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr,
     EARLY: tl.constexpr,
@@ -127,24 +113,9 @@ def up_swiglu_kernel(
 
     Beside it, unless EVERY is 0, copies of the masters (N, M) in another type, the rows of the last of them multiplied
     by gates (N,): in shares, see above, of which a program has at most D / BK / EVERY.
-
-    With WALK, and no shares, programs are fewer than tiles, and each walks over several: a tile's first operands are
-    loaded while the one before is finished.
     """
     start_early(EARLY)
-    if WALK:
-        tiles = tl.cdiv(M, BM) * (F // BN)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            row, column = tile_corner(tile, M, F, BM, BN, GROUP)
-            gate = tl.zeros((BM, BN), tl.float32)
-            up = tl.zeros((BM, BN), tl.float32)
-            for k in range(0, D, BK):
-                tokens = x.load([row, k])
-                gate = tl.dot(tokens, weight.load([column, k]).T, gate)
-                up = tl.dot(tokens, weight.load([F + column, k]).T, up)
-            store_hidden(gate, up, gate_up, hidden, row, column, F, KEEP, PRECISION)
-        return
-    row, column = tile_corner(tl.program_id(0), M, F, BM, BN, GROUP)
+    row, column = tile_corner(M, F, BM, BN, GROUP)
     gate = tl.zeros((BM, BN), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
     share = tl.program_id(0)
@@ -159,7 +130,16 @@ def up_swiglu_kernel(
                 store_share(share, held, copies, STARTS, R, C)
                 share += tl.num_programs(0)
                 held = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
-    store_hidden(gate, up, gate_up, hidden, row, column, F, KEEP, PRECISION)
+    # Rounded first, as the product by itself would be: the backward pass begins with the rounded values.
+    dtype: tl.constexpr = hidden.dtype
+    rounded_gate = gate.to(dtype)
+    rounded_up = up.to(dtype)
+    if KEEP:
+        gate_up.store([row, column], rounded_gate)
+        gate_up.store([row, F + column], rounded_up)
+    gate, up = widen((rounded_gate, rounded_up), PRECISION != "interpreter")
+    # exp2 may overflow for gates far below 0; the sigmoid is then 0, as it should be.
+    hidden.store([row, column], (gate * sigmoid(gate, PRECISION) * up).to(dtype))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -170,7 +150,7 @@ def down_swiglu_backward_kernel(
 ):  # fmt: skip
     """dgate_up (M, 2F) and hidden (M, F) from dout (M, D), weight (D, F) and gate_up (M, 2F)."""
     start_early(EARLY)
-    row, column = tile_corner(tl.program_id(0), M, F, BM, BN, GROUP)
+    row, column = tile_corner(M, F, BM, BN, GROUP)
     gradient = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
         gradient = tl.dot(dout.load([row, k]), weight.load([k, column]), gradient)

@@ -95,16 +95,14 @@ def _launch_up(
     """Launch `up_swiglu_kernel`; copied are its masters, gates and copies, shares the constants about those."""
     D, F = x.shape[-1], weight.shape[0] // 2
     M, tile = x.numel() // D, (t.rows, t.columns)
-    tiles = t.programs(M, F)
-    programs = tiles if t.walking is None or shares["EVERY"] else min(t.walking, tiles)
     with launch_context(x.device) as launch:
         launch.early(
-            up_swiglu_kernel, (programs,),
+            up_swiglu_kernel, _grid(t, M, F),
             (_descriptor(x, t.rows, t.depth), _descriptor(weight, t.columns, t.depth), _descriptor(gate_up, *tile),
              _descriptor(hidden, *tile), *copied),
             (M,),
-            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, WALK=programs < tiles,
-            PRECISION=_PRECISION, **constants, **shares, **t.options,
+            D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=_PRECISION, **constants, **shares,
+            **t.options,
         )  # fmt: skip
 
 

@@ -248,8 +248,6 @@ class ProductTiles:
         warps: Of a program.
         stages: Steps along the sum whose operands are in shared memory at once.
         registers: Most registers of a thread; None leaves it to the compiler.
-        walking: Most programs of the up-projection where it casts no weights: each walks over several tiles. None: a
-            program a tile.
     """
 
     rows: int
@@ -259,7 +257,6 @@ class ProductTiles:
     warps: int
     stages: int
     registers: int | None = None
-    walking: int | None = None
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -271,13 +268,9 @@ class ProductTiles:
         return -(-M // self.rows) * (F // self.columns)
 
     def shared_memory(self, which: ProductPass) -> int:
-        """Bytes that a program takes at most: its stages' operands, and their barriers. Up has two weights.
-
-        One that walks also keeps a result there, while the next tile's operands come.
-        """
+        """Bytes that a program takes at most: its stages' operands, and their barriers. Up has two weights."""
         weights = 1 if which == "down" else 2
-        results = self.rows * self.columns if self.walking and weights == 2 else 0
-        return 2 * (self.stages * self.depth * (self.rows + weights * self.columns) + results) + 1024
+        return self.stages * 2 * self.depth * (self.rows + weights * self.columns) + 1024
 
 
 @dataclass(frozen=True, kw_only=True)
