@@ -126,10 +126,14 @@ def kernel_costs(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> di
             "walk_kernel": Cost(bytes=element * (2 * keys + 3 * values + rank)),
         }
     states, sums = (math.prod(shape) * ITEM_BYTES.get(of, 2) for shape, of in zip(shapes[4:6], types[4:6], strict=True))
+    # q, k, v, g and dy; do, dg and the output again; states and their gradients.
+    outputs = Cost(bytes=element * (2 * keys + 6 * values) + 2 * states + sums)
+    # q, k, v and do; the gradients of q, k, v and of the decays.
+    gradients = Cost(bytes=element * (5 * keys + 3 * values) + 2 * states + sums)
     return {
-        # q, k, v, g and dy; do, dg and the output again; states and their gradients.
-        "output_backward_kernel": Cost(bytes=element * (2 * keys + 6 * values) + 2 * states + sums),
-        # q, k, v and do; the gradients of q, k, v and of the decays.
-        "gradient_kernel": Cost(bytes=element * (5 * keys + 3 * values) + 2 * states + sums),
+        "output_backward_kernel": outputs,
+        "output_backward_parts_kernel": outputs,
+        "gradient_kernel": gradients,
+        "gradient_rounds_kernel": gradients,
         "scan_kernel": Cost(bytes=2 * states),
     }

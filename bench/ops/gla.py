@@ -108,6 +108,8 @@ def make_steps(shape: Shape, operation: str, implementation: str, mode: str) -> 
 
 
 KERNELS = ("local_state_kernel", "output_kernel", "output_backward_kernel", "gradient_kernel")
+OTHER_FORMS = {"output_backward_kernel": "output_backward_parts_kernel", "gradient_kernel": "gradient_rounds_kernel"}
+"""What runs in a kernel's place where tile choices say so."""
 WARPS = ("local_warps", "output_warps", "output_backward_warps", "gradient_warps")
 REGISTERS = ("output_registers", "output_backward_registers", "gradient_registers")
 """Fields of `dig.ops.tiles.choices.GlaTiles` that are the kernels' own."""
@@ -182,7 +184,7 @@ def sweep(shape: Shape, choices: Choices) -> None:
             print(f"{choice}: {error}", flush=True)
             return
         for name in names:
-            microseconds, calls = kernels[name]
+            microseconds, calls = kernels[name if name in kernels else OTHER_FORMS[name]]
             print(f"{microseconds:7.1f} µs x {calls:g} {name:24} {choice}", flush=True)
             if microseconds < best.get(name, (float("inf"), {}))[0]:
                 best[name] = (microseconds, choice)

@@ -73,7 +73,7 @@ def _recurrences(architecture: Architecture) -> Iterator[tuple[int, int, torch.d
 
 def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
     """Every kernel that works on chunks, at every entry of the table, forward and backward."""
-    from dig.ops.gla import kernels, kernels_backward, kernels_walk, launches
+    from dig.ops.gla import kernels, kernels_backward, kernels_rounds, kernels_walk, launches
 
     for K, V, of, tiles in _recurrences(architecture):
         dtype = DTYPES[of]
@@ -84,9 +84,13 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
         plain = {"R": 0, "RP": 16, "LOGITS": False}
         rounds = {"ROUNDS": launches.walk_rounds(tiles, tiles.walk_chunks)}
         walk = (kernels_walk.walk_kernel, tiles.walk_warps, tiles.walk_registers)
-        gradient = (kernels_backward.gradient_kernel, tiles.gradient_warps, tiles.gradient_registers)
+        in_rounds, in_parts = kernels_rounds.gradient_rounds_kernel, kernels_rounds.output_backward_parts_kernel
+        gradient_kernel = in_rounds if tiles.gradient_rounds else kernels_backward.gradient_kernel
+        gradient = (gradient_kernel, tiles.gradient_warps, tiles.gradient_registers)
+        gradient_levels = {} if tiles.gradient_rounds else levels
         output_backward = (
-            kernels_backward.output_backward_kernel, tiles.output_backward_warps, tiles.output_backward_registers
+            in_parts if tiles.output_backward_parts else kernels_backward.output_backward_kernel,
+            tiles.output_backward_warps, tiles.output_backward_registers,
         )  # fmt: skip
         for (function, warps, registers), constants in (
             ((kernels.local_state_kernel, tiles.local_warps, None), low_rank | {"STATES": True, "GRADIENT": False}),
@@ -98,8 +102,8 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             (walk, rounds | low_rank | {"KEEP": True}),
             ((kernels_walk.walk_kernel, tiles.walk_warps, None), rounds | plain | {"LOGITS": True, "KEEP": True}),
             (output_backward, levels | {"REBUILD": True}),
-            (gradient, levels | low_rank),
-            (gradient, levels | plain),
+            (gradient, gradient_levels | low_rank),
+            ((*gradient[:2], None if tiles.gradient_rounds else gradient[2]), gradient_levels | plain),
         ):
             if function is walk[0] and not tiles.walk_chunks:
                 continue

@@ -113,6 +113,39 @@ def compiled(*options: str) -> list[str]:
     return lines
 
 
+ROUNDS = """
+import json
+from dataclasses import asdict, replace
+import torch
+from bench.ops.kernel_variants import kernel_variants
+from bench.ops.registers import inspect_variants
+from dig.ops.tiles import architectures
+
+(hopper,) = (each for each in architectures() if each.capability == (9, 0))
+heads = 32, 64, torch.bfloat16
+tiles = replace(
+    hopper.gla[heads], few=None, gradient_rounds=True, gradient_registers=168, output_backward_parts=True,
+    output_backward_registers=168,
+)
+hopper = replace(hopper, gla={heads: tiles})
+names = "gradient_rounds_kernel", "output_backward_parts_kernel"
+chosen = [each for each in kernel_variants(hopper) if each.function.__name__ in names]
+print(json.dumps([asdict(each) | {"faulty": each.faulty} for each in inspect_variants(chosen, hopper)]))
+"""
+
+
+@pytest.mark.slow
+def test_three_programs_of_rounds_share_an_sm_of_hopper() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ROUNDS]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=600)
+    parts, capped, plain = json.loads(done.stdout)
+    assert not [each for each in (parts, capped, plain) if each["faulty"]]
+    for each in (parts, capped):
+        assert 3 * 32 * 4 * each["registers"] <= 65536
+        assert 3 * each["shared"] <= 227 * KIB
+
+
 def test_the_compiler_has_tile_choices_for_every_architecture() -> None:
     assert {"8.0", "8.9", "9.0", "10.0", "12.0"} <= set(CAPABILITIES)
 

@@ -18,6 +18,7 @@ from bench.inspect.parts import part_of
 from bench.inspect.profile import Entry, Profile, _ranked, memory_timeline, read_events, read_parts
 from bench.inspect.roofline import Cost, cost_of, kernel_costs
 from bench.measure.profiler import short_name
+from bench.ops.gla import OTHER_FORMS
 from bench.store.profiles import read_profiles
 from dig.environment import ROOT
 
@@ -100,6 +101,8 @@ def test_kernels_of_the_recurrence_have_work_of_their_own() -> None:
     assert costs["gradient_kernel"] == pytest.approx(77, rel=0.1)
     assert costs["output_backward_kernel"] == pytest.approx(87, rel=0.1)
     assert costs["scan_kernel"] == pytest.approx(10, rel=0.1)
+    backward = kernel_costs("dig::gla_mixer_backward", dims, types)
+    assert all(backward[one] == backward[other] for one, other in OTHER_FORMS.items())
     forward = kernel_costs("dig::gla_mixer", dims[:4], types[:4])
     assert forward["output_kernel"].bytes / 1e6 == pytest.approx(2 * 12.544 * (2 * 192 + 3 * 384) / 1e3)
     assert kernel_costs("aten::mm", [[4, 4], [4, 4]], ["float", "float"]) == {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,19 @@ def _multiply_bf16() -> None:
         return multiply(self, widened(a), widened(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = multiply_numbers
+
+
+def _count_by_scalars() -> None:
+    """Make a scalar a loop's bound: it is an array of one element, which today's NumPy does not take for a number."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_index
 
 
 def _scan_rows_at_once() -> None:
@@ -281,6 +296,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_bf16_to_nearest()
     _multiply_bf16()
+    _count_by_scalars()
     _scan_rows_at_once()
     _refuse_tensors_in_constants()
     _check_every_address()
@@ -289,3 +305,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _check_overflow_at_once()
     _look_dtypes_up()
     _remember_types()
+
+
+ROUNDS = {"gradient_rounds": True, "output_backward_parts": True}
+IN_FEW_REGISTERS = {**ROUNDS, "gradient_registers": 168, "output_backward_registers": 168}
+
+
+@pytest.fixture(params=[{}, IN_FEW_REGISTERS if torch.cuda.is_available() else ROUNDS], ids=["levels", "rounds"])
+def backward_form(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The recurrence's backward pass by levels, and in rounds and parts; the latter on a GPU at heads of 32 alone."""
+    from dig.ops.gla import launches
+
+    chosen = launches.tiles_for
+
+    def tiles_for(q: Any, v: Any) -> Any:
+        tiles = chosen(q, v)
+        heads = int(q.shape[-1]), int(v.shape[-1])
+        return replace(tiles, **request.param) if heads == (32, 64) or not torch.cuda.is_available() else tiles
+
+    monkeypatch.setattr(launches, "tiles_for", tiles_for)
+    return request.param

@@ -50,6 +50,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("backward_form")
 @pytest.mark.parametrize(("grid", "heads", "key_width", "dtype", "batch", "order"), CASES)
 def test_output_and_every_gradient(
     grid: tuple[int, int], heads: int, key_width: int, dtype: torch.dtype, batch: int, order: ScanOrder
@@ -57,8 +58,9 @@ def test_output_and_every_gradient(
     check_output_and_gradients(arguments(grid, heads, key_width, dtype, batch), heads, grid, order)
 
 
+@pytest.mark.usefixtures("backward_form")
 def test_gates_that_forget_within_a_chunk() -> None:
-    """No chunk is mild: its pairs go by groups of several sizes."""
+    """No chunk is mild: its parts' shares of the bias' gradient add up."""
     projected, decay_weight, decay_bias, norm_weight = arguments((8, 9), 1, 32, torch.float32)
     check_output_and_gradients([projected, decay_weight, decay_bias - 15, norm_weight], 1, (8, 9), ORDERS[0])
 

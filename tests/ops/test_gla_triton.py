@@ -7,6 +7,7 @@ operations allocate is filled with NaN first, so an element that no kernel write
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +31,15 @@ BASE = INTERPRETER.gla[32, 64, torch.float32]
 
 
 # Pairs of tokens that a kernel masks afterwards may overflow first; NumPy, under the interpreter, says so.
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("poison", "backward_form"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 
 
 @pytest.fixture
-def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    tiles = replace(BASE, chunk=request.param, scan_groups=4, scan_steps=2, short_units=128)
+def chunk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, backward_form: dict[str, Any]) -> int:
+    tiles = replace(BASE, chunk=request.param, scan_groups=4, scan_steps=2, short_units=128, **backward_form)
     monkeypatch.setattr(launches, "tiles_for", lambda q, v: tiles)
     return request.param
 

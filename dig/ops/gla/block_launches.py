@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dig.ops.gla.kernels import output_kernel
 from dig.ops.gla.kernels_backward import output_backward_kernel
+from dig.ops.gla.kernels_rounds import output_backward_parts_kernel
 from dig.ops.gla.kernels_walk import walk_kernel
 from dig.ops.gla.launches import (
     Plan,
@@ -91,7 +92,7 @@ def output_launch(plan: Plan, layout: Layout, eps: float, norm_gate: bool = True
 def _output_backward_launch(
     plan: Plan, layout: Layout, slots: Slots, dy_strides: tuple[int, ...], eps: float, rebuild: bool
 ) -> Launch:
-    """`output_backward_kernel`'s.
+    """`output_backward_kernel`'s, or of the same in parts.
 
     On the inputs, slots, the norm's weight, dy, sums, states, their gradients, own, do, dweight and, to be rebuilt, y.
     """
@@ -99,8 +100,9 @@ def _output_backward_launch(
     m = n + slots.tensors
     weight, dy, sums, states, state_gradients, own, do, dweight, y = ((m + i, 0) for i in range(9))
     which, first = slots.parts[4]
+    in_parts = plan.tiles.output_backward_parts
     return Launch(
-        output_backward_kernel, plan.grid,
+        output_backward_parts_kernel if in_parts else output_backward_kernel, plan.grid,
         (*layout.qkv_strides, *layout.g_strides, *dy_strides, slots.strides[4], plan.T, plan.N, *plan.scan, plan.scale,
          eps),
         early=True,

@@ -23,6 +23,7 @@ from torch import Tensor
 from dig.ops.arithmetic import INTERPRETED
 from dig.ops.gla.kernels import local_state_kernel, scan_kernel, short_scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel
+from dig.ops.gla.kernels_rounds import gradient_rounds_kernel
 from dig.ops.gla.layouts import Layout, Outline, Rows, Slots, strides_of
 from dig.ops.launch import Launch, LaunchContext
 from dig.ops.tiles import for_device
@@ -239,18 +240,24 @@ def walk_rounds(tiles: GlaTiles, N: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...]) -> Launch:
-    """`gradient_kernel`'s: on the inputs, slots, do, sums, states, their gradients, own and dbias."""
+    """`gradient_kernel`'s, or that of the same in rounds.
+
+    On the inputs, slots, do, sums, states, their gradients, own and dbias.
+    """
     n = layout.tensors
     m = n + slots.tensors
     outputs = tuple((n + which, first) for which, first in slots.parts[:4])
+    rounds = plan.tiles.gradient_rounds
+    levels: dict[str, Any] = {} if rounds else {"LEVELS": plan.levels}
+    capped = layout.constants["R"] or not rounds
     return Launch(
-        gradient_kernel, plan.grid,
+        gradient_rounds_kernel if rounds else gradient_kernel, plan.grid,
         (*layout.qkv_strides, *layout.gate_strides, *do_strides, *slots.strides[:4],
          plan.T, plan.N, *plan.scan, plan.scale, plan.inverse_normalizer),
         early=True,
         parts=(*layout.qkv, *layout.gate, *((m + i, 0) for i in range(5)), *outputs, (m + 5, 0)),
-        **plan.constants, **layout.constants, LEVELS=plan.levels, num_warps=plan.tiles.gradient_warps,
-        maxnreg=plan.tiles.gradient_registers,
+        **plan.constants, **layout.constants, **levels,
+        num_warps=plan.tiles.gradient_warps, maxnreg=plan.tiles.gradient_registers if capped else None,
     )  # fmt: skip
 
 

@@ -80,6 +80,18 @@ def forgotten(tokens, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def laid_out_as(x, like, PRECISION: tl.constexpr):
+    """x, fp32, spread over threads as ``like``, of its shape, is: an instruction of both, which costs none.
+
+    For what comes from memory and meets a product's result in several places. Left alone, the compiler decides for each
+    place whether it moves x or what is computed of it, and computes some of that twice.
+    """
+    if PRECISION == "interpreter":
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f,f", [x, like], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def load_rows(ptr, stride, tokens, present, WIDTH: tl.constexpr, P: tl.constexpr):
     """One head's rows at ``tokens`` (C,) as (C, P); 0 where there is no token, and in the padded columns."""
     cols = tl.arange(0, P)
@@ -178,7 +190,7 @@ def load_sums(sums, chunk, rows, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def load_sum(sums, chunk, row: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+def load_sum(sums, chunk, row, C: tl.constexpr, P: tl.constexpr):
     """The sums (P,) of one row: of the last, the whole chunk's."""
     return tl.load(sums + chunk * (C * P) + row * P + tl.arange(0, P))
 

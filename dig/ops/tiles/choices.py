@@ -23,7 +23,7 @@ down-projection."""
 def _check_positive(choices: Any, *, may_be_zero: Collection[str] = ()) -> None:
     for each in fields(choices):
         value, least = getattr(choices, each.name), int(each.name not in may_be_zero)
-        if isinstance(value, int) and value < least:
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise ValueError(f"{each.name} must be at least {least}; got {value}")
 
 
@@ -65,10 +65,13 @@ class GlaTiles:
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
+        output_backward_parts: Whether that program takes the values' columns in two parts.
+        gradient_rounds: Whether the last one takes one pair of operands for all products
+            (`dig.ops.gla.kernels_rounds`, both). Neither has been timed.
         output_registers: Most registers of a thread of the third of these kernels, where it norms and gates: fewer let
             more programs share an SM. None leaves it to the compiler.
         output_backward_registers: Those of the fourth.
-        gradient_registers: Those of the last.
+        gradient_registers: Those of the last; of its rounds, where decays come from their low-rank factor.
         sum_rows: Rows of partial sums that a program adds up at a time.
         sum_columns: Its columns.
         sum_warps: Its warps.
@@ -93,6 +96,8 @@ class GlaTiles:
     output_warps: int
     output_backward_warps: int
     gradient_warps: int
+    output_backward_parts: bool = False
+    gradient_rounds: bool = False
     output_registers: int | None = None
     output_backward_registers: int | None = None
     gradient_registers: int | None = None
@@ -117,7 +122,9 @@ class GlaTiles:
         compiler to it on every architecture.
         """
         K, V = _padded(K), _padded(V)
-        return dtype.itemsize * (K * V + 2 * self.chunk * (K + V))
+        least = K * V + 2 * self.chunk * (K + V)
+        # Rounds keep two states more there, and scores on the way between two layouts.
+        return dtype.itemsize * (least + (2 * (K * V + self.chunk * self.chunk) if self.gradient_rounds else 0))
 
     def walk_shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
         """The same of a program that walks a head's chunks: beside those, its state on the way between two layouts.
