@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from dig.ops.launch import ALIGNMENT, empty
 from dig.ops.library import unseen
 from dig.ops.srem.fused import srem_backward, srem_forward, srem_gradients
 from dig.ops.swiglu.products import project_down_backward, project_up
+from dig.ops.weight_gradients import groups_gradients, weight_gradients
 from dig.ops.weights import gated_gradients, gated_weight_gradient
 from dig.raster_weights import BlockWeights, Settings
 
@@ -66,6 +68,15 @@ def modulation_room(ops: Operations, modulation: Tensor) -> tuple[Tensor | None,
         return None, ()
     whole = empty(modulation)
     return whole, whole.chunk(6, dim=1)
+
+
+def grouped(ops: Operations, x: Tensor, weights: Sequence[Tensor], needed: Sequence[Any]) -> Any:
+    """What gives the gradients of all these weights at once, where they are asked for together and that gains; or None.
+
+    Several images' alone: of one, gates are taken out of two of them.
+    """
+    together = ops is _DIRECT and len(x) > 1 and all(needed) and groups_gradients(x, weights)
+    return weight_gradients if together else None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from dig.ops.side_stream import Across, let_go, mark, on_side_stream, wait
 from dig.raster_operations import (
     Operations,
     add_and_convolve,
+    grouped,
     linear,
     linear_backward,
     modulation_room,
@@ -150,6 +151,11 @@ def backward_pass(
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = x.shape[0] == 1
     ops = operations_for(dout)
+    together = grouped(
+        ops, x, (w.down_proj, w.gate_proj, w.o_proj, w.in_proj),
+        (needed.down_proj, needed.gate_proj, needed.o_proj, needed.in_proj),
+    )  # fmt: skip
+    pairs: list[tuple[Tensor, Tensor]] = []
     dmodulation, room = modulation_room(ops, modulation)
     with on_side_stream(ahead=True):
         p = cast_products(w.products, [gate1, gate2] if one_image else [], x.dtype)
@@ -177,17 +183,21 @@ def backward_pass(
     dgate_up, hidden = ops.down_backward(d_branch, p.down_proj, gate_up)
     del gate_up
     ddown = do_proj = dgate_proj = din_proj = None
+    if together is not None:
+        pairs.append((as_rows(d_branch), as_rows(hidden)))
     with on_side_stream(d_branch, hidden):
         if one_image:
             ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2, *room[5:])
-        elif needed.down_proj:
+        elif needed.down_proj and together is None:
             ddown = weight_gradient(as_rows(d_branch), as_rows(hidden), w.down_proj.dtype)
     del hidden, d_branch
     dh = linear_backward(dgate_up, p.gate_proj)
     d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
         x1, branch1, None if one_image else gate1, shift2, scale2, w.norm2, stats2, d, dh, norm, *room[3:5]
     )
-    if needed.gate_proj:
+    if together is not None:
+        pairs.append((as_rows(dgate_up), as_rows(h)))
+    elif needed.gate_proj:
         with on_side_stream(dgate_up, h):
             dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h), w.gate_proj.dtype)
     second_half = mark()
@@ -201,10 +211,12 @@ def backward_pass(
         settings.heads, *grid, order_code(order), EPS, True,
     )  # fmt: skip
     del projected, states, sums
+    if together is not None:
+        pairs.append((as_rows(d_branch), as_rows(y)))
     with on_side_stream(d_branch, y):
         if one_image:
             do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1, *room[2:3])
-        elif needed.o_proj:
+        elif needed.o_proj and together is None:
             do_proj = weight_gradient(as_rows(d_branch), as_rows(y), w.o_proj.dtype)
     del y, d_branch
     dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
@@ -216,7 +228,12 @@ def backward_pass(
         with on_side_stream(*parts, c):
             dmodulation = torch.cat(parts, dim=1) if dmodulation is None else dmodulation
             dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
-    if needed.in_proj:
+    if together is not None:
+        pairs.append((as_rows(dprojected), as_rows(h)))
+        with on_side_stream(*(tensor for pair in pairs for tensor in pair)):
+            ddown, dgate_proj, do_proj, din_proj = together(pairs)
+        pairs.clear()
+    elif needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
         with nullcontext() if across is None else on_side_stream(dprojected, h):
             din_proj = weight_gradient(as_rows(dprojected), as_rows(h), w.in_proj.dtype)

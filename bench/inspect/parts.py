@@ -23,7 +23,9 @@ _HEART_KERNELS = re.compile(
 """Of FlashAttention, cuDNN's attention, flash-linear-attention and mamba-ssm, which launch beside PyTorch's operators;
 and softmax."""
 _PRODUCT_OPERATIONS = re.compile(r"^aten::(mm|addmm|linear|matmul|addmv|mv)$|^dig::project_")
-_PRODUCT_KERNELS = re.compile(r"gemm|nvjet|cutlass|cublas|splitkreduce|matmul|_mm_|swiglu_kernel|addmm", re.I)
+_PRODUCT_KERNELS = re.compile(
+    r"gemm|nvjet|cutlass|cublas|splitkreduce|matmul|_mm_|swiglu_kernel|grouped_product|addmm", re.I
+)
 
 
 def part_of(operation: str, kernel: str, shapes: Sequence[Sequence[int]] = ()) -> PartName:

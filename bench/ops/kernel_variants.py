@@ -55,6 +55,7 @@ def kernel_variants(architecture: Architecture) -> Iterator[Variant]:
     yield from recurrence_variants(architecture)
     yield from scan_variants(architecture)
     yield from product_variants(architecture)
+    yield from gradient_variants(architecture)
     yield from norm_variants(architecture)
     yield from srem_variants(architecture)
     yield from swiglu_variants(architecture)
@@ -179,6 +180,28 @@ def product_variants(architecture: Architecture) -> Iterator[Variant]:
                 | {"x": tokens, "dout": tokens, "weight": weight},
                 lists=lists,
             )
+
+
+def gradient_variants(architecture: Architecture) -> Iterator[Variant]:
+    """Weights' gradients in one launch, of DiG-S."""
+    from dig.ops.weight_gradients.kernels import grouped_product_kernel
+
+    tiles, D, F = architecture.gradients, 384, 1024
+    if tiles is None:
+        return
+    sizes = ((D, F), (2 * F, D), (D, D), (3 * D + RANK, D))
+    shape = {f"{name}{i}": size for i, pair in enumerate(sizes) for name, size in zip("NK", pair, strict=True)}
+    yield Variant(
+        function=grouped_product_kernel,
+        sizes=f"D {D} F {F}",
+        dtype="bf16",
+        shared=tiles.shared_memory(),
+        constants=shape | {"BN": tiles.rows, "BK": tiles.columns, "BM": tiles.depth},
+        options=tiles.options,
+        fp32=frozenset(f"gradient{i}" for i in range(4)),
+        blocks={f"dy{i}": (tiles.depth, tiles.rows) for i in range(4)}
+        | {f"x{i}": (tiles.depth, tiles.columns) for i in range(4)},
+    )
 
 
 def norm_variants(architecture: Architecture) -> Iterator[Variant]:

@@ -24,8 +24,9 @@ from bench.ops.registers import (
 from dig.ops.tiles import KIB, sm90
 
 QUICK, ALL = 22, 99
-"""Kernels, and their variants; SwiGLU's GEMMs, of which there are two and seven, are Hopper's alone."""
-OTHERWISE = {"9.0": (2, 7), "10.0": (0, -12)}
+"""Kernels, and their variants; SwiGLU's GEMMs, of which there are two and seven, and the gradients of weights in one
+launch are Hopper's alone."""
+OTHERWISE = {"9.0": (3, 8), "10.0": (0, -12)}
 """More of them, or fewer: Blackwell for data centres has a forward pass in one launch of few programs alone."""
 
 WAITING = """

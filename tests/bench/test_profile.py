@@ -234,6 +234,7 @@ def test_ceilings_have_digits_and_names_have_room() -> None:
         ("aten::mm", "nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", "products"),
         ("aten::addmm", "cublasLt::splitKreduce_kernel<32, 16>", "products"),
         ("dig::project_up", "up_swiglu_kernel", "products"),
+        ("", "grouped_product_kernel", "products"),
         ("dig::gla_mixer", "output_kernel", "heart"),
         ("dig::gla_mixer_backward", "gradient_kernel", "heart"),
         ("aten::bmm", "sm90_xmma_gemm_bf16bf16_bf16f32", "heart"),

@@ -10,6 +10,7 @@ import torch
 
 from dig.ops.tiles.choices import (
     GlaTiles,
+    GradientTiles,
     ModulationTiles,
     NormTiles,
     ProductChoices,
@@ -42,6 +43,7 @@ class Architecture:
         srem: (pass, dtype of x) → tile choices.
         swiglu: dtype → tile choices.
         products: Of SwiGLU's GEMMs. They read tiles by descriptors: without those, all are apart.
+        gradients: Of weights' gradients in one launch, which reads tiles by descriptors too; None: each is a GEMM.
         weights: Of casts of weights and what else reads each weight once.
         condition: Of the condition's two products.
         passes: Which of its ways a block's pass takes.
@@ -57,12 +59,13 @@ class Architecture:
     srem: Mapping[tuple[SremPass, torch.dtype], SremTiles]
     swiglu: Mapping[torch.dtype, SwigluTiles]
     products: ProductChoices
+    gradients: GradientTiles | None
     weights: WeightTiles
     condition: VectorTiles
     passes: PassChoices
 
     def __post_init__(self) -> None:
-        if not self.descriptors and (self.products.narrow or self.products.wide or self.products.few):
+        if not self.descriptors and (self.products.narrow or self.products.wide or self.products.few or self.gradients):
             raise ValueError(f"products must be apart on {self.name}: its kernels need tensor descriptors")
 
     def gla_tiles(self, K: int, V: int, dtype: torch.dtype) -> GlaTiles:
@@ -114,6 +117,13 @@ class Architecture:
             return None
         too_many = few and tiles.programs(M, F) > self.products.few_programs
         return None if too_many else tiles
+
+    def gradient_tiles(self, M: int, D: int) -> GradientTiles | None:
+        """Of a block's weights' gradients over M tokens of width D; None where each is a GEMM by itself."""
+        tiles = self.gradients
+        if tiles is None or not tiles.least_tokens:
+            return None
+        return tiles if tiles.least_tokens <= M and tiles.most_width >= D else None
 
     def modulation_tiles(self) -> ModulationTiles:
         """Of adaLN's linear layer for a batch; with fewer loads in flight where those don't fit.

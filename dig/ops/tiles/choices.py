@@ -312,6 +312,46 @@ class ProductChoices:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientTiles:
+    """The gradients of a block's weights in one launch (`dig.ops.weight_gradients`).
+
+    Attributes:
+        rows: Of a weight that a program computes, a power of two.
+        columns: Likewise.
+        depth: Tokens that it takes at a time, a power of two.
+        warps: Of a program.
+        stages: Steps along the tokens whose operands are in shared memory at once.
+        most_width: Of the block, D; wider weights have tiles enough each.
+        least_tokens: Of all images; 0: never.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    most_width: int
+    least_tokens: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self, may_be_zero=("least_tokens",))
+        _check_powers_of_two(self, "rows", "columns", "depth", "warps")
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    def programs(self, N: int, K: int) -> int:
+        """How many a weight (N, K) takes."""
+        return -(-N // self.rows) * (K // self.columns)
+
+    def shared_memory(self) -> int:
+        """Bytes that a program takes at most: its stages' operands, and their barriers."""
+        return 2 * self.stages * self.depth * (self.rows + self.columns) + 1024
+
+
+@dataclass(frozen=True, kw_only=True)
 class VectorTiles:
     """A product of a matrix and a vector.
 

@@ -52,6 +52,7 @@ ARCHITECTURE = Architecture(
     swiglu=dict.fromkeys(_DTYPES, SwigluTiles(elements=2**14, columns=1024, warps=4)),
     # A GEMM and a pass apart: PyTorch's GEMM is far faster than an interpreted one.
     products=sm90.PRODUCTS.apart(),
+    gradients=None,
     weights=sm90.WEIGHTS,
     condition=sm90.CONDITION,
     passes=sm90.PASSES,

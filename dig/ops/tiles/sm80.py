@@ -15,4 +15,5 @@ ARCHITECTURE = replace(
     early_launch=False,
     descriptors=False,
     products=sm90.PRODUCTS.apart(),
+    gradients=None,
 )

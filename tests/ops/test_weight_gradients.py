@@ -1,0 +1,113 @@
+"""Weights' gradients in one launch: against fp64, and in a block's backward pass in place of a GEMM each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dig import raster_operations
+from dig.ops import weight_gradients as operation
+from dig.ops.linear import weight_gradient
+from dig.ops.tiles import sm90
+from dig.ops.tiles.architecture import Architecture
+from dig.ops.weight_gradients import groups_gradients, weight_gradients
+from tests.helpers import example
+from tests.ops.test_raster import BASE, DEVICE, twins
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+SMALL = replace(sm90.GRADIENTS, rows=64, columns=32, depth=16, warps=4)
+ON: Architecture = replace(sm90.ARCHITECTURE, gradients=replace(sm90.GRADIENTS, least_tokens=64))
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the kernel is for Hopper")
+@pytest.mark.parametrize("M", [16, 40, 129])
+def test_every_weights_gradient(M: int) -> None:
+    """Of rows that end within a tile, one of them 16 after a whole one, and tokens that end within a step."""
+    torch.manual_seed(0)
+    sizes = ((64, 96), (80, 32), (16, 64), (152, 32))
+    pairs = [
+        (torch.randn(M, N, device=DEVICE).bfloat16(), torch.randn(M, K, device=DEVICE).bfloat16()) for N, K in sizes
+    ]
+    found = weight_gradients(pairs, SMALL)
+    for (dy, x), gradient in zip(pairs, found, strict=True):
+        assert gradient.dtype == torch.float32
+        due = dy.double().T @ x.double()
+        torch.testing.assert_close(gradient.double(), due, rtol=1e-5, atol=1e-5 * M**0.5)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [2048, 8192 + 17])
+def test_the_tiles_of_dig_s(M: int) -> None:
+    sizes = ((384, 1024), (2048, 384), (384, 384), (1168, 384))
+    pairs = [
+        (torch.randn(M, N, device="cuda").bfloat16(), torch.randn(M, K, device="cuda").bfloat16()) for N, K in sizes
+    ]
+    once, again = (weight_gradients(pairs, sm90.GRADIENTS) for _ in range(2))
+    for (dy, x), gradient, same in zip(pairs, once, again, strict=True):
+        assert torch.equal(gradient, same)
+        torch.testing.assert_close(gradient.double(), dy.double().T @ x.double(), rtol=1e-4, atol=1e-4 * M**0.5)
+
+
+def test_what_is_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operation, "for_device", lambda device: ON)
+
+    def asked(tokens: int = 64, D: int = 384, dtype: torch.dtype = torch.bfloat16, **given: Sequence[Tensor]) -> bool:
+        sizes = ((D, 1024), (2048, D), (D, D), (3 * D + 16, D))
+        weights = given.get("weights", [torch.empty(size, device="meta") for size in sizes])
+        return groups_gradients(torch.empty(2, tokens // 2, D, dtype=dtype), weights)
+
+    assert asked()
+    assert not asked(tokens=62)
+    assert not asked(D=640)
+    assert not asked(dtype=torch.float32)
+    assert not asked(weights=[torch.empty(384, 384)] * 3)
+    assert not asked(weights=[torch.empty(384, 384, dtype=torch.bfloat16)] * 4)
+    assert not asked(weights=[torch.empty(384, 400)] * 4)
+    assert not asked(weights=[torch.empty(388, 384)] * 4)
+    monkeypatch.setattr(operation, "for_device", lambda device: sm90.ARCHITECTURE)
+    assert not asked()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_block_goes_back_with_the_same_gradients(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    """Bit for bit; and where one of the weights is frozen, each of the others by itself."""
+    grouped: list[list[tuple[int, ...]]] = []
+
+    def together(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        found = [weight_gradient(dy, x) for dy, x in pairs]
+        grouped.append([tuple(gradient.shape) for gradient in found])
+        return found
+
+    def gradients() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        _, model = twins(replace(BASE, depth=2))
+        if frozen:
+            model.blocks[1].mlp.gate_proj.weight.requires_grad_(False)
+        model(*example(model, 2)).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    due = gradients()
+    monkeypatch.setattr(raster_operations, "groups_gradients", lambda x, weights: True)
+    monkeypatch.setattr(raster_operations, "weight_gradients", together)
+    found = gradients()
+    assert len(grouped) == (1 if frozen else 2)
+    (D, F), (double, _), *_ = grouped[0]
+    assert double == 2 * F
+    assert grouped[0][2:] == [(D, D), (3 * D + 16, D)]
+    assert found.keys() == due.keys()
+    assert [name for name in due if not torch.equal(found[name], due[name])] == []
+
+
+def test_one_image_has_gates_to_take_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raster_operations, "groups_gradients", lambda x, weights: True)
+    monkeypatch.setattr(raster_operations, "weight_gradients", None)
+    _, model = twins(replace(BASE, depth=1))
+    model(*example(model, 1)).square().sum().backward()
+    assert model.blocks[0].mlp.down_proj.weight.grad is not None
