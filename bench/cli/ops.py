@@ -233,20 +233,22 @@ def rowwise(
 @ops.command()
 def products(
     tokens: Annotated[str, typer.Option(help="T, of the shapes that are timed; all without.")] = "",
-    passes: Annotated[str, typer.Option(help="up, up alone and down, separated by commas.")] = "up,up alone,down",
+    passes: Annotated[
+        str, typer.Option(help="up, up alone, down and gradients, separated by commas.")
+    ] = "up,up alone,down,gradients",
     implementations: Implementations = "fused,apart",
     samples: Samples = 50,
     json: Json = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Time tile choices too.")] = False,
 ) -> None:
-    """SwiGLU in its matrix products, beside products and passes of their own, in the same run.
+    """SwiGLU in its matrix products and weights' gradients in one launch, beside products and passes of their own.
 
-    Without options: that of DiG-S/2 at 1024, 1792 and 2048 pixels and of DiG-XL/2 at 1024 and 2048. --sweep times
-    alternatives to dig.ops.tiles.sm90.PRODUCTS.
+    Without options: those of DiG-S/2 at 1024, 1792 and 2048 pixels and with 32 images at 256, and of DiG-XL/2 at 1024
+    and 2048. --sweep times alternatives to dig.ops.tiles.sm90.PRODUCTS and GRADIENTS.
     """
     sizes = numbers(tokens, "--tokens", empty=True)
     check_count(samples, "--samples")
-    chosen = some_of(passes, "--passes", ("up", "up alone", "down"))
+    chosen = some_of(passes, "--passes", ("up", "up alone", "down", "gradients"))
     ways = some_of(implementations, "--implementations", ("fused", "apart"))
     ready(json)
     from bench.ops import products as timed
