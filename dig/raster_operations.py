@@ -71,11 +71,8 @@ def modulation_room(ops: Operations, modulation: Tensor) -> tuple[Tensor | None,
 
 
 def grouped(ops: Operations, x: Tensor, weights: Sequence[Tensor], needed: Sequence[Any]) -> Any:
-    """What gives the gradients of all these weights at once, where they are asked for together and that gains; or None.
-
-    Several images' alone: of one, gates are taken out of two of them.
-    """
-    together = ops is _DIRECT and len(x) > 1 and all(needed) and groups_gradients(x, weights)
+    """What gives all these weights' ``dy^T x`` at once, where they are asked for together and that gains; or None."""
+    together = ops is _DIRECT and all(needed) and groups_gradients(x, weights)
     return weight_gradients if together else None
 
 

@@ -185,11 +185,12 @@ def backward_pass(
     ddown = do_proj = dgate_proj = din_proj = None
     if together is not None:
         pairs.append((as_rows(d_branch), as_rows(hidden)))
-    with on_side_stream(d_branch, hidden):
-        if one_image:
-            ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2, *room[5:])
-        elif needed.down_proj and together is None:
-            ddown = weight_gradient(as_rows(d_branch), as_rows(hidden), w.down_proj.dtype)
+    else:
+        with on_side_stream(d_branch, hidden):
+            if one_image:
+                ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2, *room[5:])
+            elif needed.down_proj:
+                ddown = weight_gradient(as_rows(d_branch), as_rows(hidden), w.down_proj.dtype)
     del hidden, d_branch
     dh = linear_backward(dgate_up, p.gate_proj)
     d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
@@ -213,27 +214,31 @@ def backward_pass(
     del projected, states, sums
     if together is not None:
         pairs.append((as_rows(d_branch), as_rows(y)))
-    with on_side_stream(d_branch, y):
-        if one_image:
-            do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1, *room[2:3])
-        elif needed.o_proj and together is None:
-            do_proj = weight_gradient(as_rows(d_branch), as_rows(y), w.o_proj.dtype)
+    else:
+        with on_side_stream(d_branch, y):
+            if one_image:
+                do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1, *room[2:3])
+            elif needed.o_proj:
+                do_proj = weight_gradient(as_rows(d_branch), as_rows(y), w.o_proj.dtype)
     del y, d_branch
     dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
         x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm, *room[:2]
     )
+    if together is not None:
+        pairs.append((as_rows(dprojected), as_rows(h)))
+        with on_side_stream(*(tensor for pair in pairs for tensor in pair)):
+            ddown, dgate_proj, do_proj, din_proj = together(pairs)
+            if one_image:
+                ddown, dgate2 = ops.gated_gradient(ddown, w.down_proj, gate2, *room[5:])
+                do_proj, dgate1 = ops.gated_gradient(do_proj, w.o_proj, gate1, *room[2:3])
+        pairs.clear()
     dc = dadaln_weight = dadaln_bias = None
     if condition or needed.adaln_weight or needed.adaln_bias:
         parts = [dshift1, dscale1, dgate1, dshift2, dscale2, dgate2]
         with on_side_stream(*parts, c):
             dmodulation = torch.cat(parts, dim=1) if dmodulation is None else dmodulation
             dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
-    if together is not None:
-        pairs.append((as_rows(dprojected), as_rows(h)))
-        with on_side_stream(*(tensor for pair in pairs for tensor in pair)):
-            ddown, dgate_proj, do_proj, din_proj = together(pairs)
-        pairs.clear()
-    elif needed.in_proj:
+    if together is None and needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
         with nullcontext() if across is None else on_side_stream(dprojected, h):
             din_proj = weight_gradient(as_rows(dprojected), as_rows(h), w.in_proj.dtype)
