@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dig.graphs import on_capture_stream, record
-from dig.training.parallel import Ranks, joined, mesh_of_all
+from dig.training.parallel import Ranks, copying, joined, mesh_of_all
 from dig.training.parallel.copying import (
     CopyAllReduce,
     CopyGather,
@@ -273,11 +273,14 @@ def buckets(job: Job) -> None:
                 bucket_cap_mb=0.05,
             )
             hook = CopyAllReduce(wrapped, job.windows()) if copies else None
+            copying.PIECE = 20_000  # The first pass' one bucket has 56,693.
 
             def part(last: bool, wrapped: Any = wrapped) -> None:
                 wrapped.require_backward_grad_sync = last
 
             found.append(steps_of(job, wrapped, part))
+        if hook is not None:
+            assert [lent.nbytes for lent in hook.windows._lent] == [4 * copying.PIECE]
         if hook is not None and job.cuda:
             assert hook._symmetric
             assert len(hook._shared) > 1, hook._shared

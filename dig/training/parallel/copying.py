@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 GRAIN = 32
 """Elements that a rank's chunk of a bucket is a multiple of: copies begin at 128 bytes of fp32."""
+PIECE = 1 << 24
+"""Most elements of a bucket that are copied to a window at a time, where it isn't in one itself."""
 
 
 class Window(Protocol):
@@ -392,7 +394,8 @@ class CopyAllReduce:
     """Lets DistributedDataParallel average gradients by copies, beside the backward pass.
 
     Its buckets are laid anew after the first backward pass, as ever, but in symmetric memory, and shared with the other
-    ranks in the pass that follows. Until then, a bucket is copied to a window and back.
+    ranks in the pass that follows. Until then there is one bucket of all gradients, which is copied to a window and
+    back, piece by piece: a window of its size would stay.
 
     Args:
         network: On its device, with ``gradient_as_bucket_view``, before its first pass.
@@ -442,10 +445,12 @@ class CopyAllReduce:
             if window is not None:
                 average(self.windows, gradients, window)
             else:
-                lent = self.windows.lend(gradients.numel(), dtype=gradients.dtype, device=gradients.device)
-                lent.copy_(gradients)
-                average(self.windows, lent)
-                gradients.copy_(lent)
+                for piece in gradients.split(PIECE):
+                    lent = self.windows.lend(piece.numel(), dtype=piece.dtype, device=piece.device)
+                    lent.copy_(piece)
+                    average(self.windows, lent)
+                    piece.copy_(lent)
+                    del lent  # Else the next piece needs another window.
             future: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=None if self._stream is None else [self._device]
             )
