@@ -20,6 +20,7 @@ from reports.cells import GIB, MISSING, markdown, number
 from reports.refusing import refusing
 from reports.scaling_model import (
     Assumed,
+    AssumedError,
     MissingRowError,
     Step,
     Work,
@@ -199,14 +200,24 @@ def report(
     Exit status 2: a file can't be read or written, or holds no rows to work from.
     """
     assumed = _assumed(assume or [])
-    with refusing(ResultError, MissingRowError, folder=page or Path()):
+    with refusing(ResultError, MissingRowError, AssumedError, folder=page or Path()):
         rows = [row for path in files or ROWS for row in read_results(path).rows]
         text = told(rows, assumed)
         if page is None:
             typer.echo(text)
             return
-        write_file(page, into_page(page.read_text(encoding="utf-8"), text))
+        write_file(page, into_page(_read(page), text))
         say(f"wrote {page}")
+
+
+def _read(page: Path) -> str:
+    """The text of a page; else one message and exit status 2."""
+    try:
+        return page.read_text(encoding="utf-8")
+    except OSError as error:
+        refuse(f"cannot read {page}: {error.strerror}")
+    except UnicodeDecodeError:
+        refuse(f"{page} is no text in UTF-8")
 
 
 def _assumed(words: Sequence[str]) -> Assumed:

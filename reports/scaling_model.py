@@ -23,6 +23,10 @@ class MissingRowError(ValueError):
     """The rows hold nothing to work a figure out from; the message says what to measure."""
 
 
+class AssumedError(ValueError):
+    """What is assumed can't be of a machine that has measured these rows; the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assumed:
     """What no row here says.
@@ -277,6 +281,7 @@ def work_of(rows: Iterable[Row], *, resolution: int, assumed: Assumed, model: st
 
     Raises:
         MissingRowError: One of these rows is not there.
+        AssumedError: They leave no time for images.
     """
     train, one, many, *others = rows_used(rows, (resolution,), model=model)
     slope = (seconds(many) - seconds(one)) / (many.case.batch - one.case.batch)
@@ -286,6 +291,11 @@ def work_of(rows: Iterable[Row], *, resolution: int, assumed: Assumed, model: st
         raise MissingRowError(f"the row of {train.case.describe()} has no memory ledger; measure it again")
     optimizer = assumed.optimizer_bytes * parameters / assumed.hbm
     image = (seconds(train) - floor - optimizer) / train.case.batch
+    if not image > 0:
+        raise AssumedError(
+            f"AdamW would take {1000 * optimizer:.3g} ms of the measured step's {1000 * seconds(train):.3g}, and leave "
+            "its images no time: assume a larger hbm, or fewer optimizer_bytes"
+        )
     # Gradients are among what lives within a step.
     activations = (memory.activations - memory.gradients) / train.case.batch
     more = _flops_an_image(others[0]) / _flops_an_image(one) if others else 1.0

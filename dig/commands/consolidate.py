@@ -43,6 +43,8 @@ def consolidate_command(
         file = out or (run.parent.parent if named else run) / f"step-{step_of(path):08d}.safetensors"
         if file.suffix != ".safetensors":
             raise ValueError(f"{file} would hold safetensors: give it a name in .safetensors")
+        if file.absolute().parent.name == FOLDER:
+            raise ValueError(f"{file} would count among the checkpoints of a run: choose another folder for it")
         prepare_output(file)
         checkpoint = read_checkpoint(path)
         write_file(file, checkpoint.tensors, checkpoint.about)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from dig.commands.common import one_device, open_decoder
+from dig.launched import follows
 from dig.memory import peak_memory
 from dig.messages import one_line
 from dig.progress import following
@@ -165,7 +166,7 @@ def prepare(asked: Asked, console: Console) -> Drawing:
         if asked.dtype is None
         else asked.dtype,
     )
-    for warning in doubts(found, plan):
+    for warning in [] if follows() else doubts(found, plan):
         typer.echo(f"warning: {one_line(warning)}", err=True)
     check_sampling(size, device=where, at_once=plan.model_batch * (2 if plan.cfg_scale != 1 else 1))
     decoder = _open_vae(found, asked, where)

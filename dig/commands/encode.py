@@ -86,13 +86,17 @@ def encode_command(
             report=partial(_tell_progress, progress, sharing),
             meet=sharing.meet,
             agree=sharing.agree,
+            sees=sharing.sees,
         ):
             last = told
     if launched and follows():
         return
     if job is not None and not last.joined:
         # All ranks have come to their end.
-        raise ValueError(f"{out} has no index: not all of its shards are there; the same command makes what is missing")
+        with refusing():
+            raise ValueError(
+                f"{out} has no index: not all of its shards are there; the same command makes what is missing"
+            )
     typer.echo(shown(_summary(last, out, world_size or 1)))
 
 
@@ -137,7 +141,8 @@ def _tell_progress(progress: Follower, sharing: Sharing, done: int, total: int) 
 
 
 def _summary(last: Progress, out: Path, world_size: int) -> str:
-    text = f"{last.images:,} images in {last.done} shards in {out}"
+    whose = " of this rank" if world_size > 1 else ""
+    text = f"{last.images:,} images in {last.done} shards{whose} in {out}"
     if last.skipped:
         text += f", {last.skipped} of them made before"
     if last.unreadable:

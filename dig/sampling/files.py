@@ -143,6 +143,7 @@ def _sample_to_npz(
 
     sharing.agree({**about["plan"], **about, "plan": None, "batch": batch, "name": name})
     missing = sharing.from_leader(begin)
+    sharing.sees(parts)
     done = skipped = plan.count - sum(len(cut(start)) for start in missing)
     for start in sharing.mine(missing):
         indices = cut(start)

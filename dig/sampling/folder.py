@@ -130,6 +130,7 @@ def sample_to_folder(
     with _only_writer(folder) if sharing.leads else nullcontext():
         sharing.agree({**about, **dataclasses.asdict(plan), "class names": list(class_names)})
         missing = sharing.from_leader(begin)
+        sharing.sees(folder)
         skipped = plan.count - sum(len(indices) for _, indices in missing)
         done = skipped
         for number, indices in sharing.mine(missing):

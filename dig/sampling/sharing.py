@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -34,6 +35,9 @@ class Sharing:
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise ValueError unless all processes name the same facts of what is to be made."""
+
+    def sees(self, folder: Path) -> None:
+        """Raise ValueError unless all processes write into one folder, which is there."""
 
     def begins(self, what: str) -> None:
         """Say what begins, to whoever watches."""

@@ -177,6 +177,12 @@ def test_consolidate(done: Done) -> None:
     ours, theirs = read_checkpoint(out).tensors, done.newest("fsdp")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    inside = done.folder / "fsdp" / "checkpoints" / "all.safetensors"
+    with using(TINY):
+        refused = CliRunner().invoke(app, ["consolidate", str(done.folder / "fsdp"), "--out", str(inside)])
+    assert refused.exit_code == 2, refused.output
+    assert "would count among the checkpoints of a run" in refused.output
+    assert not inside.exists()
     pixels = []
     for name, checkpoint in (("file", out), ("folder", done.folder / "fsdp")):
         made = done.folder / f"{name}.npz"

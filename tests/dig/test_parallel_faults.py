@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,14 +77,47 @@ train.open_data = open_data
     assert "rank 1 has other data than rank 0" in message
 
 
+SOON = "from dig.training.parallel import agreement; agreement.SEEN_SECONDS = 0.5"
+
+
+def test_a_run_in_two_folders_is_refused(tmp_path: Path, data: Path) -> None:
+    """As on machines whose disks are their own: each rank would leave its part of a checkpoint in one of them."""
+    words = train(data, Path(f"@{tmp_path / 'a'}|{tmp_path / 'b'}"))
+    assert end(start(tmp_path, [words], setup=SOON)) == [2, 2], printed(tmp_path, 0)
+    (message,) = said(tmp_path)
+    assert message.startswith("error: rank 0: rank 1 can't see in ") or message.startswith(
+        "error: rank 1: rank 1 can't"
+    )
+    assert message.endswith("so name the same one on each, on a disk that all machines share")
+    assert not checkpoint_files(tmp_path / "a" / "checkpoints")
+    assert not list(tmp_path.glob("*/**/.job-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["--images", "--npz"])
+def test_samples_in_two_folders_are_refused(output: str, tmp_path: Path, data: Path) -> None:
+    run, end_of = tmp_path / "run", {"--images": "", "--npz": ".npz"}[output]
+    with using(TINY):
+        assert CliRunner().invoke(app, train(data, run, steps=1)).exit_code == 0
+    words = ["sample", "--checkpoint", str(run), "--steps", "2", "--device", "cpu", "--model-batch", "2"]
+    words += ["--samples", "4", output, f"@{tmp_path / 'a'}{end_of}|{tmp_path / 'b'}{end_of}"]
+    assert end(start(tmp_path, [words], setup=SOON)) == [2, 2], printed(tmp_path, 0)
+    (message,) = said(tmp_path)
+    assert "rank 1 can't see in " in message
+    assert not list(tmp_path.glob("**/*.png"))
+
+
 @pytest.mark.slow
 def test_an_error_of_one_rank_is_told_once(tmp_path: Path, data: Path) -> None:
     setup = at_step(7, 1, 'raise OSError(28, "No space left on device", "data/3")')
     ended = end(start(tmp_path, [train(data, tmp_path / "run")], setup=setup))
     assert ended == [2, 2], printed(tmp_path, 0) + printed(tmp_path, 1)
     (message,) = said(tmp_path)
-    assert message.startswith("error: rank 1 at step 7: data/3: No space left on device; the checkpoints in ")
-    assert message.endswith("are whole: go on with the same command")
+    told = (
+        r"error: rank 1 at step 7: data/3: No space left on device; the same command goes on from the newest checkpoint"
+    )
+    # The other rank may still have been saving it.
+    assert re.fullmatch(rf"{told}, of (step 5 or later|which none is whole yet, or begins anew)", message), message
     assert [step_of(path) for path in checkpoint_files(tmp_path / "run" / "checkpoints")] == [5]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import json
@@ -11,6 +12,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from dig.training.config import DataSpec, TrainConfig
 from dig.training.data import IdxImages
 from dig.training.data.loader import default_workers
 from dig.training.needs import training_needs
-from dig.training.parallel import Ranks
+from dig.training.parallel import Ranks, shards
 from dig.training.parallel.agreement import RanksDifferError, check_alike, code_sha256, facts, family_sha256
 from dig.training.parallel.copying import Windows, WindowsDifferError
 from dig.training.parallel.team import Together
@@ -141,6 +143,49 @@ def test_a_disk_that_is_full_is_said(tmp_path: Path, ranks: Ranks, watch: Watch)
     team.save(tmp_path / "file", 3, {"model.x": torch.ones(2)}, {}, keep=1)
     with pytest.raises((OSError, CheckpointError), match=r"Not a directory|could not write the checkpoint of step 3"):
         team.saved()
+
+
+def test_a_full_disk_says_what_to_do(
+    tmp_path: Path, ranks: Ranks, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    team = Together(ranks, "ddp", watch)
+    monkeypatch.setattr(shards, "write_atomically", full)
+    team.save(tmp_path, 3, {"model.x": torch.ones(2)}, {}, keep=1)
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 3: the disk of .* is full; free some of it"):
+        team.saved()
+
+
+def test_a_part_that_another_rank_wrote_elsewhere_is_missed(
+    tmp_path: Path, ranks: Ranks, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No record is made of what is there, which would count as whole."""
+    finish = shards.ShardWriter.finish
+
+    def with_another(self: Any, metadata: Any, results: list[list[Any]]) -> None:
+        other = SimpleNamespace(storage_data=SimpleNamespace(relative_path="shard-00002-model.safetensors"))
+        finish(self, metadata, [*results, [other]])
+
+    team = Together(ranks, "ddp", watch)
+    monkeypatch.setattr(shards.ShardWriter, "finish", with_another)
+    team.save(tmp_path, 3, {"model.x": torch.ones(2)}, {}, keep=1)
+    with pytest.raises(CheckpointError, match=r"shard-00002-model\.safetensors, which another rank wrote, is not in "):
+        team.saved()
+    assert checkpoint_files(tmp_path) == []
+
+
+def test_what_to_do_is_said_from_the_first_step_on(tmp_path: Path, ranks: Ranks, watch: Watch) -> None:
+    team = Together(ranks, "ddp", watch)
+    team._folder = tmp_path
+    team.doing("loading the checkpoint")
+    assert watch._what_to_do() == "go on"
+    team.doing("training", 1)
+    assert watch._what_to_do().endswith("of which none is whole yet, or begins anew")
+    team.save(tmp_path, 3, {"model.x": torch.ones(2)}, {}, keep=1)
+    team.saved()
+    assert watch._what_to_do() == "the same command goes on from the newest checkpoint, of step 3 or later"
 
 
 class Told:

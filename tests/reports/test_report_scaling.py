@@ -310,6 +310,13 @@ def test_rows_that_say_too_little_and_pages_without_marks(tmp_path: Path) -> Non
     page.write_text("# A page")
     result = runner.invoke(scaling.app, ["--page", str(page)])
     assert (result.exit_code, "the page has no" in result.output) == (2, True), result.output
+    page.write_bytes(b"\x89PNG")
+    result = runner.invoke(scaling.app, ["--page", str(page)])
+    assert (result.exit_code, "page.md is no text in UTF-8" in result.output) == (2, True), result.output
+    result = runner.invoke(scaling.app, ["--page", str(tmp_path / "none.md")])
+    assert (result.exit_code, "cannot read" in result.output) == (2, True), result.output
+    result = runner.invoke(scaling.app, ["--assume", "hbm=1e-300"])
+    assert (result.exit_code, "leave its images no time" in result.output) == (2, True), result.output
     page.write_text(f"# A page\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
     result = runner.invoke(scaling.app, ["--page", str(page), "--assume", "nic=25e9"])
     assert result.exit_code == 0, result.output

@@ -223,6 +223,7 @@ def encode(
     report: Callable[[int, int], object] = lambda done, total: None,
     meet: Callable[[], object] = lambda: None,
     agree: Callable[[Mapping[str, Any]], object] = lambda facts: None,
+    sees: Callable[[Path], object] = lambda folder: None,
 ) -> Iterator[Progress]:
     """Encode a folder of class folders. An iterator: it works while it is iterated, and yields after each shard.
 
@@ -248,6 +249,7 @@ def encode(
         report: Called after every batch with this rank's images that lie behind, and all of them.
         meet: Called when this rank's shards are made; may wait for the other ranks, and rank 0 then finds all of them.
         agree: Called before the first shard with what makes them what they are; may refuse what other ranks differ in.
+        sees: Called then with ``out``, which is there; may refuse a folder that is not the other ranks'.
 
     Raises:
         DataError: The images, the VAE or the folder of the shards cannot be used, or no image can be read.
@@ -293,6 +295,7 @@ def encode(
     numbers = range(rank, encoding.shards, world_size)
     side = image_size // downsampling(model)
     out.mkdir(parents=True, exist_ok=True)
+    sees(out)
     skipped = done = count = 0
     unreadable: dict[str, str] = {}
     with (

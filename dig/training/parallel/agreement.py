@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from dig.registry import parse_name
 from dig.source_files import digest_of, family_files, sources_of
 from dig.training.config import TrainConfig
 from dig.training.parallel.ranks import Ranks
+
+SEEN_SECONDS = 10.0
+"""How long a file that one machine wrote may take to be there for the others, which remember what a folder held."""
 
 
 class RanksDifferError(ValueError):
@@ -84,3 +89,39 @@ def check_alike(ranks: Ranks, mine: dict[str, str]) -> None:
         f"{who} has other {name} than rank 0 ({other[:16]}, {ours[:16]}){more}: one job needs the same on all "
         "machines; bring them to the same commit, environment, options and data"
     )
+
+
+def check_one_folder(ranks: Ranks, folder: Path) -> None:
+    """Raise `RanksDifferError`, on all ranks, unless a folder is the same one for all: they see what rank 0 writes.
+
+    Args:
+        ranks: All of which must ask.
+        folder: As this rank names it; rank 0's is there.
+    """
+    name: str = ranks.from_leader(f".job-{secrets.token_hex(8)}.tmp")
+    mark = folder / name
+    if ranks.leads:
+        mark.touch()
+    ranks.gather(None)  # It is there now.
+    try:
+        found: list[bool] = ranks.gather(_appears(mark))
+    finally:
+        if ranks.leads:
+            mark.unlink(missing_ok=True)
+    others = [rank for rank, sees in enumerate(found) if not sees]
+    if others:
+        who = f"rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others[:8]))}"
+        raise RanksDifferError(
+            f"{who} can't see in {folder} what rank 0 writes there: all ranks write into one folder, so name the same "
+            "one on each, on a disk that all machines share"
+        )
+
+
+def _appears(mark: Path) -> bool:
+    """Whether a file is there, or comes soon."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not mark.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -71,10 +71,21 @@ class ShardWriter(HuggingFaceStorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """By rank 0, once all ranks' files are written."""
+        """By rank 0, once all ranks' files are written.
+
+        Raises:
+            ValueError: One of them is elsewhere.
+        """
         content = (json.dumps(self._about, indent=1) + "\n").encode()
         write_atomically(self._making / ABOUT, content)
         checksums = {ABOUT: hashlib.sha256(content).hexdigest()}
+        written = {result.storage_data.relative_path for rank in results for result in rank}
+        there = {path.name.removesuffix(_DIGEST) for path in self._making.glob(f"*{_DIGEST}")}
+        if lacking := sorted(written - there):
+            raise ValueError(
+                f"{lacking[0]}, which another rank wrote, is not in {self._making}: all ranks need one folder, on a "
+                "disk that all machines share"
+            )
         for path in sorted(self._making.glob(f"*{_DIGEST}")):
             checksums[path.name.removesuffix(_DIGEST)] = path.read_text()
             path.unlink()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dig.sampling.sharing import Sharing
-from dig.training.parallel.agreement import check_alike, program
+from dig.training.parallel.agreement import check_alike, check_one_folder, program
 from dig.training.parallel.ranks import Ranks
 from dig.training.parallel.watching import Watch
 
@@ -48,6 +49,16 @@ class SharedWork(Sharing):
         self._ranks.meet()
         mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
         check_alike(self._ranks, program() | mine)
+
+    def sees(self, folder: Path) -> None:
+        """See that all ranks write into one folder.
+
+        Raises:
+            RanksDifferError: They do not, on all of them.
+        """
+        self._watch.doing("comparing folders", waits=True)
+        self._ranks.meet()
+        check_one_folder(self._ranks, folder)
 
     def begins(self, what: str) -> None:
         """Tell the watch."""

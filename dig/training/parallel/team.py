@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,23 +15,26 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dig.training.config import TrainConfig
-from dig.training.parallel.agreement import check_alike, facts
+from dig.training.parallel.agreement import check_alike, check_one_folder, facts
 from dig.training.parallel.copying import Windows
 from dig.training.parallel.ranks import Ranks, Votes
 from dig.training.parallel.shards import ShardWriter, give_name, load_folder, shapes_of
 from dig.training.parallel.watching import Watch
 from dig.training.parallel.wrapping import Kind, Sending, sending_of
 from dig.training.saving import (
+    FOLDER,
     SCHEMA,
     SHARDS,
     UNFINISHED,
     Checkpoint,
     CheckpointError,
+    checkpoint_files,
     checkpoint_path,
     make_way,
     not_finite,
     read_about,
     read_checkpoint,
+    step_of,
     write_record,
 )
 from dig.training.shares import local
@@ -64,7 +68,7 @@ class Together(Team):
         self.sharded = kind == "fsdp"
         self._sending: Sending = sending
         self._windows: Windows | None = None
-        self._remedy = ""
+        self._folder = Path()
         self._ranks = ranks
         self._watch = watch
         self._votes = Votes(ranks, 2)
@@ -84,14 +88,15 @@ class Together(Team):
         if self.sharded and config.lora:
             raise ValueError("adapters of --lora are small and are not sharded: use --parallel ddp")
         self._sending = sending_of(self._sending, self._ranks.device)
-        self._remedy = f"the checkpoints in {folder} are whole: go on with the same command"
+        self._folder = folder / FOLDER
 
     def build(self, config: TrainConfig, first: Mapping[str, Tensor] | None) -> TrainingStep:
         """The step, whose model is wrapped; each rank's own draws are its own."""
+        self.doing("comparing folders")
+        check_one_folder(self._ranks, self._folder)
         self.doing("building the model")
         step = build_step(config, first, self.kind, self._sending)
         self._windows = step.windows
-        self._watch.remedy = self._remedy
         torch.manual_seed((config.seed * SEEDS + self.rank + 1) % 2**63)
         return step
 
@@ -122,8 +127,17 @@ class Together(Team):
         self._ranks.mean_(sums)
 
     def doing(self, what: str, step: int | None = None) -> None:
-        """Tell the watch."""
+        """Tell the watch. From the first step on it can say what to do."""
+        if step is not None:
+            self._watch.remedy = self._remedy
         self._watch.doing(what, step)
+
+    def _remedy(self) -> str:
+        """What to do about a job that failed while it trained; another rank may still be saving."""
+        steps = [step_of(path) for path in checkpoint_files(self._folder)]
+        if not steps:
+            return "the same command goes on from the newest checkpoint, of which none is whole yet, or begins anew"
+        return f"the same command goes on from the newest checkpoint, of step {max(steps)} or later"
 
     def random(self, device: str) -> dict[str, Tensor]:
         """States of all ranks' generators, (ranks, bytes)."""
@@ -223,6 +237,11 @@ class Together(Team):
             future.result()
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
+            if isinstance(reason, OSError) and reason.errno == errno.ENOSPC:
+                raise CheckpointError(
+                    f"rank {rank} could not write the checkpoint of step {step}: the disk of {self._folder} is full; "
+                    "free some of it"
+                ) from None
             if isinstance(reason, OSError) and reason.errno is not None:
                 raise reason from None
             raise CheckpointError(f"rank {rank} could not write the checkpoint of step {step}: {reason}") from None

@@ -76,7 +76,7 @@ class Watch:
     Args:
         ranks: The job.
         remedy: What to do about a job that failed, for its message: ``go on with the same command``; empty while
-            nothing has been made that it could go on with.
+            nothing has been made that it could go on with. Or what gives it then.
         leave: Ends the process.
 
     Attributes:
@@ -84,7 +84,9 @@ class Watch:
         remedy: As above; may be changed at any time.
     """
 
-    def __init__(self, ranks: Ranks, *, remedy: str = "", leave: Callable[[int], object] = os._exit) -> None:
+    def __init__(
+        self, ranks: Ranks, *, remedy: str | Callable[[], str] = "", leave: Callable[[int], object] = os._exit
+    ) -> None:
         self.remedy = remedy
         self._ranks = ranks
         self._leave = leave
@@ -243,10 +245,19 @@ class Watch:
                 self._claimed = self._ranks.store.add("told", 1) == 1
         return self._claimed
 
+    def _what_to_do(self) -> str:
+        if isinstance(self.remedy, str):
+            return self.remedy
+        try:
+            return self.remedy()
+        except OSError:  # Of a folder that can't be read any more there is nothing to say.
+            return ""
+
     def _end(self, message: str, *, claimed: bool, status: int = STATUS) -> None:
         """End this process, with the message if it is this rank's to say."""
         if claimed:
-            remedy = f"; {self.remedy}" if self.remedy else ""
+            remedy = self._what_to_do()
+            remedy = f"; {remedy}" if remedy else ""
             print(f"error: {one_line(message)}{remedy}", file=sys.stderr, flush=True)
             with suppress(dist.DistError, RuntimeError):
                 self._ranks.store.set("failed", message)
