@@ -90,7 +90,11 @@ def check_out_base(repository: Path, base: str, target: Path) -> Checkout:
             raise CheckoutError(f"--base {base!r} is neither a revision nor a folder here ({error})") from None
         content = _git(repository, "archive", "--format=tar", name, *MEASURED, DECLARATION)
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            archive.extractall(target, filter="data")
+            # Python 3.11.3 and older know no filter. The archive is git's, of this repository.
+            if hasattr(tarfile, "data_filter"):
+                archive.extractall(target, filter="data")
+            else:
+                archive.extractall(target)
     if not (target / REGISTRY).is_file():
         raise CheckoutError(
             f"--base {base} is older than {REGISTRY.as_posix()}, which this harness asks for models; measure both with "
