@@ -15,7 +15,8 @@ from bench.store.rows import read_results
 from dig.environment import ROOT
 from dig.family import Family
 from dig.ops.tiles import Architecture
-from dig.ops.tiles.choices import GlaTiles, ProductChoices, WeightTiles
+from dig.ops.tiles.choices import GlaTiles, WeightTiles
+from dig.ops.tiles.products import ProductChoices
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 

@@ -30,7 +30,7 @@ from dig.ops.linear import weight_gradient
 from dig.ops.swiglu import products
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.tiles import for_device
-from dig.ops.tiles.choices import GradientTiles, ProductTiles
+from dig.ops.tiles.products import GradientTiles, ProductTiles
 from dig.ops.weight_gradients import weight_gradients
 
 IMPLEMENTATIONS = ("fused", "apart")

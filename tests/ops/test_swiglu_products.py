@@ -15,7 +15,7 @@ from dig.ops.swiglu import products
 from dig.ops.swiglu.products import project_down_backward, project_up, project_up_preparing
 from dig.ops.swiglu.reference import reference_swiglu
 from dig.ops.tiles import sm90
-from dig.ops.tiles.choices import ProductTiles
+from dig.ops.tiles.products import ProductTiles
 from tests.helpers import LARGE, relative_error
 
 GPU = torch.cuda.is_available()

@@ -19,6 +19,7 @@ from dig.ops.gla.tiled import tiled_gla
 from dig.ops.launch import Launch, LaunchContext
 from dig.ops.swiglu import products
 from dig.ops.tiles import INTERPRETER, KIB, architectures, choices, for_capability, for_device, sm90
+from dig.ops.tiles import products as of_products
 from dig.ops.tiles.choices import CopyTiles, VectorTiles
 from tests.helpers import relative_error
 
@@ -274,7 +275,8 @@ def test_each_number_stands_in_an_architectures_file() -> None:
 
     Of a kernel's forms the first is no number.
     """
-    classes = [each for each in vars(choices).values() if isinstance(each, type) and is_dataclass(each)]
+    named = {**vars(choices), **vars(of_products)}
+    classes = [each for each in named.values() if isinstance(each, type) and is_dataclass(each)]
     assert {"GlaTiles", "NormTiles", "SremTiles", "ProductChoices", "ModulationTiles"} <= {c.__name__ for c in classes}
     defaults = {
         f"{each.__name__}.{field.name}": field.default if field.default_factory is MISSING else field.default_factory

@@ -32,7 +32,7 @@ from dig.ops.linear import as_rows, without_autocast
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
 from dig.ops.swiglu.product_kernels import down_swiglu_backward_kernel, up_swiglu_kernel
 from dig.ops.tiles import for_device
-from dig.ops.tiles.choices import ProductPass, ProductTiles
+from dig.ops.tiles.products import ProductPass, ProductTiles
 from dig.ops.weights import prepare_weights
 from dig.ops.whole import ceil_div
 

@@ -1,8 +1,8 @@
 """Tile choices of every operation's kernels, one file an architecture.
 
-`dig.ops.tiles.choices` says what there is to choose, `Architecture` what an architecture's file states, and
-`dig.ops.tiles.sm90` is the one that was measured. A file ``sm<capability>.py`` here with an ``ARCHITECTURE`` is found
-by its name: docs/extending.md says how to add one.
+`dig.ops.tiles.choices` says what there is to choose, `dig.ops.tiles.products` that of GEMMs, `Architecture` what an
+architecture's file states, and `dig.ops.tiles.sm90` is the one that was measured. A file ``sm<capability>.py`` here
+with an ``ARCHITECTURE`` is found by its name: docs/extending.md says how to add one.
 
 **GPUs that have none** take the nearest older file: the largest capability that isn't above theirs, or the oldest
 there is. How much shared memory they have is asked of the driver.

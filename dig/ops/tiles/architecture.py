@@ -10,12 +10,8 @@ import torch
 
 from dig.ops.tiles.choices import (
     GlaTiles,
-    GradientTiles,
     ModulationTiles,
     NormTiles,
-    ProductChoices,
-    ProductPass,
-    ProductTiles,
     SremPass,
     SremTiles,
     SwigluTiles,
@@ -23,6 +19,7 @@ from dig.ops.tiles.choices import (
     WeightTiles,
 )
 from dig.ops.tiles.passes import PassChoices
+from dig.ops.tiles.products import GradientTiles, ProductChoices, ProductPass, ProductTiles
 
 KIB = 1024
 T = TypeVar("T")

@@ -16,12 +16,8 @@ from dig.ops.tiles.architecture import KIB, Architecture
 from dig.ops.tiles.choices import (
     CopyTiles,
     GlaTiles,
-    GradientTiles,
     ModulationTiles,
     NormTiles,
-    ProductChoices,
-    ProductPass,
-    ProductTiles,
     SremPass,
     SremTiles,
     SwigluTiles,
@@ -29,6 +25,7 @@ from dig.ops.tiles.choices import (
     WeightTiles,
 )
 from dig.ops.tiles.passes import PassChoices
+from dig.ops.tiles.products import GradientTiles, ProductChoices, ProductPass, ProductTiles
 
 # What the entries share, as it was found for heads of 32 and 64 in bf16.
 _HEADS = GlaTiles(

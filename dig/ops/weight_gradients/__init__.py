@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dig.ops.launch import ALIGNMENT, launch_context
 from dig.ops.tiles import for_device
-from dig.ops.tiles.choices import GradientTiles
+from dig.ops.tiles.products import GradientTiles
 from dig.ops.weight_gradients.kernels import grouped_product_kernel
 
 COUNT = 4
