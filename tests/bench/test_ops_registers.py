@@ -26,8 +26,9 @@ from dig.ops.tiles import KIB, sm90
 QUICK, ALL = 22, 99
 """Kernels, and their variants; SwiGLU's GEMMs, of which there are two and seven, and the gradients of weights in one
 launch are Hopper's alone."""
-OTHERWISE = {"9.0": (3, 8), "10.0": (0, -12)}
-"""More of them, or fewer: Blackwell for data centres has a forward pass in one launch of few programs alone."""
+OTHERWISE = {"9.0": (5, 8), "10.0": (2, -12)}
+"""More of them, or fewer: gradients in rounds and outputs in parts, beside the other form; Blackwell for data centres
+has a forward pass in one launch of few programs alone."""
 
 WAITING = """
         /*0050*/                   PREEXIT ;
@@ -116,19 +117,12 @@ def compiled(*options: str) -> list[str]:
 
 ROUNDS = """
 import json
-from dataclasses import asdict, replace
-import torch
+from dataclasses import asdict
 from bench.ops.kernel_variants import kernel_variants
 from bench.ops.registers import inspect_variants
 from dig.ops.tiles import architectures
 
 (hopper,) = (each for each in architectures() if each.capability == (9, 0))
-heads = 32, 64, torch.bfloat16
-tiles = replace(
-    hopper.gla[heads], few=None, gradient_rounds=True, gradient_registers=168, output_backward_parts=True,
-    output_backward_registers=168,
-)
-hopper = replace(hopper, gla={heads: tiles})
 names = "gradient_rounds_kernel", "output_backward_parts_kernel"
 chosen = [each for each in kernel_variants(hopper) if each.function.__name__ in names]
 print(json.dumps([asdict(each) | {"faulty": each.faulty} for each in inspect_variants(chosen, hopper)]))

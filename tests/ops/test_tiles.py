@@ -129,13 +129,15 @@ def test_other_widths_take_the_next_wider_tiles() -> None:
 @INTERPRETED
 def test_a_chunk_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """And computes the same recurrence."""
-    assert HOPPER.gla_tiles(32, 64, BF16).shared_memory(32, 64, BF16) == 28 * KIB
-    for limit, chunk in ((32, 64), (27, 32), (15, 16)):
+    assert HOPPER.gla_tiles(32, 64, BF16).shared_memory(32, 64, BF16) == 52 * KIB
+    for limit, chunk in ((52, 64), (51, 32), (28, 32), (27, 16)):
         small = replace(HOPPER, shared_memory=limit * KIB)
         assert small.gla_tiles(32, 64, BF16) == replace(sm90.GLA[32, 64, BF16], chunk=chunk)
-    for limit, chunk in ((28, 64), (16, 32), (10, 16)):
-        assert replace(HOPPER, shared_memory=limit * KIB).gla_tiles(32, 64, BF16).chunk == chunk
-    small = replace(INTERPRETER, shared_memory=26 * KIB)
+    levels = replace(HOPPER, gla=sm90.GLA_BY_LEVELS)
+    for limit, chunk in ((28, 64), (27, 32), (16, 32), (15, 16), (10, 16)):
+        assert replace(levels, shared_memory=limit * KIB).gla_tiles(32, 64, BF16).chunk == chunk
+    one = {heads: replace(tiles, gradient_rounds=False) for heads, tiles in INTERPRETER.gla.items()}
+    small = replace(INTERPRETER, gla=one, shared_memory=26 * KIB)
     assert small.gla_tiles(16, 16, FP32).chunk == 64 > small.gla_tiles(32, 64, FP32).chunk == 16
     monkeypatch.setattr(launches, "for_device", lambda device: small)
     q, k, v = (torch.randn(1, 40, 1, width) for width in (32, 32, 64))
@@ -146,11 +148,12 @@ def test_a_chunk_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPat
 
 def test_programs_that_walk_need_room_for_a_state_more() -> None:
     """Where they have none, the forward pass is three launches; what few programs take is looked at by itself."""
-    table = sm90.GLA[32, 64, BF16]
+    assert sm90.GLA[32, 64, BF16].walk_shared_memory(32, 64, BF16) == 32 * KIB
+    table = sm90.GLA_BY_LEVELS[32, 64, BF16]
     assert table.walk_shared_memory(32, 64, BF16) == 32 * KIB
     q, v = (torch.empty(64, 256, 6, width, dtype=BF16, device="meta") for width in (32, 64))
     for limit, walk_chunks, few_walk_chunks in ((32, 8, 8), (31, 0, 8), (13, 0, 0)):
-        small = replace(HOPPER, shared_memory=limit * KIB)
+        small = replace(HOPPER, gla=sm90.GLA_BY_LEVELS, shared_memory=limit * KIB)
         found = small.gla_tiles(32, 64, BF16)
         assert found.few is not None
         assert (found.walk_chunks, found.few.walk_chunks) == (walk_chunks, few_walk_chunks)

@@ -64,9 +64,9 @@ class GlaTiles:
         output_warps: Warps of a program that computes a chunk's outputs.
         output_backward_warps: Warps of a program that goes back through the outputs' norm and gate.
         gradient_warps: Warps of a program that computes a chunk's gradients.
-        output_backward_parts: Whether that program takes the values' columns in two parts.
+        output_backward_parts: Whether the fourth of these kernels takes the values' columns in two parts.
         gradient_rounds: Whether the last one takes one pair of operands for all products
-            (`dig.ops.gla.kernels_rounds`, both). Neither has been timed.
+            (`dig.ops.gla.kernels_rounds`, both).
         output_registers: Most registers of a thread of the third of these kernels, where it norms and gates: fewer let
             more programs share an SM. None leaves it to the compiler.
         output_backward_registers: Those of the fourth.
@@ -120,17 +120,20 @@ class GlaTiles:
         A bound, by which `Architecture` takes smaller chunks. The compile check (`bench.ops.registers`) holds the
         compiler to it on every architecture.
         """
-        K, V = _padded(K), _padded(V)
-        least = K * V + 2 * self.chunk * (K + V)
         # Rounds keep two states more there, and scores on the way between two layouts.
-        return dtype.itemsize * (least + (2 * (K * V + self.chunk * self.chunk) if self.gradient_rounds else 0))
+        rounds = 2 * (_padded(K) * _padded(V) + self.chunk * self.chunk) if self.gradient_rounds else 0
+        return self._forward_memory(K, V, dtype) + dtype.itemsize * rounds
 
     def walk_shared_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
-        """The same of a program that walks a head's chunks: beside those, its state on the way between two layouts.
+        """The same of a program that walks a head's chunks: as forwards, and its state on the way between two layouts.
 
         Where that is too much, `Architecture` takes three launches.
         """
-        return self.shared_memory(K, V, dtype) + dtype.itemsize * _padded(K) * _padded(V)
+        return self._forward_memory(K, V, dtype) + dtype.itemsize * _padded(K) * _padded(V)
+
+    def _forward_memory(self, K: int, V: int, dtype: torch.dtype) -> int:
+        K, V = _padded(K), _padded(V)
+        return dtype.itemsize * (K * V + 2 * self.chunk * (K + V))
 
 
 @dataclass(frozen=True, kw_only=True)

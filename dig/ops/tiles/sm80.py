@@ -1,4 +1,7 @@
-"""Ampere for data centres (A100), compute capability 8.0: Hopper's tiles, for nobody has run a sweep on one yet."""
+"""Ampere for data centres (A100), compute capability 8.0: Hopper's tiles, for nobody has run a sweep on one yet.
+
+Gradients in rounds take Hopper's matrix products, whose operands lie in shared memory: here they would spill.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ ARCHITECTURE = replace(
     shared_memory=163 * KIB,
     early_launch=False,
     descriptors=False,
+    gla=sm90.GLA_BY_LEVELS,
     products=sm90.PRODUCTS.apart(),
     gradients=None,
 )

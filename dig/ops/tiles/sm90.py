@@ -71,7 +71,7 @@ _EIGHT_WARPS: dict[str, Any] = {
 # a training step; where they are 288 or more they add 0.3 to 6%. The scan's choices give 1 to 2% of a forward pass, 8
 # warps in `output_backward_kernel` 0.5% of a training step.
 _FEW = replace(_HEADS, chunk=16, short_units=32, short_steps=16, output_backward_warps=8)
-GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
+GLA_BY_LEVELS: dict[tuple[int, int, torch.dtype], GlaTiles] = {
     # The best of `python -m bench ops gla --sweep` that was also the best in a whole model, whose tensors are not in
     # the L2 cache. In turns, release variant, where the walk takes all 4 chunks of 256 pixels: DiG-XL/2 forward with 64
     # images 6% less, S/2 with 32 images 2%, training 0.5 to 1%. 168 registers let three walking programs share an SM.
@@ -83,10 +83,21 @@ GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
     (32, 64, torch.float32): replace(_HEADS, chunk=16, **_ONE_CHUNK),
     (36, 72, torch.float32): replace(_HEADS, chunk=16, **_EIGHT_WARPS),
 }
+GLA: dict[tuple[int, int, torch.dtype], GlaTiles] = {
+    **GLA_BY_LEVELS,
+    # 168 registers let three programs share an SM here too. In turns on an H200, with gradients in rounds S/2's
+    # training step at 256 pixels with 32 images takes 2.9% less, at 1024 and 2048 with one 3.4%. Outputs in parts give
+    # another 0.3 to 1.2% beside those, and nothing by themselves. In the other entries rounds spill, and with chunks of
+    # 16 they take more registers, not fewer.
+    (32, 64, torch.bfloat16): replace(
+        GLA_BY_LEVELS[32, 64, torch.bfloat16], gradient_rounds=True, gradient_registers=168,
+        output_backward_parts=True, output_backward_registers=168,
+    ),
+}  # fmt: skip
 
 # bf16 at 384, and the forward part at 1152: the best of `python -m bench ops rowwise --sweep`. The others come from the
 # compiler's counts of registers and spills, and programs from how many an SM then holds. As many warps as rows, but for
-# bf16 at 384. What adds up the partial sums is not swept.
+# the forward part of bf16 at 384. What adds up the partial sums is not swept.
 _NORM = NormTiles(
     rows=4, part=128, warps=4, backward_rows=4, backward_part=128, backward_warps=4, programs=3 * 132,
     branch_programs=2 * 132, sum_rows=256, sum_columns=8, sum_least_rows=32, sum_warps=8,
@@ -94,8 +105,10 @@ _NORM = NormTiles(
 _WIDE_BF16 = replace(_NORM, part=1024, backward_rows=1, backward_part=1024, programs=4 * 132, branch_programs=4 * 132)
 _WIDE_FP32 = replace(_WIDE_BF16, part=128)
 ADALN: dict[tuple[int, torch.dtype], NormTiles] = {
+    # In turns on an H200, S/2's training step at 256 pixels with 32 images takes 3.3% less with two rows backwards than
+    # with four, as the sweep by itself had it, and 77% more with eight.
     (384, torch.bfloat16): replace(
-        _NORM, part=256, warps=2, backward_warps=2, programs=4 * 132, branch_programs=4 * 132
+        _NORM, part=256, warps=2, backward_rows=2, backward_warps=2, programs=4 * 132, branch_programs=4 * 132
     ),
     (384, torch.float32): _NORM,
     (768, torch.bfloat16): replace(_NORM, part=256, backward_rows=2, backward_part=512),
@@ -173,8 +186,10 @@ PRODUCTS = ProductChoices(
     share=(32, 128),
 )
 
-# Not timed, so never: with tiles of 128 by 128, DiG-S' four weights are 111 programs.
-GRADIENTS = GradientTiles(rows=128, columns=128, depth=64, warps=8, stages=4, most_width=512, least_tokens=0)
+# With tiles of 128 by 128, DiG-S' four weights are 111 programs. In turns on an H200, beside a GEMM each: S/2's
+# training step at 256 pixels takes 5.4% less with one image, 4.2% with 32; at 1024 4.9%, at 2048 5.7%. XL/2's with 32
+# images takes 1.9% more. No width in between was timed, and no fewer tokens.
+GRADIENTS = GradientTiles(rows=128, columns=128, depth=64, warps=8, stages=4, most_width=512, least_tokens=256)
 
 # Not swept. Reading the weight is all the work: with 64 images a program, each is read once for as many.
 MODULATION = ModulationTiles(
