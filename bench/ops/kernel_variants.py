@@ -88,7 +88,8 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
         in_rounds, in_parts = kernels_rounds.gradient_rounds_kernel, kernels_rounds.output_backward_parts_kernel
         gradient_kernel = in_rounds if tiles.gradient_rounds else kernels_backward.gradient_kernel
         gradient = (gradient_kernel, tiles.gradient_warps, tiles.gradient_registers)
-        gradient_levels = {} if tiles.gradient_rounds else levels
+        in_rounds_scans = ({"SCAN": False}, {"SCAN": True}) if tiles.gradient_scan_chunks else ({"SCAN": False},)
+        forms = in_rounds_scans if tiles.gradient_rounds else (levels,)
         output_backward = (
             in_parts if tiles.output_backward_parts else kernels_backward.output_backward_kernel,
             tiles.output_backward_warps, tiles.output_backward_registers,
@@ -103,8 +104,8 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             (walk, rounds | low_rank | {"KEEP": True}),
             ((kernels_walk.walk_kernel, tiles.walk_warps, None), rounds | plain | {"LOGITS": True, "KEEP": True}),
             (output_backward, levels | {"REBUILD": True}),
-            (gradient, gradient_levels | low_rank),
-            ((*gradient[:2], None if tiles.gradient_rounds else gradient[2]), gradient_levels | plain),
+            *((gradient, form | low_rank) for form in forms),
+            ((*gradient[:2], None if tiles.gradient_rounds else gradient[2]), forms[0] | plain),
         ):
             if function is walk[0] and not tiles.walk_chunks:
                 continue

@@ -159,11 +159,17 @@ def parse_variants(texts: Sequence[str]) -> dict[str, tuple[Setting, ...]]:
     """The step as it is, and the variants that the command line names, by what it calls them.
 
     Raises:
-        ValueError: As of `Setting.parse`.
+        ValueError: As of `Setting.parse`, beside those of the variant that precede it.
     """
     ways: dict[str, tuple[Setting, ...]] = {"as it is": ()}
     for text in texts:
-        ways[text] = tuple(Setting.parse(part) for part in text.split(";"))
+        with ExitStack() as stack:
+            settings: list[Setting] = []
+            for part in text.split(";"):
+                settings.append(Setting.parse(part))
+                # What follows may be possible beside it alone: fewer groups with fewer warps, say.
+                stack.enter_context(settings[-1].applied())
+            ways[text] = tuple(settings)
     return ways
 
 

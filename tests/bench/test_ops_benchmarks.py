@@ -116,12 +116,25 @@ def test_one_round_is_too_few(program: str) -> None:
 
 
 def test_registers_that_no_entry_counts_can_be_counted() -> None:
-    setting = variants.Setting.parse("dig.ops.tiles.sm90.GLA.gradient_registers=168")
-    before = {place: entry.gradient_registers for place, entry in tiles.sm90.GLA.items()}
+    setting = variants.Setting.parse("dig.ops.tiles.sm90.GLA.output_registers=168")
+    before = {place: entry.output_registers for place, entry in tiles.sm90.GLA.items()}
     assert set(before.values()) == {None}
     with setting.applied():
-        assert {entry.gradient_registers for entry in tiles.sm90.GLA.values()} == {168}
-    assert {place: entry.gradient_registers for place, entry in tiles.sm90.GLA.items()} == before
+        assert {entry.output_registers for entry in tiles.sm90.GLA.values()} == {168}
+    assert {place: entry.output_registers for place, entry in tiles.sm90.GLA.items()} == before
+
+
+def test_settings_of_one_variant_may_need_each_other() -> None:
+    """Two groups are too few for four warps, and are enough for two."""
+    groups, warps = (f"dig.ops.tiles.sm90.SREM.{name}=2" for name in ("groups", "warps"))
+    with pytest.raises(ValueError, match="warps must be at most"):
+        variants.parse_variants([groups])
+    before = dict(tiles.sm90.SREM)
+    found = variants.parse_variants([f"{warps}; {groups}", warps])
+    assert [len(settings) for settings in found.values()] == [0, 2, 1]
+    assert before == tiles.sm90.SREM
+    with variants.applied(found[f"{warps}; {groups}"]):
+        assert {(entry.groups, entry.warps) for entry in tiles.sm90.SREM.values()} == {(2, 2)}
 
 
 def test_settings_hold_within_and_end_after() -> None:

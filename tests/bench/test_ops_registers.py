@@ -26,7 +26,7 @@ from dig.ops.tiles import KIB, sm90
 QUICK, ALL = 22, 99
 """Kernels, and their variants; SwiGLU's GEMMs, of which there are two and seven, and the gradients of weights in one
 launch are Hopper's alone."""
-OTHERWISE = {"9.0": (5, 8), "10.0": (2, -12)}
+OTHERWISE = {"9.0": (5, 9), "10.0": (2, -11)}
 """More of them, or fewer: gradients in rounds and outputs in parts, beside the other form; Blackwell for data centres
 has a forward pass in one launch of few programs alone."""
 

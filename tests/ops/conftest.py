@@ -308,10 +308,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 LEVELS = {
-    "gradient_rounds": False, "output_backward_parts": False, "gradient_registers": None,
+    "gradient_rounds": False, "gradient_scan_chunks": 0, "output_backward_parts": False, "gradient_registers": None,
     "output_backward_registers": None,
 }  # fmt: skip
-ROUNDS = {"gradient_rounds": True, "output_backward_parts": True}
+ROUNDS = {"gradient_rounds": True, "gradient_scan_chunks": 4, "output_backward_parts": True}
 IN_FEW_REGISTERS = {**ROUNDS, "gradient_registers": 168, "output_backward_registers": 168}
 
 

@@ -158,10 +158,13 @@ def run_rows_backward(
         *rows.tensors, *outputs, norm_weight, dy, sums, states, state_gradients, own, do, dweight,
         do if y is None else y,
     )  # fmt: skip
-    scan_states(launch, plan, state_gradients, sums, direction=1)
+    scanned = not plan.scans_in_gradients
+    if scanned:
+        scan_states(launch, plan, state_gradients, sums, direction=1)
     dbias = gradients_of(
-        launch, plan, rows, slots, outputs, do, sums, states, state_gradients, own, bias=bias is not None
-    )
+        launch, plan, rows, slots, outputs, do, sums, states, state_gradients, own, bias=bias is not None,
+        scanned=scanned,
+    )  # fmt: skip
     with on_side_stream(dweight, dbias):
         dnorm = column_sums(launch, plan.tiles, dweight, norm_weight.dtype)
         return dnorm, dbias if bias is None else column_sums(launch, plan.tiles, dbias, bias.dtype)

@@ -15,6 +15,9 @@ Pairs i = j are left out of dA; their share of dq and dk is ``own``, do . v, tim
 in rounds of 16 tokens, each with the state before it and the gradient of the state after it, which it computes from the
 chunk's other tokens. So no program needs code for groups of several sizes.
 
+Where chunks are few, a program adds up the gradient of the state after its chunk from what the later chunks add, and no
+launch scans those first.
+
 **Outputs in parts.** What follows the norm takes half the values' columns at a time. The compiler, left alone, computes
 the gate's sigmoid in two layouts, and moves fp32 tensors between them: `laid_out_as` names one.
 """
@@ -194,7 +197,7 @@ def round_gradients(
     o_b, o_t, o_h: tl.constexpr, dq_t, dk_t, dv_t, ddecay_t, T, N, grid_rows, grid_columns, order, scale,
     inverse_normalizer, h, n, b, step,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr, LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, LOGITS: tl.constexpr, SCAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What `gradient_rounds_kernel` does for the S tokens from ``step`` on of a chunk."""
     H = tl.num_programs(0)
@@ -222,7 +225,16 @@ def round_gradients(
     middle_sum = load_sum(sums, chunk, step + S // 2 - 1, C, KP)
     end_sum = load_sum(sums, chunk, step + S - 1, C, KP)
     state = tl.load(states + chunk * (K * V) + offsets, mask=exists, other=0.0).to(tl.float32)
-    dstate = tl.load(state_gradients + chunk * (K * V) + offsets, mask=exists, other=0.0).to(tl.float32)
+    if SCAN:
+        # From the last chunk back, in fp32, as the scan adds them up.
+        dstate = tl.zeros([KP, VP], tl.float32)
+        later = chunk - n + N - 1
+        while later > chunk:
+            added = tl.load(state_gradients + later * (K * V) + offsets, mask=exists, other=0.0).to(tl.float32)
+            dstate = tl.exp2(load_sum(sums, later, C - 1, C, KP))[:, None] * dstate + added
+            later -= 1
+    else:
+        dstate = tl.load(state_gradients + chunk * (K * V) + offsets, mask=exists, other=0.0).to(tl.float32)
     if S < C:
         # The state before these tokens, and the gradient of the one after them, from the chunk's others.
         start_sum = load_sum(sums, chunk, tl.maximum(step, 1) - 1, C, KP) * tl.where(step > 0, 1.0, 0.0)
@@ -351,10 +363,14 @@ def gradient_rounds_kernel(
     R: tl.constexpr,
     RP: tl.constexpr,
     LOGITS: tl.constexpr,
+    SCAN: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`gradient_kernel`, with one pair of operands for all products of a round. Grid (H, N, B)."""
+    """`gradient_kernel`, with one pair of operands for all products of a round. Grid (H, N, B).
+
+    With SCAN, ``state_gradients`` are what each chunk alone adds to the gradient of the state, as before `scan_kernel`.
+    """
     start_early(EARLY)
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     # The code twice, for nearly all chunks without a loop: one whose rounds have a chunk's products, which take
@@ -366,12 +382,12 @@ def gradient_rounds_kernel(
             q, k, v, decay, decay_weight, decay_bias, do, sums, states, state_gradients, own, dq, dk, dv, ddecay, dbias,
             q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, o_b, o_t, o_h, dq_t, dk_t, dv_t, ddecay_t, T, N,
             grid_rows, grid_columns, order, scale, inverse_normalizer, h, n, b, step,
-            K, V, KP, VP, C, 16, R, RP, LOGITS, PRECISION,
+            K, V, KP, VP, C, 16, R, RP, LOGITS, SCAN, PRECISION,
         )  # fmt: skip
     if mild:
         round_gradients(
             q, k, v, decay, decay_weight, decay_bias, do, sums, states, state_gradients, own, dq, dk, dv, ddecay, dbias,
             q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, d_b, d_t, d_h, o_b, o_t, o_h, dq_t, dk_t, dv_t, ddecay_t, T, N,
             grid_rows, grid_columns, order, scale, inverse_normalizer, h, n, b, 0,
-            K, V, KP, VP, C, C, R, RP, LOGITS, PRECISION,
+            K, V, KP, VP, C, C, R, RP, LOGITS, SCAN, PRECISION,
         )  # fmt: skip

@@ -76,6 +76,11 @@ class Plan:
         return few_chunks and (many_heads or self.N == 1)
 
     @property
+    def scans_in_gradients(self) -> bool:
+        """Whether the kernel of the gradients adds up those of the states itself."""
+        return self.tiles.gradient_rounds and self.tiles.gradient_scan_chunks >= self.N
+
+    @property
     def levels(self) -> int:
         """Group sizes in a chunk: 16, 32, ... up to the chunk."""
         return self.tiles.chunk.bit_length() - 4
@@ -239,7 +244,7 @@ def walk_rounds(tiles: GlaTiles, N: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...]) -> Launch:
+def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...], scanned: bool) -> Launch:
     """`gradient_kernel`'s, or that of the same in rounds.
 
     On the inputs, slots, do, sums, states, their gradients, own and dbias.
@@ -248,7 +253,7 @@ def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple
     m = n + slots.tensors
     outputs = tuple((n + which, first) for which, first in slots.parts[:4])
     rounds = plan.tiles.gradient_rounds
-    levels: dict[str, Any] = {} if rounds else {"LEVELS": plan.levels}
+    form: dict[str, Any] = {"SCAN": not scanned} if rounds else {"LEVELS": plan.levels}
     capped = layout.constants["R"] or not rounds
     return Launch(
         gradient_rounds_kernel if rounds else gradient_kernel, plan.grid,
@@ -256,7 +261,7 @@ def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple
          plan.T, plan.N, *plan.scan, plan.scale, plan.inverse_normalizer),
         early=True,
         parts=(*layout.qkv, *layout.gate, *((m + i, 0) for i in range(5)), *outputs, (m + 5, 0)),
-        **plan.constants, **layout.constants, **levels,
+        **plan.constants, **layout.constants, **form,
         num_warps=plan.tiles.gradient_warps, maxnreg=plan.tiles.gradient_registers if capped else None,
     )  # fmt: skip
 
@@ -274,15 +279,18 @@ def gradients_of(
     own: Tensor,
     *,
     bias: bool,
+    scanned: bool = True,
 ) -> Tensor:
     """Write the gradients of q, k, v and the decay gate (B, T, H, K) into ``outputs``, where the slots say.
+
+    Unless ``scanned``, the states' gradients are what each chunk adds: `Plan.scans_in_gradients`.
 
     Returns:
         Every chunk's part of the gradient of the gate's bias (B N, H K); of no rows without a bias.
     """
     rows = plan.B * plan.N if bias else 0
     dbias = torch.empty(rows, plan.H * plan.constants["K"], dtype=torch.float32, device=do.device)
-    kernel = _gradient_launch(plan, inputs.layout, slots, strides_of(do))
+    kernel = _gradient_launch(plan, inputs.layout, slots, strides_of(do), scanned)
     launch.start(kernel, *inputs.tensors, *outputs, do, sums, states, state_gradients, own, dbias)
     return dbias
 

@@ -67,6 +67,8 @@ class GlaTiles:
         output_backward_parts: Whether the fourth of these kernels takes the values' columns in two parts.
         gradient_rounds: Whether the last one takes one pair of operands for all products
             (`dig.ops.gla.kernels_rounds`, both).
+        gradient_scan_chunks: Up to so many chunks it then adds up the gradients of the states itself, for which there
+            is a launch else; 0 if never.
         output_registers: Most registers of a thread of the third of these kernels, where it norms and gates: fewer let
             more programs share an SM. None leaves it to the compiler.
         output_backward_registers: Those of the fourth.
@@ -97,6 +99,7 @@ class GlaTiles:
     gradient_warps: int
     output_backward_parts: bool = False
     gradient_rounds: bool = False
+    gradient_scan_chunks: int
     output_registers: int | None = None
     output_backward_registers: int | None = None
     gradient_registers: int | None = None
@@ -105,7 +108,7 @@ class GlaTiles:
     sum_warps: int
 
     def __post_init__(self) -> None:
-        check_positive(self, may_be_zero=("short_chunks", "walk_chunks", "walk_programs"))
+        check_positive(self, may_be_zero=("short_chunks", "walk_chunks", "walk_programs", "gradient_scan_chunks"))
         check_powers_of_two(self, "short_units", "short_steps")
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")

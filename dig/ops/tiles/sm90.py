@@ -54,6 +54,8 @@ _HEADS = GlaTiles(
     walk_chunks=8,
     walk_programs=44,
     walk_warps=4,
+    # 256 pixels. Not timed with more: a program of the first chunk reads what all the others add.
+    gradient_scan_chunks=4,
     # Not swept.
     sum_rows=256,
     sum_columns=8,
@@ -105,10 +107,10 @@ _NORM = NormTiles(
 _WIDE_BF16 = replace(_NORM, part=1024, backward_rows=1, backward_part=1024, programs=4 * 132, branch_programs=4 * 132)
 _WIDE_FP32 = replace(_WIDE_BF16, part=128)
 ADALN: dict[tuple[int, torch.dtype], NormTiles] = {
-    # In turns on an H200, S/2's training step at 256 pixels with 32 images takes 3.3% less with two rows backwards than
-    # with four, as the sweep by itself had it, and 77% more with eight.
+    # In turns on an H200, S/2's training step at 256 pixels with 32 images takes 3.3% less with two rows of two warps
+    # backwards than with four, as the sweep by itself had it, and another 0.8% less with one of one.
     (384, torch.bfloat16): replace(
-        _NORM, part=256, warps=2, backward_rows=2, backward_warps=2, programs=4 * 132, branch_programs=4 * 132
+        _NORM, part=256, warps=2, backward_rows=1, backward_warps=1, programs=8 * 132, branch_programs=8 * 132
     ),
     (384, torch.float32): _NORM,
     (768, torch.bfloat16): replace(_NORM, part=256, backward_rows=2, backward_part=512),
@@ -188,8 +190,9 @@ PRODUCTS = ProductChoices(
 
 # With tiles of 128 by 128, DiG-S' four weights are 111 programs. In turns on an H200, beside a GEMM each: S/2's
 # training step at 256 pixels takes 5.4% less with one image, 4.2% with 32; at 1024 4.9%, at 2048 5.7%. XL/2's with 32
-# images takes 1.9% more. No width in between was timed, and no fewer tokens.
-GRADIENTS = GradientTiles(rows=128, columns=128, depth=64, warps=8, stages=4, most_width=512, least_tokens=256)
+# images takes 1.9% more. No width in between was timed, and no fewer tokens. With 6 stages instead of 4 a step takes
+# 0.2 to 0.5% less, with 3 0.5 to 2.4% more; of 64 rows or columns, or 128 tokens at a time, 2.3 to 7.4% more.
+GRADIENTS = GradientTiles(rows=128, columns=128, depth=64, warps=8, stages=6, most_width=512, least_tokens=256)
 
 # Not swept. Reading the weight is all the work: with 64 images a program, each is read once for as many.
 MODULATION = ModulationTiles(
