@@ -105,7 +105,8 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             ((kernels_walk.walk_kernel, tiles.walk_warps, None), rounds | plain | {"LOGITS": True, "KEEP": True}),
             (output_backward, levels | {"REBUILD": True}),
             *((gradient, form | low_rank) for form in forms),
-            ((*gradient[:2], None if tiles.gradient_rounds else gradient[2]), forms[0] | plain),
+            (gradient, forms[0] | plain),
+            *(((*gradient[:2], None), form | plain) for form in forms[1:]),
         ):
             if function is walk[0] and not tiles.walk_chunks:
                 continue

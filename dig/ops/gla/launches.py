@@ -254,7 +254,8 @@ def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple
     outputs = tuple((n + which, first) for which, first in slots.parts[:4])
     rounds = plan.tiles.gradient_rounds
     form: dict[str, Any] = {"SCAN": not scanned} if rounds else {"LEVELS": plan.levels}
-    capped = layout.constants["R"] or not rounds
+    # With neither a low-rank factor nor a scan before it, the compiler would spill one.
+    capped = not rounds or scanned or layout.constants["R"]
     return Launch(
         gradient_rounds_kernel if rounds else gradient_kernel, plan.grid,
         (*layout.qkv_strides, *layout.gate_strides, *do_strides, *slots.strides[:4],

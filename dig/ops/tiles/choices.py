@@ -72,7 +72,8 @@ class GlaTiles:
         output_registers: Most registers of a thread of the third of these kernels, where it norms and gates: fewer let
             more programs share an SM. None leaves it to the compiler.
         output_backward_registers: Those of the fourth.
-        gradient_registers: Those of the last; of its rounds, where decays come from their low-rank factor.
+        gradient_registers: Those of the last; of its rounds, where decays come from their low-rank factor or a scan
+            comes before.
         sum_rows: Rows of partial sums that a program adds up at a time.
         sum_columns: Its columns.
         sum_warps: Its warps.
