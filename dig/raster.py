@@ -31,7 +31,7 @@ from dig.ops.tiles import passes_for
 from dig.ops.tiles.passes import PassChoices
 from dig.ops.weights import matrix_vector
 from dig.raster_block import folds_gates
-from dig.raster_gradients import gathered
+from dig.raster_gradients import Gathered
 from dig.raster_weights import Ahead, BlockWeights, FusedCast, Prepared, adaln, modulations_of, prepare_block
 from dig.untouched import untouched, untouched_adaln, untouched_layer_norm, untouched_linear
 
@@ -139,7 +139,8 @@ class Lookahead:
         c: (B, D), the condition after its SiLU.
         x: Like the tokens (B, T, D); not read.
         in_place: As of `Ahead`, for every block.
-        gathers: Whether the blocks' gradients meet in one node (`dig.raster_gradients`); all weights are given then.
+        gathers: Whether the blocks' gradients are handed on later than they end (`dig.raster_gradients`); all weights
+            are given then.
         prepares: Whether anything is prepared. Not for blocks that are run again in the backward pass: what is handed
             to them is kept until then.
     """
@@ -156,9 +157,11 @@ class Lookahead:
     ) -> None:
         self._c, self._dtype, self._in_place = c, x.dtype, in_place
         self._weights: Sequence[BlockWeights | None] = weights
-        self._conditions, self._across = [c] * len(weights), None
+        self._conditions = [c] * len(weights)
+        self._gathered: Gathered | None = None
         if gathers:
-            self._weights, self._conditions, self._across = gathered([w for w in weights if w is not None], c)
+            self._gathered = Gathered([w for w in weights if w is not None], c)
+            self._weights, self._conditions = self._gathered.weights, self._gathered.conditions
         # Compiled, a block's one operation prepares what it needs itself.
         self._prepares = prepares and not torch.compiler.is_compiling()
         self._folds = [w is not None and folds_gates(x, w) for w in self._weights]
@@ -190,6 +193,9 @@ class Lookahead:
             None for a block whose weights are not known here.
         """
         prepared = self._take()
+        gathered = self._gathered
+        if gathered is not None:
+            gathered.step(i)
         self._begin(i + 1)
         weights = self._weights[i]
         if weights is None:
@@ -202,7 +208,7 @@ class Lookahead:
             prepared=prepared,
             fused_cast=self._fused_cast,
             in_place=self._in_place[i],
-            across=self._across,
+            part=None if gathered is None else gathered.parts[i],
         )
 
     def _begin(self, i: int) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dig import raster_compiled
 from dig.ops.derivatives import refuse_export, refuse_second_derivatives
-from dig.ops.side_stream import Across, side_work
+from dig.ops.side_stream import Part, side_work
 from dig.ops.tiles import passes_for
 from dig.raster_inference import infer_block, infer_images
 from dig.raster_training import backward_pass, forward_pass
@@ -28,9 +28,10 @@ class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order, for `train_block`, which names the arguments.
 
     Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
-    the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come `Products` (None
-    where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the products nothing is
-    differentiated: gradients go to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
+    the part of the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come
+    `Products` (None where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the
+    products nothing is differentiated: gradients go to the parameters and to c. Differentiable once
+    (`dig.ops.derivatives`).
     """
 
     @staticmethod
@@ -39,7 +40,7 @@ class RasterBlock(torch.autograd.Function):
         x: Tensor,
         c: Tensor,
         settings: Settings,
-        across: Across | None,
+        part: Part | None,
         modulation: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -49,7 +50,7 @@ class RasterBlock(torch.autograd.Function):
         p = Products._make(weight if copy is None else copy for copy, weight in pairs)
         out, kept = forward_pass(x, c, modulation, p, w, settings)
         ctx.save_for_backward(*kept, *w)
-        ctx.settings, ctx.across = settings, across
+        ctx.settings, ctx.part = settings, part
         return out
 
     @staticmethod
@@ -57,9 +58,9 @@ class RasterBlock(torch.autograd.Function):
         """Gradients of x, c and the parameters; None for a parameter that is frozen."""
         refuse_second_derivatives()
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
-        condition, dout, across = ctx.needs_input_grad[1], dout.contiguous(), cast("Across | None", ctx.across)
-        with side_work(dout.device) if across is None else across.part(dout.device):
-            found = backward_pass(partial(_take, ctx), dout, ctx.settings, needed, condition=condition, across=across)
+        condition, dout, part = ctx.needs_input_grad[1], dout.contiguous(), cast("Part | None", ctx.part)
+        with side_work(dout.device) if part is None else part.work(dout.device):
+            found = backward_pass(partial(_take, ctx), dout, ctx.settings, needed, condition=condition, part=part)
         dx, dc, gradients = found
         weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
         return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
@@ -81,7 +82,7 @@ def train_block(
     prepared: Prepared,
     weights: BlockWeights,
     settings: Settings,
-    across: Across | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """`RasterBlock` by names.
 
@@ -91,7 +92,7 @@ def train_block(
         prepared: Without folded gates.
         weights: The block's.
         settings: Its settings.
-        across: As of `Ahead`.
+        part: As of `Ahead`.
 
     Returns:
         (B, T, D) in x's dtype.
@@ -100,7 +101,7 @@ def train_block(
     copies = [
         None if copy is weight else copy for copy, weight in zip(prepared.products, weights.products, strict=True)
     ]
-    out: Tensor = RasterBlock.apply(x, c, settings, across, prepared.modulation, *copies, *weights)
+    out: Tensor = RasterBlock.apply(x, c, settings, part, prepared.modulation, *copies, *weights)
     return out
 
 
@@ -131,7 +132,7 @@ def run_block(x: Tensor, c: Tensor, weights: BlockWeights, settings: Settings, a
     if prepared is None:
         prepared = prepare_block(weights, activated, x.dtype, fold_gates=fold_gates)
     if grad:
-        return train_block(x, activated, prepared, weights, settings, None if ahead is None else ahead.across)
+        return train_block(x, activated, prepared, weights, settings, None if ahead is None else ahead.part)
     if not fold_gates:
         return infer_images(x, prepared, weights, settings)
     fused_cast, in_place = (None, False) if ahead is None else (ahead.fused_cast, ahead.in_place)

@@ -133,7 +133,7 @@ def _train_block_backward(
     s = _settings(norm, numbers)
     asked = BlockWeights._make(needed)
     with torch.no_grad(), side_work(dout.device):
-        dx, dc, gradients = backward_pass(lambda: saved, dout, s, asked, condition=condition, across=None)
+        dx, dc, gradients = backward_pass(lambda: saved, dout, s, asked, condition=condition, part=None)
     wanted = [gradient for gradient, wants in zip((dc, *gradients), (condition, *needed), strict=True) if wants]
     found = [dx, *(gradient for gradient in wanted if gradient is not None)]
     assert len(found) == 1 + len(wanted), "a gradient that was asked for was not computed"

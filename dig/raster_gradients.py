@@ -1,53 +1,88 @@
-"""All blocks' gradients, handed to autograd in one piece.
+"""Blocks' gradients, handed to autograd later than their blocks end.
 
 Within a CUDA graph the gradients of a block's weights are computed beside the chain of kernels. What autograd is given
 it may read at once: so a block that gave it its own would first have to wait for them, some 50 µs of the 390 that a
 block of DiG-S goes back in with 32 images of 256 pixels, and nearly nothing of it computed by the whole card. Here
-blocks are given proxies of their parameters, whose gradients meet in one node. Autograd reaches it after all blocks,
-it waits once, and hands them on to the parameters. Hooks of parameters and accumulated gradients see what they always
-see.
+blocks are given proxies of their parameters, whose gradients meet in nodes of their own. Hooks of parameters and
+accumulated gradients see what they always see.
 
-Not where gradients are reduced among processes while the backward pass goes on: they would all come at its end.
+**In one piece**, where one process trains: one node has all blocks' parameters. Autograd reaches it after all blocks,
+it waits once, and hands them on.
+
+**A block late**, where processes may reduce gradients among each other while the backward pass goes on, as
+DistributedDataParallel does: at its end they would all come at once. Each block's parameters have a node, which
+autograd reaches when the block that is gone back through next is done. That one has caught up with the side work of the
+one before (`dig.ops.side_stream.Part`), so the node waits for nothing. Autograd takes of the nodes that it can go back
+through the one that was made last. So a node is made right before the forward pass of the block that it is to be
+reached after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dig.ops.side_stream import Across, uses_side_stream
+from dig.ops.side_stream import Across, Part, uses_side_stream
 from dig.raster_weights import BlockWeights
 
 
 def gathers() -> bool:
     """Whether blocks' gradients gain by it, here and now."""
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return torch.is_grad_enabled() and uses_side_stream() and alone
+    return torch.is_grad_enabled() and uses_side_stream()
 
 
-def gathered(weights: Sequence[BlockWeights], c: Tensor) -> tuple[list[BlockWeights], list[Tensor], Across]:
-    """Proxies of all blocks' parameters and for the condition.
+def lags() -> bool:
+    """Whether each block's are handed on a block late, and not in one piece: there are processes that may reduce them.
+
+    Nobody says so here. Where none does, a block late is as right.
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class Gathered:
+    """What all blocks are given, so that the parameters and the condition get their gradients later.
 
     Args:
         weights: Of all blocks; one that is in two of them has a proxy in each.
         c: (B, D), the condition after its SiLU, which each block reads.
 
-    Returns:
-        The same values as tensors that the parameters and c get their gradients through: those of the blocks, a c for
-        each block, and the side work that ends before any of them is handed on.
+    Attributes:
+        weights: Of all blocks, the same values; those of a block may be replaced up to its `step`.
+        conditions: A c for each block.
+        parts: The side work of each block, which ends before its gradients are handed on.
     """
-    across = Across()
-    tensors = [tensor for block in weights for tensor in block if tensor is not None and tensor.requires_grad]
-    stand_ins = iter(_Gather.apply(across, len(weights), c, *tensors))
-    conditions = [next(stand_ins) for _ in weights]
-    blocks = [
-        BlockWeights._make(t if t is None or not t.requires_grad else next(stand_ins) for t in block)
-        for block in weights
-    ]
-    return blocks, conditions, across
+
+    def __init__(self, weights: Sequence[BlockWeights], c: Tensor) -> None:
+        across = Across()
+        self.parts = [across.part() for _ in weights]
+        self._late = lags()
+        # Nothing is gone back through after the first block that would catch up with it. So where the others are a
+        # block late, it has the node that waits, which the condition's gradient has to come through too.
+        last = weights[:1] if self._late else weights
+        stand_ins = iter(_Gather.apply(across, len(weights), c, *_differentiable(last)))
+        self.conditions = [next(stand_ins) for _ in weights]
+        self.weights = [_replaced(block, stand_ins) for block in last] + list(weights[len(last) :])
+
+    def step(self, i: int) -> None:
+        """To be called right before block i's forward pass, and before anything takes block i + 1's weights to keep."""
+        if not self._late or i + 1 >= len(self.weights):
+            return
+        tensors = _differentiable(self.weights[i + 1 : i + 2])
+        if tensors:
+            stand_ins = iter(_HandOn.apply(self.parts[i + 1], *tensors))
+            self.weights[i + 1] = _replaced(self.weights[i + 1], stand_ins)
+
+
+def _differentiable(weights: Sequence[BlockWeights]) -> list[Tensor]:
+    return [tensor for block in weights for tensor in block if tensor is not None and tensor.requires_grad]
+
+
+def _replaced(block: BlockWeights, stand_ins: Iterator[Tensor]) -> BlockWeights:
+    """A block's parameters, those of `_differentiable` by what stands in for them."""
+    return BlockWeights._make(t if t is None or not t.requires_grad else next(stand_ins) for t in block)
 
 
 class _Gather(torch.autograd.Function):
@@ -75,3 +110,19 @@ class _Gather(torch.autograd.Function):
             if gradient is not None:
                 dc = gradient if dc is None else dc + gradient
         return None, None, dc, *gradients[ctx.blocks :]
+
+
+class _HandOn(torch.autograd.Function):
+    """A block's parameters; backwards their gradients, once the block's side work is done."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Part, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.part = part
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        part: Part = ctx.part
+        part.join()
+        return None, *gradients

@@ -27,7 +27,7 @@ from torch import Tensor
 from dig.config import EPS
 from dig.ops.gla.mixer import order_code
 from dig.ops.linear import as_rows, weight_gradient
-from dig.ops.side_stream import Across, let_go, mark, on_side_stream, wait
+from dig.ops.side_stream import Part, let_go, mark, on_side_stream, wait
 from dig.raster_operations import (
     Operations,
     add_and_convolve,
@@ -127,7 +127,7 @@ def backward_pass(
     needed: BlockWeights,
     *,
     condition: bool,
-    across: Across | None,
+    part: Part | None,
 ) -> tuple[Tensor, Tensor | None, BlockWeights]:
     """The backward pass of `forward_pass`.
 
@@ -138,7 +138,7 @@ def backward_pass(
         settings: The block's.
         needed: Whether a parameter's gradient is asked for, by its name.
         condition: Whether c's is.
-        across: Of the side work that runs on into the next block; None where it ends with this one.
+        part: Of the side work that runs on into the next block; None where it ends with this one.
 
     Returns:
         Gradients of x, of c, and of the parameters. What is not asked for may be None.
@@ -205,8 +205,8 @@ def backward_pass(
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
     wait(sums_ready)
-    if across is not None:
-        across.catch_up()
+    if part is not None:
+        part.catch_up()
     dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = ops.mixer_backward(
         projected, p.decay_weight, w.decay_bias, w.head_norm, states, sums, linear_backward(d_branch, p.o_proj),
         settings.heads, *grid, order_code(order), EPS, True,
@@ -240,7 +240,7 @@ def backward_pass(
             dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
     if together is None and needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
-        with nullcontext() if across is None else on_side_stream(dprojected, h):
+        with nullcontext() if part is None else on_side_stream(dprojected, h):
             din_proj = weight_gradient(as_rows(dprojected), as_rows(h), w.in_proj.dtype)
     # Done by now; the most of what is held.
     let_go(second_half)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dig.ops.linear import without_autocast
 from dig.ops.modulation import modulation, modulation_backward, takes
-from dig.ops.side_stream import Across
+from dig.ops.side_stream import Part
 from dig.ops.swiglu.products import fuses_cast, project_up_preparing
 from dig.ops.weights import matrix_vector, matrix_vectors, prepare_weights
 from dig.scan import ScanOrder
@@ -164,8 +164,8 @@ class Ahead:
         prepared: Of the block; None where it is still to be computed.
         fused_cast: Of the block after it, whose weights this one casts; None without.
         in_place: Whether nobody else reads the tokens that the block is given, so that it may overwrite them.
-        across: Of the backward pass, whose side work runs on from block to block; None where each block's ends with it,
-            because weights and ``activated`` are not `dig.raster_gradients.gathered`.
+        part: The block's, of a backward pass whose side work runs on from block to block; None where each block's ends
+            with it, because weights and ``activated`` are not `dig.raster_gradients.Gathered`.
     """
 
     weights: BlockWeights
@@ -173,7 +173,7 @@ class Ahead:
     prepared: Prepared | None = None
     fused_cast: FusedCast | None = None
     in_place: bool = False
-    across: Across | None = None
+    part: Part | None = None
 
 
 def gates_of_one_image(modulation: Tensor) -> list[Tensor]:

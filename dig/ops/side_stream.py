@@ -103,30 +103,42 @@ def _open_scope(device: torch.device) -> Iterator[None]:
         scope.join()
 
 
+class _Left(NamedTuple):
+    """What the parts before one left to the side stream."""
+
+    end: torch.cuda.Event
+    held: list[Tensor | None]
+    parts: int
+
+
 class Across:
     """Side work of a backward pass that is gone back through part by part, as autograd's nodes are.
 
     Each part begins while the side stream still does what the one before left to it. Nobody may read that before
-    `join`; where the pass ends without, its end joins.
+    `join`, of all parts or of that one; where the pass ends without, its end joins.
     """
 
     def __init__(self) -> None:
         self._scope: _Scope | None = None
-        self._before: tuple[torch.cuda.Event, list[Tensor | None]] | None = None
+        self._before: _Left | None = None
+        self._begun, self._passed = 0, 0
 
-    def part(self, device: torch.device) -> AbstractContextManager[None]:
-        """`side_work` of one part, within a node's backward pass."""
-        return self._part(device) if _may_fork(device) else _IN_ORDER
+    def part(self) -> Part:
+        """One of its parts: for the node that goes back through it, and for whoever hands on its results."""
+        return Part(self)
 
     @contextmanager
-    def _part(self, device: torch.device) -> Iterator[None]:
+    def work(self, part: Part, device: torch.device) -> Iterator[None]:
+        """`Part.work` while a CUDA graph is captured."""
         if self._scope is None:
             self._scope = _Scope(device, third=True)
             torch.autograd.Variable._execution_engine.queue_callback(self.join)
         self.catch_up()
         scope = self._scope
-        self._before = scope.side.record_event(), scope.held
+        self._before = _Left(scope.side.record_event(), scope.held, self._begun)
         scope.held = []
+        part.number = self._begun
+        self._begun += 1
         _scopes.open.append(scope)
         try:
             yield
@@ -134,19 +146,50 @@ class Across:
             _scopes.open.remove(scope)
 
     def catch_up(self) -> None:
-        """Go on after all that the part before this one left to the side stream, whose tensors are then let go.
-
-        To be called in each part once, where that has been done: until then the memory is not free.
-        """
+        """See `Part.catch_up`."""
         if self._scope is not None and self._before is not None:
-            self._scope.join(self._before[0])
+            self._scope.join(self._before.end)
+            self._passed = self._before.parts
             self._before = None
+
+    def has_passed(self, part: Part) -> bool:
+        """Whether the main stream goes on after all that a part left to the side stream, if it left anything."""
+        return part.number is None or part.number < self._passed
 
     def join(self) -> None:
         """Go on after all of it."""
         scope, self._scope, self._before = self._scope, None, None
+        self._passed = self._begun
         if scope is not None:
             scope.join()
+
+
+class Part:
+    """A part of `Across`, made by that.
+
+    Attributes:
+        number: How many parts had begun before this one did, the last time; None where it never did in a capture.
+    """
+
+    def __init__(self, across: Across) -> None:
+        self._across = across
+        self.number: int | None = None
+
+    def work(self, device: torch.device) -> AbstractContextManager[None]:
+        """`side_work` of the part, within a node's backward pass."""
+        return self._across.work(self, device) if _may_fork(device) else _IN_ORDER
+
+    def catch_up(self) -> None:
+        """Go on after all that the part before this one left to the side stream, whose tensors are then let go.
+
+        To be called in each part once, where that has been done: until then the memory is not free.
+        """
+        self._across.catch_up()
+
+    def join(self) -> None:
+        """Go on after all of this part: nothing to wait for where a later one has caught up with it."""
+        if not self._across.has_passed(self):
+            self._across.join()
 
 
 def on_side_stream(*reads: Tensor | None, ahead: bool = False) -> AbstractContextManager[None]:
@@ -157,7 +200,7 @@ def on_side_stream(*reads: Tensor | None, ahead: bool = False) -> AbstractContex
     Args:
         *reads: The tensors that it reads or writes and that were allocated outside; they are held until the end of
             `side_work`.
-        ahead: Whether something soon waits for it: in a part of `Across` it then has a stream of its own.
+        ahead: Whether something soon waits for it: in a `Part` it then has a stream of its own.
     """
     if not uses_side_stream():
         return _IN_ORDER

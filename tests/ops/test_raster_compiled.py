@@ -124,7 +124,7 @@ def test_gradients_that_are_asked_for_are_those_of_the_pass(which: str, batch: i
     condition = which == "all are asked for"
     saved = kept_by(x, c, w, s)
     with torch.no_grad():
-        expected = backward_pass(lambda: saved, dout, s, needed, condition=condition, across=None)
+        expected = backward_pass(lambda: saved, dout, s, needed, condition=condition, part=None)
     dx, dc, gradients = raster_compiled.go_back(
         saved, dout, *raster_compiled._numbers(s), list(needed), condition=condition
     )
@@ -149,7 +149,7 @@ def calls(batch: int) -> dict[str, tuple[tuple[Any, ...], Callable[[], object]]]
         "train_block": ((x, c, list(w), *numbers), lambda: kept_by(x, c, w, s)),
         "train_block_backward": (
             (x, saved, list(frozen), False, *numbers),
-            lambda: backward_pass(lambda: saved, x, s, frozen, condition=False, across=None),
+            lambda: backward_pass(lambda: saved, x, s, frozen, condition=False, part=None),
         ),
         "infer_block": ((x, c, list(w), batch == 1, *numbers), infer),
     }

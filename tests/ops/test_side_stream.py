@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dig import raster, raster_gradients, raster_weights
+from dig import raster_weights
 from dig.model import DiG, DiGConfig
 from dig.ops import side_stream
 from dig.ops.launch import launch_context, launches_early
@@ -83,6 +83,22 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list
     return graph, results
 
 
+def hold_up(late: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.Stream]:
+    """Let one of the streams sleep at each fork, or ``neither``; the list gets what was forked to."""
+    forks = []
+    fork = side_stream._Scope.fork
+
+    def fork_late(scope: side_stream._Scope, stream: torch.cuda.Stream) -> None:
+        forks.append(stream)
+        fork(scope, stream)
+        if late != "neither":
+            with torch.cuda.stream(getattr(scope, late)):
+                torch.cuda._sleep(SLOW)
+
+    monkeypatch.setattr(side_stream._Scope, "fork", fork_late)
+    return forks
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("late", ["neither", "side", "main", "ahead"])
 @pytest.mark.parametrize("variant", ["paper", "release"])
@@ -111,20 +127,9 @@ def test_a_graph_gives_the_bits_of_the_eager_step(
 
     expected = [tensor.clone() for tensor in run()]
     assert fused == ([True] * (CONFIG.depth - 1) if mode == "forward, fused cast" else [])
-    forks = 0
-    fork = side_stream._Scope.fork
-
-    def fork_late(scope: side_stream._Scope, stream: torch.cuda.Stream) -> None:
-        nonlocal forks
-        forks += 1
-        fork(scope, stream)
-        if late != "neither":
-            with torch.cuda.stream(getattr(scope, late)):
-                torch.cuda._sleep(SLOW)
-
-    monkeypatch.setattr(side_stream._Scope, "fork", fork_late)
+    forks = hold_up(late, monkeypatch)
     graph, results = capture(run)
-    assert forks > CONFIG.depth
+    assert len(forks) > CONFIG.depth
     for _ in range(3):
         for tensor in results:
             tensor.fill_(float("nan"))
@@ -144,79 +149,6 @@ def gradients_of(model: DiG, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
     model.zero_grad()
     model(*inputs).square().mean().backward()
     return [parameter.grad for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_gathered_gradients_are_those_of_block_after_block(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, with frozen parameters and a shared one too."""
-    model = small()
-    inputs = example(model, batch)
-    model.blocks[1].mlp.down_proj.weight.requires_grad_(False)
-    model.blocks[2].attn.o_proj.weight = model.blocks[0].attn.o_proj.weight
-    expected = gradients_of(model, inputs)
-    joined: list[bool] = []
-    monkeypatch.setattr(raster_gradients, "gathers", lambda: True)
-    monkeypatch.setattr(side_stream.Across, "join", lambda across: joined.append(True))
-    for found, wanted in zip(gradients_of(model, inputs), expected, strict=True):
-        assert (found is None) == (wanted is None)
-        if found is not None and wanted is not None:
-            assert torch.equal(found, wanted)
-    assert joined == [True]
-
-
-def test_of_gathered_gradients_only_those_that_are_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small()
-    inputs = example(model, 2)
-    wanted = model.blocks[1].attn.o_proj.weight
-    loss = model(*inputs).square().mean()
-    (expected,) = torch.autograd.grad(loss, wanted)
-    monkeypatch.setattr(raster_gradients, "gathers", lambda: True)
-    (found,) = torch.autograd.grad(model(*inputs).square().mean(), wanted)
-    assert torch.equal(found, expected)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    table = model.y_embedder.embedding_table.weight.requires_grad_()
-    gathered = gradients_of(model, inputs)
-    monkeypatch.setattr(raster_gradients, "gathers", lambda: False)
-    for parameter, ours, right in zip(model.parameters(), gathered, gradients_of(model, inputs), strict=True):
-        assert (ours is not None) == (parameter is table)
-        if ours is not None and right is not None:
-            assert torch.equal(ours, right)
-
-
-def test_blocks_that_somebody_watches_keep_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small()
-    asked: list[Any] = []
-    monkeypatch.setattr(raster_gradients, "gathers", lambda: True)
-    monkeypatch.setattr(raster, "gathered", lambda *given: asked.append(given))
-    model.get_submodule("blocks.1.mlp").register_forward_hook(lambda *_: None)
-    gradients_of(model, example(model, 1))
-    assert not asked
-
-
-def test_gradients_that_are_reduced_among_processes_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raster_gradients, "uses_side_stream", lambda: True)
-    assert raster_gradients.gathers()
-    with torch.no_grad():
-        assert not raster_gradients.gathers()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert not raster_gradients.gathers()
-
-
-@pytest.mark.gpu
-def test_a_pass_that_reaches_no_parameter_joins_at_its_end() -> None:
-    """Of the tokens alone, say: the node in which parameters' gradients meet is not gone back through."""
-    model = small()
-    x, t, y = example(model, 2)
-    x.requires_grad_()
-
-    def run() -> list[Tensor]:
-        return [*torch.autograd.grad(model(x, t, y).square().mean(), x)]
-
-    (expected,) = run()
-    graph, (found,) = capture(run)
-    graph.replay()
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
