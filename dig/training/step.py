@@ -34,7 +34,7 @@ from dig.training.lora import attach
 from dig.training.shares import local, whole
 
 if TYPE_CHECKING:
-    from dig.training.parallel.copying import Windows
+    from dig.training.parallel.windows import Windows
     from dig.training.parallel.wrapping import Kind, Parallel, Sending
 
 logger = logging.getLogger(__name__)

@@ -26,17 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dig.graphs import on_capture_stream, record
 from dig.training.parallel import Ranks, copying, joined, mesh_of_all
-from dig.training.parallel.copying import (
-    CopyAllReduce,
-    CopyGather,
-    CopyReduce,
-    SymmetricWindow,
-    Window,
-    Windows,
-    average,
-    use_copies,
-)
+from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, average, use_copies
 from dig.training.parallel.reach import can_copy
+from dig.training.parallel.windows import SymmetricWindow, Window, Windows
 from dig.training.shares import local
 from tests.dig.parallel_job import free_port
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from dig.training.parallel import Ranks, copying, wrap
-from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, Windows
+from dig.training.parallel import Ranks, wrap
+from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce
 from dig.training.parallel.reach import Place, _obstacle, can_copy
+from dig.training.parallel.windows import SymmetricWindow, Windows, WindowsDifferError
 from dig.training.parallel.wrapping import sending_of
 from tests.dig import copying_job
 from tests.dig.test_training_step import config
@@ -130,7 +131,7 @@ def test_ranks_that_were_lent_other_windows_are_told() -> None:
     for found in (ours, theirs):
         found.check(lambda order: [orders.append(order) or order])  # type: ignore[func-returns-value]
     assert orders[0] != orders[1]
-    with pytest.raises(copying.WindowsDifferError, match="lent other windows than each other"):
+    with pytest.raises(WindowsDifferError, match="lent other windows than each other"):
         ours.check(lambda order: [order, orders[1]])
     ours.check(lambda order: [order, orders[0]])
 
@@ -139,7 +140,7 @@ def test_a_capture_makes_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, and 32 bytes more"):
-        copying.Windows(Group()).lend(8, dtype=torch.float32, device=CPU)  # type: ignore[arg-type]
+        Windows(Group()).lend(8, dtype=torch.float32, device=CPU)  # type: ignore[arg-type]
 
 
 def test_sharing_waits_for_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_sharing_waits_for_the_default_stream(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Default())
     monkeypatch.setattr(symmetric, "rendezvous", lambda memory, group: did.append("shared"))
-    assert copying.SymmetricWindow.over(torch.zeros(8), Group()) is None  # type: ignore[arg-type]
+    assert SymmetricWindow.over(torch.zeros(8), Group()) is None  # type: ignore[arg-type]
     assert did == ["waited", "shared", "waited"]
 
 

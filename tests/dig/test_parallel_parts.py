@@ -29,9 +29,9 @@ from dig.training.data.loader import default_workers
 from dig.training.needs import training_needs
 from dig.training.parallel import Ranks, shards
 from dig.training.parallel.agreement import RanksDifferError, check_alike, code_sha256, facts, family_sha256
-from dig.training.parallel.copying import Windows, WindowsDifferError
 from dig.training.parallel.team import Together
 from dig.training.parallel.watching import Beat, Watch
+from dig.training.parallel.windows import Windows, WindowsDifferError
 from dig.training.saving import CheckpointError, checkpoint_files, damage, newest_checkpoint, read_checkpoint
 from dig.training.trainer import Trainer
 from tests.dig.test_training_step import config

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dig.training.config import TrainConfig
 from dig.training.parallel.agreement import check_alike, check_one_folder, facts
-from dig.training.parallel.copying import Windows
 from dig.training.parallel.ranks import Ranks, Votes
 from dig.training.parallel.shards import ShardWriter, give_name, load_folder, shapes_of
 from dig.training.parallel.watching import Watch
+from dig.training.parallel.windows import Windows
 from dig.training.parallel.wrapping import Kind, Sending, sending_of
 from dig.training.saving import (
     FOLDER,

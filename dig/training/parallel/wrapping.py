@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dig.graphs import on_capture_stream
 from dig.training.blocks import blocks_of
-from dig.training.parallel.copying import CopyAllReduce, Windows, use_copies
+from dig.training.parallel.copying import CopyAllReduce, use_copies
 from dig.training.parallel.reach import can_copy
+from dig.training.parallel.windows import Windows
 
 Kind = Literal["ddp", "fsdp"]
 Sending = Literal["auto", "collectives", "copies"]
