@@ -45,7 +45,7 @@ class _Plan:
     walk: Launch
     sums: Launch | None
     sums_shape: tuple[int, int, int, int]
-    """Of what is between both, (B, patches, slots, D)."""
+    """Of what is between both, (B, patches · groups, slots, D)."""
 
 
 def _plan(
@@ -97,12 +97,12 @@ def _plan_of(
         W=tiles.width, G=tiles.groups, BD=tiles.channels, **extra, num_warps=tiles.warps, maxnreg=tiles.registers,
     )  # fmt: skip
     gated = gate_stride is not None and not sum_only
-    slots = int(TOKEN_SUMS.value)
+    slots, parts = int(TOKEN_SUMS.value), patches * tiles.groups
     sums = Launch(
-        srem_sum_kernel, (ceil_div(D, tiles.sum_channels), slots + gated * B), (patches, B * patches, *taps),
+        srem_sum_kernel, (ceil_div(D, tiles.sum_channels), slots + gated * B), (parts, B * parts, *taps),
         D=D, GATED=gated, STEPS=tiles.sum_steps, BD=tiles.sum_channels, num_warps=tiles.sum_warps,
     )  # fmt: skip
-    return _Plan(walk=walk, sums=sums if backward else None, sums_shape=(B, patches, slots + gated, D))
+    return _Plan(walk=walk, sums=sums if backward else None, sums_shape=(B, parts, slots + gated, D))
 
 
 def _taps(order: ScanOrder) -> tuple[int, int, int]:

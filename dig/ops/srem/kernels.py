@@ -170,7 +170,7 @@ def srem_backward_kernel(
     PACKED: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """dx and dbranch of one patch, and its sums over tokens for the gradients of weight, bias and gate.
+    """dx and dbranch of one patch, and each of its groups' sums over tokens for the gradients of weight, bias and gate.
 
     With SUM_ONLY, dx is the gradient of x + gate · branch, and dbranch and the gate's gradient are left to the caller.
 
@@ -243,35 +243,33 @@ def srem_backward_kernel(
         row += 1
 
     totals = dtaps
-    totals += (dbias, dgate, zero, zero, zero, zero, zero)
-    for _ in tl.static_range(4):
-        joined = ()
-        for k in tl.static_range(len(totals) // 2):
-            joined += (tl.join(totals[k], totals[len(totals) // 2 + k]),)
-        totals = joined
-    total = tl.sum(tl.reshape(totals[0], (G, BD, 16)), 0)
-    count: tl.constexpr = TOKEN_SUMS + SEPARATE
-    which = tl.arange(0, 16)[None, :]
-    sums += (batch * tl.num_programs(1) + tl.program_id(1)) * (count * D)
-    tl.store(sums + which * D + channels[:, None], total, mask=exists[:, None] & (which < count))
+    totals += (dbias,)
+    if SEPARATE:
+        totals += (dgate,)
+    # A row for each group of columns. To add those up here would take eleven trips through shared memory, or one in
+    # which all threads of a warp write to the same bank.
+    groups = (batch * tl.num_programs(1) + tl.program_id(1)) * G + tl.arange(0, G)
+    sums += groups[:, None] * (len(totals) * D) + channels[None, :]
+    for k in tl.static_range(len(totals)):
+        tl.store(sums + k * D, totals[k], mask=exists[None, :])
 
 
-@triton.jit(do_not_specialize=["patches", "partials", "tap_start", "tap_row", "tap_column"])
+@triton.jit(do_not_specialize=["parts", "partials", "tap_start", "tap_row", "tap_column"])
 def srem_sum_kernel(
-    sums, dweight, dbias, dgate, patches, partials, tap_start, tap_row, tap_column,
+    sums, dweight, dbias, dgate, parts, partials, tap_start, tap_row, tap_column,
     D: tl.constexpr, GATED: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Add up what `srem_backward_kernel` left of each patch, always in the same order.
+    """Add up what `srem_backward_kernel` left of each group of a patch, always in the same order.
 
-    A program takes a strip of channels of one tap, of the bias, or of the gate of one batch entry, whose ``patches``
-    are a part of all ``partials``.
+    A program takes a strip of channels of one tap, of the bias, or of the gate of one batch entry, which has ``parts``
+    of all ``partials``.
     """
     channels, exists = strip(D, BD)
     which = tl.program_id(1)
     batch = tl.maximum(which - TOKEN_SUMS, 0)
     slot = tl.minimum(which, TOKEN_SUMS)
-    first = batch * patches
-    end = tl.where(which < TOKEN_SUMS, partials, first + patches)
+    first = batch * parts
+    end = tl.where(which < TOKEN_SUMS, partials, first + parts)
     total = tl.zeros((STEPS, BD), tl.float32)
     while first < end:
         steps = first + tl.arange(0, STEPS)

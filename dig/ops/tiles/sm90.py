@@ -192,7 +192,7 @@ PRODUCTS = ProductChoices(
 # training step at 256 pixels takes 5.4% less with one image, 4.2% with 32; at 1024 4.9%, at 2048 5.7%. XL/2's with 32
 # images takes 1.9% more. No width in between was timed, and no fewer tokens. With 6 stages instead of 4 a step takes
 # 0.2 to 0.5% less, with 3 0.5 to 2.4% more; of 64 rows or columns, or 128 tokens at a time, 2.3 to 7.4% more.
-GRADIENTS = GradientTiles(rows=128, columns=128, depth=64, warps=8, stages=6, most_width=512, least_tokens=256)
+GRADIENTS = GradientTiles(rows=128, columns=128, depth=64, warps=8, stages=4, most_width=512, least_tokens=256)
 
 # Not swept. Reading the weight is all the work: with 64 images a program, each is read once for as many.
 MODULATION = ModulationTiles(
