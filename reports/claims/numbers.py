@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ OF_CASE: Mapping[str, Callable[[Row], float | None]] = {
     "memory": lambda row: (memory(row) or 0) / GIB,
     "ceiling": lambda row: 100 * (row.ceiling_share or 0),
 }
+LAUNCHES: Mapping[str, Callable[[Iterable[tuple[float, Row]]], tuple[float, Row]]] = {
+    f"{word} launch": partial(choose, key=itemgetter(0)) for word, choose in (("fastest", min), ("slowest", max))
+}
 OF, THAN, WITHIN = " of ", " than ", " in "
 
 
@@ -37,6 +42,7 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
     ``CASE``, ``best CASE``                 its milliseconds (`reports.claims.subject.Subject`)
     ``memory of CASE``                      its peak in GiB
     ``ceiling of CASE``                     percent of the matrix products' ceiling that it reaches
+    ``fastest launch of CASE``              the milliseconds of one of a file's launches of it; ``slowest`` likewise
     ``last slower of CASES than CASES``     the largest resolution up to which the first takes longer; ``@*`` in both
     ``first leaner of CASES than CASES``    the resolution from which on the first takes less memory
     ``cases of FILE``                       how many cases it has
@@ -62,6 +68,8 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
     words, _, other = query.partition(WITHIN)
     name, _, thing = words.rpartition(OF)
     try:
+        if name in LAUNCHES:
+            return _of_launches(Subject.parse(thing), ROWS / (other or rows), LAUNCHES[name])
         if name not in OF_CASE:
             return _counted(name, thing, other or rows, files), ""
         return _of_case(Subject.parse(thing), other or rows, name, files)
@@ -77,7 +85,21 @@ def _of_case(subject: Subject, rows: str, name: str, files: Files) -> tuple[floa
     if row is None or not value:
         why = failure(row) if row is not None and row.status != "ok" else "nothing"
         raise ClaimError(f"{subject.name} at {subject.case.resolution} in {rows}: {why}")
-    return value, "" if name else "".join(letter for mark, letter in LETTERS.items() if mark in row.marks)
+    return value, "" if name else _letters(row)
+
+
+def _letters(row: Row) -> str:
+    return "".join(letter for mark, letter in LETTERS.items() if mark in row.marks)
+
+
+def _of_launches(
+    subject: Subject, path: Path, choose: Callable[[Iterable[tuple[float, Row]]], tuple[float, Row]]
+) -> tuple[float, str]:
+    launches = [(ms, row) for row in subject.of(read_results(path).rows) if (ms := time(row)) is not None]
+    if len(launches) < 2:
+        raise ClaimError(f"{path.name} has {len(launches)} launches of {subject.name}, not several")
+    value, row = choose(launches)
+    return value, _letters(row)
 
 
 def _source(rows: str, files: Files) -> Source:
