@@ -14,19 +14,22 @@ DistributedDataParallel does: at its end they would all come at once. Each block
 autograd reaches when the block that is gone back through next is done. That one has caught up with the side work of the
 one before (`dig.ops.side_stream.Part`), so the node waits for nothing. Autograd takes of the nodes that it can go back
 through the one that was made last. So a node is made right before the forward pass of the block that it is to be
-reached after.
+reached after. Where DistributedDataParallel's sender lends places (`dig.gradient_places`), the gradients of a block's
+large weights are written there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dig.gradient_places import Places, places_here
 from dig.ops.side_stream import Across, Part, uses_side_stream
-from dig.raster_weights import BlockWeights
+from dig.raster_weights import BlockWeights, LargeGradients
 
 
 def gathers() -> bool:
@@ -59,12 +62,16 @@ class Gathered:
         across = Across()
         self.parts = [across.part() for _ in weights]
         self._late = lags()
+        self._places = places_here() if self._late else None
         # Nothing is gone back through after the first block that would catch up with it. So where the others are a
         # block late, it has the node that waits, which the condition's gradient has to come through too.
         last = weights[:1] if self._late else weights
-        stand_ins = iter(_Gather.apply(across, len(weights), c, *_differentiable(last)))
+        made = _Gather.apply(across, len(weights), c, *_differentiable(last))
+        stand_ins = iter(made)
         self.conditions = [next(stand_ins) for _ in weights]
         self.weights = [_replaced(block, stand_ins) for block in last] + list(weights[len(last) :])
+        if self._late and len(made) > len(weights):
+            self._find_places(0, weights[0], made[-1])
 
     def step(self, i: int) -> None:
         """To be called right before block i's forward pass, and before anything takes block i + 1's weights to keep."""
@@ -72,8 +79,26 @@ class Gathered:
             return
         tensors = _differentiable(self.weights[i + 1 : i + 2])
         if tensors:
-            stand_ins = iter(_HandOn.apply(self.parts[i + 1], *tensors))
-            self.weights[i + 1] = _replaced(self.weights[i + 1], stand_ins)
+            made = _HandOn.apply(self.parts[i + 1], *tensors)
+            self._find_places(i + 1, self.weights[i + 1], made[-1])
+            self.weights[i + 1] = _replaced(self.weights[i + 1], iter(made))
+
+    def _find_places(self, i: int, block: BlockWeights, stand_in: Tensor) -> None:
+        """Let block i's backward pass ask for places of its parameters, of which the last has this stand-in."""
+        if self._places is None:
+            return
+        tensors = _differentiable([block])
+        # Nodes of the parameters, and not the stand-in's own: that holds the part, which would hold it.
+        made_by: Any = stand_in.grad_fn
+        nodes = [node for node, _ in made_by.next_functions[-len(tensors) :]]
+        accumulators = {id(tensor): node for tensor, node in zip(tensors, nodes, strict=True)}
+        large = [getattr(block, name) for name in LargeGradients._fields]
+        asked = [(tensor, accumulators[id(tensor)]) if tensor.requires_grad else None for tensor in large]
+        self.parts[i].places = partial(_take, self._places, asked)
+
+
+def _take(places: Places, asked: Sequence[tuple[Tensor, Any] | None]) -> LargeGradients:
+    return LargeGradients._make(None if one is None else places.take(*one) for one in asked)
 
 
 def _differentiable(weights: Sequence[BlockWeights]) -> list[Tensor]:

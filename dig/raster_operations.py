@@ -21,11 +21,12 @@ from dig.ops.adaln.fused import (
 from dig.ops.gla.mixer import mixer_backward, mixer_forward, mixer_sums
 from dig.ops.launch import ALIGNMENT, empty
 from dig.ops.library import unseen
+from dig.ops.side_stream import Part
 from dig.ops.srem.fused import srem_backward, srem_forward, srem_gradients
 from dig.ops.swiglu.products import project_down_backward, project_up
 from dig.ops.weight_gradients import groups_gradients, weight_gradients
 from dig.ops.weights import gated_gradients, gated_weight_gradient
-from dig.raster_weights import BlockWeights, Settings
+from dig.raster_weights import BlockWeights, LargeGradients, Settings
 
 
 class Operations(NamedTuple):
@@ -74,6 +75,21 @@ def grouped(ops: Operations, x: Tensor, weights: Sequence[Tensor], needed: Seque
     """What gives all these weights' ``dy^T x`` at once, where they are asked for together and that gains; or None."""
     together = ops is _DIRECT and all(needed) and groups_gradients(x, weights)
     return weight_gradients if together else None
+
+
+def large_places(ops: Operations, x: Tensor, part: Part | None) -> LargeGradients:
+    """Memory in which somebody wants the gradients of a block's large weights, for the pass of tokens x under way.
+
+    None where PyTorch is told of the operations, which must change nothing; and with one image, whose products are no
+    gradients until they are gated.
+    """
+    if ops is not _DIRECT or part is None or part.places is None or len(x) == 1:
+        return _ANYWHERE
+    found: LargeGradients = part.places()
+    return found
+
+
+_ANYWHERE = LargeGradients()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from dig.raster_operations import (
     Operations,
     add_and_convolve,
     grouped,
+    large_places,
     linear,
     linear_backward,
     modulation_room,
@@ -151,6 +152,7 @@ def backward_pass(
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = x.shape[0] == 1
     ops = operations_for(dout)
+    places = large_places(ops, x, part)
     together = grouped(
         ops, x, (w.down_proj, w.gate_proj, w.o_proj, w.in_proj),
         (needed.down_proj, needed.gate_proj, needed.o_proj, needed.in_proj),
@@ -190,7 +192,7 @@ def backward_pass(
             if one_image:
                 ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2, *room[5:])
             elif needed.down_proj:
-                ddown = weight_gradient(as_rows(d_branch), as_rows(hidden), w.down_proj.dtype)
+                ddown = weight_gradient(as_rows(d_branch), as_rows(hidden), w.down_proj.dtype, places.down_proj)
     del hidden, d_branch
     dh = linear_backward(dgate_up, p.gate_proj)
     d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
@@ -200,7 +202,7 @@ def backward_pass(
         pairs.append((as_rows(dgate_up), as_rows(h)))
     elif needed.gate_proj:
         with on_side_stream(dgate_up, h):
-            dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h), w.gate_proj.dtype)
+            dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h), w.gate_proj.dtype, places.gate_proj)
     second_half = mark()
     del dgate_up, dh, h, x1, branch1
     d_branch = d if one_image else d_branch
@@ -219,7 +221,7 @@ def backward_pass(
             if one_image:
                 do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1, *room[2:3])
             elif needed.o_proj:
-                do_proj = weight_gradient(as_rows(d_branch), as_rows(y), w.o_proj.dtype)
+                do_proj = weight_gradient(as_rows(d_branch), as_rows(y), w.o_proj.dtype, places.o_proj)
     del y, d_branch
     dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
         x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm, *room[:2]
@@ -227,7 +229,8 @@ def backward_pass(
     if together is not None:
         pairs.append((as_rows(dprojected), as_rows(h)))
         with on_side_stream(*(tensor for pair in pairs for tensor in pair)):
-            ddown, dgate_proj, do_proj, din_proj = together(pairs)
+            into = places.down_proj, places.gate_proj, places.o_proj, places.in_proj
+            ddown, dgate_proj, do_proj, din_proj = together(pairs, places=into)
             if one_image:
                 ddown, dgate2 = ops.gated_gradient(ddown, w.down_proj, gate2, *room[5:])
                 do_proj, dgate1 = ops.gated_gradient(do_proj, w.o_proj, gate1, *room[2:3])
@@ -237,11 +240,11 @@ def backward_pass(
         parts = [dshift1, dscale1, dgate1, dshift2, dscale2, dgate2]
         with on_side_stream(*parts, c):
             dmodulation = torch.cat(parts, dim=1) if dmodulation is None else dmodulation
-            dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight)
+            dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight, places.adaln_weight)
     if together is None and needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
         with nullcontext() if part is None else on_side_stream(dprojected, h):
-            din_proj = weight_gradient(as_rows(dprojected), as_rows(h), w.in_proj.dtype)
+            din_proj = weight_gradient(as_rows(dprojected), as_rows(h), w.in_proj.dtype, places.in_proj)
     # Done by now; the most of what is held.
     let_go(second_half)
     gradients = BlockWeights(

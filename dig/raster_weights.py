@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dig.ops.linear import without_autocast
-from dig.ops.modulation import modulation, modulation_backward, takes
+from dig.ops.modulation import modulation, modulation_backward, modulation_gradients, takes
 from dig.ops.side_stream import Part
 from dig.ops.swiglu.products import fuses_cast, project_up_preparing
 from dig.ops.weights import matrix_vector, matrix_vectors, prepare_weights
@@ -82,6 +82,24 @@ class BlockWeights(NamedTuple):
     def products(self) -> Products:
         """The weights of the products among them."""
         return Products(self.in_proj, self.decay_weight, self.gate_proj, self.o_proj, self.down_proj)
+
+
+class LargeGradients(NamedTuple):
+    """Memory that gradients of a block's large weights are wanted in; None where they may lie anywhere.
+
+    Attributes:
+        in_proj: As of `Products`, as are the next three.
+        gate_proj: As there.
+        o_proj: As there.
+        down_proj: As there.
+        adaln_weight: (6D, D).
+    """
+
+    in_proj: Tensor | None = None
+    gate_proj: Tensor | None = None
+    o_proj: Tensor | None = None
+    down_proj: Tensor | None = None
+    adaln_weight: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,9 +252,13 @@ def adaln(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(c.to(weight.dtype), weight, bias)
 
 
-def adaln_backward(dmodulation: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of c, weight and bias of `adaln`."""
+def adaln_backward(
+    dmodulation: Tensor, c: Tensor, weight: Tensor, dweight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of c, weight and bias of `adaln`; the weight's may be written into dweight, if given."""
     if takes(weight):
+        if dweight is not None:
+            return modulation_gradients(dmodulation, c, weight, dweight)
         return modulation_backward(dmodulation, c, weight)
     with without_autocast(c.device):
         dmodulation = dmodulation.to(weight.dtype)

@@ -17,7 +17,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return _AS_IT_IS
 
 
-def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """``dy^T x``: the gradient of a linear layer's weight (N, K) from dy (M, N) and its input x (M, K).
 
     On a GPU the product of bf16 operands is added up in fp32, and written in the weight's dtype: for an fp32 weight
@@ -27,10 +27,14 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -
         dy: As above.
         x: As above, in dy's dtype.
         dtype: Of the weight, which autograd asks of its gradient.
+        out: (N, K) in that dtype, contiguous, to write it into; new memory if not given. The bits are the same.
     """
     if dy.is_cuda and dy.dtype == torch.bfloat16 and dtype == torch.float32:
-        return torch.mm(dy.T, x, out_dtype=torch.float32)
-    return (dy.T @ x).to(dtype)
+        if out is None:
+            return torch.mm(dy.T, x, out_dtype=torch.float32)
+        return torch.mm(dy.T, x, out_dtype=torch.float32, out=out)
+    # Autocast sees no product that is given its memory. So here a copy is what it was where it ends.
+    return (dy.T @ x).to(dtype) if out is None else out.copy_(dy.T @ x)
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ memory goes to later work of that stream, which waits for all that was launched 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,10 +169,12 @@ class Part:
 
     Attributes:
         number: How many parts had begun before this one did, the last time; None where it never did in a capture.
+        places: Gives, in the backward pass, memory in which somebody wants the part's results; None where nobody does.
     """
 
     def __init__(self, across: Across) -> None:
         self._across = across
+        self.places: Callable[[], Any] | None = None
         self.number: int | None = None
 
     def work(self, device: torch.device) -> AbstractContextManager[None]:

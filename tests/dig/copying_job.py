@@ -274,7 +274,7 @@ def buckets(job: Job) -> None:
         if hook is not None:
             assert [lent.nbytes for lent in hook.windows._lent] == [4 * copying.PIECE]
         if hook is not None and job.cuda:
-            assert hook._symmetric
+            assert hook._laid
             assert len(hook._shared) > 1, hook._shared
             assert None not in hook._shared.values()
     (due, due_gradients), (losses, gradients) = found

@@ -81,7 +81,8 @@ def test_a_block_goes_back_with_the_same_gradients(monkeypatch: pytest.MonkeyPat
     """Bit for bit; and where one of the weights is frozen, each of the others by itself."""
     grouped: list[list[tuple[int, ...]]] = []
 
-    def together(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def together(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[Tensor | None]) -> list[Tensor]:
+        assert not any(place is not None for place in places)
         found = [weight_gradient(dy, x) for dy, x in pairs]
         grouped.append([tuple(gradient.shape) for gradient in found])
         return found

@@ -90,18 +90,26 @@ def _launches(tiles: ModulationTiles, B: int, M: int, N: int) -> _Launches:
     return _Launches(product, weight, condition, shares)
 
 
-@operation("dig::modulation_backward")
-def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of c (B, M) in its dtype, weight (N, M) and bias (N,), from dout (B, N)."""
+def modulation_gradients(
+    dout: Tensor, c: Tensor, weight: Tensor, dweight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modulation_backward`, whose second is written into dweight, contiguous, if given."""
     dout, c, weight = dout.contiguous(), c.contiguous(), weight.contiguous()
     (B, M), N = c.shape, weight.shape[0]
     _, of_weight, of_condition, shares = _launches(for_device(c.device).modulation_tiles(), B, M, N)
-    dweight, dbias = empty(weight), torch.empty(N, dtype=weight.dtype, device=c.device)
+    dweight = empty(weight) if dweight is None else dweight
+    dbias = torch.empty(N, dtype=weight.dtype, device=c.device)
     partials = torch.empty(shares, B, M, dtype=torch.float32, device=c.device)
     launch = launch_context(c.device)
     launch.start(of_weight, dout, c, dweight, dbias)
     launch.start(of_condition, dout, weight, partials)
     return partials.sum(0).to(c.dtype), dweight, dbias
+
+
+@operation("dig::modulation_backward")
+def modulation_backward(dout: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of c (B, M) in its dtype, weight (N, M) and bias (N,), from dout (B, N)."""
+    return modulation_gradients(dout, c, weight)
 
 
 @modulation.register_fake

@@ -42,12 +42,18 @@ def _tiles(x: Tensor, weights: Sequence[Tensor]) -> GradientTiles | None:
     return tiles if plain and whole else None
 
 
-def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor]], tiles: GradientTiles | None = None) -> list[Tensor]:
+def weight_gradients(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    tiles: GradientTiles | None = None,
+    places: Sequence[Tensor | None] = (None,) * COUNT,
+) -> list[Tensor]:
     """``dy^T x`` of each pair, in fp32: the gradients (N, K) of four weights.
 
     Args:
         pairs: dy (M, N) and x (M, K) of each weight, contiguous, in bf16; see `groups_gradients`.
         tiles: Those to take; the device's if not given.
+        places: Memory to write each gradient into, contiguous, in fp32; new memory where there is none. At 16 bytes it
+            takes the same compiled kernel.
 
     Raises:
         ValueError: The device has none.
@@ -56,7 +62,10 @@ def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor]], tiles: GradientTile
     t = for_device(dy.device).gradients if tiles is None else tiles
     if t is None:
         raise ValueError(f"{for_device(dy.device)} has no tile choices for weights' gradients in one launch")
-    gradients = [torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device) for dy, x in pairs]
+    gradients = [
+        torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device) if place is None else place
+        for (dy, x), place in zip(pairs, places, strict=True)
+    ]
     operands = [
         (TensorDescriptor.from_tensor(dy, [t.depth, t.rows]), TensorDescriptor.from_tensor(x, [t.depth, t.columns]), g)
         for (dy, x), g in zip(pairs, gradients, strict=True)

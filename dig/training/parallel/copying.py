@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dig.gradient_places import Places, lend_to
 from dig.training.parallel.windows import SymmetricWindow, Window, Windows, seen_in
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ class CopyAllReduce:
 
     Its buckets are laid anew after the first backward pass, as ever, but in symmetric memory, and shared with the other
     ranks in the pass that follows. Until then there is one bucket of all gradients, which is copied to a window and
-    back, piece by piece: a window of its size would stay.
+    back, piece by piece: a window of its size would stay. Buckets that stay are lent to the backward pass
+    (`dig.gradient_places`): what is written there need not be copied there.
 
     Args:
         network: On its device, with ``gradient_as_bucket_view``, before its first pass.
@@ -216,6 +218,7 @@ class CopyAllReduce:
 
     Attributes:
         windows: Those.
+        places: In the buckets that stay.
     """
 
     def __init__(self, network: DistributedDataParallel, windows: Windows | None = None) -> None:
@@ -228,9 +231,14 @@ class CopyAllReduce:
             self._stream = torch.cuda.Stream(self._device, priority=-1)
             # Else PyTorch may allocate them as NCCL wants them, past the pool that is in use.
             os.environ.setdefault("DDP_DISABLE_COMM_MEM", "1")
-            self._hook = network.register_forward_pre_hook(torch.compiler.disable(self._lay_buckets))
-        self._symmetric = False
+        self._hook = network.register_forward_pre_hook(torch.compiler.disable(self._lay_buckets))
+        self._laid = False
         self._shared: dict[tuple[int, int], Window | None] = {}
+        self.places = Places()
+        self._lent: dict[int, int] = {}
+        """Where the bucket of a number was when it was lent."""
+        if network.gradient_as_bucket_view:
+            lend_to(network, self.places)
         # No function of this file: DistributedDataParallel refuses annotations that are text.
         network.register_comm_hook(self, lambda state, bucket: state.average(bucket))
 
@@ -238,11 +246,12 @@ class CopyAllReduce:
         """Before each pass until DistributedDataParallel knows the gradients' order; it would do the same within."""
         import torch.distributed._symmetric_memory as symmetric
 
-        if not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+        cuda = self._device.type == "cuda"
+        if not torch.is_grad_enabled() or (cuda and torch.cuda.is_current_stream_capturing()):
             return
-        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(self._device)):
-            self._symmetric = cast(Any, network).reducer._rebuild_buckets()
-        if self._symmetric:
+        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(self._device)) if cuda else nullcontext():
+            self._laid = cast(Any, network).reducer._rebuild_buckets()
+        if self._laid:
             self._hook.remove()
 
     @torch.no_grad()
@@ -269,7 +278,22 @@ class CopyAllReduce:
             )
             # It notes where the current stream is, which is what whoever waits for it waits for.
             future.set_result(gradients)
+        self._lend(bucket, window)
         return future
+
+    def _lend(self, bucket: GradBucket, window: Window | None) -> None:
+        """Lend places in a bucket that stays, once; those of one that doesn't would be left by the next pass."""
+        if not self._laid or (window is None and self._stream is not None):
+            return
+        index, at = bucket.index(), bucket.buffer().data_ptr()
+        known = self._lent.get(index)
+        if known == at:
+            return
+        if known is not None:
+            self.places.clear()
+            self._lent.clear()
+        self._lent[index] = at
+        self.places.lend(bucket.parameters(), bucket.gradients())
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -283,7 +307,7 @@ class CopyAllReduce:
 
     def _window_of(self, gradients: Tensor) -> Window | None:
         """The window over a bucket; None while it is not in symmetric memory."""
-        if not self._symmetric:
+        if not self._laid or self._stream is None:
             return None
         key = gradients.data_ptr(), gradients.nbytes
         if key not in self._shared:
