@@ -6,6 +6,7 @@ each check finds is in ``rank-N.json`` in the folder, by name: an error's text, 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -24,13 +25,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from dig import raster_gradients
+from dig.gradient_places import Places
 from dig.graphs import on_capture_stream, record
+from dig.model import DiG, DiGConfig
 from dig.training.parallel import Ranks, copying, joined, mesh_of_all
 from dig.training.parallel.copying import CopyAllReduce, CopyGather, CopyReduce, average, use_copies
 from dig.training.parallel.reach import can_copy
 from dig.training.parallel.windows import SymmetricWindow, Window, Windows
 from dig.training.shares import local
 from tests.dig.parallel_job import free_port
+from tests.helpers import example, randomize
 
 STEPS = 4
 WIDTH = 48
@@ -333,6 +338,71 @@ def graphs(job: Job) -> None:
                     )
 
 
+def places(job: Job) -> None:
+    """DiG's gradients are written into the buckets, and are those that are copied there, to the bit.
+
+    On GPUs in a graph, three blocks of DiG-S; on the CPU the blocks are told to hand on as they do there.
+    """
+    if not job.cuda:
+        importlib.import_module("tests.ops.conftest")  # The interpreter, made to work as a GPU.
+    small: dict[str, Any] = {"input_size": (32, 32), "width": 384, "heads": 6} if job.cuda else {}
+    sizes = {"input_size": (6, 10), "depth": 3, "width": 64, "heads": 1, **small}
+    found = []
+    for lent in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if not job.cuda:
+                patch.setattr(raster_gradients, "gathers", lambda: True)
+            if not lent:
+                patch.setattr(raster_gradients, "places_here", lambda: None)
+            with on_capture_stream(job.device):
+                torch.manual_seed(0)
+                model = randomize(DiG(DiGConfig(num_classes=3, backend="triton", **sizes))).eval().to(job.device)
+                wrapped = DistributedDataParallel(
+                    model,
+                    device_ids=[job.device.index] if job.cuda else None,
+                    gradient_as_bucket_view=True,
+                    bucket_cap_mb=4 if job.cuda else 0.1,
+                )
+                hook = CopyAllReduce(wrapped, job.windows())
+            torch.manual_seed(1 + job.ranks.rank)
+            inputs = example(model, 2)
+            taken: list[tuple[Tensor, int]] = []
+            take = Places.take
+
+            def noted(given: Places, parameter: Tensor, node: Any, taken: Any = taken, take: Any = take) -> Any:
+                place = take(given, parameter, node)
+                if place is not None:
+                    taken.append((parameter, place.data_ptr()))
+                return place
+
+            patch.setattr(Places, "take", noted)
+
+            def passes(wrapped: Any = wrapped, inputs: tuple[Tensor, ...] = inputs) -> None:
+                wrapped.zero_grad(set_to_none=True)
+                with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.cuda):
+                    output = wrapped(*inputs)
+                output.float().square().mean().backward()
+
+            with on_capture_stream(job.device):
+                for _ in range(11 if job.cuda else 2):
+                    passes()
+            taken.clear()
+            replay: Any = record(passes, device=job.device)[0].replay if job.cuda else passes
+            for turn in range(2):
+                inputs[0].mul_(2)
+                job.stagger(turn)
+                with on_capture_stream(job.device):
+                    replay()
+                found.append([parameter.grad.clone() for parameter in model.parameters()])
+            once = 5 * len(model.blocks)
+            assert len(taken) == (0 if not lent else once if job.cuda else 2 * once), len(taken)
+            buckets = {id(parameter): place.view.data_ptr() for parameter, place in hook.places._places.items()}
+            for parameter, at in taken:
+                assert parameter.grad.data_ptr() == at == buckets[id(parameter)]
+    for due, gradients in zip(found[:2], found[2:], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(due, gradients, strict=True))
+
+
 def captures_refused(job: Job) -> None:
     """A window that a capture would need is refused, and the process goes on."""
     windows = job.windows()
@@ -351,7 +421,7 @@ def ways(job: Job) -> None:
     assert (reason is None) == job.cuda, reason
 
 
-CHECKS = (gathers, reductions, sums_in_order, averages, shards, buckets, ways)
+CHECKS = (gathers, reductions, sums_in_order, averages, shards, buckets, places, ways)
 GPU_CHECKS = (*CHECKS, graphs, captures_refused)
 
 

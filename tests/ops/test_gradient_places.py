@@ -304,7 +304,8 @@ def test_what_is_not_lent() -> None:
     places = Places()
     for view, fits in (
         (bucket[:8].view(2, 4), True), (bucket[1:9].view(2, 4), False), (bucket[:8].view(4, 2), False),
-        (bucket[:16].view(2, 8)[:, ::2], False), (bucket[:8].view(2, 4).double(), False), (bucket[4:12].view(2, 4), True),
+        (bucket[:16].view(2, 8)[:, ::2], False), (bucket[:8].view(2, 4).double(), False),
+        (bucket[4:12].view(2, 4), True),
     ):  # fmt: skip
         places.lend([parameter], [view])
         assert len(places) == fits
