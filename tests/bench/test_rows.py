@@ -153,7 +153,7 @@ ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
         (H100 / "whole.jsonl", 7, {"triton", "sdpa-cudnn", "flash-attn-4"}),
         (H100 / "bare.jsonl", 12, ALL | {"triton", "flash-attn"}),
         (H100 / "scaling.jsonl", 16, {"triton", "sdpa-cudnn"}),
-        (ROOT / "results" / "h200" / "scaling.jsonl", 8, {"triton", "sdpa-cudnn"}),
+        (ROOT / "results" / "h200" / "scaling.jsonl", 9, {"triton", "sdpa-cudnn"}),
         (H100 / "best.jsonl", 80, ALL | {"triton", "flash-attn", "flash-attn-4", "flash-attn-4-padded"}),
         (ROOT / "tests" / "data" / "schema-1.jsonl", 132, ALL),
     ],
