@@ -14,7 +14,7 @@ from bench.store.rows import ResultError
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge_all
 from reports.claims.readme import read_readme
-from reports.claims.rows import ROWS, Files
+from reports.claims.rows import Files, published
 from reports.claims.spec import CLAIMS, read_claims
 from reports.claims.telling import counted, to_json, to_markdown, to_text
 from reports.refusing import refusing
@@ -28,7 +28,7 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="RESULTS.jsonl",
-            help="Results files, or folders of them. Default: this project's of one H100. A claim is tested on the "
+            help="Results files, or folders of them. Default: this project's published ones. A claim is tested on the "
             "file that it names; where that was not given, on those that no claim names, such as your own.",
         ),
     ] = None,
@@ -47,7 +47,7 @@ def report(
     Exit status 2: a file cannot be read or written, or a claim cannot be tested.
     """
     with refusing(ClaimError, ResultError, folder=out or Path(), hint="; choose another --out"):
-        paths = list(_files(files or [ROWS]))
+        paths = list(_files(files or published()))
         said = read_claims(claims)
         given = Files(paths, said.files)
         findings = judge_all(said, given, read_readme())

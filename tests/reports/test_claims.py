@@ -25,7 +25,7 @@ from reports.claims.evaluate import judge, judge_all
 from reports.claims.finding import about, at_least, at_most, half_digit, same_as_printed, together
 from reports.claims.ratio import ratio_of
 from reports.claims.readme import Section, read_readme
-from reports.claims.rows import Files
+from reports.claims.rows import ROWS, Files, published
 from reports.claims.runs import judge_order, read_runs
 from reports.claims.spec import Count, Crossover, Exponent, Order, Ratio, read_claims
 from reports.claims.subject import Subject
@@ -239,7 +239,7 @@ def cases_of(text: str) -> list[Any]:
 
 def test_every_command_measures_the_cases_of_its_claim() -> None:
     claims = read_claims()
-    files = Files(sorted(command.ROWS.glob("*.jsonl")), claims.files)
+    files = Files(published(), claims.files)
     for claim in claims.of(Ratio):
         cases = cases_of(judge(claim, files, read_readme()).command)
         source = files.source(claim.rows)
@@ -251,7 +251,7 @@ def test_every_command_measures_the_cases_of_its_claim() -> None:
 
 def test_every_command_measures_what_its_curve_was_drawn_through() -> None:
     claims = read_claims()
-    files = Files(sorted(command.ROWS.glob("*.jsonl")), claims.files)
+    files = Files(published(), claims.files)
     found = [(claim, judge(claim, files, read_readme())) for claim in claims.claims]
     curves = [(claim, finding) for claim, finding in found if isinstance(claim, Crossover | Exponent)]
     compared = 0
@@ -357,7 +357,7 @@ def test_runs_of_different_length_are_no_order(tmp_path: Path, differs: str) -> 
 
 def test_an_orders_command_trains_its_arms_as_long_as_they_were() -> None:
     claims = read_claims()
-    file = command.ROWS / "ablation.jsonl"
+    file = ROWS / "ablation.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     script = runpy.run_path(str(ROOT / "examples" / "ablation.py"))
     for claim in claims.of(Order):
@@ -431,10 +431,10 @@ def test_it_is_told_as_text_markdown_and_json(make_row: Callable[..., Row], writ
 
 
 def test_the_published_report_is_of_the_published_rows() -> None:
-    stored = {record["id"]: record for record in json.loads((command.ROWS / "claims.json").read_text())}
+    stored = {record["id"]: record for record in json.loads((ROWS / "claims.json").read_text())}
     claims = read_claims()
     cheap = type(claims)(claims=tuple(claim for claim in claims.claims if not isinstance(claim, Count)))
-    found = judge_all(cheap, Files(sorted(command.ROWS.glob("*.jsonl")), claims.files), read_readme())
+    found = judge_all(cheap, Files(published(), claims.files), read_readme())
     assert stored.keys() == {claim.id for claim in claims.claims}
     for finding in found:
         assert stored[finding.id] == json.loads(to_json([finding]))[0], "nox -s report writes it again"

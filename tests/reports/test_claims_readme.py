@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from dig.environment import ROOT
-from reports.claims.__main__ import ROWS
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge
 from reports.claims.finding import Finding
 from reports.claims.numbers import measured
 from reports.claims.prose import HOLE, README
 from reports.claims.readme import HEADING, Section, read_readme
-from reports.claims.rows import Files
+from reports.claims.rows import ROWS, Files, published
 from reports.claims.spec import Claims, Crossover, Ratio, read_claims
 from reports.claims.subject import Subject
 
@@ -27,7 +26,7 @@ def claims() -> Claims:
 
 @pytest.fixture(scope="module")
 def files(claims: Claims) -> Files:
-    return Files(sorted(ROWS.glob("*.jsonl")), claims.files)
+    return Files(published(), claims.files)
 
 
 def of_readme(claims: Claims) -> list[Ratio | Crossover]:

@@ -8,10 +8,9 @@ import pytest
 
 from reports.best import memory, time
 from reports.cells import GIB, number
-from reports.claims.__main__ import ROWS
 from reports.claims.prose import README
 from reports.claims.readme import HEADING, LEAD, read_readme
-from reports.claims.rows import Files
+from reports.claims.rows import ROWS, Files
 from reports.claims.subject import Subject
 
 COLUMNS = (
