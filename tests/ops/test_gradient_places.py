@@ -228,13 +228,18 @@ def unused(model: DiG) -> nn.Module:
     return model
 
 
+def slowly(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("made", "step", "least"),
     [
         (as_is, plain, 15), (as_is, in_parts, 15), (as_is, zeroed, 0), (as_is, clipped, 15),
         (as_is, two_forward_passes, 15), (as_is, handed_out, 0), (as_is, of_some, 20), (as_is, beside_the_network, 15),
-        (frozen, plain, 13), (frozen, in_parts, 13), (shared, plain, 14), (shared, in_parts, 14),
-        (hooked, plain, 13), (hooked, in_parts, 13), (Outside, plain, 15), (Outside, in_parts, 15), (unused, plain, 0),
+        (frozen, plain, 13), slowly(frozen, in_parts, 13), (shared, plain, 14), (shared, in_parts, 14),
+        (hooked, plain, 13), slowly(hooked, in_parts, 13), (Outside, plain, 15), slowly(Outside, in_parts, 15),
+        (unused, plain, 0),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )  # fmt: skip
@@ -247,24 +252,26 @@ def test_they_are_those_that_are_copied(
     """To the bit, and as many places are taken in a step as there are to take."""
     watch = Watch(monkeypatch)
 
-    def run() -> Results:
+    def run(*, passes_before: int) -> Results:
         torch.manual_seed(0)
         model = small()
         whole = made(model)
         inputs = example(model)
         network, _ = wrapped(whole, find_unused_parameters=made is unused)
-        for _ in range(2):
+        for _ in range(passes_before):
             network.zero_grad()
             go_back(network, inputs)
         watch.taken.clear()
+        getattr(model, "shown", []).clear()
         found = step(model, inputs, network)
         return [*found, *(gradient for gradient in getattr(model, "shown", ()))]
 
     with monkeypatch.context() as without:
         without.setattr(raster_gradients, "places_here", lambda: None)
-        due = run()
+        due = run(passes_before=0)
     assert not watch.taken
-    found = run()
+    # Places are lent in the second pass.
+    found = run(passes_before=2)
     assert len(watch.taken) == least
     assert len(found) == len(due)
     assert same(found, due)
