@@ -286,4 +286,4 @@ def report(session: nox.Session) -> None:
     session.run("python", "-m", "reports", *options)
     if not session.posargs:
         session.run("python", "-m", "reports.claims", "--out", "results/h100")
-        session.run("python", "-m", "reports.page", "results/h100", "--out", "out/published")
+        session.run("python", "-m", "reports.page", "results/h100", "results/h200", "--out", "out/published")

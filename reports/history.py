@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -346,7 +347,8 @@ def report(
     what: Figure = "time" if figure == "time" else "memory"
     with refusing(ResultError, ClaimError, folder=out, hint="; choose another --out"):
         steps = [path for path in files if of_steps(path)]
-        rows = rows_of(case, (row for path in steps for row in read_results(path).rows))
+        given = [row for path in steps for row in read_results(path).rows]
+        rows = rows_of(case, given)
         found = moments(rows, what)
         if not found:
             raise ResultError(f"no row of {case:.200} has a memory peak")
@@ -361,6 +363,11 @@ def report(
         write_file(out / "history.csv", data(found, at, what))
     unit = "ms" if what == "time" else "GiB"
     say(f"{rows[0].case.describe()} on {where}: {len(found)} commits")
+    others = Counter(
+        machine(row) for row in given if row.case == rows[0].case and row.status == "ok" and machine(row) != where
+    )
+    for other, count in others.items():
+        say(f"left out: {count} rows on {other}; give files of that machine alone to draw them")
     for moment in found:
         say(f"  {moment.started_at[:16]} {moment.commit:8} {number(moment.value)} {unit}")
     for line in changed(found, at):

@@ -32,6 +32,7 @@ class Run:
         frechet, loss: What came of it; less is better. None where it was not measured.
         steps, batch, seconds: How long it was trained; None where the line doesn't say.
         samples, sampling_steps: What its distance was taken of.
+        about: Card and commit, as the line says them.
     """
 
     experiment: str
@@ -44,6 +45,7 @@ class Run:
     seconds: float | None = None
     samples: int | None = None
     sampling_steps: int | None = None
+    about: str = ""
 
     @property
     def length(self) -> tuple[int | None, ...]:
@@ -78,7 +80,13 @@ class Run:
             loss=_positive(record, "loss"),
             seconds=_positive(record, "seconds"),
             **{name: _count(record, name) for name in ("steps", "batch", "samples", "sampling_steps")},
+            about=_about(record),
         )
+
+
+def _about(record: dict[str, Any]) -> str:
+    card, commit = record.get("gpu_name") or "a CPU", str(record.get("commit") or "an unknown commit")[:7]
+    return f"{card}, {commit}{' with uncommitted changes' if record.get('dirty') else ''}"
 
 
 def _count(record: dict[str, Any], name: str) -> int | None:
@@ -192,5 +200,9 @@ def judge_order(claim: Order, files: Files) -> Finding:
         measured=f"{number(found[0].ratio)} times ({means})" if len(found) == 1 else means,
         interval=(found[0].low, found[0].high) if len(found) == 1 else None,
         command=command,
-        notes=(*between, f"{span(len(own) for own in arms.values())} seeds each, ratios in {CONFIDENCE:.0%}"),
+        notes=(
+            *between,
+            f"{span(len(own) for own in arms.values())} seeds each, ratios in {CONFIDENCE:.0%}",
+            f"{claim.rows}: runs on {'; '.join(dict.fromkeys(run.about for run in runs))}",
+        ),
     )

@@ -105,8 +105,8 @@ def beside(evidence: Evidence) -> list[Chart | Missing]:
     by_file: dict[str, dict[Case, Row]] = {}
     for file, row in evidence.rows:
         if row.status == "ok":
-            by_machine.setdefault(machine(row), {})[row.case] = row
-            by_file.setdefault(file, {})[row.case] = row
+            _keep_newest(by_machine.setdefault(machine(row), {}), row)
+            _keep_newest(by_file.setdefault(file, {}), row)
     pairs = [*_pairs(by_machine), *_pairs(by_file)][:MOST_PAIRS]
     if not pairs:
         why = "no two machines and no two files have a case in common"
@@ -164,6 +164,13 @@ def _comparing(evidence: Evidence, first: Mapping[Case, Row], second: Mapping[Ca
 
 
 Side = tuple[str, dict[Case, Row]]
+
+
+def _keep_newest(rows: dict[Case, Row], row: Row) -> None:
+    """Of a case the newest counts, whatever the order of the files."""
+    known = rows.get(row.case)
+    if known is None or known.started_at <= row.started_at:
+        rows[row.case] = row
 
 
 def _pairs(sides: dict[str, dict[Case, Row]]) -> list[tuple[Side, Side]]:

@@ -49,7 +49,7 @@ class Claim:
     def tone(self) -> str:
         """How the verdict looks: ``good``, ``bad`` or ``open``."""
         words = self.verdict.lower().replace("-", " ").split()
-        if "part" in words:
+        if "part" in words or {"told", "apart"} <= set(words):
             return "open"
         if not words or {"not", "no", "fails", "failed", "false", "refuted", "wrong"} & set(words):
             measured = "measured" in words or not words

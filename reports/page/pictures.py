@@ -50,8 +50,11 @@ def _fashion(folder: Path) -> tuple[Drawing | None, str, str]:
 
 def _ablation(file: Path) -> tuple[Drawing | None, str, str]:
     runs = ablation_runs.read_ablation(file)
-    command = ablation_runs.repeating_runs([run for run in runs if run.experiment != ablation_runs.TIMED])
-    return ablation.draw(runs), command, ablation.data(runs)
+    # Runs of equal seconds are in no panel, and a file may hold those alone.
+    equal = [run for run in runs if run.experiment != ablation_runs.TIMED]
+    if not equal:
+        return None, "", ""
+    return ablation.draw(runs), ablation_runs.repeating_runs(equal), ablation.data(runs)
 
 
 TRAINED: Sequence[tuple[str, str, Draw]] = (

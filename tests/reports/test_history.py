@@ -164,3 +164,14 @@ def test_figure_and_data_are_written(make_row: MakeRow, write_rows: Callable[...
     svg = (out / "history.svg").read_text()
     assert 'id="change:8"' in svg
     assert 'id="levels"' in svg
+
+
+def test_rows_of_another_machine_are_said_to_be_left_out(make_row: MakeRow, tmp_path: Path) -> None:
+    rows = [at(make_row, i, 10.0) for i in range(3)]
+    rows += [at(make_row, 5, 7.0, environment={"gpu_name": "NVIDIA H200"})]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(row.to_json() + "\n" for row in rows))
+    found = runner.invoke(app, [str(path), "--case", CASE, "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert "on NVIDIA H100 80GB HBM3: 3 commits" in found.output
+    assert "left out: 1 rows on NVIDIA H200" in found.output

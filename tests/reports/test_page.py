@@ -262,6 +262,26 @@ def test_machines_and_files_are_held_against_each_other(evidence: Evidence) -> N
     assert all(each.low < each.y < each.high for panel in found.panels for each in panel.data)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_files_of_a_machine_the_newer_row_is_held_against_the_other(tmp_path: Path, turned: bool) -> None:
+    """Whatever the files' order."""
+    old, new, other = (
+        replace(
+            timed("DiG", "triton", "S", 512, ms, mode="train"), started_at=f"2026-11-2{day}T00:00:00+00:00",
+            environment={"gpu_name": card},
+        )
+        for day, ms, card in ((1, 8.0, "NVIDIA H100"), (2, 4.0, "NVIDIA H100"), (3, 2.0, "NVIDIA H200"))
+    )  # fmt: skip
+    paths = []
+    for name, row in (("a", new if turned else old), ("b", old if turned else new), ("c", other)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text(row.to_json() + "\n")
+    (panel,) = (
+        panel for panel in chart(gather(paths), "beside").panels if panel.name == "NVIDIA H200 over NVIDIA H100"
+    )
+    assert [datum.y for datum in panel.data] == [pytest.approx(0.5, rel=0.05)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_data_a_figure_says_so_and_how_to_measure_it(tmp_path: Path, name: str) -> None:
     path = tmp_path / "rows.jsonl"

@@ -121,7 +121,7 @@ def test_without_claims_there_is_no_section_for_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "tone"),
     [("holds", "good"), ("does not hold", "bad"), ("fails", "bad"), ("not measured", "open"), ("", "open"),
-     ("holds in part", "open"), ("ambiguous", "open")],
+     ("holds in part", "open"), ("ambiguous", "open"), ("not told apart", "open")],
 )  # fmt: skip
 def test_a_verdicts_tone(verdict: str, tone: str) -> None:
     assert Claim(id="x", verdict=verdict).tone == tone
@@ -295,3 +295,11 @@ def test_rows_of_several_gpus_are_listed_with_their_own_command() -> None:
         assert entry.batch == case.batch * case.processes
         assert entry.command.startswith("python -m bench scaling --models ")
         assert f" --parallel {case.parallel} " in entry.command
+
+
+def test_runs_of_equal_seconds_alone_are_no_picture_and_no_error(tmp_path: Path) -> None:
+    folder = write_everything(tmp_path / "rows")
+    (folder / "ablation.jsonl").write_text((ROOT / "results" / "h200" / "ablation.jsonl").read_text())
+    result = run(folder, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "ablation.png" not in result.output
