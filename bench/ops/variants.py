@@ -10,6 +10,9 @@ Each ``--set`` is one variant, of one constant or several with semicolons betwee
 a constant is named in the module that reads it. Of tile choices a field is named; of a table of them it is set in all
 entries. Each variant is a CUDA graph of the whole step, as the benchmark captures it; what comes of it is compared with
 the first's, bit for bit.
+
+Nothing is compiled apart first: a cap on registers that makes a kernel spill beside asynchronous products, which
+``python -m bench ops registers`` refuses, can end the run with a CUDA error.
 """
 
 from __future__ import annotations
