@@ -152,6 +152,7 @@ def backward_pass(
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = x.shape[0] == 1
     ops = operations_for(dout)
+    # Nothing else may hold these: autograd copies a gradient that somebody has, and then nothing is saved.
     places = large_places(ops, x, part)
     together = grouped(
         ops, x, (w.down_proj, w.gate_proj, w.o_proj, w.in_proj),

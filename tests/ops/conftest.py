@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -330,3 +332,14 @@ def backward_form(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
 
     monkeypatch.setattr(launches, "tiles_for", tiles_for)
     return request.param
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,14 +30,9 @@ LARGE = (
 
 
 @pytest.fixture(autouse=True)
-def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def late(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of one, and blocks that hand on their gradients late, as in a graph."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     take("a block late", monkeypatch)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 class Watch:

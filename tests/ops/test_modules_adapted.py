@@ -6,9 +6,7 @@ Interpreted where there is no GPU, like all of these tests.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -132,17 +130,6 @@ def test_weight_only_int8_runs_on_the_quantized_weights() -> None:
         expected, found = reference(*inputs), model(*inputs)
     assert relative_error(found, expected) < 1e-4
     assert relative_error(found, exact) > 1e-3  # else nothing was quantized
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "nccl" if DEVICE == "cuda" else "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

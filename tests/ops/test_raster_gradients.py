@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -297,17 +296,6 @@ def test_where_processes_may_reduce_them_they_go_on_a_block_late(monkeypatch: py
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert raster_gradients.gathers()
     assert raster_gradients.lags()
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "nccl" if DEVICE == "cuda" else "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

@@ -190,8 +190,8 @@ PRODUCTS = ProductChoices(
 
 # With tiles of 128 by 128, DiG-S' four weights are 111 programs. In turns on an H200, beside a GEMM each: S/2's
 # training step at 256 pixels takes 5.4% less with one image, 4.2% with 32; at 1024 4.9%, at 2048 5.7%. XL/2's with 32
-# images takes 1.9% more. No width in between was timed, and no fewer tokens. With 6 stages instead of 4 a step takes
-# 0.2 to 0.5% less, with 3 0.5 to 2.4% more; of 64 rows or columns, or 128 tokens at a time, 2.3 to 7.4% more.
+# images takes 1.9% more. No width in between was timed, and no fewer tokens. 6 stages take from 0.5% less to 1.7% more
+# than 4, 3 take 0.5 to 2.4% more; 64 rows or columns, or 128 tokens at a time, 1.7 to 7.4% more.
 GRADIENTS = GradientTiles(rows=128, columns=128, depth=64, warps=8, stages=4, most_width=512, least_tokens=256)
 
 # Not swept. Reading the weight is all the work: with 64 images a program, each is read once for as many.
