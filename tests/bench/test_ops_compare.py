@@ -65,7 +65,7 @@ _call = reference_srem
 
 def reference_srem(*arguments, **named):
     import time
-    time.sleep(0.02)
+    time.sleep(0.2)
     return _call(*arguments, **named)
 """
 
@@ -76,7 +76,8 @@ def test_a_slowed_operation_is_caught_and_an_unchanged_one_is_not(tmp_path: Path
     path = slow.root / "dig" / "ops" / "srem" / "reference.py"
     path.write_text(path.read_text() + SLOWED)
     swiglu = replace(SREM, op="swiglu", mode="train")
-    plan = Plan(cases=(SREM, swiglu), launches=5, repeats=0, thresholds=Thresholds(time=0.5))
+    # Of two operations that take a millisecond: what a busy machine does to either is less.
+    plan = Plan(cases=(SREM, swiglu), launches=5, repeats=0, thresholds=Thresholds(time=4.0))
     told: list[tuple[str, int, int]] = []
     found = compare_checkouts(
         base, slow, plan, folder=tmp_path / "rows", on_start=lambda *now: told.append(now), side=OpSide
@@ -90,7 +91,7 @@ def test_a_slowed_operation_is_caught_and_an_unchanged_one_is_not(tmp_path: Path
     assert written == found.change
     slowest = [row.median_ms for row in written if row.case == SREM]
     assert len(slowest) == 5
-    assert min(slowest) > 20
+    assert min(slowest) > 200
     assert {row.environment["commit"] for row in written} == {"slow"}
     # Of each of 2 operations, 2 sides and 6 launches, one of which is untimed.
     assert told[0] == (told[0][0], 0, 24)
