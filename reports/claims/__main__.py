@@ -11,11 +11,14 @@ import typer
 from bench.messages import OneLineCommand, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError
+from dig.environment import ROOT
+from reports.claims.declared import Number, read_declared
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge_all
 from reports.claims.readme import read_readme
+from reports.claims.restating import applied, changes, read_pages
 from reports.claims.rows import Files, published
-from reports.claims.spec import CLAIMS, read_claims
+from reports.claims.spec import CLAIMS, Claims, read_claims
 from reports.claims.telling import counted, to_json, to_markdown, to_text
 from reports.refusing import refusing
 
@@ -39,6 +42,13 @@ def report(
     claims: Annotated[
         Path, typer.Option("--claims", metavar="FILE.toml", help="Claims; its head says how one is written.")
     ] = CLAIMS,
+    restate: Annotated[
+        bool,
+        typer.Option(
+            "--restate",
+            help="Write README's and docs' numbers anew where the rows give others, and print each; words stay.",
+        ),
+    ] = False,
 ) -> None:
     """Hold every claim of the paper and of README against stored rows: said, measured, interval, verdict.
 
@@ -48,8 +58,11 @@ def report(
     """
     with refusing(ClaimError, ResultError, folder=out or Path(), hint="; choose another --out"):
         paths = list(_files(files or published()))
-        said = read_claims(claims)
-        given = Files(paths, said.files)
+        said, (numbers, _) = read_claims(claims), read_declared()
+        given = Files(paths, said.files | {one.rows for one in numbers})
+        if restate:
+            _restate(said, numbers, given)
+            return
         findings = judge_all(said, given, read_readme())
         if unread := [path.name for path in paths if path not in given.used]:
             say(f"no claim reads {', '.join(unread)}", err=True)
@@ -61,6 +74,17 @@ def report(
             write_file(out / name, content)
             say(f"wrote {out / name}")
         say(counted(findings))
+
+
+def _restate(claims: Claims, numbers: list[Number], files: Files) -> None:
+    """Write pages whose numbers are not the rows'."""
+    pages = read_pages(numbers)
+    for name, found in changes(pages, claims, numbers, files).items():
+        for one in found:
+            say(f"{name}, line {pages[name].count(chr(10), 0, one.start) + 1}: {one.was.strip()} -> {one.now.strip()}")
+        if found:
+            write_file(ROOT / name, applied(pages[name], found))
+            say(f"wrote {name}: read its words again, which were written about other numbers")
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:

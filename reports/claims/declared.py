@@ -86,10 +86,49 @@ def read_declared(path: Path = DECLARED) -> tuple[list[Number], list[Plain]]:
     )
 
 
-def restated(entry: Number, files: Files, text: str = "") -> tuple[str, str]:
-    """What a page says, and the same words with the numbers as the rows give them now: equal where the page is right.
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """A number where it stands in a page's text.
+
+    Attributes:
+        start, end: Its place there, its marks' letters within.
+        text: As it is printed, with the letters.
+        now: As the rows give it.
+    """
+
+    start: int
+    end: int
+    text: str
+    now: str
+
+
+def numbers_of(entry: Number, files: Files, text: str) -> list[Said]:
+    """The numbers of an entry's words, from the first to the last.
 
     A number keeps the digits that are printed, or has three where it had three. In a table letters are its row's marks.
+
+    Args:
+        entry: Words and queries.
+        files: The rows.
+        text: The page's prose, with its tables.
+
+    Raises:
+        ClaimError: The page no longer has the words, or a query has no answer.
+        ResultError: A file cannot be read.
+    """
+    found = quoted(text, entry.words, entry.page)
+    said = []
+    for index, query in enumerate(entry.queries):
+        printed, letters = found[2 * index + 1], found[2 * index + 2]
+        value, marks = measured(query, entry.rows, files)
+        now = f"{rewritten(printed, value)}{marks if entry.words.startswith('|') else letters}"
+        start, end = found.start(2 * index + 1), found.end(2 * index + 2)
+        said.append(Said(start=start, end=end, text=printed + letters, now=now))
+    return said
+
+
+def restated(entry: Number, files: Files, text: str = "") -> tuple[str, str]:
+    """An entry's words as a page says them, and with the numbers as the rows give them: equal where the page is right.
 
     Args:
         entry: Words and queries.
@@ -97,21 +136,21 @@ def restated(entry: Number, files: Files, text: str = "") -> tuple[str, str]:
         text: The page's prose; read where it is empty.
 
     Raises:
-        ClaimError: The page no longer has the words, or a query has no answer.
+        ClaimError: As of `numbers_of`.
         ResultError: A file cannot be read.
     """
     text = text or prose(read_page(ROOT / entry.page), tables=True)
-    found = quoted(text, entry.words, entry.page)
-    first, *parts = entry.words.split(HOLE)
-    now = [first]
-    for index, (query, part) in enumerate(zip(entry.queries, parts, strict=True)):
-        printed, letters = found[2 * index + 1], found[2 * index + 2]
-        value, marks = measured(query, entry.rows, files)
-        now.append(f"{_rewritten(printed, value)}{marks if entry.words.startswith('|') else letters}{part}")
-    return found[0], "".join(now)
+    numbers = numbers_of(entry, files, text)
+    parts = entry.words.split(HOLE)
+    was, now = (
+        "".join(part + number for part, number in zip(parts, [*given, ""], strict=True))
+        for given in ([one.text for one in numbers], [one.now for one in numbers])
+    )
+    return was, now
 
 
-def _rewritten(printed: str, value: float) -> str:
+def rewritten(printed: str, value: float) -> str:
+    """A value in the digits that are printed, or three where three were; the printed text where it is that."""
     plain = printed.replace(",", "")
     if same_as_printed(value, plain):
         return printed

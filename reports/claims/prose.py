@@ -48,9 +48,27 @@ def read_page(path: Path) -> str:
 
 def prose(markdown: str, *, tables: bool = False) -> str:
     """A page's words on one line, with its headings; with its tables where they are asked for."""
+    return located(markdown, tables=tables)[0]
+
+
+def located(markdown: str, *, tables: bool = False) -> tuple[str, Sequence[int]]:
+    """`prose`, and for each of its characters the place in the page that it comes from."""
+    text, places = markdown, list(range(len(markdown)))
     for pattern, instead in (*(() if tables else ((_TABLE, ""),)), *_DROPPED):
-        markdown = pattern.sub(instead, markdown)
-    return " ".join(markdown.split())
+        text, places = _substituted(text, places, pattern, instead)
+    return _substituted(text.strip(), places[len(text) - len(text.lstrip()) :], re.compile(r"\s+"), " ")
+
+
+def _substituted(text: str, places: Sequence[int], pattern: re.Pattern[str], instead: str) -> tuple[str, list[int]]:
+    """``pattern.sub(instead, text)``, what stands instead at the place where what it stands for began."""
+    parts: list[str] = []
+    kept: list[int] = []
+    end = 0
+    for found in pattern.finditer(text):
+        parts += [text[end : found.start()], instead]
+        kept += [*places[end : found.start()], *[places[found.start()]] * len(instead)]
+        end = found.end()
+    return "".join([*parts, text[end:]]), [*kept, *places[end : len(text)]]
 
 
 def quoted(text: str, words: str, page: str = README.name) -> re.Match[str]:

@@ -9,6 +9,7 @@ from bench.store.rows import Row
 from reports.best import ATTENTION_NAMES, failure
 from reports.cells import GIB, number
 from reports.claims.commands import measuring_each, measuring_subjects
+from reports.claims.declared import rewritten
 from reports.claims.finding import (
     Finding,
     Verdict,
@@ -57,10 +58,8 @@ def judge_ratio(claim: Ratio, files: Files, readme: Section) -> Finding:
     """
     said, text = said_by_readme(claim, readme) if claim.finds_its_words else (claim.said, claim.value)
     value = claim.value or text
-    subjects = [Subject.parse(words) for words in (claim.over, claim.under)]
-    source = files.source(claim.rows)
-    found = [source.find(subject, claim.figure) if source is not None else None for subject in subjects]
-    over, under = found
+    subjects, source = subjects_of(claim), files.source(claim.rows)
+    over, under = found = _rows_of(claim, source)
     ratio = ratio_of(over, under, claim.figure) if over is not None and under is not None else None
     if source is None or over is None or under is None or ratio is None:
         notes = [_absent(subject, row, source, claim.rows) for subject, row in zip(subjects, found, strict=True)]
@@ -89,6 +88,27 @@ def judge_ratio(claim: Ratio, files: Files, readme: Section) -> Finding:
     )
 
 
+def subjects_of(claim: Ratio) -> tuple[Subject, Subject]:
+    """What is divided, and by what."""
+    return Subject.parse(claim.over), Subject.parse(claim.under)
+
+
+def _rows_of(claim: Ratio, source: Source | None) -> tuple[Row | None, Row | None]:
+    over, under = (None if source is None else source.find(one, claim.figure) for one in subjects_of(claim))
+    return over, under
+
+
+def value_of(claim: Ratio, files: Files) -> float | None:
+    """What the rows give for the number that a claim says; None where they have none.
+
+    Raises:
+        ResultError: A file cannot be read.
+    """
+    over, under = _rows_of(claim, files.source(claim.rows))
+    ratio = ratio_of(over, under, claim.figure) if over is not None and under is not None else None
+    return None if ratio is None else FORMS[claim.form](ratio.ratio)
+
+
 def _verdict(claim: Ratio, measured: float, low: float, high: float, value: str) -> Verdict:
     if claim.relation == "printed":
         return "holds" if same_as_printed(measured, value) else "does not hold"
@@ -113,39 +133,50 @@ def _absent(subject: Subject, row: Row | None, source: Source | None, rows: str)
     return ""
 
 
-def _leading(text: str) -> tuple[str, str, str]:
-    """A cell's number, the letters of its marks, and the rest."""
-    found = re.match(r"\s*(\d+(?:\.\d+)?)([ᵗᵘᶜ]*)(?: ms| GiB)?(?:, )?(.*)", text)
-    return (found[1], found[2], found[3].strip()) if found else ("", "", text)
+_CELL = re.compile(r"\s*(\d+(?:\.\d+)?)[ᵗᵘᶜ]*( ms| GiB)?(?:, )?(.*)")
+"""A number with its marks, its unit, and the rest."""
+
+
+def cells_now(line: Mapping[str, str], peer: Subject, ours: Subject, source: Source) -> list[str]:
+    """The cells of a line of leads beside the lead as the rows give them: equal to the line's where it is right.
+
+    A number keeps the digits that are printed, or has three where it had three.
+
+    Args:
+        line: Its cells, after the first: DiG's time, the peer's time and way, the lead, both peaks (or no peaks).
+        peer, ours: What it compares.
+        source: The rows.
+
+    Returns:
+        Both times with marks and the peer's way; both peaks.
+    """
+    both, cells = (ours, peer), list(line.values())
+    found = [_cell(subject, cell, source, "time") for subject, cell in zip(both, cells[1:3], strict=True)]
+    for peaks in cells[4:]:
+        parts = zip(both, peaks.split(", "), strict=True)
+        found.append(", ".join(_cell(subject, text, source, "memory") for subject, text in parts))
+    return found
+
+
+def _cell(subject: Subject, cell: str, source: Source, figure: Figure) -> str:
+    row = source.find(subject, figure)
+    value = FIGURES[figure](row) if row is not None else None
+    if row is None or not value:
+        return "no row" if row is None else failure(row)
+    printed = _CELL.match(cell)
+    text, unit, rest = (printed[1], printed[2] or "", printed[3].strip()) if printed else ("1.00", "", "")
+    if figure == "memory":
+        return f"{rewritten(text, value / GIB)}{unit}"
+    letters = "".join(sign for mark, sign in LETTERS.items() if mark in row.marks)
+    way = _way(row) if subject.best else rest
+    return f"{rewritten(text, value)}{letters}{unit}{f', {way}' if way else ''}"
 
 
 def wrong_cells(line: Mapping[str, str], peer: Subject, ours: Subject, source: Source) -> list[str]:
-    """What a line of leads says beside its lead that the rows don't: both times with marks, the way, both peaks.
-
-    Args:
-        line: Its cells, after the first: DiG's time, the peer's time and way, the lead, both peaks.
-        peer, ours: What it compares.
-        source: The rows.
-    """
-    cells = list(line.values())[1:]
-    wrong = []
-    for subject, cell in ((ours, cells[0]), (peer, cells[1])):
-        row = source.find(subject)
-        text, letters, way = _leading(cell)
-        if row is None or row.median_ms is None or not text or not same_as_printed(row.median_ms, text):
-            wrong.append(f"README gives {cell} for {subject.name}, the row {row and row.median_ms} ms")
-            continue
-        if letters != (expected := "".join(sign for mark, sign in LETTERS.items() if mark in row.marks)):
-            wrong.append(f"README marks {cell} with {letters or 'nothing'}, the row with {expected or 'nothing'}")
-        if subject.best and way != _way(row):
-            wrong.append(f"README says {way or 'nothing'} of {cell}, the fastest row is {_way(row)}")
-    peaks = [part.strip().removesuffix(" GiB") for part in cells[3].split(",")] if len(cells) > 3 else []
-    for subject, text in zip((ours, peer), peaks, strict=False):
-        least = source.find(subject, "memory")
-        peak = FIGURES["memory"](least) if least is not None else None
-        if peak is None or not same_as_printed(peak / GIB, text):
-            wrong.append(f"README gives {text} GiB for {subject.name}, the rows {peak and number(peak / GIB)}")
-    return wrong
+    """What a line of leads says beside its lead that the rows don't; arguments as of `cells_now`."""
+    said = [*list(line.values())[1:3], *list(line.values())[4:]]
+    now = cells_now(line, peer, ours, source)
+    return [f"README says {cell}, the rows {other}" for cell, other in zip(said, now, strict=True) if cell != other]
 
 
 def _way(row: Row) -> str:
