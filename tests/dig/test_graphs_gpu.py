@@ -166,7 +166,15 @@ def test_random_numbers_differ_from_call_to_call_and_follow_the_seed() -> None:
     found = seeded(step)
     assert not torch.equal(found[0], found[2])
     assert not torch.equal(found[1], found[3])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, seeded(draw), strict=True))
+    eager = seeded(draw)
+    # By name, with what was drawn: once of 80 they differed, and nobody knows which.
+    named = [f"{name} of call {call}" for call in range(3) for name in ("dropout", "own generator")]
+    different = [
+        (name, ours[:4].tolist(), theirs[:4].tolist())
+        for name, ours, theirs in zip(named, found, eager, strict=True)
+        if not torch.equal(ours, theirs)
+    ]
+    assert not different
     with pytest.raises(dig.CaptureError, match="a generator that the graph isn't told of"):
         dig.capture(draw, x)
 
