@@ -6,8 +6,9 @@
 #   bash examples/fashion.sh DATA OUT        DATA holds Fashion-MNIST's four idx files; OUT gets everything
 #
 # STEPS, BATCH, SAMPLES, EARLY, MODELS, EXECUTION and PYTHON may be set, as may KILL_AFTER, the seconds from the first
-# checkpoint to the kill. What is small lies in OUT/report and, after each model, in OUT/report.tgz: logs, grids,
-# measurements, and the classifier that they are of. `python -m reports.fashion OUT/report` draws the figure.
+# checkpoint to the kill, and PATIENCE, by which the limits are multiplied: 20 on a CPU. What is small lies in
+# OUT/report and, after each model, in OUT/report.tgz: logs, grids, measurements, and the classifier that they are of.
+# `python -m reports.fashion OUT/report` draws the figure.
 #
 # Run again, it makes what is missing. A model at a time works too (MODELS=DiG-S/2, then MODELS=Flash-DiT-S/2), on another
 # machine even: take OUT/report.tgz there, and it goes on from that, with the same classifier.
@@ -18,6 +19,7 @@ steps=${STEPS:-2000} batch=${BATCH:-128} samples=${SAMPLES:-10000} early=${EARLY
 models=${MODELS:-"DiG-S/2 Flash-DiT-S/2"}
 execution=${EXECUTION:-graph}
 quarter=$((steps / 4))
+patience=${PATIENCE:-1}
 report=$out/report
 classifier=$report/classifier.safetensors
 trap 'kill -KILL $(jobs -p) 2>/dev/null || true' EXIT
@@ -31,7 +33,7 @@ fi
 mkdir -p "$report"
 if [ ! -f "$classifier" ]; then
     say "classifier"
-    timeout 120 "$python" -m dig classifier --data "$data" --out "$classifier" --epochs 4
+    timeout $((120 * patience)) "$python" -m dig classifier --data "$data" --out "$classifier" --epochs 4
 fi
 
 for model in $models; do
@@ -48,7 +50,7 @@ for model in $models; do
     say "$model: training"
     if ! grep -qs resumed "$run/events.jsonl"; then
         "${train[@]}" &
-        process=$! limit=$((SECONDS + 200))
+        process=$! limit=$((SECONDS + 200 * patience))
         while [ ! -f "$(printf '%s/checkpoints/step-%08d.json' "$run" "$quarter")" ] &&
             kill -0 "$process" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do
             sleep 0.2
@@ -57,7 +59,7 @@ for model in $models; do
         kill -KILL "$process" 2>/dev/null || true
         wait "$process" || say "$model: killed; going on"
     fi
-    timeout 300 "${train[@]}"
+    timeout $((300 * patience)) "${train[@]}"
     files=() given=()
     for i in 1 2 3 4; do
         step=$(printf '%08d' $((quarter * i)))
@@ -65,22 +67,22 @@ for model in $models; do
         files+=("$npz") given+=(--samples "$npz")
         if [ ! -f "$npz" ]; then
             say "$model: samples of step $step"
-            timeout 150 "$python" -m dig sample --checkpoint "$run/checkpoints/step-$step.safetensors" --sampler ddim \
-                --steps 25 --samples "$([ "$i" = 4 ] && echo "$samples" || echo "$early")" --batch 2500 --npz "$npz" \
-                --grid "$mine/unguided-$step.png"
+            timeout $((150 * patience)) "$python" -m dig sample --sampler ddim --steps 25 --batch 2500 \
+                --checkpoint "$run/checkpoints/step-$step.safetensors" --npz "$npz" \
+                --samples "$([ "$i" = 4 ] && echo "$samples" || echo "$early")" --grid "$mine/unguided-$step.png"
         fi
     done
     say "$model: measuring"
     rows=$mine/evaluation.jsonl
     rm -f "$rows"
-    evaluate=(timeout 100 "$python" -m dig evaluate --data "$data" --classifier "$classifier" --reference "$samples"
-        --append "$rows")
+    evaluate=(timeout $((100 * patience)) "$python" -m dig evaluate --data "$data" --classifier "$classifier"
+        --reference "$samples" --append "$rows")
     "${evaluate[@]}" --count "$early" "${given[@]}"
     if [ "$early" != "$samples" ]; then
         "${evaluate[@]}" --samples "${files[3]}"
     fi
-    timeout 60 "$python" -m dig sample --checkpoint "$run" --sampler ddim --steps 50 --cfg 2 --cfg-channels all \
-        --samples 100 --grid "$mine/guided.png"
+    timeout $((60 * patience)) "$python" -m dig sample --checkpoint "$run" --sampler ddim --steps 50 --cfg 2 \
+        --cfg-channels all --samples 100 --grid "$mine/guided.png"
     cp "$run/config.json" "$run/train.jsonl" "$run/events.jsonl" "$run"/samples/*.png "$mine"
     rm "${files[@]}"
     touch "$mine/done"

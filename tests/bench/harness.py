@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ def children(process_id: int) -> set[int]:
     found, queue = set(), [process_id]
     while queue:
         parent = queue.pop()
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            fresh = {int(word) for word in task.read_text().split()} - found
-            found |= fresh
-            queue += fresh
+        with suppress(FileNotFoundError, ProcessLookupError):  # It, or a thread of it, has ended meanwhile.
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    fresh = {int(word) for word in (task / "children").read_text().split()} - found
+                    found |= fresh
+                    queue += fresh
     return found
 
 

@@ -75,6 +75,7 @@ def test_the_script_goes_on_from_its_report(tmp_path: Path) -> None:
     """Kill, resume, measure, draw, with a tiny model; on another machine, what the report holds is not done again."""
     data = make_fashion(tmp_path / "data", train=100, test=60)
     settings = {"STEPS": "80", "BATCH": "8", "SAMPLES": "30", "EARLY": "20", "EXECUTION": "eager", "KILL_AFTER": "0"}
+    settings |= {"PATIENCE": "20"}
     environment = {**os.environ, **settings, "MODELS": "DiG-S/8", "PYTHON": str(tiny_python(tmp_path))}
 
     def run(out: Path) -> str:
