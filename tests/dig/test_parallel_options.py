@@ -1,0 +1,88 @@
+"""Options under a launcher: a wrong one is said once, and what is of one process is done once."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.dig.test_parallel_faults import Torchrun
+from tests.dig.tiny import app
+
+WRONG = {
+    ("--parallel", "pipeline"): "error: --parallel must be auto, ddp or fsdp; got 'pipeline'",
+    ("--hang-timeout", "0"): "error: --hang-timeout must be 1 to 2,592,000 seconds; got 0.0",
+    ("--device", "tpu"): "error: unknown device 'tpu': choose auto, cuda or cpu",
+    ("--batch", "many"): "error: Invalid value for '--batch': ",
+    ("--resume", "nowhere"): "error: nowhere holds no run to go on with",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", list(WRONG), ids=[" ".join(options) for options in WRONG])
+def test_torchrun_with_a_wrong_option_says_so_once(options: tuple[str, str], tmp_path: Path) -> None:
+    job = Torchrun(tmp_path, ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
+    try:
+        log = job.end()
+    finally:
+        job.kill()
+    (message,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert message.startswith(WRONG[options])
+    # Of each rank that torchrun lists.
+    assert set(re.findall(r"exitcode\s*: (-?\d+)", log)) == {"2"}, log
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process is the second of two, as a launcher says."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    # A signal that comes too early or too late is not to end the tests.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("second")
+@pytest.mark.parametrize("options", list(WRONG), ids=[" ".join(options) for options in WRONG])
+def test_an_error_of_a_later_rank_alone_is_said(
+    options: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody ends it meanwhile: the first rank, which has met no error, goes on."""
+    monkeypatch.setattr("dig.launched.QUIET_SECONDS", 0.1)
+    result = CliRunner().invoke(app, ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
+    assert result.exit_code == 2
+    assert result.output.startswith(WRONG[options])
+
+
+@pytest.mark.usefixtures("second")
+@pytest.mark.parametrize("options", list(WRONG), ids=[" ".join(options) for options in WRONG])
+def test_a_later_rank_that_is_ended_is_silent(
+    options: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun ends it once the first rank has said the same."""
+    monkeypatch.setattr("dig.launched.QUIET_SECONDS", 60.0)
+    done = threading.Event()
+
+    def launch() -> None:
+        while not done.wait(0.1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    launcher = threading.Thread(target=launch)
+    launcher.start()
+    begun = time.monotonic()
+    try:
+        result = CliRunner().invoke(app, ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
+    finally:
+        done.set()
+        launcher.join()
+    assert (result.exit_code, result.output) == (2, "")
+    assert time.monotonic() - begun < 50
