@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.dig.test_parallel_faults import Torchrun
-from tests.dig.tiny import app
+from dig.training.saving import read_checkpoint
+from tests.dig.test_parallel_faults import Torchrun, train
+from tests.dig.tiny import TINY, app, make_fashion, using
 
 WRONG = {
     ("--parallel", "pipeline"): "error: --parallel must be auto, ddp or fsdp; got 'pipeline'",
@@ -38,6 +39,39 @@ def test_torchrun_with_a_wrong_option_says_so_once(options: tuple[str, str], tmp
     # Of each rank that torchrun lists.
     assert set(re.findall(r"exitcode\s*: (-?\d+)", log)) == {"2"}, log
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    with using(TINY):
+        words = train(make_fashion(folder / "data", train=20, test=4), folder / "run", steps=1)
+        assert CliRunner().invoke(app, words).exit_code == 0
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_torchrun_consolidates_once(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    job = Torchrun(tmp_path, ["consolidate", str(run), "--out", str(out)])
+    try:
+        log = job.end()
+    finally:
+        job.kill()
+    assert job.process.returncode == 0, log
+    assert log.count(f" in one file: {out}") == 1
+    assert read_checkpoint(out).about["step"] == 1
+
+
+@pytest.mark.usefixtures("second")
+def test_a_later_rank_does_not_consolidate(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["consolidate", str(run), "--out", str(tmp_path / "out.safetensors")]
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.output, list(tmp_path.iterdir())) == (0, "", [])
+    monkeypatch.setenv("RANK", "0")
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
 
 
 @pytest.fixture
