@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dig.training.saving import read_checkpoint
+from dig.training.saving import checkpoint_files, read_checkpoint
 from tests.dig.test_parallel_faults import Torchrun, train
 from tests.dig.tiny import TINY, app, make_fashion, using
 
@@ -48,6 +49,31 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = train(make_fashion(folder / "data", train=20, test=4), folder / "run", steps=1)
         assert CliRunner().invoke(app, words).exit_code == 0
     return folder / "run"
+
+
+@pytest.mark.parametrize("kind", ["auto", "ddp"])
+def test_one_process_that_is_to_send_by_copies_is_refused(kind: str, run: Path, tmp_path: Path) -> None:
+    options = ["--parallel", kind, "--sending", "copies"]
+    with using(TINY):
+        result = CliRunner().invoke(app, train(run.parent / "data", tmp_path / "run", *options, steps=1))
+    assert result.exit_code == 2
+    told = "start them with torchrun, or give --sending auto"
+    assert result.output == f"error: --sending copies is between several processes, and this one is alone: {told}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_goes_on_with_a_run_of_several_that_copied(run: Path, tmp_path: Path) -> None:
+    begun = shutil.copytree(run, tmp_path / "run")
+    file = begun / "config.toml"
+    options = file.read_text()
+    assert options.count('sending = "collectives"') == 1
+    file.write_text(options.replace('sending = "collectives"', 'sending = "copies"'))
+    with using(TINY):
+        result = CliRunner().invoke(app, ["train", "--resume", str(begun), "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert "nothing is sent, by copies or else: this process is alone" in result.output
+    assert read_checkpoint(checkpoint_files(begun / "checkpoints")[0]).about["step"] == 2
+    assert 'sending = "copies"' in file.read_text()  # For several, another time.
 
 
 @pytest.mark.slow
