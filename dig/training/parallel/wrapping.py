@@ -43,9 +43,9 @@ _CONSTANT_BUFFERS: dict[str, Any] = {
 if len(_CONSTANT_BUFFERS) > 1:
     del _CONSTANT_BUFFERS["broadcast_buffers"]
 # A depthwise convolution's weight (C, 1, K, K) gets a gradient from torch.compile with the strides of channels last:
-# (9, 1, 3, 1), not (9, 9, 3, 1). They differ in a dimension of one element, where no stride is ever taken: both name the
-# same memory in the same order, and autograd takes the one for the other. DistributedDataParallel compares them as they
-# are, and warns, once a process. A difference in another dimension is not meant here, and still told where it is first.
+# (9, 1, 3, 1), not (9, 9, 3, 1). They differ in a dimension of one element, where no stride is ever taken: both name
+# the same memory in the same order, and autograd takes the one for the other. DistributedDataParallel compares them as
+# they are, and warns, once a process. A difference in another dimension is not meant, and still told where it is first.
 _SAME_MEMORY = (
     r"Grad strides do not match bucket view strides(?s:.*)"
     r"grad\.sizes\(\) = \[(\d+), 1, (\d+), (\d+)\], strides\(\) = \[(\d+), \d+, (\d+), (\d+)\]\s+"
