@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dig.environment import version_line
+from dig.launched import speaks
 from dig.messages import one_line
 
 MOST_LETTERS = 400
@@ -40,7 +41,9 @@ def _one_line(main: Any, standalone: bool, *arguments: Any, **named: Any) -> Any
         # Of which package typer's exceptions are, depends on its version.
         if not standalone or not hasattr(error, "format_message"):
             raise
-        if type(error).__name__ == "NoArgsIsHelpError":
+        if not speaks():
+            pass  # Another rank says it: all were started with the same words.
+        elif type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(error.format_message(), err=True)
         else:
             context = getattr(error, "ctx", None)

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
+
+QUIET_SECONDS = 5.0
+"""How long a rank leaves it to the first one of its machine to say what ends them both."""
+APART_SECONDS = 0.5
+"""How much longer each next rank does: of those that met an error the first one says it, and the launcher ends the
+others meanwhile."""
 
 
 def place_in_job() -> tuple[int, int, int]:
@@ -29,6 +38,31 @@ def launched() -> bool:
 def follows() -> bool:
     """Whether this process is one of several and not the first, which speaks for all."""
     return launched() and os.environ["RANK"] != "0"
+
+
+def speaks() -> bool:
+    """Whether this process is to say what ends it, while the ranks of its job don't know one another yet.
+
+    A wrong option ends all of them alike. So the first rank of a machine says it, at once. Another one waits for the
+    launcher to end it, as it does when the first one has ended, and speaks where that doesn't happen: then the error is
+    its own. Returns within `QUIET_SECONDS`, and `APART_SECONDS` a rank.
+    """
+    try:
+        local_rank = place_in_job()[2]
+    except ValueError:
+        return True
+    # Only a process' first thread may listen to signals.
+    if local_rank == 0 or threading.current_thread() is not threading.main_thread():
+        return True
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
+    try:
+        deadline = time.monotonic() + QUIET_SECONDS + APART_SECONDS * local_rank
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return not told
 
 
 def from_environment(name: str, default: int) -> int:

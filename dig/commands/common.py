@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dig.launched import launched
+from dig.launched import launched, speaks
 from dig.messages import describe, in_words_of_the_command, one_line
 from dig.packages import MissingPackageError
 
@@ -107,7 +107,10 @@ _SMALLER = "try a smaller --batch or --image-size, or in training a larger --acc
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """End with exit status 2 and one clear message on input that can't be used, and on a full disk or device."""
+    """End with exit status 2 and one clear message on input that can't be used, and on a full disk or device.
+
+    Of several processes that a launcher started, one says it (`dig.launched.speaks`).
+    """
     try:
         yield
         return
@@ -115,7 +118,8 @@ def refusing() -> Iterator[None]:
         message = explain(error)
         if message is None:
             raise
-    typer.echo(f"error: {one_line(in_words_of_the_command(message))}", err=True)
+    if speaks():
+        typer.echo(f"error: {one_line(in_words_of_the_command(message))}", err=True)
     raise typer.Exit(2) from None
 
 

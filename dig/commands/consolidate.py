@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dig.commands.common import refusing
+from dig.launched import place_in_job
 
 
 def consolidate_command(
@@ -20,8 +21,12 @@ def consolidate_command(
 
     The file holds all that the checkpoint does: weights, averages, optimizer. Every command that takes a checkpoint
     takes it, alone and anywhere. (They read the run's folder as it is, too.)
+
+    One process does it. Under torchrun that is the first one, and the others end at once.
     """
     with refusing():
+        if place_in_job()[0] > 0:
+            return
         from dig.training.data.files import prepare_output
         from dig.training.saving import (
             FOLDER,

@@ -28,13 +28,15 @@ from dig.commands.common import (
 from dig.commands.dry_run import rehearse_training
 from dig.commands.job import HANG_SECONDS, HangOption, ParallelOption, SendingOption, working_together
 from dig.commands.places import find_place
-from dig.commands.run_options import OPTIONS_NAME, load_config, load_run, option_types, write_options
-from dig.launched import follows
+from dig.commands.run_options import OPTIONS_NAME, given, load_config, load_run, option_types, write_options
+from dig.launched import follows, place_in_job
 from dig.memory import peak_memory
 from dig.progress import following, open_console
 from dig.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dig.training.config import TrainConfig
     from dig.training.team import Team
 
@@ -89,6 +91,25 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
 def _resume(context: typer.Context, value: Path | None) -> Path | None:
     load_run(context, value, train_command)
     return value
+
+
+@contextmanager
+def _told_what_is_sent(context: typer.Context, sending: str, console: Console) -> Iterator[None]:
+    """See that copies are not asked for in vain: a process alone sends nothing.
+
+    Before it joins a job: of ``--parallel ddp`` it may be one alone, whose errors end the process.
+
+    Raises:
+        ValueError: They were asked for on the command line. A run of several processes goes on with one.
+    """
+    if sending == "copies" and place_in_job()[1] == 1:
+        if given(context, "sending"):
+            raise ValueError(
+                "--sending copies is between several processes, and this one is alone: start them with torchrun, or "
+                "give --sending auto"
+            )
+        console.print("nothing is sent, by copies or else: this process is alone")
+    yield
 
 
 def train_command(
@@ -230,6 +251,7 @@ def train_command(
     console = open_console(quiet=quiet or follows())
     with (
         refusing(),
+        _told_what_is_sent(context, sending, console),
         working_together(device, parallel=parallel, sending=sending, hang_seconds=hang_timeout, trains=True) as job,
     ):
         if job is not None and dry_run:

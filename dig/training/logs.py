@@ -10,9 +10,25 @@ from typing import Any
 
 from dig.training.loggers import METRICS_NAME, TENSORBOARD_NAME, lines_until, open_sinks
 
-__all__ = ["EVENTS_NAME", "METRICS_NAME", "TENSORBOARD_NAME", "RunLog", "lines_until"]
+__all__ = ["EVENTS_NAME", "METRICS_NAME", "TENSORBOARD_NAME", "RunLog", "append_event", "lines_until"]
 
 EVENTS_NAME = "events.jsonl"
+
+
+def append_event(folder: Path, what: str, **details: Any) -> None:
+    """Append what happened to a run to its events.
+
+    Args:
+        folder: The run's.
+        what: ``started``, ``failed``.
+        **details: Values of JSON.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    line = {"event": what, "at": datetime.now(UTC).isoformat(timespec="seconds"), **details}
+    with (folder / EVENTS_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 class RunLog:
@@ -31,7 +47,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int, names: Sequence[str], about: Mapping[str, Any]) -> None:
-        self._events = folder / EVENTS_NAME
+        self._folder = folder
         self._sinks = open_sinks(names, folder, step, about)
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -46,9 +62,7 @@ class RunLog:
 
     def event(self, what: str, **details: Any) -> None:
         """Append what happened to the run: it began, went on, stopped."""
-        line = {"event": what, "at": datetime.now(UTC).isoformat(timespec="seconds"), **details}
-        with self._events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_event(self._folder, what, **details)
 
     def sync(self) -> None:
         """Bring everything written so far onto the disk: before a checkpoint that says these steps are done."""

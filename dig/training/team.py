@@ -27,6 +27,7 @@ class Team:
         kind: How they share a model; empty for one process.
         sharded: Whether each holds a part of the model's state only.
         keeps: Whether what was trained can be saved when an error ends the run.
+        records: Whether the team itself records why an error ended the run: see `began`.
     """
 
     leads: bool = True
@@ -35,6 +36,7 @@ class Team:
     kind: str = ""
     sharded: bool = False
     keeps: bool = True
+    records: bool = False
 
     def begin(self, config: TrainConfig, folder: Path) -> None:
         """See that the processes train the same.
@@ -78,6 +80,9 @@ class Team:
 
     def doing(self, what: str, step: int | None = None) -> None:
         """Say what begins, to whoever watches."""
+
+    def began(self, folder: Path) -> None:
+        """The run is on record in its folder: what ends it from now on belongs there, too."""
 
     def random(self, device: str) -> dict[str, Tensor]:
         """States of the generators, by their names in a checkpoint."""

@@ -136,6 +136,7 @@ class Trainer:
         self.log: RunLog = NoLog()
         self.status = Status(step=self.step)
         if not team.leads:
+            team.began(folder)
             return
         remove_unfinished(folder / FOLDER)
         check_room(config, folder, self.step, state)
@@ -145,6 +146,7 @@ class Trainer:
         self.log = RunLog(folder, self.step, config.log, config.to_json())
         about = {"ranks": team.size, "parallel": team.kind, "sending": self._step.sending} if team.kind else {}
         self.log.event("resumed" if self.step else "started", step=self.step, **about, environment=environment)
+        team.began(folder)
 
     @property
     def model(self) -> Backbone:
@@ -275,8 +277,9 @@ class Trainer:
         finally:
             if stream is not None:
                 stream.close()
-            with suppress(OSError):
-                self.log.event(**outcome, step=self.step)
+            if outcome["what"] != "failed" or not self._team.records:
+                with suppress(OSError):
+                    self.log.event(**outcome, step=self.step)
             with suppress(OSError):
                 self.log.close()
             self._lock.close()

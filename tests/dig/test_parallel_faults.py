@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -43,6 +44,11 @@ def said(folder: Path) -> list[str]:
 def losses(run: Path) -> dict[int, float]:
     lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines}
+
+
+def last_event(run: Path) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+    return event
 
 
 def test_other_code_is_refused(tmp_path: Path, data: Path) -> None:
@@ -116,6 +122,9 @@ def test_an_error_of_one_rank_is_told_once(tmp_path: Path, data: Path) -> None:
     told = (
         r"error: rank 1 at step 7: data/3: No space left on device; the same command goes on from the newest checkpoint"
     )
+    event = last_event(tmp_path / "run")
+    assert (event["event"], event["rank"], event["step"]) == ("failed", 1, 7)
+    assert event["reason"] == "rank 1 at step 7: data/3: No space left on device"
     # The other rank may still have been saving it.
     assert re.fullmatch(rf"{told}, of (step 5 or later|which none is whole yet, or begins anew)", message), message
     assert [step_of(path) for path in checkpoint_files(tmp_path / "run" / "checkpoints")] == [5]
@@ -133,6 +142,9 @@ def test_a_rank_that_dies_ends_the_job_and_it_goes_on(tmp_path: Path, data: Path
     (message,) = said(tmp_path)
     assert "error: rank 1 (process " in message
     assert "is gone, last heard of at step 8, waiting for data: its process ended without a word" in message
+    event = last_event(run)
+    assert (event["event"], event["rank"], event["step"]) == ("failed", 1, 8)
+    assert message.startswith(f"error: {event['reason']}; the same command goes on from ")
     newest = checkpoint_files(run / "checkpoints")[0]
     assert step_of(newest) == 5
     assert damage(newest) is None
@@ -166,6 +178,9 @@ def test_a_rank_that_hangs_is_noticed(tmp_path: Path, data: Path) -> None:
     (message,) = said(tmp_path)
     assert "error: rank 1 hangs at step 6, waiting for data: for " in message
     assert "1 wait for it" in message
+    event = last_event(tmp_path / "run")
+    assert (event["event"], event["rank"], event["step"]) == ("failed", 1, 6)
+    assert message.startswith(f"error: {event['reason']}; the same command goes on from ")
     assert [step_of(path) for path in checkpoint_files(tmp_path / "run" / "checkpoints")] == [5]
 
 

@@ -188,6 +188,10 @@ def test_what_to_do_is_said_from_the_first_step_on(tmp_path: Path, ranks: Ranks,
     assert watch._what_to_do() == "the same command goes on from the newest checkpoint, of step 3 or later"
 
 
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
 class Told:
     """Ranks that are made up: what each of them says."""
 
@@ -271,13 +275,62 @@ def test_a_job_whose_rank_is_told_to_stop_says_so(
 def test_whom_the_others_wait_for(watch: Watch) -> None:
     beat = Beat(tick=9, count=20, doing="training", step=7, seconds=61.0, host="a", process=1, waits=False, left=False)
     behind = replace(beat, count=19, doing="waiting for data", seconds=62.0)
-    assert watch._hung({0: beat, 1: behind, 2: beat}).startswith(
-        "rank 1 hangs at step 7, waiting for data: for 62 s, and 2 wait for it"
-    )
-    assert watch._hung({0: beat, 1: beat}).startswith("ranks 0, 1 hang at step 7")
+    found = watch._hung({0: beat, 1: behind, 2: beat})
+    assert found.message.startswith("rank 1 hangs at step 7, waiting for data: for 62 s, and 2 wait for it")
+    assert (found.rank, found.step) == (1, 7)
+    assert watch._hung({0: beat, 1: beat}).message.startswith("ranks 0, 1 hang at step 7")
     # One that is done has less behind it than those that still work, and keeps nobody waiting.
     done = replace(beat, count=3, doing="waiting for the others", waits=True)
-    assert watch._hung({0: done, 1: beat}).startswith("rank 1 hangs")
+    assert watch._hung({0: done, 1: beat}).message.startswith("rank 1 hangs")
+
+
+def test_the_watch_records_why_a_run_failed(
+    tmp_path: Path, ranks: Ranks, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer doesn't: what ends it on a rank may be gloo's word of a peer that is gone, and none of its own."""
+    watch._ranks = replace(ranks, store=PrefixStore("records", ranks.store))
+    run = trainer(tmp_path / "run", ranks, watch)
+
+    def break_off(*_: object) -> None:
+        raise RuntimeError("[gloo/pair.cc:534] Connection closed by peer")
+
+    monkeypatch.setattr(run._step, "run", break_off)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run.run()
+    assert [event["event"] for event in events(tmp_path / "run")] == ["started"]
+    gone = Beat(tick=1, count=5, doing="saving", step=7, seconds=1.0, host="a", process=9, waits=False, left=False)
+    watch._end(watch._lost(3, gone, "gone"), claimed=False)  # Another rank's to say.
+    assert len(events(tmp_path / "run")) == 1
+    watch._end(watch._lost(3, gone, "gone"), claimed=True)
+    failed = events(tmp_path / "run")[-1]
+    assert (failed["event"], failed["rank"], failed["step"]) == ("failed", 3, 7)
+    assert failed["reason"].startswith("rank 3 (process 9 on a) is gone, last heard of at step 7, saving: ")
+
+
+def test_a_disk_that_hangs_does_not_keep_the_job(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dig.training.parallel.watching.RECORD_SECONDS", 0.1)
+    begun = time.monotonic()
+    watch.record = lambda _lost: time.sleep(60)
+    watch._end(watch._own("rank 0 was told to stop"), claimed=True)
+    assert time.monotonic() - begun < 30
+
+
+def test_every_rank_that_loses_the_store_says_so_and_one_records_it(
+    ranks: Ranks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[int] = []
+    for rank in (1, 0):
+        watch = Watch(replace(ranks, store=PrefixStore(f"lost {rank}", ranks.store)), leave=lambda _status: None)
+        watch.record = lambda lost: recorded.append(lost.rank)
+        watch._ranks = replace(watch._ranks, rank=rank)
+
+        def lost() -> None:
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+        monkeypatch.setattr(watch, "_look", lost)
+        watch._thread.join(timeout=30)
+        assert f"error: rank {rank} lost the job's store (Connection reset by peer)" in capfd.readouterr().err
+    assert recorded == [0]
 
 
 def test_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,11 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dig.training.config import TrainConfig
+from dig.training.logs import append_event
 from dig.training.parallel.agreement import check_alike, check_one_folder, facts
 from dig.training.parallel.ranks import Ranks, Votes
 from dig.training.parallel.shards import ShardWriter, give_name, load_folder, shapes_of
-from dig.training.parallel.watching import Watch
+from dig.training.parallel.watching import Lost, Watch
 from dig.training.parallel.windows import Windows
 from dig.training.parallel.wrapping import Kind, Sending, sending_of
 from dig.training.saving import (
@@ -59,6 +60,7 @@ class Together(Team):
     """
 
     keeps = False
+    records = True
 
     def __init__(self, ranks: Ranks, kind: Kind, watch: Watch, sending: Sending = "collectives") -> None:
         self.leads = ranks.leads
@@ -131,6 +133,14 @@ class Together(Team):
         if step is not None:
             self._watch.remedy = self._remedy
         self._watch.doing(what, step)
+
+    def began(self, folder: Path) -> None:
+        """The watch records what ends the job: a rank's own error may be no more than that its peers are gone."""
+
+        def record(lost: Lost) -> None:
+            append_event(folder, "failed", rank=lost.rank, step=lost.step, reason=lost.message)
+
+        self._watch.record = record
 
     def _remedy(self) -> str:
         """What to do about a job that failed while it trained; another rank may still be saving."""

@@ -31,6 +31,8 @@ LOST_SECONDS = 20.0
 """A rank of which nothing was heard for so long is gone, or its machine or network is."""
 LEAVE_SECONDS = 10.0
 """How long the first rank waits at the end for the others to be done with the store."""
+RECORD_SECONDS = 5.0
+"""For the end of the job to be recorded, on a disk that may be what hangs."""
 GRACE_SECONDS = 2.0
 """For a rank that ends to say why, before others say that it is gone."""
 STATUS = 2
@@ -70,6 +72,21 @@ class Beat:
         return f"at step {self.step}, {self.doing}" if self.step is not None else self.doing
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Why a job ended.
+
+    Attributes:
+        rank: That died, hangs or failed; the first of several.
+        step: The training step that it was at; None outside of training.
+        message: What is said of it.
+    """
+
+    rank: int
+    step: int | None
+    message: str
+
+
 class Watch:
     """Tells the other ranks that this one lives, and ends it where another one does not.
 
@@ -82,12 +99,14 @@ class Watch:
     Attributes:
         step: The training step that is under way.
         remedy: As above; may be changed at any time.
+        record: Called by the rank that says why the job ended, and by no other one; may be changed at any time.
     """
 
     def __init__(
         self, ranks: Ranks, *, remedy: str | Callable[[], str] = "", leave: Callable[[int], object] = os._exit
     ) -> None:
         self.remedy = remedy
+        self.record: Callable[[Lost], object] = lambda _lost: None
         self._ranks = ranks
         self._leave = leave
         self._beat = Beat(
@@ -127,7 +146,7 @@ class Watch:
     def stopped(self, status: int) -> None:
         """End the job because this rank was told to stop: with a message, if no other rank has one before."""
         with self._lock:
-            self._end(f"rank {self._ranks.rank} was told to stop", claimed=self._claims(), status=status)
+            self._end(self._own(f"rank {self._ranks.rank} was told to stop"), claimed=self._claims(), status=status)
 
     def leave(self) -> None:
         """This rank is done: nobody waits for it, and it for nobody."""
@@ -157,7 +176,7 @@ class Watch:
         with self._lock:
             if self._claims() and message is None:
                 traceback.print_exception(error)
-            self._end(f"rank {self._ranks.rank}{at}: {message or describe(error)}", claimed=self._claimed)
+            self._end(self._own(f"rank {self._ranks.rank}{at}: {message or describe(error)}"), claimed=self._claimed)
 
     def _run(self) -> None:
         try:
@@ -166,9 +185,12 @@ class Watch:
                 self._look()
         except (dist.DistError, RuntimeError) as error:
             if not self._ends.is_set():
-                # The store went with whoever held it: torchrun, or rank 0.
+                # The store went with whoever held it: torchrun, or rank 0. Each rank says so; one record is enough.
+                if not self._ranks.leads:
+                    self.record = lambda _lost: None
+                lost = self._own(f"rank {self._ranks.rank} lost the job's store ({describe(error)[:200]})")
                 with self._lock:
-                    self._end(f"rank {self._ranks.rank} lost the job's store ({describe(error)[:200]})", claimed=True)
+                    self._end(lost, claimed=True)
 
     def _send(self) -> None:
         self._beat = beat = replace(
@@ -187,7 +209,7 @@ class Watch:
             # It has been told. What this rank itself may have to say, its main thread says now or never.
             time.sleep(GRACE_SECONDS)
             with self._lock:
-                self._end("", claimed=False)
+                self._end(None, claimed=False)
         beats = self._beats()
         for rank, beat in beats.items():
             if rank != self._ranks.rank and not beat.left and (sign := self._sign(rank, beat)):
@@ -212,19 +234,24 @@ class Watch:
             return None
         return "silent" if now - heard > LOST_SECONDS else None
 
-    def _lost(self, rank: int, beat: Beat, sign: Sign) -> str:
+    def _own(self, message: str) -> Lost:
+        return Lost(rank=self._ranks.rank, step=self._beat.step, message=message)
+
+    def _lost(self, rank: int, beat: Beat, sign: Sign) -> Lost:
         who = f"rank {rank} (process {beat.process} on {beat.host})"
         if sign == "gone":
-            return (
+            message = (
                 f"{who} is gone, last heard of {beat.where()}: its process ended without a word, as one does that is "
                 "killed, for want of memory perhaps"
             )
-        return (
-            f"{who} is silent, last heard of {beat.where()}: nothing came of it for {LOST_SECONDS:.0f} s; its process "
-            "is stopped, or its machine or network is down"
-        )
+        else:
+            message = (
+                f"{who} is silent, last heard of {beat.where()}: nothing came of it for {LOST_SECONDS:.0f} s; its "
+                "process is stopped, or its machine or network is down"
+            )
+        return Lost(rank=rank, step=beat.step, message=message)
 
-    def _hung(self, beats: dict[int, Beat]) -> str:
+    def _hung(self, beats: dict[int, Beat]) -> Lost:
         beats = {rank: beat for rank, beat in beats.items() if not beat.left} or beats
         waiting_for = {rank: beat for rank, beat in beats.items() if not beat.waits} or beats
         last = min(beat.count for beat in waiting_for.values())
@@ -236,7 +263,8 @@ class Watch:
         # A process that is stopped says no more how long it has been at it.
         seconds = max(beat.seconds, time.monotonic() - self._moved)
         so_long = "if that may take so long, give a larger --hang-timeout"
-        return f"{who} {beat.where()}: for {seconds:.0f} s{waiting}; {so_long}"
+        message = f"{who} {beat.where()}: for {seconds:.0f} s{waiting}; {so_long}"
+        return Lost(rank=rank, step=beat.step, message=message)
 
     def _claims(self) -> bool:
         """Whether this rank is the first one that has something to say of the end of the job."""
@@ -253,16 +281,23 @@ class Watch:
         except OSError:  # Of a folder that can't be read any more there is nothing to say.
             return ""
 
-    def _end(self, message: str, *, claimed: bool, status: int = STATUS) -> None:
-        """End this process, with the message if it is this rank's to say."""
-        if claimed:
+    def _record(self, lost: Lost) -> None:
+        with suppress(OSError):  # A full disk, say: it is said, and the job ends all the same.
+            self.record(lost)
+
+    def _end(self, lost: Lost | None, *, claimed: bool, status: int = STATUS) -> None:
+        """End this process, with the message and its record if they are this rank's to make."""
+        if lost is not None and claimed:
             remedy = self._what_to_do()
             remedy = f"; {remedy}" if remedy else ""
-            print(f"error: {one_line(message)}{remedy}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(lost.message)}{remedy}", file=sys.stderr, flush=True)
+            recording = threading.Thread(target=self._record, args=(lost,), daemon=True)
+            recording.start()
             with suppress(dist.DistError, RuntimeError):
-                self._ranks.store.set("failed", message)
+                self._ranks.store.set("failed", lost.message)
                 # The store may be this process' own: who reads it should have the time.
                 time.sleep(2 * BEAT_SECONDS if self._ranks.world_size > 1 else 0)
+            recording.join(RECORD_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         self._leave(status)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +42,15 @@ _CONSTANT_BUFFERS: dict[str, Any] = {
 }
 if len(_CONSTANT_BUFFERS) > 1:
     del _CONSTANT_BUFFERS["broadcast_buffers"]
+# A depthwise convolution's weight (C, 1, K, K) gets a gradient from torch.compile with the strides of channels last:
+# (9, 1, 3, 1), not (9, 9, 3, 1). They differ in a dimension of one element, where no stride is ever taken: both name
+# the same memory in the same order, and autograd takes the one for the other. DistributedDataParallel compares them as
+# they are, and warns, once a process. A difference in another dimension is not meant, and still told where it is first.
+_SAME_MEMORY = (
+    r"Grad strides do not match bucket view strides(?s:.*)"
+    r"grad\.sizes\(\) = \[(\d+), 1, (\d+), (\d+)\], strides\(\) = \[(\d+), \d+, (\d+), (\d+)\]\s+"
+    r"bucket_view\.sizes\(\) = \[\1, 1, \2, \3\], strides\(\) = \[\4, \d+, \5, \6\]"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,6 +143,7 @@ def wrap(
             kind=kind, model=model, network=model, warmup=0, keeps_whole=captured, sending=sent, windows=windows
         )
     sent = sending_of(sending, device)
+    warnings.filterwarnings("ignore", message=_SAME_MEMORY, category=UserWarning)
     # For a graph, its gradients' accumulators have to be made on the stream of the capture.
     with on_capture_stream(device) if captured else nullcontext():
         network: Any = DistributedDataParallel(
