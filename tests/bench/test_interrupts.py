@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -80,14 +81,18 @@ def test_at_any_moment_it_ends_a_run_without_a_traceback(tmp_path: Path) -> None
             text=True,
             start_new_session=True,
         )
-        # While the server starts, and while it imports; while processes are forked, one after the other.
-        deadline = time.monotonic() + 60
-        while len(children(harness.pid)) < 2 or (index % 3 == 2 and not (out.exists() and out.stat().st_size)):
-            assert time.monotonic() < deadline, "no server was started, or nothing measured"
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, (0.3, 2, 1.5)[index % 3]))
-        os.killpg(harness.pid, signal.SIGINT)
-        _, stderr = harness.communicate(timeout=60)
+        try:
+            # While the server starts, and while it imports; while processes are forked, one after the other.
+            deadline = time.monotonic() + 60
+            while len(children(harness.pid)) < 2 or (index % 3 == 2 and not (out.exists() and out.stat().st_size)):
+                assert time.monotonic() < deadline, "no server was started, or nothing measured"
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, (0.3, 2, 1.5)[index % 3]))
+            os.killpg(harness.pid, signal.SIGINT)
+            _, stderr = harness.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):  # As it should be.
+                os.killpg(harness.pid, signal.SIGKILL)
         assert "Traceback" not in stderr, stderr
         assert "KeyboardInterrupt" not in stderr, stderr
         assert "go on with --resume" in stderr
