@@ -39,6 +39,9 @@ def report(
     claims: Annotated[
         Path, typer.Option("--claims", metavar="FILE.toml", help="Claims; its head says how one is written.")
     ] = CLAIMS,
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", metavar="ID", help="This claim alone; repeat for several.")
+    ] = None,
 ) -> None:
     """Hold every claim of the paper and of README against stored rows: said, measured, interval, verdict.
 
@@ -50,8 +53,10 @@ def report(
         paths = list(_files(files or published()))
         said = read_claims(claims)
         given = Files(paths, said.files)
-        findings = judge_all(said, given, read_readme())
-        if unread := [path.name for path in paths if path not in given.used]:
+        findings = judge_all(said.only(ids) if ids else said, given, read_readme())
+        # Of one claim the others' files are not read, and published ones nobody asked for.
+        unread = [path.name for path in paths if path not in given.used] if files or not ids else []
+        if unread:
             say(f"no claim reads {', '.join(unread)}", err=True)
         if out is None:
             typer.echo(to_text(findings))

@@ -92,6 +92,16 @@ class Files:
         self.used.update(found := self._named.get(name, []))
         return found
 
+    def read_for(self, name: str, *, runs: bool = False) -> list[Path]:
+        """The files that a claim which names this file is tested on.
+
+        Args:
+            name: The file's.
+            runs: Whether the claim is of training runs, which are read from files of the name alone.
+        """
+        named = self._named.get(name, [])
+        return named if named or runs else [path for path in self._own if of_steps(path)]
+
     def source(self, name: str) -> Source | None:
         """The rows for a claim that names this file; None where there are none.
 
@@ -103,10 +113,8 @@ class Files:
         return self._read[name]
 
     def _source(self, name: str) -> Source | None:
-        paths = self.paths(name)
-        if not paths:
-            paths = [path for path in self._own if of_steps(path)]
-            self.used.update(paths)
+        paths = self.read_for(name)
+        self.used.update(paths)
         if not paths:
             return None
         sweep = read_sweep(paths)
