@@ -28,7 +28,7 @@ from reports.best import memory, time
 from reports.cells import GIB, number
 from reports.claims.errors import ClaimError
 from reports.claims.ratio import ends_ms
-from reports.claims.rows import of_steps
+from reports.claims.rows import check_written, of_steps
 from reports.claims.subject import Subject
 from reports.drawing import Line, Point, Style
 from reports.figures import Drawing
@@ -346,6 +346,8 @@ def report(
         refuse(f"--noise must be a percentage above 0 and below 100; got {noise:g}")
     what: Figure = "time" if figure == "time" else "memory"
     with refusing(ResultError, ClaimError, folder=out, hint="; choose another --out"):
+        for path in files:
+            check_written(path)
         steps = [path for path in files if of_steps(path)]
         given = [row for path in steps for row in read_results(path).rows]
         rows = rows_of(case, given)

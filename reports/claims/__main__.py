@@ -14,7 +14,7 @@ from bench.store.rows import ResultError
 from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge_all
 from reports.claims.readme import read_readme
-from reports.claims.rows import Files, published
+from reports.claims.rows import Files, check_written, published
 from reports.claims.spec import CLAIMS, read_claims
 from reports.claims.telling import counted, to_json, to_markdown, to_text
 from reports.refusing import refusing
@@ -69,8 +69,14 @@ def report(
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files, and those of folders."""
+    """Files, and those of folders, in which others may lie.
+
+    Raises:
+        ResultError: A file is not of this project, or a folder holds none.
+    """
     for path in paths:
+        if not path.is_dir():
+            check_written(path)
         found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not found:
             raise ResultError(f"no .jsonl files in {path}")
