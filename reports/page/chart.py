@@ -131,6 +131,7 @@ class Chart:
         """What the page's script draws it from."""
         return {
             "name": self.name,
+            "title": self.title,
             "kind": self.kind,
             "panels": [
                 {

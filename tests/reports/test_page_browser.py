@@ -152,6 +152,49 @@ def test_every_figure_is_drawn(shown: Callable[..., Any], page: Path) -> None:
     assert "OOM" in browser.execute_script("return document.querySelector('#chart-fig1a svg.marks').textContent")
 
 
+def label_of(browser: Any, name: str) -> str:
+    return browser.find_element("id", f"chart-{name}").get_attribute("aria-label")
+
+
+def test_a_screen_reader_is_told_what_every_chart_shows(shown: Callable[..., Any], page: Path) -> None:
+    browser = shown(page)
+    charts = browser.execute_script("return JSON.parse(document.getElementById('data').textContent).charts")
+    marks = {
+        "lines": "Lines with points, one a series: ", "bars": "Bars, one a line: ", "points": "Points, one a step: ",
+        "stack": "Stacked bars, one a line: ", "ratios": "Points, one a case, ",
+    }  # fmt: skip
+    assert {chart["name"] for chart in charts} == set(NAMES)
+    for chart in charts:
+        label, panel = label_of(browser, chart["name"]), chart["panels"][0]
+        assert label.startswith(f"{chart['title']}{': ' if panel['name'] else ''}{panel['name']}. "), label
+        assert marks[chart["kind"]] in label
+        assert chart["y"] in label
+        assert chart["x"] in label
+        if chart["kind"] != "ratios":
+            assert all(each["series"] in label for each in panel["data"]), label
+        assert ("(logarithmic)" in label) == (chart["logX"] or chart["logY"]), label
+    assert "Crosses at the edge: failed." in label_of(browser, "fig1a")
+    assert "Ranges: intervals." in label_of(browser, "fig1a")
+    assert "Ranges" not in label_of(browser, "fig1b")
+
+
+def test_the_label_of_a_chart_is_of_what_it_shows_now(shown: Callable[..., Any], page: Path) -> None:
+    browser = shown(page)
+    before = label_of(browser, "memory")
+    choose(browser, "select[data-panel=memory]", "1")
+    wait(browser, "return document.getElementById('chart-memory').ariaLabel !== " + json.dumps(before))
+    names = browser.execute_script(
+        "return JSON.parse(document.getElementById('data').textContent).charts"
+        ".find((chart) => chart.name === 'memory').panels.map((panel) => panel.name)"
+    )
+    assert names[1] in label_of(browser, "memory")
+    choose(browser, "#pick-y", "gib")
+    wait(
+        browser, "return document.getElementById('chart-explore').ariaLabel.includes('Peak memory, GiB (logarithmic)')"
+    )
+    assert label_of(browser, "explore").startswith("The chosen rows. Lines with points")
+
+
 def test_an_assumed_size_has_an_asterisk(shown: Callable[..., Any], tmp_path: Path) -> None:
     rows = [
         timed(family, backend, size, 1024, ms, mode="forward")
