@@ -7,8 +7,6 @@ that interval lies on its side of zero, is reversed on the other, and is not tol
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -22,6 +20,7 @@ import typer
 
 from bench.messages import OneLineCommand, cell, say
 from bench.store.files import write_file
+from bench.store.sheets import to_csv
 from dig.family import BACKEND
 from dig.registry import parse_name
 from reports import drawing
@@ -231,9 +230,7 @@ def compare_seconds(arms: Mapping[str, Mapping[int, Run]]) -> str:
 
 def data(runs: Sequence[Run]) -> str:
     """What the figure draws, as CSV: a line for each arm and measure, the loss too."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["experiment", "arm", "model", "measure", "mean", "low", "high", "seeds", "steps", "batch"])
+    lines: list[list[object]] = []
     for experiment in dict.fromkeys(run.experiment for run in runs if run.experiment != TIMED):
         for arm, seeds in arms_of(runs, experiment).items():
             own = list(seeds.values())
@@ -241,8 +238,9 @@ def data(runs: Sequence[Run]) -> str:
                 found = estimate([getattr(run, measure) for run in own])
                 ends = ["" if math.isnan(end) else f"{end:.6g}" for end in (found.low, found.high)]
                 numbers = [f"{found.middle:.6g}", *ends, found.seeds, own[-1].steps, own[-1].batch]
-                writer.writerow([experiment, arm, own[-1].model, measure, *numbers])
-    return text.getvalue()
+                lines.append([experiment, arm, own[-1].model, measure, *numbers])
+    names = ("experiment", "arm", "model", "measure", "mean", "low", "high", "seeds", "steps", "batch")
+    return to_csv(names, lines)
 
 
 def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +21,7 @@ from bench.messages import OneLineCommand, refuse, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError, Row, read_results
 from bench.store.selection import machine, newest
+from bench.store.sheets import to_csv
 from reports import drawing
 from reports.best import memory, time
 from reports.cells import GIB, number
@@ -299,19 +298,16 @@ def data(found: Sequence[Moment], at: Sequence[Change], figure: Figure) -> str:
     """The figure's numbers as CSV, a line a commit."""
     unit = "ms" if figure == "time" else "gib"
     factors = {change.index: change.factor for change in at}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["commit", "started_at", unit, "low", "high", "launches", "cards", "marks", "level", "change_percent"]
-    )
+    lines: list[list[object]] = []
     for index, (moment, level) in enumerate(zip(found, levels([m.value for m in found], at), strict=True)):
         changed = f"{100 * (factors[index] - 1):.2f}" if index in factors else ""
         numbers = [f"{x:.6g}" for x in (moment.value, moment.low, moment.high)]
         marks = " ".join(moment.marks)
-        writer.writerow(
+        lines.append(
             [moment.commit, moment.started_at, *numbers, moment.launches, moment.cards, marks, f"{level:.6g}", changed]
         )
-    return text.getvalue()
+    names = ("commit", "started_at", unit, "low", "high", "launches", "cards", "marks", "level", "change_percent")
+    return to_csv(names, lines)
 
 
 @app.command(cls=OneLineCommand)
