@@ -11,7 +11,7 @@ from bench.store.profiles import ProfileRow
 from bench.store.rows import Row
 from bench.store.selection import machine
 from reports.cells import number
-from reports.drawing import Style
+from reports.layout import Style
 from reports.page.chart import Chart, Datum, Missing, Panel
 from reports.page.commands import capacity_command, line, profile_command, run_command, sampling_command
 from reports.page.evidence import Evidence, Probe

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bench.store.sheets import to_csv
 from reports.cells import number
-from reports.drawing import Style
+from reports.layout import Style
 
 Kind = Literal["lines", "bars", "stack", "points", "ratios"]
 """Lines over a number; bars, or stacked ones, a line of text each; points under a roof; ratios beside 1."""

@@ -20,7 +20,7 @@ from bench.cli.main import app as bench
 from bench.store.rows import read_results
 from dig.environment import ROOT
 from dig.registry import families
-from reports import drawing
+from reports import layout
 from reports.looks import Looks
 from reports.page.chart import Chart, Missing
 from reports.page.colors import DARK_PAGE, LEAST_CONTRAST, contrast, luminance, on_dark
@@ -282,14 +282,14 @@ def same_words(shown: str, meant: str) -> bool:
 
 
 def test_a_text_is_broken_between_words_or_within_one_that_is_too_wide() -> None:
-    assert drawing.wrap("Flash-DiT (sdpa-cudnn)", 9.0, 7.5) == "Flash-DiT (sdpa-cudnn)"
-    assert drawing.wrap("Flash-DiT (sdpa-cudnn)", 0.8, 7.5) == "Flash-DiT\n(sdpa-cudnn)"
-    lines = drawing.wrap(f"of {'x' * 30}", 1.0, 7.5).split("\n")
+    assert layout.wrap("Flash-DiT (sdpa-cudnn)", 9.0, 7.5) == "Flash-DiT (sdpa-cudnn)"
+    assert layout.wrap("Flash-DiT (sdpa-cudnn)", 0.8, 7.5) == "Flash-DiT\n(sdpa-cudnn)"
+    lines = layout.wrap(f"of {'x' * 30}", 1.0, 7.5).split("\n")
     assert "".join(lines) == f"of{'x' * 30}"
-    assert all(drawing.text_inches(line, 7.5) <= 1.0 for line in lines)
-    endless = drawing.wrap("word " * 300, 1.0, 7.5)
+    assert all(layout.text_inches(line, 7.5) <= 1.0 for line in lines)
+    endless = layout.wrap("word " * 300, 1.0, 7.5)
     assert endless.endswith("…")
-    assert endless.count("\n") == drawing.MOST_LINES - 1
+    assert endless.count("\n") == layout.MOST_LINES - 1
 
 
 def test_sampling_has_the_medians_and_what_failed(evidence: Evidence) -> None:
