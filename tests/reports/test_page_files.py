@@ -110,7 +110,7 @@ def test_the_page_has_every_figure_claim_and_row(evidence: Evidence) -> None:
     assert measured in copied
     assert "python -m reports.claims rows.jsonl --id speed" in copied
     pulled = markdown(evidence, figures(evidence))
-    assert f"{measured}  # speed\n" in pulled
+    assert f"\n{measured}\n" in pulled
     assert "\npython -m reports.claims rows.jsonl --id speed\n" in pulled
 
 
