@@ -7,8 +7,6 @@ that interval lies on its side of zero, is reversed on the other, and is not tol
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -22,9 +20,10 @@ import typer
 
 from bench.messages import OneLineCommand, cell, say
 from bench.store.files import write_file
+from bench.store.sheets import to_csv
 from dig.family import BACKEND
 from dig.registry import parse_name
-from reports import drawing
+from reports import drawing, layout
 from reports.ablation_runs import TIMED, Run, read_ablation
 from reports.cells import MISSING, markdown, number
 from reports.drawing import Line, Point
@@ -231,9 +230,7 @@ def compare_seconds(arms: Mapping[str, Mapping[int, Run]]) -> str:
 
 def data(runs: Sequence[Run]) -> str:
     """What the figure draws, as CSV: a line for each arm and measure, the loss too."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["experiment", "arm", "model", "measure", "mean", "low", "high", "seeds", "steps", "batch"])
+    lines: list[list[object]] = []
     for experiment in dict.fromkeys(run.experiment for run in runs if run.experiment != TIMED):
         for arm, seeds in arms_of(runs, experiment).items():
             own = list(seeds.values())
@@ -241,8 +238,9 @@ def data(runs: Sequence[Run]) -> str:
                 found = estimate([getattr(run, measure) for run in own])
                 ends = ["" if math.isnan(end) else f"{end:.6g}" for end in (found.low, found.high)]
                 numbers = [f"{found.middle:.6g}", *ends, found.seeds, own[-1].steps, own[-1].batch]
-                writer.writerow([experiment, arm, own[-1].model, measure, *numbers])
-    return text.getvalue()
+                lines.append([experiment, arm, own[-1].model, measure, *numbers])
+    names = ("experiment", "arm", "model", "measure", "mean", "low", "high", "seeds", "steps", "batch")
+    return to_csv(names, lines)
 
 
 def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
@@ -255,8 +253,8 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     if not panels:
         raise RunError("there is no run of srem or scaling to draw")
     caption = f"{_about(runs)}. Points: mean over seeds; bars: its 95% interval (Student's t)."
-    with mpl.rc_context(dict(drawing.RC)):
-        figure, axes = drawing.assemble(
+    with mpl.rc_context(dict(layout.RC)):
+        figure, axes = layout.assemble(
             len(panels), title=title or "DiG's parts, size and tokens on Fashion-MNIST", caption=caption, styles=styles
         )
         places = iter(axes)
@@ -271,7 +269,7 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
     return Drawing(figure=figure)
 
 
-def _draw_arms(axes: Any, arms: Mapping[str, Mapping[int, Run]], styles: Mapping[str, drawing.Style]) -> None:
+def _draw_arms(axes: Any, arms: Mapping[str, Mapping[int, Run]], styles: Mapping[str, layout.Style]) -> None:
     """A row an arm, its name above it: names are too long for ticks."""
     axes.set_title("SREM's parts, S/4", loc="left", fontsize=10, fontweight="bold", pad=7)
     axes.set_xlabel("Fréchet distance (log axis)", labelpad=5)
@@ -289,7 +287,7 @@ def _draw_arms(axes: Any, arms: Mapping[str, Mapping[int, Run]], styles: Mapping
         axes.plot([found.middle], [place], marker=look.marker, color=look.color, gid=f"arm:{arm}", markersize=6)
         axes.annotate(
             NAMES.get(arm, arm), (0.02, place), xycoords=("axes fraction", "data"), xytext=(0, 4),
-            textcoords="offset points", fontsize=7.5, color=drawing.SOFT_INK,
+            textcoords="offset points", fontsize=7.5, color=layout.SOFT_INK,
         )  # fmt: skip
     low, high = min(ends) / 1.1, max(ends) * 1.1
     axes.set_xlim(low, high)
@@ -314,7 +312,7 @@ def _tokens(seeds: Mapping[int, Run]) -> float:
 def _draw_curve(
     axes: Any,
     arms: Mapping[str, Mapping[int, Run]],
-    look: drawing.Style,
+    look: layout.Style,
     names: Sequence[str],
     *,
     title: str,

@@ -11,7 +11,10 @@ from bench.messages import visible
 from dig.family import BACKEND
 from reports.logs import Record, RunError, read_lines
 
-SCRIPT = "python examples/ablation.py fashion-mnist out/ablation"
+_FOLDER = "out/ablation"
+SCRIPT = f"python examples/ablation.py fashion-mnist {_FOLDER}"
+RUNS = f"{_FOLDER}/ablation.jsonl"
+"""Where the script, as it is called here, leaves its runs."""
 TIMED = "seconds"
 """The experiment whose runs have equal seconds, and steps of their own."""
 

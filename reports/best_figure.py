@@ -12,10 +12,11 @@ import matplotlib as mpl
 from bench.messages import visible
 from bench.store.rows import Row
 from dig.family import Look
-from reports import drawing
+from reports import drawing, layout
 from reports.best import ATTENTION, OURS, Contest, Lead, Role, Ways, contests, execution, failure, time
-from reports.drawing import WIDTH_INCHES, Line, Point, Style
+from reports.drawing import Line, Point
 from reports.figures import Drawing, count_rows, doubted, titled
+from reports.layout import WIDTH_INCHES, Style
 from reports.series import (
     MODE_NAMES,
     PRECISION_NAMES,
@@ -74,9 +75,9 @@ def best(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     setting = Setting.of(leads[0][1].ours)
     ticks = {math.log2(contest.task.resolution): str(contest.task.resolution) for contest, _ in leads}
     default = "DiG's lead over the fastest attention, both at their best"
-    with mpl.rc_context(dict(drawing.RC)):
+    with mpl.rc_context(dict(layout.RC)):
         styles = lead_styles(series)
-        figure, (axes,) = drawing.assemble(
+        figure, (axes,) = layout.assemble(
             1,
             title=titled(title or default, setting),
             caption=_caption(setting.where, found, leads, common, ways),
@@ -117,7 +118,7 @@ def lead_styles(series: Mapping[str, Sequence[tuple[Contest, Lead]]]) -> dict[st
     styles = {}
     for label, own in series.items():
         mode = own[0][0].task.mode
-        styles[label] = drawing.style(_LOOKS[mode], turns[mode])
+        styles[label] = layout.style(_LOOKS[mode], turns[mode])
         turns[mode] += 1
     return styles
 
@@ -219,11 +220,11 @@ def write_labels(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> 
     axes.set_xlim(left, right)
     x_inches = panel / (right - left)
     low, high = (math.log10(y) for y in axes.get_ylim())
-    y_points = 72 * drawing.PANEL_INCHES / (high - low)
+    y_points = 72 * layout.PANEL_INCHES / (high - low)
     for i, x in enumerate(xs):
         own = sorted(columns[x], key=lambda each: each[0])
         wanted = [(math.log10(y) - low) * y_points for y, _, _ in own]
-        heights = _apart(wanted, gap=_LINE_POINTS, low=_LINE_POINTS / 2, high=72 * drawing.PANEL_INCHES)
+        heights = _apart(wanted, gap=_LINE_POINTS, low=_LINE_POINTS / 2, high=72 * layout.PANEL_INCHES)
         room_after = ((xs[i + 1] if i + 1 < len(xs) else right) - x) * x_inches
         room_before = (x - (xs[i - 1] if i else left)) * x_inches
         after = room_after >= widths[x] or room_after >= room_before
@@ -236,7 +237,7 @@ def write_labels(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> 
                 ha="left" if after else "right",
                 va="center",
                 fontsize=_FONT_SIZE,
-                color=drawing.INK,
+                color=layout.INK,
                 zorder=5,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
                 arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},

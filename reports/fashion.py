@@ -18,9 +18,10 @@ import typer
 
 from bench.messages import OneLineCommand, say
 from bench.store.migrations import rename_backend
-from reports import drawing
-from reports.drawing import Line, Point, Style
+from reports import drawing, layout
+from reports.drawing import Line, Point
 from reports.figures import Drawing
+from reports.layout import Style
 from reports.logs import Record, RunError, read_lines, read_object
 from reports.looks import Looks
 from reports.refusing import refusing
@@ -211,8 +212,8 @@ def draw(runs: Sequence[Run], title: str | None = None) -> Drawing:
         ("(b) Distance by step", "Step", "Fréchet distance (log axis)", lambda run: _distances(run, "step", samples)),
         ("(c) Distance by time", "Seconds of training", "", lambda run: _distances(run, "seconds", samples)),
     ]
-    with mpl.rc_context(dict(drawing.RC)):
-        figure, axes = drawing.assemble(
+    with mpl.rc_context(dict(layout.RC)):
+        figure, axes = layout.assemble(
             3, title=title or "Training on Fashion-MNIST, 32×32 pixels", caption=caption, styles=styles
         )
         for place, (heading, x_label, y_label, points) in zip(axes, panels, strict=True):

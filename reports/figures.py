@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 from bench.store.files import write_file
 from bench.store.rows import Row
-from reports import drawing
-from reports.drawing import Failure, Line, Point, Style
+from reports import drawing, layout
+from reports.drawing import Failure, Line, Point
+from reports.layout import Style
 from reports.series import (
     ASSUMED_NOTE,
     MODE_NAMES,
@@ -66,7 +67,7 @@ class Drawing:
     def rendered(self, format: str, **how: Any) -> bytes:
         """The bytes of a file."""
         content = io.BytesIO()
-        with mpl.rc_context(dict(drawing.RC)):
+        with mpl.rc_context(dict(layout.RC)):
             self.figure.savefig(content, format=format, **how)
         return content.getvalue()
 
@@ -85,11 +86,11 @@ def speed_memory(sweep: Sweep, *, size: str = "S", title: str | None = None) -> 
     ticks = {float(row.case.resolution): str(row.case.resolution) for row in rows}
     words = MODE_NAMES[setting.mode]
     default = f"Speed and memory of a {words} against resolution, size {size}/{PATCH}"
-    with mpl.rc_context(dict(drawing.RC)):
+    with mpl.rc_context(dict(layout.RC)):
         styles = styles_of(sweep, rows)
         speed = _lines(sweep, rows, styles, x=_resolution, point=_speed_point)
         memory = _lines(sweep, rows, styles, x=_resolution, point=_memory_point)
-        figure, axes = drawing.assemble(
+        figure, axes = layout.assemble(
             2,
             title=titled(title or default, setting),
             caption=caption_of(sweep, setting, rows),
@@ -152,7 +153,7 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
     order = sorted({row.case.size for row in rows}, key=size_rank)
     ticks = {float(i): size for i, size in enumerate(order)}
     words = MODE_NAMES[setting.mode]
-    with mpl.rc_context(dict(drawing.RC)):
+    with mpl.rc_context(dict(layout.RC)):
         styles = styles_of(sweep, rows)
         panels = [
             _lines(
@@ -164,7 +165,7 @@ def model_size(sweep: Sweep, *, title: str | None = None) -> Drawing | None:
             )
             for resolution in shown
         ]
-        figure, axes = drawing.assemble(
+        figure, axes = layout.assemble(
             len(shown),
             title=titled(title or f"Speed of a {words} against model size, patch {PATCH}", setting),
             caption=caption_of(sweep, setting, rows),

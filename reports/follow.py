@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from bench.messages import OneLineCommand, say
 from bench.store.files import require_file_or_nothing, write_file
 from bench.store.migrations import rename_backend
-from reports import drawing
+from reports import drawing, layout
 from reports.drawing import Line, Point
 from reports.figures import Drawing
 from reports.logs import RunError, read_lines, read_object
@@ -216,8 +216,8 @@ def draw(logs: dict[str, Log], verdict: Verdict) -> Drawing:
         f"the {WINDOW} steps up to {verdict.deviation_step}; dotted, the {BOUND:.0%} allowed. {repeated}"
     )
     ticks = {float(x): str(x) for x in np.linspace(0, verdict.steps, 4).round().astype(int)}
-    with mpl.rc_context(dict(drawing.RC)):
-        figure, axes = drawing.assemble(
+    with mpl.rc_context(dict(layout.RC)):
+        figure, axes = layout.assemble(
             2,
             title="The kernels in bf16 against the reference in fp32",
             caption=caption,
@@ -230,7 +230,7 @@ def draw(logs: dict[str, Log], verdict: Verdict) -> Drawing:
             drawing.draw_panel(
                 axis, drawn, title=title, x_label="Step", y_label=label, x_ticks=ticks, failures_at="top"
             )
-        axes[1].axhline(BOUND, color=drawing.SOFT_INK, linewidth=1, linestyle=":")
+        axes[1].axhline(BOUND, color=layout.SOFT_INK, linewidth=1, linestyle=":")
         # However far everything stays from the bound, its line is to be seen.
         low, high = axes[1].get_ylim()
         axes[1].set_ylim(min(low, BOUND / 1.5), max(high, 1.5 * BOUND))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,15 +21,17 @@ from bench.messages import OneLineCommand, refuse, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError, Row, read_results
 from bench.store.selection import machine, newest
-from reports import drawing
+from bench.store.sheets import to_csv
+from reports import drawing, layout
 from reports.best import memory, time
 from reports.cells import GIB, number
 from reports.claims.errors import ClaimError
 from reports.claims.ratio import ends_ms
-from reports.claims.rows import of_steps
+from reports.claims.rows import check_written, of_steps
 from reports.claims.subject import Subject
-from reports.drawing import Line, Point, Style
+from reports.drawing import Line, Point
 from reports.figures import Drawing
+from reports.layout import Style
 from reports.looks import Looks
 from reports.refusing import refusing
 from reports.series import doubts, span
@@ -261,9 +261,9 @@ def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], 
     )
     unit = "Milliseconds a step" if figure == "time" else "GiB"
     # Labels stand upright below the axis, where the caption's room is for lying ones.
-    longest = max(drawing.text_inches(moment.commit, LABEL_POINTS) for moment in found)
-    with mpl.rc_context(dict(drawing.RC)):
-        shape, (axes,) = drawing.assemble(
+    longest = max(layout.text_inches(moment.commit, LABEL_POINTS) for moment in found)
+    with mpl.rc_context(dict(layout.RC)):
+        shape, (axes,) = layout.assemble(
             1,
             title=f"{'Time' if figure == 'time' else 'Memory'} over commits",
             caption=caption,
@@ -283,14 +283,14 @@ def draw(case: Case, where: str, found: Sequence[Moment], at: Sequence[Change], 
         steps = levels([moment.value for moment in found], at)
         if len(found) >= LEAST_POINTS:  # Of fewer, no level is claimed.
             axes.step(
-                range(len(steps)), steps, where="mid", color=drawing.SOFT_INK, linewidth=0.9, zorder=2, gid="levels"
+                range(len(steps)), steps, where="mid", color=layout.SOFT_INK, linewidth=0.9, zorder=2, gid="levels"
             )
         for change in at:
             x = change.index - 0.5
-            axes.axvline(x, color=drawing.INK, linestyle="--", linewidth=0.9, gid=f"change:{change.index}")
+            axes.axvline(x, color=layout.INK, linestyle="--", linewidth=0.9, gid=f"change:{change.index}")
             axes.annotate(
                 f"{change.factor - 1:+.1%}", (x, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -9),
-                textcoords="offset points", fontsize=8, color=drawing.INK,
+                textcoords="offset points", fontsize=8, color=layout.INK,
             )  # fmt: skip
     return Drawing(figure=shape)
 
@@ -299,19 +299,16 @@ def data(found: Sequence[Moment], at: Sequence[Change], figure: Figure) -> str:
     """The figure's numbers as CSV, a line a commit."""
     unit = "ms" if figure == "time" else "gib"
     factors = {change.index: change.factor for change in at}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["commit", "started_at", unit, "low", "high", "launches", "cards", "marks", "level", "change_percent"]
-    )
+    lines: list[list[object]] = []
     for index, (moment, level) in enumerate(zip(found, levels([m.value for m in found], at), strict=True)):
         changed = f"{100 * (factors[index] - 1):.2f}" if index in factors else ""
         numbers = [f"{x:.6g}" for x in (moment.value, moment.low, moment.high)]
         marks = " ".join(moment.marks)
-        writer.writerow(
+        lines.append(
             [moment.commit, moment.started_at, *numbers, moment.launches, moment.cards, marks, f"{level:.6g}", changed]
         )
-    return text.getvalue()
+    names = ("commit", "started_at", unit, "low", "high", "launches", "cards", "marks", "level", "change_percent")
+    return to_csv(names, lines)
 
 
 @app.command(cls=OneLineCommand)
@@ -346,6 +343,8 @@ def report(
         refuse(f"--noise must be a percentage above 0 and below 100; got {noise:g}")
     what: Figure = "time" if figure == "time" else "memory"
     with refusing(ResultError, ClaimError, folder=out, hint="; choose another --out"):
+        for path in files:
+            check_written(path)
         steps = [path for path in files if of_steps(path)]
         given = [row for path in steps for row in read_results(path).rows]
         rows = rows_of(case, given)

@@ -13,8 +13,8 @@ from dataclasses import replace
 from bench.store.rows import Row
 from dig.family import BACKEND, Look
 from dig.registry import families
-from reports import drawing
-from reports.drawing import Style
+from reports import layout
+from reports.layout import Style
 
 # Crosses are missing among the markers: a cross is a failure.
 STRANGERS = (
@@ -100,7 +100,7 @@ class Looks:
         if not turn:
             return first
         other = self.style(family, place + turn)
-        return replace(other, color=first.color, width=drawing.PLAIN_WIDTH, hollow=not first.hollow)
+        return replace(other, color=first.color, width=layout.PLAIN_WIDTH, hollow=not first.hollow)
 
     def _own(self, family: str) -> Look:
         known = families().get(family)
@@ -123,4 +123,4 @@ class Looks:
                 markers=look.markers or chosen.markers,
                 dashes=look.dashes or chosen.dashes,
             )
-        return drawing.style(look, variant)
+        return layout.style(look, variant)

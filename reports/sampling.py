@@ -15,9 +15,9 @@ from bench.sampling.rows import Comparison, SamplingCase, SamplingRow, compare, 
 from bench.store.files import write_file
 from bench.store.lines import ResultError
 from bench.store.selection import machine
-from reports import drawing
-from reports.drawing import Style
+from reports import layout
 from reports.figures import Drawing
+from reports.layout import Style
 from reports.looks import Looks
 from reports.refusing import refusing
 from reports.series import STATUS_NAMES
@@ -115,8 +115,8 @@ def draw(entries: Sequence[Comparison], title: str | None = None) -> Drawing | N
         f"{_where(rows)}. {_setting_words(rows[0].case)}. From noise to latents, without decoding; random weights. "
         f"Whiskers: the interval that holds the median with a confidence of at least {confidence:.1%}."
     )
-    with mpl.rc_context(dict(drawing.RC)):
-        figure, axes = drawing.assemble(
+    with mpl.rc_context(dict(layout.RC)):
+        figure, axes = layout.assemble(
             len(sides), title=title or "Samples a second: higher is better", caption=caption, styles=styles
         )
         for axis, side in zip(axes, sides, strict=True):
@@ -140,7 +140,7 @@ def _draw_bars(axis: Any, rows: Sequence[SamplingRow], styles: dict[str, Style])
         axis.bar(
             place, speed.median, width=0.7, color=styles[row.case.label].color, gid=f"bar:{visible(row.case.label)}"
         )
-        axis.vlines(place, speed.low, speed.high, color=drawing.INK, linewidth=1.5)
+        axis.vlines(place, speed.low, speed.high, color=layout.INK, linewidth=1.5)
         axis.annotate(
             f"{speed.median:.3g}", (place, speed.high), xytext=(0, 3), textcoords="offset points", ha="center"
         )

@@ -114,7 +114,7 @@ def export(
 
     Nested fields become columns named with dots (memory.allocator_peak). Every sample is in parquet only; both have
     their median and number. All rows are written; the column ``newest`` is true of those that comparisons, figures and
-    tables take.
+    tables take. In CSV a text that a spreadsheet would take for a formula has a single quote before it.
     """
     from bench.store.export import FORMATS, export_rows
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from bench.store.files import write_file
 from bench.store.migrations import SCHEMA
 from bench.store.rows import Row
 from bench.store.selection import newest
+from bench.store.sheets import harmless
 
 FORMATS = ("parquet", "csv")
 
@@ -37,17 +39,27 @@ def _flat(row: Row, is_newest: bool) -> dict[str, Any]:
 
 
 def export_rows(rows: Sequence[Row], path: Path, format: str) -> None:
-    """Write rows as ``parquet`` (samples kept as lists) or ``csv`` (samples left out: a cell holds one value)."""
+    """Write rows as ``parquet`` (samples kept as lists) or ``csv`` (samples left out: a cell holds one value).
+
+    In CSV a text that begins as a formula does has a single quote before it (`bench.store.sheets`).
+    """
     frame = to_frame(rows)
     content: str | bytes
     if format == "parquet":
         content = _of_one_kind(frame).to_parquet(None, index=False)
     elif format == "csv":
-        content = frame.drop(columns="samples_ms").to_csv(index=False)
+        content = _harmless(frame.drop(columns="samples_ms")).to_csv(index=False)
     else:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, content)
+
+
+def _harmless(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame without a text that a spreadsheet would take for a formula; its columns have names of their own."""
+    for name in [name for name in frame.columns if not is_numeric_dtype(frame[name])]:
+        frame[name] = pd.Series([harmless(value) for value in frame[name]], index=frame.index, dtype=object)
+    return frame
 
 
 def _of_one_kind(frame: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge_all
 from reports.claims.readme import read_readme
 from reports.claims.restating import applied, changes, read_pages
-from reports.claims.rows import Files, published
+from reports.claims.rows import Files, check_written, published
 from reports.claims.spec import CLAIMS, Claims, read_claims
 from reports.claims.telling import counted, to_json, to_markdown, to_text
 from reports.refusing import refusing
@@ -42,6 +42,9 @@ def report(
     claims: Annotated[
         Path, typer.Option("--claims", metavar="FILE.toml", help="Claims; its head says how one is written.")
     ] = CLAIMS,
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", metavar="ID", help="This claim alone; repeat for several.")
+    ] = None,
     restate: Annotated[
         bool,
         typer.Option(
@@ -59,12 +62,15 @@ def report(
     with refusing(ClaimError, ResultError, folder=out or Path(), hint="; choose another --out"):
         paths = list(_files(files or published()))
         said, (numbers, _) = read_claims(claims), read_declared()
-        given = Files(paths, said.files | {one.rows for one in numbers})
+        said = said.only(ids) if ids else said
         if restate:
-            _restate(said, numbers, given)
+            _restate(said, [] if ids else numbers, Files(paths, said.files | {one.rows for one in numbers}))
             return
+        given = Files(paths, said.files)
         findings = judge_all(said, given, read_readme())
-        if unread := [path.name for path in paths if path not in given.used]:
+        # Of one claim the others' files are not read, and published ones nobody asked for.
+        unread = [path.name for path in paths if path not in given.used] if files or not ids else []
+        if unread:
             say(f"no claim reads {', '.join(unread)}", err=True)
         if out is None:
             typer.echo(to_text(findings))
@@ -88,8 +94,14 @@ def _restate(claims: Claims, numbers: list[Number], files: Files) -> None:
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files, and those of folders."""
+    """Files, and those of folders, in which others may lie.
+
+    Raises:
+        ResultError: A file is not of this project, or a folder holds none.
+    """
     for path in paths:
+        if not path.is_dir():
+            check_written(path)
         found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not found:
             raise ResultError(f"no .jsonl files in {path}")

@@ -1,18 +1,41 @@
-"""The one command that measures a claim's cases again."""
+"""The commands that measure a claim's cases again, and that judge it from rows."""
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from bench.cases.case import Case
 from bench.cases.suites import PAPER_RESOLUTIONS
 from bench.messages import visible
+from dig.environment import ROOT
 from dig.family import BACKEND
 from reports.claims.subject import Subject
 
 ATTENTION = ("Flash-DiT:sdpa-cudnn", "Flash-DiT:flash-attn-4")
 """What a set of Flash-DiT's ways is measured by, where no row says which was the best."""
+
+MEASURED = "out/results.jsonl"
+"""Where ``bench run`` leaves its rows, unless it is told otherwise."""
+
+
+def judging(id: str, rows: Iterable[str] = (), options: Sequence[str] = ()) -> str:
+    """``python -m reports.claims`` of one claim, to be run in the project's folder.
+
+    Args:
+        id: The claim's.
+        rows: Results files as they are called there; of none those that are published.
+        options: Others of the command.
+    """
+    return visible(shlex.join(["python", "-m", "reports.claims", *rows, *options, "--id", id]))
+
+
+def from_root(path: Path) -> str:
+    """How a file is called in the project's folder; one outside as it was named."""
+    whole = Path(os.path.abspath(path))
+    return str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else str(path)
 
 
 def _joined(values: Iterable[object]) -> str:

@@ -26,6 +26,8 @@ class Finding:
         measured: In words, with a unit; empty where nothing was.
         interval: Between which ends the measured number lies, in its own unit; None without one.
         command: What measures it again.
+        judging: What judges what the command measured, of this claim alone; empty where a claim's own command does all.
+        again: What gives this verdict once more, from the rows that it is of; empty without rows.
         notes: Which rows it is read from, and what to know of them.
     """
 
@@ -36,7 +38,14 @@ class Finding:
     measured: str = ""
     interval: tuple[float, float] | None = None
     command: str = ""
+    judging: str = ""
+    again: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> str:
+        """What measures it and judges it, as one line for a shell."""
+        return both(self.command, self.judging)
 
     def record(self) -> Mapping[str, Any]:
         """As JSON has it, notes as one text."""
@@ -49,8 +58,15 @@ class Finding:
             "interval": ends,
             "verdict": self.verdict,
             "command": self.command,
+            "judging": self.judging,
+            "again": self.again,
             "notes": "; ".join(self.notes),
         }
+
+
+def both(command: str, judging: str) -> str:
+    """Two commands as one line for a shell, the second where the first went well; either may be empty."""
+    return " && ".join(filter(None, (command, judging)))
 
 
 def _short(value: float) -> float:

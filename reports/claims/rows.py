@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.store.files import read_file
+from bench.store.kinds import other_kind
 from bench.store.rows import ResultError, Row
 from bench.store.selection import machine
 from dig.environment import ROOT
@@ -43,6 +44,19 @@ def of_steps(path: Path) -> bool:
     """Whether a file holds rows of steps: what is no JSON at all is for its reader to refuse."""
     record = _first(path)
     return not isinstance(record, dict) or (record.get("kind") is None and {"case", "schema"} <= record.keys())
+
+
+def check_written(path: Path) -> None:
+    """Refuse a file whose first line is an object of JSON that nothing of this project writes.
+
+    Rows of other kinds and of older formats pass, and so does what is no object: its reader says what is wrong with it.
+
+    Raises:
+        ResultError: It is such a file, or it cannot be read.
+    """
+    record = _first(path)
+    if isinstance(record, dict) and not of_steps(path) and not other_kind(record):
+        raise ResultError(f"{path}: its first line is no row of the benchmark; name files that python -m bench wrote")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +98,7 @@ class Files:
             if path.name in known:
                 self._named.setdefault(path.name, []).append(path)
         self._own = [path for path in paths if path.name not in known]
+        self._own_steps: list[Path] | None = None
         self._read: dict[str, Source | None] = {}
         self.used: set[Path] = set()
 
@@ -91,6 +106,19 @@ class Files:
         """The files of a name."""
         self.used.update(found := self._named.get(name, []))
         return found
+
+    def read_for(self, name: str, *, runs: bool = False) -> list[Path]:
+        """The files that a claim which names this file is tested on.
+
+        Args:
+            name: The file's.
+            runs: Whether the claim is of training runs, which are read from files of the name alone.
+        """
+        if (named := self._named.get(name, [])) or runs:
+            return named
+        if self._own_steps is None:
+            self._own_steps = [path for path in self._own if of_steps(path)]
+        return self._own_steps
 
     def source(self, name: str) -> Source | None:
         """The rows for a claim that names this file; None where there are none.
@@ -103,10 +131,8 @@ class Files:
         return self._read[name]
 
     def _source(self, name: str) -> Source | None:
-        paths = self.paths(name)
-        if not paths:
-            paths = [path for path in self._own if of_steps(path)]
-            self.used.update(paths)
+        paths = self.read_for(name)
+        self.used.update(paths)
         if not paths:
             return None
         sweep = read_sweep(paths)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bench.store.decoding import decode_dataclass, require
 from bench.store.files import read_file
+from dig.family import nearest
 from reports.claims.errors import ClaimError
 from reports.claims.prose import HOLE
 from reports.claims.ratio import Figure
@@ -77,7 +78,7 @@ class Ratio(Claim):
         rows: Name of the results file.
         quote: README's words, ``{}`` where the number stands.
         line: README's line of a table: the table's first heading, the line's first cell.
-        command: What measures it; made from the cases where it is empty.
+        command: What measures it and judges it; made from the cases where it is empty.
     """
 
     over: str
@@ -230,13 +231,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
-    """All claims of a file, in its order of kinds."""
+    """All claims of a file, in its order of kinds.
+
+    Attributes:
+        claims: They.
+        path: The file.
+    """
 
     claims: tuple[Claim, ...]
+    path: Path = CLAIMS
 
     def of(self, kind: type[C]) -> list[C]:
         """Those of a kind."""
         return [claim for claim in self.claims if isinstance(claim, kind)]
+
+    def only(self, ids: Sequence[str]) -> Claims:
+        """Those of these ids.
+
+        Raises:
+            ClaimError: There is no such claim.
+        """
+        known = [claim.id for claim in self.claims]
+        for id in ids:
+            if id not in known:
+                near = nearest(id, known)
+                hint = f"did you mean {near}?" if near is not None else f"such as {known[0]}"
+                raise ClaimError(f"{self.path}: no claim has the id {id!r:.80}; {hint}")
+        return replace(self, claims=tuple(claim for claim in self.claims if claim.id in ids))
 
     @property
     def files(self) -> set[str]:
@@ -256,7 +277,7 @@ def read_claims(path: Path = CLAIMS) -> Claims:
         raise ClaimError(f"{path}: two claims have the id {min(repeated)!r}")
     if not claims:
         raise ClaimError(f"{path}: it holds no claims")
-    return Claims(claims=tuple(claims))
+    return Claims(claims=tuple(claims), path=path)
 
 
 def read_tables(path: Path, kinds: Mapping[str, type[T]]) -> list[T]:

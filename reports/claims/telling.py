@@ -44,7 +44,7 @@ def to_text(findings: Sequence[Finding]) -> str:
         if finding.measured:
             lines.append(f"    measured: {finding.measured} {_interval(finding)}".rstrip())
         lines += [f"    {note}" for note in finding.notes]
-        lines.append(f"    $ {finding.command}")
+        lines.append(f"    $ {finding.steps}")
     return "\n".join(map(visible, lines))
 
 
@@ -64,7 +64,8 @@ def to_markdown(findings: Sequence[Finding]) -> str:
         lines.append(f"| {cell(each.id)} | {cell(each.said)} | {measured} | {interval} | {each.verdict} |")
     lines += ["", "## What measures them, and where they are from"]
     for each in findings:
-        lines += ["", f"- {cell(each.id)} ({cell(each.source)}): `{each.command.replace('`', '')}`"]
+        lines += ["", f"- {cell(each.id)} ({cell(each.source)}): `{each.steps.replace('`', '')}`"]
+        lines += [f"  - these rows alone: `{each.again.replace('`', '')}`"] if each.again else []
         lines += [f"  - {cell(note)}" for note in each.notes]
     return "\n".join(lines) + "\n"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ import typer
 from bench.messages import OneLineCommand, say
 from bench.store.files import write_file
 from bench.store.rows import ResultError
+from bench.store.sheets import to_csv
 from dig.family import closest
 from reports.page.chart import Chart, Missing
 from reports.page.drawn import draw
@@ -123,11 +122,9 @@ def _write_page(out: Path, evidence: Evidence, shown: list[Figure | Picture], ti
 
 
 def _csv(listed: list[Entry]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(Entry.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**each.record(), "assumed": "yes" if each.assumed else ""} for each in listed)
-    return text.getvalue()
+    records = ({**each.record(), "assumed": "yes" if each.assumed else ""} for each in listed)
+    names = list(Entry.__dataclass_fields__)
+    return to_csv(names, ([record[name] for name in names] for record in records))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from bench.store.profiles import ProfileRow
 from bench.store.rows import Row
 from bench.store.selection import machine
 from reports.cells import number
-from reports.drawing import Style
+from reports.layout import Style
 from reports.page.chart import Chart, Datum, Missing, Panel
 from reports.page.commands import capacity_command, line, profile_command, run_command, sampling_command
 from reports.page.evidence import Evidence, Probe
-from reports.page.said import GIB, commit, marked, provenance, time_words
+from reports.page.said import GIB, commit, marked, provenance, time_words, where
 from reports.page.steps import PAPER, fullest, on_one_machine
 from reports.series import MODE_NAMES, Series, Sweep, launches_of
 
@@ -32,6 +32,7 @@ MEMORY_PARTS: Mapping[str, str] = {
     "inputs, buffers": "allocated before the first step",
     "within the step": "gradients and activations",
 }
+NOT_RECORDED = "a machine that was not recorded"
 POINTS = (("train", 1024), ("train", 1792), ("forward", 1024), ("train", 256))
 """Mode and resolution of the choices that come first."""
 
@@ -230,14 +231,14 @@ def _ledger(row: Row) -> dict[str, int]:
 
 
 def capacity(evidence: Evidence) -> list[Chart | Missing]:
-    """The largest batch and the largest resolution that fit, of every model that was tried."""
+    """The largest batch and the largest resolution that fit, of every model that was tried, each on one machine."""
     title = "The largest batch and resolution that fit"
-    groups: dict[tuple[object, ...], list[Probe]] = {}
-    several = len({probe.environment.get("gpu_name") for probe in evidence.probes}) > 1
+    groups: dict[tuple[Case, int | None, str], list[Probe]] = {}
+    machines: dict[str, list[Probe]] = {}
     for probe in evidence.probes:
-        case = probe.case
-        kind = (case.model, case.options, case.mode, case.execution, case.dtype, case.device, probe.limit)
-        groups.setdefault((*kind, machine(probe)), []).append(probe)
+        kind = replace(probe.case, batch=1, resolution=256)
+        groups.setdefault((kind, probe.limit, _tried_on(probe)), []).append(probe)
+        machines.setdefault(_tried_on(probe), []).append(probe)
     found: dict[str, list[Datum]] = {}
     series = []
     for own in groups.values():
@@ -253,8 +254,9 @@ def capacity(evidence: Evidence) -> list[Chart | Missing]:
                 fails = [value for value, probe in tried.items() if not probe.fits]
                 at = f"at {fixed} pixels" if axis == "batch" else f"at batch {fixed}"
                 room = "" if own[0].limit is None else f", within {number(own[0].limit / GIB)} GiB"
-                where = f", {machine(own[0])}" if several else ""
-                name = f"Largest {axis} {at}, {MODE_NAMES[case.mode]}, {case.execution}, {case.dtype}{room}{where}"
+                on = _tried_on(own[0])
+                apart = f", {on}" if len(machines) > 1 else ""
+                name = f"Largest {axis} {at}, {MODE_NAMES[case.mode]}, {case.way}, {case.precision}{room}{apart}"
                 top = max(fits, default=None)
                 held = None if top is None else tried[top].peak
                 beyond = f"{min(fails)} does not fit" if fails else "nothing larger was tried"
@@ -264,7 +266,7 @@ def capacity(evidence: Evidence) -> list[Chart | Missing]:
                         x=label,
                         y=top,
                         word="nothing fits" if top is None else "",
-                        text=f"{f'peak {number(held / GIB)} GiB · ' if held else ''}{beyond}",
+                        text=f"{f'peak {number(held / GIB)} GiB · ' if held else ''}{beyond} · {on}",
                         command=capacity_command(
                             case,
                             resolution=fixed if axis == "batch" else 256,
@@ -278,9 +280,8 @@ def capacity(evidence: Evidence) -> list[Chart | Missing]:
     if not found:
         why = "no probes of what fits are here"
         return [Missing(name="capacity", section="capacity", title=title, why=why, command=command)]
-    known = [probe for probe in evidence.probes if probe.environment]
-    where = " and ".join(dict.fromkeys(machine(probe) for probe in known)) or "the machine was not recorded"
-    commits = " and ".join(dict.fromkeys(commit(probe.environment) for probe in known))
+    places = " and ".join(_counted(name, own) if len(machines) > 1 else name for name, own in machines.items())
+    commits = " and ".join(dict.fromkeys(filter(None, (commit(probe.environment) for probe in evidence.probes))))
     return [
         Chart(
             name="capacity",
@@ -292,13 +293,30 @@ def capacity(evidence: Evidence) -> list[Chart | Missing]:
             y_label="the largest that fits",
             counts=True,
             caption=(
-                f"{where}{f' · commit {commits}' if commits else ''} · {len(evidence.probes)} probes, each a process",
+                f"{places}{f' · commit {commits}' if commits else ''} · {len(evidence.probes)} probes, each a process",
+                *_alike(machines),
                 "Found by bisection; no interval, for what fits has none.",
             ),
             reading="Longer bars hold more.",
             command=command,
         )
     ]
+
+
+def _tried_on(probe: Probe) -> str:
+    # Older probes don't say where; nobody knows that two of them are of one machine.
+    return where(probe) if probe.environment else NOT_RECORDED
+
+
+def _counted(name: str, probes: Sequence[Probe]) -> str:
+    return f"{name} ({len(probes)} probe{'' if len(probes) == 1 else 's'})"
+
+
+def _alike(machines: Mapping[str, Sequence[Probe]]) -> list[str]:
+    """What to know of machines of one name, whose bars are of all of them."""
+    cards = {name: {each.environment.get("gpu_uuid") for each in own} - {None} for name, own in machines.items()}
+    several = {name: len(own) for name, own in cards.items() if len(own) > 1}
+    return [f"{count} cards are named {name}; bars are of all of them." for name, count in several.items()]
 
 
 def _options(evidence: Evidence, family: str, options: tuple[tuple[str, str], ...]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bench.store.sheets import to_csv
 from reports.cells import number
-from reports.drawing import Style
+from reports.layout import Style
 
 Kind = Literal["lines", "bars", "stack", "points", "ratios"]
 """Lines over a number; bars, or stacked ones, a line of text each; points under a roof; ratios beside 1."""
@@ -117,20 +116,17 @@ class Chart:
 
     def csv(self) -> str:
         """Every number, a line each."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
         names = ("series", "x", "part", "y", "low", "high", "word", "label", "assumed", "text", "command")
-        writer.writerow(["panel", *names])
-        for panel in self.panels:
-            for datum in panel.data:
-                values = (getattr(datum, name) for name in names)
-                writer.writerow([panel.name, *("" if value is None else value for value in values)])
-        return out.getvalue()
+        return to_csv(
+            ("panel", *names),
+            ([panel.name, *(getattr(datum, name) for name in names)] for panel in self.panels for datum in panel.data),
+        )
 
     def record(self) -> dict[str, Any]:
         """What the page's script draws it from."""
         return {
             "name": self.name,
+            "title": self.title,
             "kind": self.kind,
             "panels": [
                 {

@@ -11,7 +11,7 @@ from typing import Any
 from bench.store.decoding import decode_dataclass, parse_json
 from bench.store.files import read_file
 from bench.store.lines import ResultError
-from reports.claims.finding import VERDICTS
+from reports.claims.finding import VERDICTS, both
 from reports.claims.telling import MANY
 
 
@@ -27,6 +27,8 @@ class Claim:
         interval: Ends of the measured value's interval; None without one.
         verdict: ``holds``, ``fails``, ``open``, say.
         command: What measures it again.
+        judging: What judges what that measured; empty where nobody said.
+        again: What gives this verdict once more, from the rows that it is of; likewise.
         notes: What else to know.
     """
 
@@ -37,7 +39,14 @@ class Claim:
     interval: tuple[float, ...] | None = None
     verdict: str = ""
     command: str = ""
+    judging: str = ""
+    again: str = ""
     notes: str = ""
+
+    @property
+    def steps(self) -> str:
+        """What measures it and judges it, as one line for a shell."""
+        return both(self.command, self.judging)
 
     @property
     def group(self) -> str:

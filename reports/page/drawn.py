@@ -12,10 +12,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from bench.messages import visible
-from reports import drawing
+from reports import drawing, layout
 from reports.best_figure import write_labels
-from reports.drawing import Failure, Line, Point, Style
+from reports.drawing import Failure, Line, Point
 from reports.figures import Drawing
+from reports.layout import Style
 from reports.page.chart import Chart, Datum, Panel
 
 MOST_PANELS = {"lines": 2, "bars": 2, "stack": 2, "points": 1, "ratios": 1}
@@ -38,21 +39,21 @@ def draw(chart: Chart) -> Drawing:
     """The figure."""
     panels = chart.panels[: MOST_PANELS[chart.kind]]
     points = TITLE_POINTS[chart.kind]
-    with mpl.rc_context(dict(drawing.RC)):
+    with mpl.rc_context(dict(layout.RC)):
         room = _room(chart, panels)
         names = [visible(panel.name) if len(chart.panels) > 1 else "" for panel in panels]
-        titles = [drawing.wrap(name, room.panel, points, "bold") for name in names]
-        figure, axes = drawing.assemble(
+        titles = [layout.wrap(name, room.panel, points, "bold") for name in names]
+        figure, axes = layout.assemble(
             len(panels),
             title=chart.title,
             caption=_caption(chart, panels),
             styles=_legend(chart, panels),
             tall=room.tall,
-            above=max(title.count("\n") for title in titles) * points * drawing.LINE,
+            above=max(title.count("\n") for title in titles) * points * layout.LINE,
         )
         for axis, left in zip(axes, room.lefts, strict=False):
             box = axis.get_position()
-            width = drawing.WIDTH_INCHES
+            width = layout.WIDTH_INCHES
             axis.set_position((left / width, box.y0, room.panel / width, box.height))
         for axis, panel, name, title in zip(axes, panels, names, titles, strict=True):
             if chart.kind == "lines":
@@ -85,20 +86,20 @@ class _Room:
     """Inches that a chart's texts leave: of a panel its width and height, and where each begins if names move it."""
 
     panel: float
-    tall: float = drawing.PANEL_INCHES
+    tall: float = layout.PANEL_INCHES
     lefts: tuple[float, ...] = ()
 
 
 def _room(chart: Chart, panels: Sequence[Panel]) -> _Room:
     """Room for bars' names left of every panel, as wide as they are; of two with the same names, left of the first."""
     if chart.kind not in NAME_INCHES:
-        return _Room(panel=drawing.panel_inches(len(panels)))
+        return _Room(panel=layout.panel_inches(len(panels)))
     named = panels[:1] if _same_names(panels) else panels
     texts = [[_wrapped(name, chart) for name in _bars(panel)] for panel in named]
     rooms = [
-        TICK + max(drawing.text_inches(line, NAME_POINTS) for text in own for line in text.split("\n")) for own in texts
+        TICK + max(layout.text_inches(line, NAME_POINTS) for text in own for line in text.split("\n")) for own in texts
     ]
-    panel = drawing.WIDTH_INCHES - EDGE - sum(rooms) - BETWEEN * (len(panels) - 1) - drawing.RIGHT
+    panel = layout.WIDTH_INCHES - EDGE - sum(rooms) - BETWEEN * (len(panels) - 1) - layout.RIGHT
     panel /= len(panels)
     lefts, left = [], EDGE
     for place in range(len(panels)):
@@ -110,13 +111,13 @@ def _room(chart: Chart, panels: Sequence[Panel]) -> _Room:
     rows = max(*map(len, texts), 3)
     return _Room(
         panel=panel,
-        tall=max(drawing.PANEL_INCHES, rows * lines * NAME_POINTS * drawing.LINE),
+        tall=max(layout.PANEL_INCHES, rows * lines * NAME_POINTS * layout.LINE),
         lefts=tuple(lefts),
     )
 
 
 def _wrapped(name: str, chart: Chart) -> str:
-    return drawing.wrap(visible(name), NAME_INCHES[chart.kind] - TICK, NAME_POINTS)
+    return layout.wrap(visible(name), NAME_INCHES[chart.kind] - TICK, NAME_POINTS)
 
 
 def _caption(chart: Chart, panels: Sequence[Panel]) -> str:
@@ -226,7 +227,7 @@ def _draw_bars(axis: Any, chart: Chart, panel: Panel) -> None:
         if datum.y is not None:
             axis.barh(at, datum.y, height=0.62, color=style.color, gid=f"bar:{visible(datum.series)}")
         if datum.low is not None and datum.high is not None:
-            axis.hlines(at, datum.low, datum.high, color=drawing.INK, linewidth=1.8, gid="spread")
+            axis.hlines(at, datum.low, datum.high, color=layout.INK, linewidth=1.8, gid="spread")
         text = datum.word or chart.written(datum.y or 0)
         axis.annotate(
             visible(text), (datum.high or datum.y or 0, at), xytext=(4, 0), textcoords="offset points", va="center",
@@ -250,7 +251,7 @@ def _draw_stack(axis: Any, chart: Chart, panel: Panel) -> None:
     for at, (name, end) in enumerate(zip(names, ends, strict=True)):
         mark = panel.marks.get(name)
         if mark is not None:
-            axis.vlines(mark, at - 0.36, at + 0.36, color=drawing.INK, linewidth=1.5, gid="mark")
+            axis.vlines(mark, at - 0.36, at + 0.36, color=layout.INK, linewidth=1.5, gid="mark")
         text = " · ".join(chart.written(value) for value in (end, mark) if value is not None)
         axis.annotate(
             text, (max(end, mark or 0.0), at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
@@ -274,7 +275,7 @@ def _draw_points(axis: Any, chart: Chart, panel: Panel) -> None:
         xs = [float(datum.x) for datum in panel.data] + [ridge]
         ends = [min(xs) / 2, ridge, max(xs) * 2]
         roof = [min(panel.roof.flop_rate, x * panel.roof.byte_rate) / 1e12 for x in ends]
-        axis.plot(ends, roof, color=drawing.INK, linewidth=1.4, zorder=1, gid="roof")
+        axis.plot(ends, roof, color=layout.INK, linewidth=1.4, zorder=1, gid="roof")
     axis.set_xlabel(visible(chart.x_label), labelpad=5)
     axis.set_ylabel(visible(chart.y_label), labelpad=5)
 
@@ -282,7 +283,7 @@ def _draw_points(axis: Any, chart: Chart, panel: Panel) -> None:
 def _draw_ratios(axis: Any, chart: Chart, panel: Panel) -> None:
     names = _bars(panel)
     _name_bars(axis, names, chart)
-    axis.axvline(1.0 if panel.level is None else panel.level, color=drawing.INK, linewidth=1.0, gid="level")
+    axis.axvline(1.0 if panel.level is None else panel.level, color=layout.INK, linewidth=1.0, gid="level")
     for datum in panel.data:
         if str(datum.x) not in names or datum.y is None:
             continue

@@ -43,9 +43,13 @@ def _claims(evidence: Evidence) -> list[str]:
         interval = "" if claim.interval is None else f"[{', '.join(map(number, claim.interval))}]"
         words = (claim.said, claim.source, claim.measured or "not measured", interval, claim.verdict or "open")
         lines.append(f"| {' | '.join(map(cell, words))} |")
-    commands = {claim.id: claim.command for claim in evidence.claims if claim.command}
-    if commands:
-        lines += ["", *code("\n".join(f"{command}  # {id}" for id, command in commands.items()))]
+    # The step that judges names the claim.
+    steps = [
+        claim.steps if claim.judging else f"{claim.steps}  # {claim.id}" for claim in evidence.claims if claim.steps
+    ]
+    lines += ["", *code("\n".join(steps))] if steps else []
+    again = [claim.again for claim in evidence.claims if claim.again]
+    lines += ["", "The verdicts alone, from these rows:", "", *code("\n".join(again))] if again else []
     return lines
 
 

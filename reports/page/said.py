@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bench.store.rows import Row
-from bench.store.selection import machine
+from bench.store.selection import Placed, machine
 from reports.cells import number
 from reports.series import ASSUMED_NOTE, DOUBTS, Launches, bar_ms, doubts, is_assumed, launches_of, span
 
@@ -38,7 +38,7 @@ def commit(environment: Mapping[str, Any]) -> str:
 
 def provenance(rows: Sequence[Told], files: Iterable[str] = ()) -> str:
     """``NVIDIA H100 80GB HBM3 · torch 2.11.0 · commit a659891ad3 · 2026-11-26 · rows.jsonl``; of several values all."""
-    parts = [" and ".join(dict.fromkeys(_where(row) for row in rows))]
+    parts = [" and ".join(dict.fromkeys(where(row) for row in rows))]
     for key, prefix in (("torch", "torch "), ("cuda", "CUDA "), ("triton", "Triton ")):
         values = dict.fromkeys(str(row.environment[key]) for row in rows if row.environment.get(key))
         parts += [prefix + " and ".join(values)] if values else []
@@ -50,7 +50,8 @@ def provenance(rows: Sequence[Told], files: Iterable[str] = ()) -> str:
     return " · ".join([*parts, *([names] if names else [])])
 
 
-def _where(row: Told) -> str:
+def where(row: Placed) -> str:
+    """The machine; a processor's rows are no GPU's."""
     return f"{machine(row)} (CPU, not a GPU result)" if row.case.device == "cpu" else machine(row)
 
 

@@ -15,7 +15,8 @@ SECTIONS: Mapping[str, tuple[str, str, str]] = {
         "Claims",
         "Claims and verdicts",
         "What was said, what was measured here, and whether it holds. A ratio's interval here is of two medians "
-        "(docs/method.md says how); in figures bars are where most steps lie, which is another thing.",
+        "(docs/method.md says how); in figures bars are where most steps lie, which is another thing. Of the "
+        "commands, run in the project's folder, the first measures anew and judges that, the second judges these rows.",
     ),
     "explore": (
         "Explore",

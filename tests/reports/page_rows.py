@@ -121,7 +121,9 @@ def claims(text: str = "") -> list[dict[str, Any]]:
     """One that holds, one that fails, one that nobody measured, and one of somebody else's that is folded away."""
     return [
         {"id": "speed", "source": "the paper", "said": "2.5 times at 1792", "measured": 9.6, "interval": [9.5, 9.7],
-         "verdict": "holds", "command": "python -m bench run --suite paper", "notes": text},
+         "verdict": "holds", "command": "python -m bench run --suite paper", "notes": text,
+         "judging": "python -m reports.claims out/results.jsonl --id speed",
+         "again": "python -m reports.claims rows.jsonl --id speed"},
         {"id": "memory", "source": "the paper", "said": "-75.7%", "measured": "-60%", "interval": None,
          "verdict": "does not hold", "command": "", "notes": ""},
         {"id": text or "later", "source": text, "said": text or "later", "measured": None, "interval": None,

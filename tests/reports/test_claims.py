@@ -423,7 +423,8 @@ def test_it_is_told_as_text_markdown_and_json(make_row: Callable[..., Row], writ
     out = tmp_path / "out"
     assert runner.invoke(command.app, [str(rows), "--claims", str(path), "--out", str(out)]).exit_code == 0
     (record,) = json.loads((out / "claims.json").read_text())
-    assert set(record) == {"id", "source", "said", "measured", "interval", "verdict", "command", "notes"}
+    judged = ("command", "judging", "again")
+    assert set(record) == {"id", "source", "said", "measured", "interval", "verdict", *judged, "notes"}
     assert (record["measured"], record["interval"], record["verdict"]) == ("2.00 times", [1.99, 2.01], "holds")
     markdown = (out / "claims.md").read_text()
     assert "<b>" not in markdown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -19,7 +20,7 @@ from bench.cli.main import app as bench
 from bench.store.rows import read_results
 from dig.environment import ROOT
 from dig.registry import families
-from reports import drawing
+from reports import layout
 from reports.looks import Looks
 from reports.page.chart import Chart, Missing
 from reports.page.colors import DARK_PAGE, LEAST_CONTRAST, contrast, luminance, on_dark
@@ -30,8 +31,8 @@ from reports.page.html import PARTS_ON_DARK
 from reports.page.markdown import markdown
 from reports.page.said import provenance
 from reports.page.sections import NAMES, figures
-from tests.reports.conftest import build_row
-from tests.reports.page_rows import step_rows, timed, write_everything
+from tests.reports.conftest import GPU, build_row
+from tests.reports.page_rows import CARD, probes, step_rows, timed, write_everything
 
 ROWS = sorted((ROOT / "results").rglob("*.jsonl"))
 
@@ -182,6 +183,62 @@ def test_what_fits_is_the_largest_that_did(evidence: Evidence) -> None:
     assert panel.name.startswith("Largest batch at 256 pixels")
 
 
+def capacity_of(tmp_path: Path, *groups: tuple[dict, int]) -> Chart:
+    """Of searches for the largest batch, each in an environment: of which batch on nothing fits there."""
+    lines = [
+        {**probe, "environment": where, "fits": (batch := probe["case"]["batch"]) < fails,
+         "peak": batch * 2**30 if batch < fails else None}
+        for where, fails in groups
+        for probe in probes()
+    ]  # fmt: skip
+    path = tmp_path / "capacity.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return chart(gather([path]), "capacity")
+
+
+def test_a_bar_of_what_fits_names_its_machine(tmp_path: Path) -> None:
+    found = capacity_of(tmp_path, (GPU, 49))
+    assert found.caption[0].startswith(f"{GPU['gpu_name']} · commit 0123456789 · 5 probes")
+    assert found.panels[0].data[0].text.endswith(f" · {GPU['gpu_name']}")
+    assert f"49 does not fit · {GPU['gpu_name']} |" in markdown(gather([tmp_path]), [found])
+    drawn = [text.get_text() for text in draw(found).figure.texts]
+    assert any(GPU["gpu_name"] in text for text in drawn)
+
+
+@pytest.mark.parametrize(
+    ("other", "called"),
+    [
+        (CARD, "NVIDIA H200"),
+        # Neither says what GPU it has.
+        ({}, "a machine that was not recorded"),
+        ({"commit": "fedcba"}, "unnamed GPU"),
+    ],
+)
+def test_no_bar_of_what_fits_is_of_two_machines(tmp_path: Path, other: dict, called: str) -> None:
+    found = capacity_of(tmp_path, (GPU, 33), (other, 49))
+    first, second = found.panels
+    assert first.name.endswith(f", {GPU['gpu_name']}")
+    assert second.name.endswith(f", {called}")
+    assert [panel.data[0].y for panel in (first, second)] == [32, 48]
+    assert found.caption[0].startswith(f"{GPU['gpu_name']} (5 probes) and {called} (5 probes) · ")
+
+
+def test_two_cards_of_one_name_are_said(tmp_path: Path) -> None:
+    found = capacity_of(tmp_path, ({**GPU, "gpu_uuid": "GPU-a"}, 33), ({**GPU, "gpu_uuid": "GPU-b"}, 49))
+    assert len(found.panels) == 1
+    assert f"2 cards are named {GPU['gpu_name']}; bars are of all of them." in found.caption
+
+
+@pytest.mark.parametrize("changes", [{"weights": "bf16"}, {"execution": "compiled-graph", "scope": "model"}])
+def test_no_bar_of_what_fits_is_of_two_ways(tmp_path: Path, changes: dict) -> None:
+    lines = probes()
+    lines += [{**line, "case": {**line["case"], "mode": "forward", **changes}} for line in lines]
+    lines += [{**line, "case": {**line["case"], "mode": "forward"}, "fits": False, "peak": None} for line in lines[:5]]
+    (tmp_path / "capacity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = chart(gather([tmp_path]), "capacity")
+    assert len({panel.name for panel in found.panels}) == len(found.panels) == 3
+
+
 def test_counts_are_written_in_full() -> None:
     evidence = gather([ROOT / "results" / "h100" / "capacity.jsonl"])
     found = chart(evidence, "capacity")
@@ -225,14 +282,14 @@ def same_words(shown: str, meant: str) -> bool:
 
 
 def test_a_text_is_broken_between_words_or_within_one_that_is_too_wide() -> None:
-    assert drawing.wrap("Flash-DiT (sdpa-cudnn)", 9.0, 7.5) == "Flash-DiT (sdpa-cudnn)"
-    assert drawing.wrap("Flash-DiT (sdpa-cudnn)", 0.8, 7.5) == "Flash-DiT\n(sdpa-cudnn)"
-    lines = drawing.wrap(f"of {'x' * 30}", 1.0, 7.5).split("\n")
+    assert layout.wrap("Flash-DiT (sdpa-cudnn)", 9.0, 7.5) == "Flash-DiT (sdpa-cudnn)"
+    assert layout.wrap("Flash-DiT (sdpa-cudnn)", 0.8, 7.5) == "Flash-DiT\n(sdpa-cudnn)"
+    lines = layout.wrap(f"of {'x' * 30}", 1.0, 7.5).split("\n")
     assert "".join(lines) == f"of{'x' * 30}"
-    assert all(drawing.text_inches(line, 7.5) <= 1.0 for line in lines)
-    endless = drawing.wrap("word " * 300, 1.0, 7.5)
+    assert all(layout.text_inches(line, 7.5) <= 1.0 for line in lines)
+    endless = layout.wrap("word " * 300, 1.0, 7.5)
     assert endless.endswith("…")
-    assert endless.count("\n") == drawing.MOST_LINES - 1
+    assert endless.count("\n") == layout.MOST_LINES - 1
 
 
 def test_sampling_has_the_medians_and_what_failed(evidence: Evidence) -> None:

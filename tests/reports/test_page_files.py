@@ -106,7 +106,12 @@ def test_the_page_has_every_figure_claim_and_row(evidence: Evidence) -> None:
     assert "does not hold" in words
     assert "[9.50, 9.70]" in words
     copied = [attributes["data-command"] for _, attributes in found.tags if "data-command" in attributes]
-    assert "python -m bench run --suite paper" in copied
+    measured = "python -m bench run --suite paper && python -m reports.claims out/results.jsonl --id speed"
+    assert measured in copied
+    assert "python -m reports.claims rows.jsonl --id speed" in copied
+    pulled = markdown(evidence, figures(evidence))
+    assert f"\n{measured}\n" in pulled
+    assert "\npython -m reports.claims rows.jsonl --id speed\n" in pulled
 
 
 def test_without_claims_there_is_no_section_for_them(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from reports.__main__ import OTHERS, app, main
+from tests.reports.conftest import GPU
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,3 +151,61 @@ def test_a_misspelt_report_is_named(capsys):
         main(["histroy", "out.jsonl"])
     assert ended.value.code == 2
     assert "no file and no report 'histroy': did you mean history?" in capsys.readouterr().err
+
+
+ALIEN = ('{"a": 1}', '{"kind": "something"}', '{"schema": 6}', "[1]", "3")
+READERS = {
+    "reports": ("--out", "OUT"),
+    "ablation": ("--out", "OUT"),
+    "claims": (),
+    "history": ("--case", "DiG-S/2@1024", "--out", "OUT"),
+    "page": ("--out", "OUT"),
+    "sampling": ("--out", "OUT"),
+    "scaling": (),
+}
+"""Reports that read files of rows, and the other options they need."""
+
+
+@pytest.mark.parametrize("line", ALIEN)
+@pytest.mark.parametrize("name", READERS)
+def test_json_that_is_no_row_is_refused_in_one_line(name, line, capsys, tmp_path):
+    path = tmp_path / "alien.jsonl"
+    path.write_text(line + "\n")
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in READERS[name]]
+    with pytest.raises(SystemExit) as ended:
+        main([*([] if name == "reports" else [name]), str(path), *words])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    (told,) = said.err.splitlines()
+    assert told.startswith(f"error: {path}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["claims", "history"])
+def test_beside_rows_too(name, make_row, write_rows, capsys, tmp_path):
+    (alien := tmp_path / "alien.jsonl").write_text(ALIEN[0] + "\n")
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in READERS[name]]
+    with pytest.raises(SystemExit) as ended:
+        main([name, str(write_rows([make_row()], "own.jsonl")), str(alien), *words])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {alien}: its first line is no row")
+
+
+@pytest.mark.parametrize("name", ["claims", "history"])
+def test_rows_of_other_kinds_and_torn_lines_are_no_error(name, make_row, write_rows, capsys, tmp_path):
+    own = write_rows([make_row(ms=ms, environment={**GPU, "commit": str(ms)}) for ms in (9.0, 9.1)], "own.jsonl")
+    own.write_text(own.read_text() + '{"a": 1}')
+    others = [ROOT / "results" / "h100" / f"{kind}.jsonl" for kind in ("capacity", "sampling", "ablation")]
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in READERS[name]]
+    with pytest.raises(SystemExit) as ended:
+        main([name, str(own), *map(str, others), *words])
+    assert ended.value.code == 0, capsys.readouterr().err
+
+
+def test_of_a_folder_claims_leave_other_files_alone(make_row, write_rows, capsys, tmp_path):
+    write_rows([make_row()], "own.jsonl")
+    (tmp_path / "alien.jsonl").write_text(ALIEN[0] + "\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["claims", str(tmp_path)])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == "no claim reads alien.jsonl\n"

@@ -14,8 +14,11 @@ from dig.registry import families
 from reports.figures import speed_memory
 from reports.looks import Looks
 from reports.series import Sweep
+from tests.test_imports import imported, within
 
 LOOK = Look(label="Mine", colors=("#123456",), markers="X", dashes=((0, (3, 1)),), width=3.0)
+SEAM = ("layout", "drawing")
+"""Of figures: what all have in common, and below it what draws a panel."""
 
 
 def test_the_families_of_this_project_look_as_they_always_did():
@@ -112,3 +115,9 @@ def test_what_cannot_be_drawn_is_refused_at_once(fields, message):
 def test_no_torch_is_asked_for():
     code = "import sys, reports.__main__, reports.sampling, reports.looks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_what_figures_have_in_common_knows_nothing_of_panels_or_rows() -> None:
+    names = {name: within(imported(ROOT / "reports" / f"{name}.py"), "reports", "bench") for name in SEAM}
+    assert names["layout"] == {"bench.messages.visible"}
+    assert names["drawing"] - within(names["drawing"], "reports.layout") == {"bench.messages.visible"}

@@ -323,6 +323,26 @@ function ratios(chart, panel, width) {
 
 const kinds = { lines, bars, stack, points, ratios };
 
+// What a screen reader says of a chart: title, marks, axes. Vega would call every one "Vega visualization".
+function described(chart, panel) {
+  const some = (test) => panel.data.some(test);
+  const named = (key) => [...new Set(panel.data.map((each) => String(each[key])))].join(", ");
+  const axis = (title, log) => title + (log ? " (logarithmic)" : "");
+  const over = `${axis(chart.y, chart.logY)} over ${axis(chart.x, chart.logX)}`;
+  const spread = some((each) => each.low !== null && each.low !== undefined && each.low !== each.high);
+  const failed = some((each) => each.word);
+  const marks = {
+    lines: () => `Lines with points, one a series: ${named("series")}. ${over}.${failed ? " Crosses at the edge: failed." : ""}`,
+    bars: () => `Bars, one a line: ${named("x")}. Length: ${chart.y}.`,
+    stack: () => `Stacked bars, one a line: ${named("x")}. Parts: ${named("part")}. Length: ${chart.y}.`
+      + (Object.keys(panel.marks).length ? " Ticks: what the caption says." : ""),
+    points: () => `Points, one a step: ${named("series")}, under the line of what ${panel.roof.name} could do. ${over}.`,
+    ratios: () => `Points, one a case, ${panel.data.length} in all, beside the line of ${panel.level ?? 1}. Place: ${chart.y}.`,
+  };
+  const title = [chart.title, panel.name].filter(Boolean).join(": ");
+  return `${title}. ${marks[chart.kind]()}${spread ? " Ranges: intervals." : ""}`;
+}
+
 async function draw(chart, panel) {
   const place = $(`chart-${chart.name}`);
   const width = Math.floor(place.clientWidth);
@@ -334,10 +354,13 @@ async function draw(chart, panel) {
     whole.hidden = wide(panel.name, 15) < width - 40; // a select cuts what is wider
   }
   if (!panel.data.some((each) => each.y !== null && each.y !== undefined)) {
-    place.replaceChildren(element("p", { className: "status", textContent: "No row with a number matches." }));
+    const nothing = "No row with a number matches.";
+    place.replaceChildren(element("p", { className: "status", textContent: nothing }));
+    place.setAttribute("aria-label", `${chart.title}. ${nothing}`);
     return;
   }
   const spec = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width,
+    description: described(chart, panel),
     autosize: { type: "fit-x", contains: "padding" }, ...kinds[chart.kind](chart, panel, width) };
   const result = await window.vegaEmbed(place, spec, { renderer: "svg", actions: false, ast: true, config, logLevel: 1,
     loader: { load: () => Promise.reject(new Error("nothing is loaded here")) } });

@@ -3,7 +3,7 @@
 const measures = { fps: "Images/s", ms: "ms a step", gib: "Peak memory, GiB" };
 const axes = { px: ["Resolution", "Image side in pixels"], size: ["Model size", "Model size"], batch: ["Batch", "Images a step"] };
 const newest = "newest of all files", fastest = "each at its fastest";
-const explorer = { chart: { name: "explore", kind: "lines", styles: page.styles, logY: true, x: "", y: "" },
+const explorer = { chart: { name: "explore", title: "The chosen rows", kind: "lines", styles: page.styles, logY: true, x: "", y: "" },
   keys: ["file", "machine", "mode", "size", "px", "batch", "way", "precision"] };
 
 function option(value, label = String(value)) {
