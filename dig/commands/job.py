@@ -114,11 +114,12 @@ def working_together(
     from dig.training.parallel import joined
     from dig.training.parallel.watching import Watch
 
-    if follows():
-        # What each of them would say is said once; what one alone knows, of its own data, it says.
-        logging.getLogger("dig").setLevel(logging.ERROR)
-        logging.getLogger("dig.training.data").setLevel(logging.WARNING)
-    with _parting() as parts, joined(one_device(device), hang_seconds=hang_seconds, trains=trains) as ranks, parts():
+    with (
+        _logged_once(),
+        _parting() as parts,
+        joined(one_device(device), hang_seconds=hang_seconds, trains=trains) as ranks,
+        parts(),
+    ):
         watch = Watch(ranks)
         kind = cast(Literal["ddp", "fsdp"], "ddp" if parallel == "auto" else parallel)
         with _patient(watch):
@@ -133,6 +134,20 @@ def working_together(
             except BaseException as error:
                 watch.fail(error, explain(error))
             watch.leave()
+
+
+@contextmanager
+def _logged_once() -> Iterator[None]:
+    """Within, what each rank would log is logged by the first; what one alone knows, of its own data, it logs."""
+    levels = {"dig": logging.ERROR, "dig.training.data": logging.WARNING} if follows() else {}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -118,9 +119,12 @@ def test_an_error_of_a_later_rank_alone_is_said(
 ) -> None:
     """Nobody ends it meanwhile: the first rank, which has met no error, goes on."""
     monkeypatch.setattr("dig.launched.QUIET_SECONDS", 0.1)
+    levels = {name: logging.getLogger(name).level for name in ("dig", "dig.training.data")}
     result = CliRunner().invoke(app, ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
     assert result.exit_code == 2
     assert result.output.startswith(WRONG[options])
+    # Whoever calls it in a process of his own logs afterwards as he did.
+    assert {name: logging.getLogger(name).level for name in levels} == levels
 
 
 @pytest.mark.usefixtures("second")
