@@ -41,18 +41,22 @@ def _one_line(main: Any, standalone: bool, *arguments: Any, **named: Any) -> Any
         # Of which package typer's exceptions are, depends on its version.
         if not standalone or not hasattr(error, "format_message"):
             raise
-        if not speaks():
-            pass  # Another rank says it: all were started with the same words.
-        elif type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(error.format_message(), err=True)
-        else:
-            context = getattr(error, "ctx", None)
-            hint = f"; see {context.command_path} --help" if context is not None else ""
-            typer.echo(f"error: {one_line(error.format_message()).rstrip('.')[:MOST_LETTERS]}{hint}", err=True)
+        # Else another rank says it: all were started with the same words.
+        if speaks():
+            typer.echo(_told(error), err=True)
         sys.exit(2)
     if not standalone:
         return status
     sys.exit(status or 0)
+
+
+def _told(error: Any) -> str:
+    """What is wrong with the options, in a line; the help of a command that was given none."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(error.format_message())
+    context = getattr(error, "ctx", None)
+    hint = f"; see {context.command_path} --help" if context is not None else ""
+    return f"error: {one_line(error.format_message()).rstrip('.')[:MOST_LETTERS]}{hint}"
 
 
 class OneLineCommand(TyperCommand):

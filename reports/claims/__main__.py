@@ -49,7 +49,8 @@ def report(
         bool,
         typer.Option(
             "--restate",
-            help="Write README's and docs' numbers anew where the rows give others, and print each; words stay.",
+            help="Judge nothing: write README's and docs' numbers as these rows give them, and print each that "
+            "changed. Words stay.",
         ),
     ] = False,
 ) -> None:
@@ -61,10 +62,13 @@ def report(
     """
     with refusing(ClaimError, ResultError, folder=out or Path(), hint="; choose another --out"):
         paths = list(_files(files or published()))
-        said, (numbers, _) = read_claims(claims), read_declared()
+        said = read_claims(claims)
         said = said.only(ids) if ids else said
         if restate:
-            _restate(said, [] if ids else numbers, Files(paths, said.files | {one.rows for one in numbers}))
+            if out is not None:
+                raise ClaimError("--restate judges nothing that --out could take: give one of them")
+            numbers = [] if ids else read_declared()[0]
+            _restate(said, numbers, Files(paths, said.files | {one.rows for one in numbers}))
             return
         given = Files(paths, said.files)
         findings = judge_all(said, given, read_readme())
@@ -85,7 +89,10 @@ def report(
 def _restate(claims: Claims, numbers: list[Number], files: Files) -> None:
     """Write pages whose numbers are not the rows'."""
     pages = read_pages(numbers)
-    for name, found in changes(pages, claims, numbers, files).items():
+    to_make = changes(pages, claims, numbers, files)
+    if not any(to_make.values()):
+        say("every number is as the rows give it")
+    for name, found in to_make.items():
         for one in found:
             say(f"{name}, line {pages[name].count(chr(10), 0, one.start) + 1}: {one.was.strip()} -> {one.now.strip()}")
         if found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from bench.judge.statistics import Interval
 from bench.store.rows import Row
 from reports.best import ATTENTION_NAMES, failure
 from reports.cells import GIB, number
@@ -59,10 +60,10 @@ def judge_ratio(claim: Ratio, files: Files, readme: Section) -> Finding:
     said, text = said_by_readme(claim, readme) if claim.finds_its_words else (claim.said, claim.value)
     value = claim.value or text
     subjects, source = subjects_of(claim), files.source(claim.rows)
-    over, under = found = _rows_of(claim, source)
-    ratio = ratio_of(over, under, claim.figure) if over is not None and under is not None else None
+    over, under, ratio = _compared(claim, source)
     if source is None or over is None or under is None or ratio is None:
-        notes = [_absent(subject, row, source, claim.rows) for subject, row in zip(subjects, found, strict=True)]
+        pairs = zip(subjects, (over, under), strict=True)
+        notes = [_absent(subject, row, source, claim.rows) for subject, row in pairs]
         return Finding(
             id=claim.id, source=claim.source, said=said, verdict="not measured",
             command=claim.command or measuring_subjects(subjects), notes=tuple(filter(None, notes)),
@@ -93,9 +94,10 @@ def subjects_of(claim: Ratio) -> tuple[Subject, Subject]:
     return Subject.parse(claim.over), Subject.parse(claim.under)
 
 
-def _rows_of(claim: Ratio, source: Source | None) -> tuple[Row | None, Row | None]:
+def _compared(claim: Ratio, source: Source | None) -> tuple[Row | None, Row | None, Interval | None]:
+    """The rows of both, and their ratio where both have a figure."""
     over, under = (None if source is None else source.find(one, claim.figure) for one in subjects_of(claim))
-    return over, under
+    return over, under, None if over is None or under is None else ratio_of(over, under, claim.figure)
 
 
 def value_of(claim: Ratio, files: Files) -> float | None:
@@ -104,8 +106,7 @@ def value_of(claim: Ratio, files: Files) -> float | None:
     Raises:
         ResultError: A file cannot be read.
     """
-    over, under = _rows_of(claim, files.source(claim.rows))
-    ratio = ratio_of(over, under, claim.figure) if over is not None and under is not None else None
+    ratio = _compared(claim, files.source(claim.rows))[2]
     return None if ratio is None else FORMS[claim.form](ratio.ratio)
 
 

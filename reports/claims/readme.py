@@ -34,16 +34,14 @@ class Section:
         Raises:
             ClaimError: It has none.
         """
-        _, found, rest = page.partition(f"{HEADING}\n")
-        if not found:
-            raise ClaimError(f"README has no section {HEADING!r}")
-        section = re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+        start, end = place_of_section(page)
+        section = page[start:end]
         tables: list[list[list[str]]] = []
         within = False
         for line in section.splitlines():
             if line.lstrip().startswith("|"):
                 tables += [] if within else [[]]
-                tables[-1].append([cell.strip().strip("*") for cell in line.strip().strip("|").split("|")])
+                tables[-1].append(cells_of(line))
             within = line.lstrip().startswith("|")
         return cls(
             prose=prose(section),
@@ -86,6 +84,25 @@ class Section:
             for line in table
             if (heading, line[heading]) not in known
         ]
+
+
+def place_of_section(page: str) -> tuple[int, int]:
+    """Where the section's text begins in a page, after its heading, and where it ends.
+
+    Raises:
+        ClaimError: There is none.
+    """
+    heading = page.find(f"{HEADING}\n")
+    if heading < 0:
+        raise ClaimError(f"README has no section {HEADING!r}")
+    start = heading + len(HEADING) + 1
+    following = re.compile(r"^## ", re.MULTILINE).search(page, start)
+    return start, len(page) if following is None else following.start()
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a table's line, without what makes them bold."""
+    return [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
 
 
 def read_readme(path: Path = README) -> Section:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from dig.environment import ROOT
 from reports.claims.declared import Number, numbers_of, rewritten
 from reports.claims.errors import ClaimError
-from reports.claims.prose import README, located, read_page
+from reports.claims.prose import README, located, quoted, read_page
 from reports.claims.ratios import cells_now, subjects_of, value_of
-from reports.claims.readme import HEADING, LEAD, Section
+from reports.claims.readme import LEAD, Section, cells_of, place_of_section
 from reports.claims.rows import Files
 from reports.claims.spec import Claims, Ratio
 
@@ -87,13 +87,11 @@ def _of_sentence(claim: Ratio, page: str, files: Files) -> Iterator[Change]:
     value = value_of(claim, files)
     if value is None:
         return
-    begin = page.index(f"{HEADING}\n")
-    found = Section.of(page).quoted(claim.quote)
-    text, places = located(page[begin:])
-    # Section's prose is the beginning of what follows its heading.
-    shift = text.index(found.string) if found.string else 0
-    start, end = (begin + places[shift + index] for index in (found.start(1), found.end(1) - 1))
-    yield Change(start=start, end=end + 1, was=found[1], now=rewritten(found[1], value))
+    begin, end = place_of_section(page)
+    text, places = located(page[begin:end])
+    found = quoted(text, claim.quote)
+    first, last = places[found.start(1)], places[found.end(1) - 1]
+    yield Change(start=begin + first, end=begin + last + 1, was=found[1], now=rewritten(found[1], value))
 
 
 def _of_line(claim: Ratio, page: str, files: Files) -> Iterator[Change]:
@@ -104,13 +102,9 @@ def _of_line(claim: Ratio, page: str, files: Files) -> Iterator[Change]:
     peer, ours = subjects_of(claim)
     times, rest = (cells := cells_now(line, peer, ours, source))[:2], cells[2:]
     now = [next(iter(line.values())), *times, rewritten(line[LEAD], value), *rest]
-    was = [text for text in page.splitlines() if _cells(text) == list(line.values())]
+    was = [text for text in page.splitlines() if cells_of(text) == list(line.values())]
     if len(was) != 1:
         raise ClaimError(f"{README.name} has {len(was)} lines {' | '.join(line.values())!r}, not one")
     begin = page.index(was[0])
     indent = was[0][: len(was[0]) - len(was[0].lstrip())]
     yield Change(start=begin, end=begin + len(was[0]), was=was[0], now=f"{indent}| {' | '.join(now)} |")
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]

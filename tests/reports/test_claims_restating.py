@@ -122,4 +122,7 @@ def test_the_command_writes_the_pages_and_says_what_it_changed(
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == RESTATED
     assert "README.md, line 5: 5.00 -> 4.00\n" in done.output
     assert "wrote docs/other.md: read its words again" in done.output
-    assert CliRunner().invoke(command.app, [str(rows), "--restate"]).output == ""
+    assert CliRunner().invoke(command.app, [str(rows), "--restate"]).output == "every number is as the rows give it\n"
+    refused = CliRunner().invoke(command.app, [str(rows), "--restate", "--out", str(tmp_path)])
+    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
+    assert "give one of them" in refused.output
