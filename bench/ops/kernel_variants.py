@@ -171,19 +171,6 @@ def product_variants(architecture: Architecture) -> Iterator[Variant]:
             weight = (tiles.columns, tiles.depth) if up else (tiles.depth, tiles.columns)
             sizes = {"D": D, "F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": tiles.group}
             shape: dict[str, Any] = {**sizes, "PRECISION": "tf32"}
-            if tiles.below and lists is alone:
-                below = (tiles.below, tiles.columns)
-                yield Variant(
-                    function=product_kernels.tall_up_swiglu_kernel,
-                    sizes=f"D {D} F {F}",
-                    dtype="bf16",
-                    shared=tiles.shared_memory(which),
-                    constants=shape | {"BELOW": tiles.below, "KEEP": which == "up"},
-                    options=tiles.options,
-                    blocks={"x": tokens, "x_below": (tiles.below, tiles.depth), "weight": weight}
-                    | {"gate_up": tile, "gate_up_below": below, "hidden": tile, "hidden_below": below},
-                )
-                continue
             yield Variant(
                 function=product_kernels.up_swiglu_kernel if up else product_kernels.down_swiglu_backward_kernel,
                 sizes=f"D {D} F {F}" + (" casts" if lists is casts else ""),

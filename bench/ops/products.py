@@ -109,41 +109,28 @@ def gradient_choices() -> Iterator[GradientTiles]:
 
 def choices() -> Iterator[ProductTiles]:
     """What a sweep tries of the other passes."""
-    for rows, below, columns, depth, warps, stages, registers in (
-        (128, None, 128, 64, 8, 4, None),
-        (128, None, 128, 64, 8, 3, None),
-        (128, None, 128, 32, 8, 5, None),
-        (128, None, 64, 64, 4, 3, None),
-        (128, None, 64, 64, 8, 4, None),
-        (128, None, 64, 64, 8, 3, 128),
-        (64, None, 128, 64, 4, 2, None),
-        (64, None, 128, 64, 8, 3, 128),
-        (64, None, 64, 64, 4, 4, None),
-        (256, None, 64, 64, 8, 3, None),
-        # Only the up-projections take these.
-        (128, 64, 128, 64, 8, 4, None),
-        (128, 64, 128, 64, 8, 3, None),
-        (128, 64, 64, 64, 4, 2, None),
-        (128, 64, 64, 64, 8, 4, None),
+    for rows, columns, depth, warps, stages, registers in (
+        (128, 128, 64, 8, 4, None),
+        (128, 128, 64, 8, 3, None),
+        (128, 128, 32, 8, 5, None),
+        (128, 64, 64, 4, 3, None),
+        (128, 64, 64, 8, 4, None),
+        (128, 64, 64, 8, 3, 128),
+        (64, 128, 64, 4, 2, None),
+        (64, 128, 64, 8, 3, 128),
+        (64, 64, 64, 4, 4, None),
+        (256, 64, 64, 8, 3, None),
     ):
-        for group in (8, 16):
+        for group in (8,):
             yield ProductTiles(
-                rows=rows,
-                below=below,
-                columns=columns,
-                depth=depth,
-                warps=warps,
-                stages=stages,
-                registers=registers,
-                group=group,
+                rows=rows, columns=columns, depth=depth, warps=warps, stages=stages, registers=registers, group=group
             )
 
 
 def sweep(T: int, D: int, which: str, samples: int) -> None:
     """Print the time of every choice."""
     own = which == "gradients"
-    tried = gradient_choices() if own else (tiles for tiles in choices() if which != "down" or not tiles.below)
-    for tiles in tried:
+    for tiles in gradient_choices() if own else choices():
         chosen = lambda *_, tiles=tiles: tiles  # noqa: E731
         with (
             replaced(sys.modules[__name__], "gradient_tiles", chosen)

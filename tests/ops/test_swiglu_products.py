@@ -57,7 +57,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return (NARROW if narrow else WIDE)[which]
 
     monkeypatch.setattr(products, "tiles_for", chosen)
-    for name in ("up_swiglu_kernel", "tall_up_swiglu_kernel", "down_swiglu_backward_kernel"):
+    for name in ("up_swiglu_kernel", "down_swiglu_backward_kernel"):
         monkeypatch.setattr(products, name, Recorder(getattr(products, name)))
     return names
 
@@ -96,29 +96,6 @@ def check_down(B: int, T: int, D: int, F: int, dtype: torch.dtype = torch.bfloat
 def test_up_matches_fp64(shape: tuple[int, ...], keep: bool, launches: list[str]) -> None:
     check_up(*shape, keep=keep)
     assert launches == ["up_swiglu_kernel"]
-
-
-TALL = [(NARROW["up"], 64), (NARROW["up"], 32), (replace(sm90.PRODUCTS.wide["up alone"], rows=64), 128)]
-"""Tiles, and the rows of a second one."""
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 128, 72, 128), (1, 129, 64, 128), (1, 200, 72, 256)], ids=str)
-@pytest.mark.parametrize(("first", "below"), TALL, ids=lambda value: str(getattr(value, "rows", value)))
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_program_of_two_tiles_gives_the_bits_of_one(
-    shape: tuple[int, ...], first: ProductTiles, below: int, keep: bool, launches: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """And fp64's numbers; whether the tokens end within the first tile, at its end, within the second, or beyond."""
-    B, T, D, F = shape
-    x, weight = random(B, T, D), random(2 * F, D) / D**0.5
-    monkeypatch.setattr(products, "tiles_for", lambda *_: first)
-    expected = project_up(x, weight, keep)
-    monkeypatch.setattr(products, "tiles_for", lambda *_: replace(first, registers=None, below=below))
-    found = project_up(x, weight, keep)
-    assert launches == ["up_swiglu_kernel", "tall_up_swiglu_kernel"]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    check_up(*shape, keep=keep)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

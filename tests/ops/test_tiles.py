@@ -256,16 +256,6 @@ def test_gemms_that_read_by_descriptors_need_those() -> None:
         replace(HOPPER, descriptors=False)
 
 
-def test_a_second_tile_of_tokens_counts() -> None:
-    one = replace(sm90.PRODUCTS.wide["up alone"], rows=128, columns=128, depth=64, stages=4)
-    two = replace(one, below=64)
-    assert (one.tokens, two.tokens) == (128, 192)
-    assert (one.programs(16_384, 3072), two.programs(16_384, 3072)) == (128 * 24, 86 * 24)
-    assert two.shared_memory("up alone") - one.shared_memory("up alone") == 4 * 64 * 64 * 2
-    with pytest.raises(ValueError, match=r"^below must be None of the pass 'down'"):
-        replace(sm90.PRODUCTS, wide={"down": two})
-
-
 def test_few_programs_take_other_tiles() -> None:
     weights = sm90.WEIGHTS
     assert weights.copy_for(None) == weights.copy_for(65) == CopyTiles(elements=4096, warps=8)

@@ -100,23 +100,6 @@ def store_share(share, loaded, copies, STARTS: tl.constexpr, R: tl.constexpr, C:
     tl.store(choose(share, copies, STARTS) + offsets, product.to(copies[0].dtype.element_ty), mask=exists)
 
 
-@triton.jit
-def end_with_swiglu(
-    gate, up, gate_up, hidden, row, column, F: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Write a tile of hidden at (row, column), and with KEEP of gate_up, from its sums in fp32."""
-    # Rounded first, as the product by itself would be: the backward pass begins with the rounded values.
-    dtype: tl.constexpr = hidden.dtype
-    rounded_gate = gate.to(dtype)
-    rounded_up = up.to(dtype)
-    if KEEP:
-        gate_up.store([row, column], rounded_gate)
-        gate_up.store([row, F + column], rounded_up)
-    gate, up = widen((rounded_gate, rounded_up), PRECISION != "interpreter")
-    # exp2 may overflow for gates far below 0; the sigmoid is then 0, as it should be.
-    hidden.store([row, column], (gate * sigmoid(gate, PRECISION) * up).to(dtype))
-
-
 @triton.jit(do_not_specialize=["M"])
 def up_swiglu_kernel(
     x, weight, gate_up, hidden, masters, gates, copies, M,
@@ -147,37 +130,16 @@ def up_swiglu_kernel(
                 store_share(share, held, copies, STARTS, R, C)
                 share += tl.num_programs(0)
                 held = load_share(share, masters, gates, ROWS, COLUMNS, STARTS, GATE_STARTS, R, C)
-    end_with_swiglu(gate, up, gate_up, hidden, row, column, F, KEEP, PRECISION)
-
-
-@triton.jit(do_not_specialize=["M"])
-def tall_up_swiglu_kernel(
-    x, x_below, weight, gate_up, gate_up_below, hidden, hidden_below, M,
-    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BELOW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """`up_swiglu_kernel` without casts, of BM + BELOW tokens a program, each part with descriptors of its tiles.
-
-    Triton's tiles have powers of two. The next power would take all registers; what is between takes fewer bytes from
-    the L2 cache for each product, and has fewer beginnings and ends.
-    """
-    start_early(EARLY)
-    row, column = tile_corner(M, F, BM + BELOW, BN, GROUP)
-    gate = tl.zeros((BM, BN), tl.float32)
-    up = tl.zeros((BM, BN), tl.float32)
-    gate_below = tl.zeros((BELOW, BN), tl.float32)
-    up_below = tl.zeros((BELOW, BN), tl.float32)
-    for k in range(0, D, BK):
-        tokens = x.load([row, k])
-        tokens_below = x_below.load([row + BM, k])
-        of_gate = weight.load([column, k]).T
-        of_up = weight.load([F + column, k]).T
-        gate = tl.dot(tokens, of_gate, gate)
-        up = tl.dot(tokens, of_up, up)
-        gate_below = tl.dot(tokens_below, of_gate, gate_below)
-        up_below = tl.dot(tokens_below, of_up, up_below)
-    end_with_swiglu(gate, up, gate_up, hidden, row, column, F, KEEP, PRECISION)
-    end_with_swiglu(gate_below, up_below, gate_up_below, hidden_below, row + BM, column, F, KEEP, PRECISION)
+    # Rounded first, as the product by itself would be: the backward pass begins with the rounded values.
+    dtype: tl.constexpr = hidden.dtype
+    rounded_gate = gate.to(dtype)
+    rounded_up = up.to(dtype)
+    if KEEP:
+        gate_up.store([row, column], rounded_gate)
+        gate_up.store([row, F + column], rounded_up)
+    gate, up = widen((rounded_gate, rounded_up), PRECISION != "interpreter")
+    # exp2 may overflow for gates far below 0; the sigmoid is then 0, as it should be.
+    hidden.store([row, column], (gate * sigmoid(gate, PRECISION) * up).to(dtype))
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -17,7 +17,6 @@ Shapes: M tokens, D width, F inner width of SwiGLU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -31,11 +30,7 @@ from dig.ops.launch import empty, launch_context
 from dig.ops.library import operation
 from dig.ops.linear import as_rows, without_autocast
 from dig.ops.swiglu.fused import swiglu_backward, swiglu_forward
-from dig.ops.swiglu.product_kernels import (
-    down_swiglu_backward_kernel,
-    tall_up_swiglu_kernel,
-    up_swiglu_kernel,
-)
+from dig.ops.swiglu.product_kernels import down_swiglu_backward_kernel, up_swiglu_kernel
 from dig.ops.tiles import for_device
 from dig.ops.tiles.products import ProductPass, ProductTiles
 from dig.ops.weights import prepare_weights
@@ -83,11 +78,7 @@ def project_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         return swiglu_forward.function(gate_up), gate_up if keep else x.new_empty(0)
     hidden, gate_up = _empty_up(x, weight, keep)
     # A pointer that a kernel does not touch can be anything.
-    written = gate_up if keep else hidden, hidden
-    if t.below:
-        _launch_tall(t, x, weight, *written, KEEP=keep)
-    else:
-        _launch_up(t, x, weight, *written, ((x,), (x,), (x,)), NO_SHARES, KEEP=keep)
+    _launch_up(t, x, weight, gate_up if keep else hidden, hidden, ((x,), (x,), (x,)), NO_SHARES, KEEP=keep)
     return hidden, gate_up
 
 
@@ -112,23 +103,6 @@ def _launch_up(
             (M,),
             D=D, F=F, BM=t.rows, BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=_PRECISION, **constants, **shares,
             **t.options,
-        )  # fmt: skip
-
-
-def _launch_tall(t: ProductTiles, x: Tensor, weight: Tensor, gate_up: Tensor, hidden: Tensor, **constants: Any) -> None:
-    """Launch `tall_up_swiglu_kernel`."""
-    D, F = x.shape[-1], weight.shape[0] // 2
-    M = x.numel() // D
-    parts = t.rows, t.tokens - t.rows
-    with launch_context(x.device) as launch:
-        launch.early(
-            tall_up_swiglu_kernel, _grid(t, M, F),
-            (*(_descriptor(x, rows, t.depth) for rows in parts), _descriptor(weight, t.columns, t.depth),
-             *(_descriptor(gate_up, rows, t.columns) for rows in parts),
-             *(_descriptor(hidden, rows, t.columns) for rows in parts)),
-            (M,),
-            D=D, F=F, BM=t.rows, BELOW=parts[1], BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=_PRECISION,
-            **constants, **t.options,
         )  # fmt: skip
 
 
@@ -186,7 +160,6 @@ def _fused_cast(x: Tensor, F: int, masters: Sequence[Tensor], gated: int) -> tup
     D = x.shape[-1]
     if t is None or t in choices.few.values() or choices.narrow_width >= D or not plain:
         return None
-    t = replace(t, below=None)
     (programs,) = _grid(t, x.numel() // D, F)
     shapes = [(len(w), w.numel() // len(w)) for w in masters]
     shares = shares_of(shapes, gated, share=choices.share, programs=programs, steps=ceil_div(D, t.depth))

@@ -28,8 +28,6 @@ class ProductTiles:
         warps: Of a program.
         stages: Steps along the sum whose operands are in shared memory at once.
         registers: Most registers of a thread; None leaves it to the compiler.
-        below: Tokens of a second tile of a program, below the first, a power of two; None: it has none. 128 and 64 are
-            192, which is between two powers. For the up-projections; one that casts weights does without.
     """
 
     rows: int
@@ -39,12 +37,6 @@ class ProductTiles:
     warps: int
     stages: int
     registers: int | None = None
-    below: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Of a program."""
-        return self.rows + (self.below or 0)
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -53,12 +45,12 @@ class ProductTiles:
 
     def programs(self, M: int, F: int) -> int:
         """How many there are for M tokens and F columns."""
-        return -(-M // self.tokens) * (F // self.columns)
+        return -(-M // self.rows) * (F // self.columns)
 
     def shared_memory(self, which: ProductPass) -> int:
         """Bytes that a program takes at most: its stages' operands, and their barriers. Up has two weights."""
         weights = 1 if which == "down" else 2
-        return self.stages * 2 * self.depth * (self.tokens + weights * self.columns) + 1024
+        return self.stages * 2 * self.depth * (self.rows + weights * self.columns) + 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +74,6 @@ class ProductChoices:
     few: Mapping[ProductPass, ProductTiles]
     few_programs: int
     share: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        if any(table["down"].below for table in (self.narrow, self.wide, self.few) if "down" in table):
-            raise ValueError("below must be None of the pass 'down': its kernel has no second tile")
 
     def tiles(self, which: ProductPass, D: int) -> ProductTiles | None:
         """Of a pass over tokens of this width; None where it is done apart."""
