@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,23 @@ def on_capture_stream(device: torch.device) -> Iterator[None]:
             torch.cuda.synchronize()
 
 
+@contextmanager
+def garbage_collected_before() -> Iterator[None]:
+    """Collect Python's garbage, and collect none within: what holds memory of CUDA frees it in its end.
+
+    In a capture that is not permitted: it breaks the capture, or, in a destructor, ends the process, as a window of
+    PyTorch's symmetric memory does. Which object is in a cycle, and when its turn comes, nobody knows beforehand.
+    """
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def record(
     run: Callable[[], T], *, device: torch.device | None = None, generators: Sequence[torch.Generator] = ()
 ) -> tuple[torch.cuda.CUDAGraph, T]:
@@ -100,7 +118,7 @@ def record(
         CaptureError: It does what a graph can't hold. The process can go on: the stream is what it was, and the
             allocator as good as PyTorch lets it be.
     """
-    with torch.cuda.device(device):  # None changes nothing
+    with torch.cuda.device(device), garbage_collected_before():  # The device None changes nothing.
         index = torch.cuda.current_device()
         torch.cuda.synchronize()
         # What is cached is not the graph's to use, whose memory comes from a pool of its own.

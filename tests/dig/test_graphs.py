@@ -7,10 +7,12 @@ GPU can tell is in test_graphs_gpu.py.
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 import dig
 from dig.graphs.optimizers import GraphOptimizer
-from dig.graphs.recording import CaptureError
+from dig.graphs.recording import CaptureError, garbage_collected_before
 from dig.graphs.watch import Journal
 from tests.dig.fake_graph import CPU, capture_fake
 
@@ -299,6 +301,38 @@ def test_a_journal_puts_overlapping_tensors_back() -> None:
             tensor.add_(10)
         journal.restore()
         assert whole.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+class InACycle:
+    """Says so when it is collected, as what frees memory of CUDA in its end does."""
+
+    def __init__(self, ended: list[str], name: str) -> None:
+        self.ended, self.name, self.itself = ended, name, self
+
+    def __del__(self) -> None:
+        self.ended.append(self.name)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_is_collected_before_a_capture_and_not_within(collecting: bool) -> None:
+    ended: list[str] = []
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        InACycle(ended, "before")
+        with suppress(ValueError), garbage_collected_before():
+            assert ended == ["before"]
+            InACycle(ended, "within")
+            # More than the collector lets pass, and of those that live: it would look at them three times over.
+            alive = [[each] for each in range(10 * gc.get_threshold()[0])]
+            assert len(alive) > 1000
+            assert ended == ["before"]
+            raise ValueError
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if was else gc.disable)()
+    gc.collect()
+    assert ended == ["before", "within"]
 
 
 def test_capturing_stands_once() -> None:

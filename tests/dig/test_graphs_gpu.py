@@ -343,6 +343,29 @@ def test_what_the_graph_reads_outlives_its_names() -> None:
     del others
 
 
+class Waits:
+    """In a cycle, and waits for the GPU in its end, which a capture doesn't permit: windows of symmetric memory do."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        torch.cuda.synchronize()
+
+
+def test_garbage_that_waits_for_the_gpu_does_not_break_a_capture() -> None:
+    Waits()
+
+    def step() -> torch.Tensor:
+        Waits()
+        alive = [[each] for each in range(100 * gc.get_threshold()[0])]
+        return torch.full((4,), float(len(alive)), device="cuda")
+
+    graph, result = record(step)
+    graph.replay()
+    assert result.tolist() == [100.0 * gc.get_threshold()[0]] * 4
+
+
 def test_autocast_around_the_capture_is_refused() -> None:
     model = nn.Linear(2, 2, device="cuda")
     with (
