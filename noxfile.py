@@ -285,5 +285,6 @@ def report(session: nox.Session) -> None:
     options = session.posargs or ["results/h100/rows.jsonl", "--out", "results/h100"]
     session.run("python", "-m", "reports", *options)
     if not session.posargs:
-        session.run("python", "-m", "reports.claims", "--out", "results/h100")
-        session.run("python", "-m", "reports.page", "results/h100", "results/h200", "--out", "out/published")
+        session.run("python", "-m", "reports.claims", "--out", "results")
+        claims = ("--claims", "results/claims.json")
+        session.run("python", "-m", "reports.page", "results/h100", "results/h200", *claims, "--out", "out/published")

@@ -101,7 +101,7 @@ def judge_crossover(claim: Crossover, files: Files, readme: Section) -> Finding:
         ResultError: A file cannot be read.
     """
     ours, peer = Subject.parse(claim.ours), Subject.parse(claim.peer)
-    source = files.source(claim.rows)
+    source = files.source(claim.rows, *claim.also)
     found = points(ours, peer, source) if source is not None else []
     said = claim.said or f"{ours.name} overtakes {peer.name}"
     printed = ""

@@ -13,7 +13,7 @@ from reports.claims.ratios import judge_ratio
 from reports.claims.readme import Section
 from reports.claims.rows import Files
 from reports.claims.runs import judge_order
-from reports.claims.spec import CLAIMS, Claim, Claims, Count, Crossover, Exponent, Order, Ratio
+from reports.claims.spec import CLAIMS, Claim, Claims, Count, Crossover, Exponent, Order, Ratio, names_of
 
 
 def judge(claim: Claim, files: Files, readme: Section) -> Finding:
@@ -56,7 +56,7 @@ def _with_judging(claim: Claim, finding: Finding, files: Files, options: list[st
     if isinstance(claim, Count):
         # Models are counted anew each time: there are no rows in between.
         return replace(finding, judging="" if own else judging(claim.id, options=options))
-    rows = files.read_for(getattr(claim, "rows", ""), runs=isinstance(claim, Order))
+    rows = files.read_for(*names_of(claim), runs=isinstance(claim, Order))
     measured = RUNS if isinstance(claim, Order) else MEASURED
     return replace(
         finding,

@@ -45,6 +45,7 @@ def measured(query: str, rows: str, files: Files) -> tuple[float, str]:
     ``fastest launch of CASE``              the milliseconds of one of a file's launches of it; ``slowest`` likewise
     ``last slower of CASES than CASES``     the largest resolution up to which the first takes longer; ``@*`` in both
     ``first leaner of CASES than CASES``    the resolution from which on the first takes less memory
+    ``lead of CASE than CASE``              the second's time over the first's
     ``cases of FILE``                       how many cases it has
     ``minutes of FILE``                     from its first row's start to its last row's end
     ``gmac of MODEL``                       multiply-adds of an image of 256 pixels
@@ -124,6 +125,9 @@ def _counted(name: str, thing: str, rows: str, files: Files) -> float:
             return _sides(first, second, _source(rows, files), "time")[0]
         case "first leaner":
             return _sides(first, second, _source(rows, files), "memory")[1]
+        case "lead":
+            own, other = (_of_case(Subject.parse(case), rows, "", files)[0] for case in (first, second))
+            return other / own
         case "samples":
             return _samples(thing, ROWS / rows)
         case "most batch" | "most resolution":

@@ -1,4 +1,4 @@
-"""README's section on the H100: its sentences, the lines of its tables, and which of them no claim covers."""
+"""README's section on what was measured: its sentences, the lines of its tables, and which of them no claim covers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from reports.claims.errors import ClaimError
 from reports.claims.prose import README, prose, quoted, read_page
 
-HEADING = "## What the H100 says"
+HEADING = "## What the cards say"
 LEAD = "DiG's lead"
 """The heading of a column of ratios."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What README says of the H100.
+    """What README says of what was measured.
 
     Attributes:
         prose: As `reports.claims.prose.prose` has it.

@@ -19,13 +19,18 @@ from reports.series import read_sweep
 
 ROWS = ROOT / "results" / "h100"
 """The published ones of one machine."""
-ELSEWHERE = (ROOT / "results" / "h200" / "ablation.jsonl",)
-"""Those of another that a claim reads: runs of equal seconds."""
+ELSEWHERE = ROOT / "results" / "h200"
+"""Those of another."""
+BESIDE = ("ablation.jsonl",)
+"""Files of the other machine that are read beside those of their name: runs of equal seconds."""
+INSTEAD = ("batch32-best.jsonl", "batch32.jsonl", "best.jsonl")
+"""Files of the other machine that are read instead of those of their name, which older code measured."""
 
 
 def published() -> list[Path]:
     """The files that the published verdicts come from."""
-    return [*sorted(ROWS.glob("*.jsonl")), *ELSEWHERE]
+    own = [path for path in sorted(ROWS.glob("*.jsonl")) if path.name not in INSTEAD]
+    return [*own, *(ELSEWHERE / name for name in sorted(BESIDE + INSTEAD))]
 
 
 def _first(path: Path) -> object:
@@ -99,7 +104,7 @@ class Files:
                 self._named.setdefault(path.name, []).append(path)
         self._own = [path for path in paths if path.name not in known]
         self._own_steps: list[Path] | None = None
-        self._read: dict[str, Source | None] = {}
+        self._read: dict[tuple[str, ...], Source | None] = {}
         self.used: set[Path] = set()
 
     def paths(self, name: str) -> list[Path]:
@@ -107,40 +112,45 @@ class Files:
         self.used.update(found := self._named.get(name, []))
         return found
 
-    def read_for(self, name: str, *, runs: bool = False) -> list[Path]:
-        """The files that a claim which names this file is tested on.
+    def read_for(self, *names: str, runs: bool = False) -> list[Path]:
+        """The files that a claim which names these files is tested on.
 
         Args:
-            name: The file's.
+            names: The files'.
             runs: Whether the claim is of training runs, which are read from files of the name alone.
         """
-        if (named := self._named.get(name, [])) or runs:
+        if (named := [path for name in names for path in self._named.get(name, [])]) or runs:
             return named
         if self._own_steps is None:
             self._own_steps = [path for path in self._own if of_steps(path)]
         return self._own_steps
 
-    def source(self, name: str) -> Source | None:
-        """The rows for a claim that names this file; None where there are none.
+    def source(self, *names: str) -> Source | None:
+        """The rows for a claim that names these files; None where there are none.
+
+        Of a case that several of them have, the first file's rows count.
 
         Raises:
             ResultError: A file cannot be read.
         """
-        if name not in self._read:
-            self._read[name] = self._source(name)
-        return self._read[name]
+        if names not in self._read:
+            self._read[names] = self._source(names)
+        return self._read[names]
 
-    def _source(self, name: str) -> Source | None:
-        paths = self.read_for(name)
+    def _source(self, names: tuple[str, ...]) -> Source | None:
+        paths = self.read_for(*names)
         self.used.update(paths)
         if not paths:
             return None
-        sweep = read_sweep(paths)
-        counts = Counter(map(machine, sweep.rows))
+        rows: list[Row] = []
+        for group in [own for name in names if (own := self._named.get(name))] or [paths]:
+            had = {row.case for row in rows}
+            rows += [row for row in read_sweep(group).rows if row.case not in had]
+        counts = Counter(map(machine, rows))
         where = min(counts, key=lambda one: (-counts[one], one))
         notes = [f"on {where}, of {len(counts)} machines there"] if len(counts) > 1 else []
         return Source(
             name=", ".join(path.name for path in paths),
-            rows=tuple(row for row in sweep.rows if machine(row) == where),
+            rows=tuple(row for row in rows if machine(row) == where),
             notes=tuple(notes),
         )

@@ -172,12 +172,14 @@ class Crossover(Claim):
     Attributes:
         ours, peer: Of every resolution, as ``DiG-S/2:fla@*:train``.
         rows: Name of the results file.
+        also: Names of files that have other resolutions of them, of the same machine.
         quote: README's words, ``{}`` where the resolution stands.
     """
 
     ours: str
     peer: str
     rows: str
+    also: tuple[str, ...] = ()
     quote: str = ""
     command: str = ""
 
@@ -262,7 +264,13 @@ class Claims:
     @property
     def files(self) -> set[str]:
         """Names of the files that they are tested on."""
-        return {rows for claim in self.claims if (rows := getattr(claim, "rows", ""))}
+        return {name for claim in self.claims for name in names_of(claim)}
+
+
+def names_of(claim: Claim) -> tuple[str, ...]:
+    """Names of the files that a claim is tested on; none of a count."""
+    rows = getattr(claim, "rows", "")
+    return (rows, *getattr(claim, "also", ())) if rows else ()
 
 
 def read_claims(path: Path = CLAIMS) -> Claims:

@@ -140,7 +140,7 @@ def test_a_row_of_schema_1_reads_as_it_was_meant() -> None:
 
 
 ROOT = Path(__file__).parents[2]
-H100 = ROOT / "results" / "h100"
+H100, H200 = (ROOT / "results" / name for name in ("h100", "h200"))
 ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
 
 
@@ -153,7 +153,10 @@ ALL = {"fla", "materialized", "sdpa-cudnn", "mamba-ssm"}
         (H100 / "whole.jsonl", 7, {"triton", "sdpa-cudnn", "flash-attn-4"}),
         (H100 / "bare.jsonl", 12, ALL | {"triton", "flash-attn"}),
         (H100 / "scaling.jsonl", 16, {"triton", "sdpa-cudnn"}),
-        (ROOT / "results" / "h200" / "scaling.jsonl", 9, {"triton", "sdpa-cudnn"}),
+        (H200 / "scaling.jsonl", 9, {"triton", "sdpa-cudnn"}),
+        (H200 / "best.jsonl", 88, ALL | {"triton", "flash-attn", "flash-attn-4", "flash-attn-4-padded"}),
+        (H200 / "batch32.jsonl", 35, {"triton", "fla", "materialized", "sdpa-cudnn", "flash-attn"}),
+        (H200 / "batch32-best.jsonl", 6, {"materialized", "sdpa-cudnn", "flash-attn-4"}),
         (H100 / "best.jsonl", 80, ALL | {"triton", "flash-attn", "flash-attn-4", "flash-attn-4-padded"}),
         (ROOT / "tests" / "data" / "schema-1.jsonl", 132, ALL),
     ],

@@ -27,7 +27,7 @@ from reports.claims.ratio import ratio_of
 from reports.claims.readme import Section, read_readme
 from reports.claims.rows import ROWS, Files, published
 from reports.claims.runs import judge_order, read_runs
-from reports.claims.spec import Count, Crossover, Exponent, Order, Ratio, read_claims
+from reports.claims.spec import Count, Crossover, Exponent, Order, Ratio, names_of, read_claims
 from reports.claims.subject import Subject
 from reports.claims.telling import to_json, to_markdown, to_text
 from reports.series import merge_launches
@@ -257,7 +257,7 @@ def test_every_command_measures_what_its_curve_was_drawn_through() -> None:
     compared = 0
     for claim, finding in curves:
         cases = cases_of(finding.command)
-        source = files.source(claim.rows)
+        source = files.source(*names_of(claim))
         if finding.verdict == "not measured" or source is None:
             continue
         subjects = [claim.ours, claim.peer] if isinstance(claim, Crossover) else [claim.of]
@@ -432,7 +432,7 @@ def test_it_is_told_as_text_markdown_and_json(make_row: Callable[..., Row], writ
 
 
 def test_the_published_report_is_of_the_published_rows() -> None:
-    stored = {record["id"]: record for record in json.loads((ROWS / "claims.json").read_text())}
+    stored = {record["id"]: record for record in json.loads((ROWS.parent / "claims.json").read_text())}
     claims = read_claims()
     cheap = type(claims)(claims=tuple(claim for claim in claims.claims if not isinstance(claim, Count)))
     found = judge_all(cheap, Files(published(), claims.files), read_readme())

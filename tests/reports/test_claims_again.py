@@ -19,9 +19,10 @@ from reports.claims import __main__ as claims
 from reports.claims.commands import MEASURED, from_root
 from reports.claims.rows import ROWS, published
 
-STORED: list[dict[str, Any]] = json.loads((ROWS / "claims.json").read_text())
+STORED: list[dict[str, Any]] = json.loads((ROWS.parent / "claims.json").read_text())
 READ = {rows: [each for each in STORED if f" {rows} --id" in each["again"]] for rows in (
-    "results/h100/rows.jsonl", "results/h100/best.jsonl", "results/h100/whole.jsonl",
+    "results/h100/rows.jsonl", "results/h200/best.jsonl", "results/h200/batch32.jsonl",
+    "results/h200/best.jsonl results/h200/batch32.jsonl results/h200/batch32-best.jsonl",
     "results/h100/ablation.jsonl results/h200/ablation.jsonl",
 )}  # fmt: skip
 """Claims by the files that their verdicts are from."""
@@ -80,7 +81,7 @@ def test_the_steps_meet_in_the_files_that_the_first_writes() -> None:
 
 
 def test_files_are_called_as_in_the_projects_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert {from_root(path) for path in published()} >= {"results/h100/rows.jsonl", "results/h200/ablation.jsonl"}
+    assert {from_root(path) for path in published()} >= {"results/h100/rows.jsonl", "results/h200/ablation.jsonl", "results/h200/best.jsonl"}
     monkeypatch.chdir(ROOT / "results" / "h100")
     assert from_root(Path("rows.jsonl")) == "results/h100/rows.jsonl"
     assert from_root(tmp_path / "rows.jsonl") == str(tmp_path / "rows.jsonl")

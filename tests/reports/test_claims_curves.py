@@ -13,7 +13,7 @@ from bench.store.rows import Row
 from reports.claims.curves import crossing, judge_crossover, judge_exponent, slope, slope_range
 from reports.claims.readme import Section
 from reports.claims.rows import Files
-from reports.claims.spec import Crossover, Exponent
+from reports.claims.spec import Crossover, Exponent, names_of
 
 NOTHING = Section(prose="", tables=())
 TRITON, PLAIN = (("backend", "triton"),), (("backend", "materialized"),)
@@ -99,6 +99,22 @@ def test_a_crossover_beyond_what_was_measured_is_not_measured(make_row: Callable
     ahead = curve(make_row, "DiG-S/2", TRITON, {256: 1.0}) + curve(make_row, "DiT-S/2", PLAIN, {256: 1.5})
     found = judge_crossover(crossover(), Files([write_rows(ahead)], {"rows.jsonl"}), NOTHING)
     assert (found.verdict, found.measured) == ("holds in part", "ahead from 256 pixels, the only one measured")
+
+
+def test_a_crossover_reads_several_files_and_of_a_case_the_first_that_has_it(
+    make_row: Callable[..., Row], write_rows: Rows
+) -> None:
+    first = curve(make_row, "DiG-S/2", TRITON, {256: 1.0}) + curve(make_row, "DiT-S/2", PLAIN, {256: 0.5})
+    # What is newer, of the case that the first file has, would put ours ahead from the start.
+    more = curve(make_row, "DiG-S/2", TRITON, {256: 0.1, 1024: 2.0}) + curve(make_row, "DiT-S/2", PLAIN, {1024: 4.0})
+    paths = [write_rows(more, "more.jsonl"), write_rows(first)]
+    claim = crossover(also=("more.jsonl", "none.jsonl"))
+    files = Files(paths, names_of(claim))
+    finding = judge_crossover(claim, files, NOTHING)
+    assert finding.measured == "ahead from about 510 pixels, interpolated between 256 and 1024"
+    assert finding.notes[0] == "rows.jsonl, more.jsonl: the peer's time over ours at 256: 0.5, 1024: 2"
+    assert files.read_for(*names_of(claim)) == paths[::-1]
+    assert files.used == set(paths)
 
 
 def test_exponents(make_row: Callable[..., Row], write_rows: Rows) -> None:

@@ -41,7 +41,7 @@ CLAIMS = Claims(
 )
 README = """# Speed 5.00
 DiG takes 5.00 ms, off the [page](5.00).
-## What the H100 says
+## What the cards say
 **DiG takes
 [5.00](x) ms, on the** card, `faster by 3.00 times than`, and is faster by 3.00
 times than *that*, which is said to be 2.5 times; 5.00 remains.
@@ -52,7 +52,7 @@ times than *that*, which is said to be 2.5 times; 5.00 remains.
 """
 RESTATED = """# Speed 5.00
 DiG takes 5.00 ms, off the [page](5.00).
-## What the H100 says
+## What the cards say
 **DiG takes
 [4.00](x) ms, on the** card, `faster by 3.00 times than`, and is faster by 2.50
 times than *that*, which is said to be 2.5 times; 5.00 remains.

@@ -230,11 +230,12 @@ def test_a_figure_of_one_setting_draws_one_precision_and_one_scope():
 
 
 def test_the_published_rows_give_the_published_tables_and_figures(tmp_path):
-    folder = ROOT / "results" / "h100"
+    h100, h200 = (ROOT / "results" / name for name in ("h100", "h200"))
     for rows, drawn in (
-        ("rows.jsonl", folder),
-        ("best.jsonl", folder / "best"),
+        (h100 / "rows.jsonl", h100),
+        (h100 / "best.jsonl", h100 / "best"),
+        (h200 / "best.jsonl", h200 / "best"),
     ):
-        result = CliRunner().invoke(app, [str(folder / rows), "--out", str(tmp_path)])
+        result = CliRunner().invoke(app, [str(rows), "--out", str(tmp_path)])
         assert result.exit_code == 0, result.output
         assert (tmp_path / "tables.md").read_bytes() == (drawn / "tables.md").read_bytes()
