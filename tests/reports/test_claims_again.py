@@ -81,7 +81,11 @@ def test_the_steps_meet_in_the_files_that_the_first_writes() -> None:
 
 
 def test_files_are_called_as_in_the_projects_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert {from_root(path) for path in published()} >= {"results/h100/rows.jsonl", "results/h200/ablation.jsonl", "results/h200/best.jsonl"}
+    assert {from_root(path) for path in published()} >= {
+        "results/h100/rows.jsonl",
+        "results/h200/ablation.jsonl",
+        "results/h200/best.jsonl",
+    }
     monkeypatch.chdir(ROOT / "results" / "h100")
     assert from_root(Path("rows.jsonl")) == "results/h100/rows.jsonl"
     assert from_root(tmp_path / "rows.jsonl") == str(tmp_path / "rows.jsonl")
