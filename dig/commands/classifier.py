@@ -20,6 +20,7 @@ from dig.commands.common import (
     open_data,
     refusing,
 )
+from dig.launched import place_in_job
 from dig.progress import following, open_console
 
 if TYPE_CHECKING:
@@ -42,9 +43,14 @@ def classifier_command(
     workers: WorkersOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the small classifier whose features evaluate can measure samples with."""
+    """Train the small classifier whose features evaluate can measure samples with.
+
+    One process does it. Under torchrun that is the first one, and the others end at once.
+    """
     console = open_console(quiet=quiet)
     with interruptible(lambda: f"nothing is in {out} of this training; the same command begins again"), refusing():
+        if place_in_job()[0] > 0:
+            return
         import dataclasses
 
         from dig.evaluation.classifier import (

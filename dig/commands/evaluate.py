@@ -26,6 +26,7 @@ from dig.commands.common import (
 )
 from dig.commands.drawing import Asked, draw_folder, prepare
 from dig.commands.dry_run import NOTHING, tell
+from dig.launched import place_in_job
 from dig.progress import following, open_console
 
 if TYPE_CHECKING:
@@ -87,9 +88,13 @@ def evaluate_command(
 
     The number has no meaning beside one of other features, another count of images or another data set. Two disjoint
     halves of the data set are compared too, where there are images enough: what a perfect model would get.
+
+    One process does it. Under torchrun that is the first one, and the others end at once.
     """
     console = open_console(quiet=quiet)
     with interruptible(lambda: _kept(checkpoint)), refusing():
+        if place_in_job()[0] > 0:
+            return
         if (classifier is None) == (inception is None):
             raise ValueError(
                 "choose the features: either --classifier, a file that python -m dig classifier makes, or --inception"

@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from dig.commands.common import check_folder_name, open_decoder, refusing
+from dig.launched import place_in_job
 from dig.progress import open_console
 
 
@@ -46,9 +47,13 @@ def export_command(
     """Write weights for others to load: diffusers' folder, one safetensors file, or the authors' names.
 
     What is written reads back to the same bits, by sample, by dig.load, and by train --init.
+
+    One process does it. Under torchrun that is the first one, and the others end at once.
     """
     open_console()
     with refusing():
+        if place_in_job()[0] > 0:
+            return
         if model is None and (image_size, num_classes) != (None, None):
             raise ValueError("--image-size and --num-classes describe a published file, together with --model")
         from dig.sampling.exporting import SUFFIXES, export

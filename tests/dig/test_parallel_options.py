@@ -103,6 +103,31 @@ def test_a_later_rank_does_not_consolidate(run: Path, tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
 
 
+@pytest.mark.usefixtures("second")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "none.safetensors", "--out", "out", "--format", "diffusers"],
+        ["evaluate", "--samples", "none.npz", "--data", "none", "--classifier", "none.safetensors"],
+        ["classifier", "--data", "none", "--out", "out.safetensors"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_one_process_does_a_later_rank_leaves_to_the_first(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.output) == (0, "")
+    # The first looks at what it is given, and there is none of it.
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "none" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process is the second of two, as a launcher says."""
