@@ -122,8 +122,9 @@ def kernel_costs(name: str, shapes: Sequence[Shape], types: Sequence[str]) -> di
         return {
             "local_state_kernel": Cost(bytes=element * (keys + values + rank)),
             "output_kernel": Cost(bytes=element * (2 * keys + 3 * values)),
-            # Which reads all slices, and is alone.
+            # Which reads all slices; it is alone, or comes after the states of segments.
             "walk_kernel": Cost(bytes=element * (2 * keys + 3 * values + rank)),
+            "segment_state_kernel": Cost(bytes=element * (keys + values + rank)),
         }
     states, sums = (math.prod(shape) * ITEM_BYTES.get(of, 2) for shape, of in zip(shapes[4:6], types[4:6], strict=True))
     # q, k, v, g and dy; do, dg and the output again; states and their gradients.

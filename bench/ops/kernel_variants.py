@@ -83,8 +83,18 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
         levels = {"LEVELS": tiles.chunk.bit_length() - 4}
         low_rank = {"R": RANK, "RP": RANK, "LOGITS": True}
         plain = {"R": 0, "RP": 16, "LOGITS": False}
-        rounds = {"ROUNDS": launches.walk_rounds(tiles, tiles.walk_chunks)}
         walk = (kernels_walk.walk_kernel, tiles.walk_warps, tiles.walk_registers)
+        walks: list[Any] = []
+        # A whole head, and a segment of one.
+        for chunks, segment in ((tiles.walk_chunks, 0), (tiles.segment_chunks, tiles.segment_chunks)):
+            rounds = {"ROUNDS": launches.walk_rounds(tiles, chunks), "SEGMENT": segment}
+            walks += [(walk, rounds | low_rank | {"KEEP": keep}) for keep in (False, True) if chunks]
+            walks += [((*walk[:2], None), rounds | plain | {"LOGITS": True, "KEEP": True})] if chunks else []
+        if tiles.segment_chunks:
+            states = (kernels_walk.segment_state_kernel, tiles.segment_warps, None)
+            walks += [
+                (states, {"SEGMENT": tiles.segment_chunks} | form) for form in (low_rank, plain | {"LOGITS": True})
+            ]
         in_rounds, in_parts = kernels_rounds.gradient_rounds_kernel, kernels_rounds.output_backward_parts_kernel
         gradient_kernel = in_rounds if tiles.gradient_rounds else kernels_backward.gradient_kernel
         gradient = (gradient_kernel, tiles.gradient_warps, tiles.gradient_registers)
@@ -100,16 +110,12 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
             ((kernels.local_state_kernel, tiles.local_warps, None), plain | {"STATES": True, "GRADIENT": True}),
             ((kernels.output_kernel, tiles.output_warps, tiles.output_registers), levels | {"NORM_GATE": True}),
             ((kernels.output_kernel, tiles.output_warps, None), levels | {"NORM_GATE": False}),
-            (walk, rounds | low_rank | {"KEEP": False}),
-            (walk, rounds | low_rank | {"KEEP": True}),
-            ((kernels_walk.walk_kernel, tiles.walk_warps, None), rounds | plain | {"LOGITS": True, "KEEP": True}),
+            *walks,
             (output_backward, levels | {"REBUILD": True}),
             *((gradient, form | low_rank) for form in forms),
             (gradient, forms[0] | plain),
             *(((*gradient[:2], None), form | plain) for form in forms[1:]),
         ):
-            if function is walk[0] and not tiles.walk_chunks:
-                continue
             heads = {
                 name: 0 if name == "d_h" and constants.get("R") else K if name[0] in "qkd" else V
                 for name in function.arg_names
@@ -122,7 +128,7 @@ def recurrence_variants(architecture: Architecture) -> Iterator[Variant]:
                 shared=(tiles.walk_shared_memory if function is walk[0] else tiles.shared_memory)(K, V, of),
                 constants=shape | constants | heads,
                 options={"num_warps": warps, "maxnreg": registers},
-                fp32=frozenset({"sums", "own", "weight", "dweight", "decay_bias", "dbias"}),
+                fp32=frozenset({"sums", "decays", "own", "weight", "dweight", "decay_bias", "dbias"}),
                 numbers={"scale": "fp32", "eps": "fp32", "inverse_normalizer": "fp32"},
             )
 

@@ -23,6 +23,7 @@ from dig.ops.gla.launches import (
     local_states,
     no_states,
     scan_states,
+    segment_starts,
     walk_rounds,
 )
 from dig.ops.gla.layouts import DecayGate, Layout, Rows, Slots, rows_of
@@ -47,11 +48,12 @@ def run_rows(
     first = rows.tensors[0]
     out = torch.empty(*shape, dtype=first.dtype, device=first.device)
     launch = launch_context(first.device)
-    if plan.walks:
+    if plan.walks or plan.segments:
         states = no_states(first)
         if keep:
             states = torch.empty(1, *plan.state_shape, dtype=first.dtype, device=first.device)
-        launch.start(_walk_launch(plan, rows.layout, eps, keep), *rows.tensors, norm_weight, states, out)
+        starts = segment_starts(launch, plan, rows) if plan.segments else states
+        launch.start(_walk_launch(plan, rows.layout, eps, keep), *rows.tensors, norm_weight, states, starts, out)
         return out, states
     states, sums = local_states(launch, plan, rows)
     scan_states(launch, plan, states, sums, direction=0)
@@ -61,14 +63,15 @@ def run_rows(
 
 @functools.lru_cache(maxsize=1024)
 def _walk_launch(plan: Plan, layout: Layout, eps: float, keep: bool) -> Launch:
-    """`walk_kernel`'s: on the inputs, the norm's weight, the states and the result."""
-    n = layout.tensors
+    """`walk_kernel`'s: on the inputs, the norm's weight, the states, those before the segments, and the result."""
+    n, segment = layout.tensors, plan.tiles.segment_chunks if plan.segments else 0
     return Launch(
-        walk_kernel, (plan.H, plan.B),
+        walk_kernel, (plan.H, plan.segments, plan.B) if segment else (plan.H, plan.B),
         (*layout.qkv_strides, *layout.gate_strides, *layout.g_strides, plan.T, plan.N, *plan.scan, plan.scale,
          plan.inverse_normalizer, eps),
-        early=True, parts=(*layout.qkv, *layout.gate, layout.g, (n, 0), (n + 1, 0), (n + 2, 0)),
-        **plan.constants, **layout.constants, ROUNDS=walk_rounds(plan.tiles, plan.N), KEEP=keep,
+        early=True, parts=(*layout.qkv, *layout.gate, layout.g, *((n + i, 0) for i in range(4))),
+        **plan.constants, **layout.constants, ROUNDS=walk_rounds(plan.tiles, segment or plan.N), SEGMENT=segment,
+        KEEP=keep,
         num_warps=plan.tiles.walk_warps,
         maxnreg=plan.tiles.walk_registers if layout.constants["R"] else None,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from dig.ops.arithmetic import INTERPRETED
 from dig.ops.gla.kernels import local_state_kernel, scan_kernel, short_scan_kernel
 from dig.ops.gla.kernels_backward import column_sums_kernel, gradient_kernel
 from dig.ops.gla.kernels_rounds import gradient_rounds_kernel
+from dig.ops.gla.kernels_walk import segment_state_kernel
 from dig.ops.gla.layouts import Layout, Outline, Rows, Slots, strides_of
 from dig.ops.launch import Launch, LaunchContext
 from dig.ops.tiles import for_device
@@ -74,6 +75,15 @@ class Plan:
         tiles = self.tiles
         few_chunks, many_heads = tiles.walk_chunks >= self.N, tiles.walk_programs * self.N <= self.B * self.H
         return few_chunks and (many_heads or self.N == 1)
+
+    @cached_property
+    def segments(self) -> int:
+        """Into how many segments of a head's chunks the forward pass is cut, a program each; 0: it isn't."""
+        tiles = self.tiles
+        if self.walks or not 0 < tiles.segment_chunks < self.N:
+            return 0
+        segments = ceil_div(self.N, tiles.segment_chunks)
+        return segments if tiles.segment_programs <= self.B * self.H * segments else 0
 
     @property
     def scans_in_gradients(self) -> bool:
@@ -206,22 +216,47 @@ def empty_sums(plan: Plan, like: Tensor) -> Tensor:
 
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
-    launch.start(_scan_launch(plan, states.dtype, len(states), direction), states, sums)
+    launch.start(_scan_launch(plan, plan.N, plan.tiles.chunk, states.dtype, len(states), direction), states, sums)
+
+
+def segment_starts(launch: LaunchContext, plan: Plan, rows: Rows) -> Tensor:
+    """The states before each of a plan's segments (1, B, H, M, K, V)."""
+    first = rows.tensors[0]
+    (K, V), M = plan.state_shape[-2:], plan.segments
+    starts = torch.empty(1, plan.B, plan.H, M, K, V, dtype=first.dtype, device=first.device)
+    decays = torch.empty(plan.B, plan.H, M, plan.constants["KP"], dtype=torch.float32, device=first.device)
+    launch.start(_segment_launch(plan, rows.layout), *rows.tensors, decays, starts)
+    # To the scan a segment is a chunk of one token.
+    launch.start(_scan_launch(plan, M, 1, starts.dtype, 1, 0), starts, decays)
+    return starts
 
 
 @functools.lru_cache(maxsize=1024)
-def _scan_launch(plan: Plan, dtype: torch.dtype, entries: int, direction: int) -> Launch:
+def _segment_launch(plan: Plan, layout: Layout) -> Launch:
+    """`segment_state_kernel`'s: on the inputs, the segments' decays and states."""
+    n = layout.tensors
+    return Launch(
+        segment_state_kernel, (plan.H, plan.segments, plan.B),
+        (*layout.qkv_strides[3:], *layout.gate_strides, plan.T, *plan.scan, plan.inverse_normalizer),
+        early=True, parts=(*layout.qkv[1:], *layout.gate, (n, 0), (n + 1, 0)),
+        **plan.constants, **layout.constants, SEGMENT=plan.tiles.segment_chunks, num_warps=plan.tiles.segment_warps,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _scan_launch(plan: Plan, N: int, C: int, dtype: torch.dtype, entries: int, direction: int) -> Launch:
+    """The scan's over N chunks of C tokens, with so many states each: on those and on the sums of the decays."""
     (K, V), tiles = plan.state_shape[-2:], plan.tiles
     kernel: Any
-    if tiles.short_chunks >= plan.N:
-        sizes = short_scan_sizes(tiles, plan.N, V, dtype)
+    if tiles.short_chunks >= N:
+        sizes = short_scan_sizes(tiles, N, V, dtype)
         kernel, warps, parts = short_scan_kernel, tiles.short_warps, ceil_div(K * V, sizes["WIDTH"] * sizes["UNITS"])
     else:
-        sizes = scan_sizes(tiles, plan.N, V, dtype)
+        sizes = scan_sizes(tiles, N, V, dtype)
         kernel, warps, parts = scan_kernel, tiles.scan_warps, ceil_div(V, sizes["LANES"]) * K
     return Launch(
-        kernel, (parts, plan.B * plan.H, entries), (plan.N, direction),
-        early=True, K=K, V=V, KP=plan.constants["KP"], C=tiles.chunk, **sizes, num_warps=warps,
+        kernel, (parts, plan.B * plan.H, entries), (N, direction),
+        early=True, K=K, V=V, KP=plan.constants["KP"], C=C, **sizes, num_warps=warps,
     )  # fmt: skip
 
 

@@ -90,7 +90,8 @@ class Architecture:
                     f"{(self.shared_memory or 0) / KIB:g}: use backend 'reference' or 'fla', or narrower heads"
                 )
             tiles = replace(tiles, chunk=tiles.chunk // 2)
-        return tiles if self._fits(tiles.walk_shared_memory(K, V, dtype)) else replace(tiles, walk_chunks=0)
+        walks = self._fits(tiles.walk_shared_memory(K, V, dtype))
+        return tiles if walks else replace(tiles, walk_chunks=0, segment_chunks=0)
 
     def adaln_tiles(self, D: int, dtype: torch.dtype) -> NormTiles:
         """Of the next wider entry, or the widest."""

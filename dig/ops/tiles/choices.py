@@ -59,6 +59,10 @@ class GlaTiles:
             0 if never.
         walk_programs: Such programs for each of a head's chunks at least, beside which there are three launches: the
             more steps a program walks one after the other, the more of them are to share an SM.
+        segment_chunks: Chunks of a segment, where a head has more chunks and the forward pass walks its segments beside
+            each other (`dig.ops.gla.kernels_walk`), a power of two; 0: three launches take a chunk a program.
+        segment_programs: Such programs at least, beside which there are those three launches.
+        segment_warps: Warps of a program that computes what a segment adds to the state.
         walk_warps: Warps of such a program.
         walk_registers: Most registers of its threads, as below, where it computes decays from their low-rank factor.
         output_warps: Warps of a program that computes a chunk's outputs.
@@ -93,6 +97,9 @@ class GlaTiles:
     short_steps: int
     walk_chunks: int
     walk_programs: int
+    segment_chunks: int
+    segment_programs: int
+    segment_warps: int
     walk_warps: int
     walk_registers: int | None = None
     output_warps: int
@@ -109,8 +116,9 @@ class GlaTiles:
     sum_warps: int
 
     def __post_init__(self) -> None:
-        check_positive(self, may_be_zero=("short_chunks", "walk_chunks", "walk_programs", "gradient_scan_chunks"))
-        check_powers_of_two(self, "short_units", "short_steps")
+        may_be_zero = ("short_chunks", "walk_chunks", "walk_programs", "segment_chunks", "segment_programs")
+        check_positive(self, may_be_zero=(*may_be_zero, "gradient_scan_chunks"))
+        check_powers_of_two(self, "short_units", "short_steps", *(["segment_chunks"] if self.segment_chunks else []))
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be 16 times a power of two; got {self.chunk}")
 

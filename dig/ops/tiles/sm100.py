@@ -16,7 +16,7 @@ ARCHITECTURE = replace(
     sm90.ARCHITECTURE,
     name="Blackwell",
     capability=(10, 0),
-    gla={sizes: replace(tiles, walk_chunks=0) for sizes, tiles in sm90.GLA.items()},
+    gla={sizes: replace(tiles, walk_chunks=0, segment_chunks=0) for sizes, tiles in sm90.GLA.items()},
     products=sm90.PRODUCTS.apart(),
     gradients=None,
 )

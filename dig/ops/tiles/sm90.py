@@ -53,6 +53,10 @@ _HEADS = GlaTiles(
     # the SMs: at 8 chunks they are nearly three an SM, as many as an SM has registers for.
     walk_chunks=8,
     walk_programs=44,
+    # Off until it is timed: of 4 chunks, two programs an SM.
+    segment_chunks=0,
+    segment_programs=2 * 132,
+    segment_warps=4,
     walk_warps=4,
     # 256 pixels. Not timed with more: a program of the first chunk reads what all the others add.
     gradient_scan_chunks=4,
