@@ -1,4 +1,4 @@
-"""The forward pass by segments of chunks against the recurrence in fp64, and against three launches of single chunks."""
+"""The forward pass by segments of chunks against the recurrence in fp64, and against three launches a chunk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dig.ops.gla import launches, layouts
+from dig.ops.gla import block_launches, launches, layouts
 from dig.ops.gla.block_launches import run_block
 from dig.ops.gla.kernels import local_state_kernel, scan_kernel, short_scan_kernel
 from dig.ops.gla.kernels_walk import segment_state_kernel, walk_kernel
@@ -22,6 +22,20 @@ from tests.ops.test_gla_walk import EPS, NEVER, block_errors, block_inputs, mixe
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 assert tiles  # A fixture.
+SEGMENTS = NEVER | {"segment_programs": 1}
+
+
+@pytest.fixture
+def segments(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each forward pass by segments, how many there were."""
+    taken: list[int] = []
+
+    def starts(launch: LaunchContext, plan: launches.Plan, rows: layouts.Rows) -> torch.Tensor:
+        taken.append(plan.segments)
+        return launches.segment_starts(launch, plan, rows)
+
+    monkeypatch.setattr(block_launches, "segment_starts", starts)
+    return taken
 
 
 @pytest.mark.parametrize(
@@ -38,12 +52,13 @@ assert tiles  # A fixture.
 )
 def test_output_and_every_gradient(
     grid: tuple[int, int], heads: int, key_width: int, dtype: torch.dtype, batch: int, order: ScanOrder, chunk: int,
-    segment: int, tiles: Callable[..., None],
+    segment: int, tiles: Callable[..., None], segments: list[int],
 ) -> None:  # fmt: skip
     inputs = arguments(grid, heads, key_width, dtype, batch)
-    tiles(chunk, **NEVER, segment_chunks=segment)
+    tiles(chunk, **SEGMENTS, segment_chunks=segment)
     found = mixed(inputs, heads, grid, order)
     again = mixed(inputs, heads, grid, order)
+    assert segments == [-(-grid[0] * grid[1] // (chunk * segment))] * 4
     tiles(chunk, **NEVER)
     other = mixed(inputs, heads, grid, order)
     assert torch.equal(found[0], found[1])
@@ -54,9 +69,9 @@ def test_output_and_every_gradient(
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_strong_decays_beside_weak_ones(dtype: torch.dtype, tiles: Callable[..., None]) -> None:
+def test_strong_decays_beside_weak_ones(dtype: torch.dtype, tiles: Callable[..., None], segments: list[int]) -> None:
     """Chunks that the walk takes in several steps, and totals over a segment that end in zero."""
-    tiles(32, **NEVER, segment_chunks=2)
+    tiles(32, **SEGMENTS, segment_chunks=2)
     inputs = block_inputs(150, 20, 24, dtype)
     choice = torch.randint(0, 3, inputs[3].shape, device=DEVICE)
     logits = torch.where(choice == 0, 1000.0, torch.where(choice == 1, -1000.0, inputs[3].float()))
@@ -64,14 +79,16 @@ def test_strong_decays_beside_weak_ones(dtype: torch.dtype, tiles: Callable[...,
     logits[:, 100:106, :, :3] = -1000.0
     inputs[3] = logits.to(dtype)
     assert block_errors(inputs) < BOUNDS[dtype]
+    assert segments == [3]
 
 
-def test_what_is_far_in_the_past_counts(tiles: Callable[..., None]) -> None:
+def test_what_is_far_in_the_past_counts(tiles: Callable[..., None], segments: list[int]) -> None:
     """Without decays the first token's value is in every output, whatever segment that is in."""
-    tiles(16, **NEVER, segment_chunks=2)
+    tiles(16, **SEGMENTS, segment_chunks=2)
     inputs = block_inputs(16 * 9, 16, 16, torch.float32)
     inputs[3].fill_(1000.0)
     assert block_errors(inputs) < BOUNDS[torch.float32]
+    assert segments == [5]
 
 
 def kernels_of(monkeypatch: pytest.MonkeyPatch, B: int, H: int, T: int) -> list[tuple[Any, tuple[int, ...]]]:
@@ -93,12 +110,12 @@ def test_segments_are_taken_where_they_are_enough(monkeypatch: pytest.MonkeyPatc
     assert states == (segment_state_kernel, (2, 3, 2))
     assert (walk, programs) == (walk_kernel, (2, 3, 2))
     for few in ((1, 3, 65), (2, 1, 40)):
-        assert [kernel for kernel, _ in kernels_of(monkeypatch, *few)][0] is local_state_kernel
+        assert kernels_of(monkeypatch, *few)[0][0] is local_state_kernel
     # Up to two chunks a head is walked in one launch.
     assert [kernel for kernel, _ in kernels_of(monkeypatch, 2, 2, 32)] == [walk_kernel]
 
 
 def test_few_segments_take_the_short_scan(monkeypatch: pytest.MonkeyPatch, tiles: Callable[..., None]) -> None:
-    tiles(16, **NEVER, short_chunks=3, segment_chunks=2)
+    tiles(16, **SEGMENTS, short_chunks=3, segment_chunks=2)
     scans = [kernels_of(monkeypatch, 1, 1, T)[1][0] for T in (96, 97)]
     assert scans == [short_scan_kernel, scan_kernel]

@@ -1,9 +1,9 @@
 """Triton kernels of gated linear attention's forward pass whose programs walk along a head's chunks.
 
-**In one launch**, for many heads of few tokens each: a program walks the tokens of one head in order and holds the state
-in registers, in fp32. What `dig.ops.gla.kernels` computes in three launches, each reading what the one before it wrote,
-is here computed once: k, v and the decays are read once, and neither sums nor, without gradients, states are written.
-Notation and order as in `dig.ops.gla.pieces`.
+**In one launch**, for many heads of few tokens each: a program walks the tokens of one head in order and holds the
+state in registers, in fp32. What `dig.ops.gla.kernels` computes in three launches, each reading what the one before it
+wrote, is here computed once: k, v and the decays are read once, and neither sums nor, without gradients, states are
+written. Notation and order as in `dig.ops.gla.pieces`.
 
 **By segments**, where a head has many chunks: a segment is several chunks, and a program walks along one. What each
 segment adds comes first (`segment_state_kernel`), then a scan over segments, then the same walk, from the state before
