@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dig import raster_operations
 from dig.ops import weight_gradients as operation
-from dig.ops.linear import weight_gradient
+from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.tiles import sm90
 from dig.ops.tiles.architecture import Architecture
 from dig.ops.weight_gradients import groups_gradients, weight_gradients
@@ -83,7 +83,7 @@ def test_a_block_goes_back_with_the_same_gradients(monkeypatch: pytest.MonkeyPat
 
     def together(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[Tensor | None]) -> list[Tensor]:
         assert not any(place is not None for place in places)
-        found = [weight_gradient(dy, x) for dy, x in pairs]
+        found = [weight_gradient(as_rows(dy), as_rows(x)) for dy, x in pairs]
         grouped.append([tuple(gradient.shape) for gradient in found])
         return found
 

@@ -161,7 +161,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _local_launch(plan: Plan, layout: Layout, do_strides: tuple[int, ...] | None, sums_only: bool) -> Launch:
+def local_launch(plan: Plan, layout: Layout, do_strides: tuple[int, ...] | None, sums_only: bool) -> Launch:
     """`local_state_kernel`'s, on the inputs, the sums and, where they are asked for, the states, do and own."""
     n, v = layout.tensors, layout.qkv[2]
     # A pointer that a kernel does not touch can be anything of its dtype.
@@ -180,7 +180,7 @@ def local_states(launch: LaunchContext, plan: Plan, rows: Rows) -> tuple[Tensor,
     """What each chunk adds to the state (1, B, H, N, K, V), and the sums of the decays."""
     first = rows.tensors[0]
     states, sums = torch.empty(1, *plan.state_shape, dtype=first.dtype, device=first.device), empty_sums(plan, first)
-    launch.start(_local_launch(plan, rows.layout, None, False), *rows.tensors, sums, states)
+    launch.start(local_launch(plan, rows.layout, None, False), *rows.tensors, sums, states)
     return states, sums
 
 
@@ -188,14 +188,14 @@ def local_gradients(launch: LaunchContext, plan: Plan, rows: Rows, do: Tensor) -
     """`local_states`, and do . v of each token; the first is (2, ...), its second part what adds to its gradient."""
     states, sums = torch.empty(2, *plan.state_shape, dtype=do.dtype, device=do.device), empty_sums(plan, do)
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=do.device)
-    launch.start(_local_launch(plan, rows.layout, strides_of(do), False), *rows.tensors, sums, states, do, own)
+    launch.start(local_launch(plan, rows.layout, strides_of(do), False), *rows.tensors, sums, states, do, own)
     return states, sums, own
 
 
 def decay_sums(launch: LaunchContext, plan: Plan, rows: Rows) -> Tensor:
     """The sums of the decays alone, as the kernels of the backward pass read them again; q, k and v aren't read."""
     sums = empty_sums(plan, rows.tensors[0])
-    launch.start(_local_launch(plan, rows.layout, None, True), *rows.tensors, sums)
+    launch.start(local_launch(plan, rows.layout, None, True), *rows.tensors, sums)
     return sums
 
 
@@ -206,11 +206,12 @@ def empty_sums(plan: Plan, like: Tensor) -> Tensor:
 
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
-    launch.start(_scan_launch(plan, states.dtype, len(states), direction), states, sums)
+    launch.start(scan_launch(plan, states.dtype, len(states), direction), states, sums)
 
 
 @functools.lru_cache(maxsize=1024)
-def _scan_launch(plan: Plan, dtype: torch.dtype, entries: int, direction: int) -> Launch:
+def scan_launch(plan: Plan, dtype: torch.dtype, entries: int, direction: int) -> Launch:
+    """`scan_kernel`'s, or that of few chunks: on so many entries of states and the sums."""
     (K, V), tiles = plan.state_shape[-2:], plan.tiles
     kernel: Any
     if tiles.short_chunks >= plan.N:
@@ -244,7 +245,7 @@ def walk_rounds(tiles: GlaTiles, N: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...], scanned: bool) -> Launch:
+def gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...], scanned: bool) -> Launch:
     """`gradient_kernel`'s, or that of the same in rounds.
 
     On the inputs, slots, do, sums, states, their gradients, own and dbias.
@@ -291,7 +292,7 @@ def gradients_of(
     """
     rows = plan.B * plan.N if bias else 0
     dbias = torch.empty(rows, plan.H * plan.constants["K"], dtype=torch.float32, device=do.device)
-    kernel = _gradient_launch(plan, inputs.layout, slots, strides_of(do), scanned)
+    kernel = gradient_launch(plan, inputs.layout, slots, strides_of(do), scanned)
     launch.start(kernel, *inputs.tensors, *outputs, do, sums, states, state_gradients, own, dbias)
     return dbias
 
@@ -322,12 +323,13 @@ def column_sums(launch: LaunchContext, tiles: GlaTiles, partials: Tensor, dtype:
     """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
     rows, D = partials.shape
     sums = torch.empty(D, dtype=dtype, device=partials.device)
-    launch.start(_column_launch(tiles, rows, D), partials, sums)
+    launch.start(column_launch(tiles, rows, D), partials, sums)
     return sums
 
 
 @functools.lru_cache(maxsize=1024)
-def _column_launch(tiles: GlaTiles, rows: int, D: int) -> Launch:
+def column_launch(tiles: GlaTiles, rows: int, D: int) -> Launch:
+    """`column_sums_kernel`'s: on partials (rows, D) and their sums (D,)."""
     return Launch(
         column_sums_kernel, (ceil_div(D, tiles.sum_columns),), (rows,),
         D=D, ROWS=tiles.sum_rows, COLS=tiles.sum_columns, num_warps=tiles.sum_warps,
