@@ -290,7 +290,8 @@ class DiGBlock(nn.Module):
                 f"a block takes tokens (B, {route.grid[0] * route.grid[1]}, D) and a condition (B, D); got "
                 f"{tuple(x.shape)} and {tuple(c.shape)}"
             )
-        x = reorder(x.to(dtype), route.grid, route.source, RASTER).contiguous()
+        # Asked for first, where it changes nothing: each call of PyTorch's takes the host as long as a launch.
+        x = reorder(x if given == dtype else x.to(dtype), route.grid, route.source, RASTER).contiguous()
         weights = self.weights() if ahead is None else ahead.weights
         if weights is None:
             x = self._run_part_by_part(x, c, Route(grid=route.grid, source=RASTER, order=route.order, target=RASTER))
@@ -298,7 +299,8 @@ class DiGBlock(nn.Module):
             norm = "rms" if self.variant == "paper" else "layer"
             settings = settings_of(norm, self.attn.heads, route.grid, route.order)
             x = run_block(x, c, weights, settings, ahead)
-        return reorder(x, route.grid, RASTER, route.target).to(given)
+        x = reorder(x, route.grid, RASTER, route.target)
+        return x if given == dtype else x.to(given)
 
     def weights(self) -> BlockWeights | None:
         """Its parameters, for whoever computes what it does without calling its parts; None if that skips anything.

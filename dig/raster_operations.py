@@ -179,6 +179,9 @@ class Separate:
         return whole
 
 
+Steps = Separate | BlockPlan
+
+
 def steps_for(
     x: Tensor,
     c: Tensor,
@@ -186,14 +189,16 @@ def steps_for(
     w: BlockWeights,
     settings: Settings,
     others: Sequence[Tensor | None] = (),
-) -> Separate | BlockPlan:
+    *,
+    known: BlockPlan | None = None,
+) -> Steps:
     """What a training block's pass calls between its GEMMs; arguments as of `dig.raster_plan.plan_for`."""
     ops = operations_for(x)
-    plan = plan_for(x, c, modulation, w, settings, others) if ops is _DIRECT else None
+    plan = plan_for(x, c, modulation, w, settings, others, known=known) if ops is _DIRECT else None
     return Separate(ops, x, modulation, settings) if plan is None else plan
 
 
-def is_direct(steps: Separate | BlockPlan) -> bool:
+def is_direct(steps: Steps) -> bool:
     """Whether PyTorch isn't told of the operations, so that they may write into memory that they are given."""
     return isinstance(steps, BlockPlan) or steps._ops is _DIRECT
 

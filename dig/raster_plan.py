@@ -94,6 +94,8 @@ def plan_for(
     w: BlockWeights,
     settings: Settings,
     others: Sequence[Tensor | None] = (),
+    *,
+    known: BlockPlan | None = None,
 ) -> BlockPlan | None:
     """The plan of a block's passes, for whoever may call `dig.ops.library.Operation.function` in place of operations.
 
@@ -104,6 +106,7 @@ def plan_for(
         w: The block's weights.
         settings: Its settings.
         others: What else its pass reads.
+        known: That of its forward pass, in its backward pass.
 
     Returns:
         None where some tensor isn't contiguous, or parts of the modulation lie at what Triton compiles other kernels
@@ -113,6 +116,9 @@ def plan_for(
     for tensor in (x, c, modulation, *w, *others):
         if tensor is not None and not tensor.is_contiguous():
             return None
+    kinds = tuple([None if tensor is None else tensor.dtype for tensor in w])
+    if known is not None and known.block.weights == kinds:
+        return known
     shape, dtype, device = x.shape, x.dtype, x.device
     B, T, D = shape
     if D * modulation.itemsize % ALIGNMENT:
@@ -130,7 +136,6 @@ def plan_for(
         products.tiles_for("up", x, inner) is None,
         products.tiles_for("down", x, inner) is None,
     )
-    kinds = tuple([None if tensor is None else tensor.dtype for tensor in w])
     rank = w.decay_weight.shape[1]
     return _plan_of(_Block(shape, dtype, device, settings, inner, rank, c.dtype, modulation.dtype, kinds, tiles))
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.side_stream import Part, let_go, mark, on_side_stream, wait
-from dig.raster_operations import grouped, is_direct, large_places, linear, linear_backward, steps_for
-from dig.raster_plan import GATE1, GATE2
+from dig.raster_operations import Steps, grouped, is_direct, large_places, linear, linear_backward, steps_for
+from dig.raster_plan import GATE1, GATE2, BlockPlan
 from dig.raster_weights import BlockWeights, Products, Settings
 
 
@@ -65,7 +65,13 @@ _KEPT = len(Kept._fields)
 
 
 def forward_pass(
-    x: Tensor, c: Tensor, modulation: Tensor, p: Products, w: BlockWeights, settings: Settings
+    x: Tensor,
+    c: Tensor,
+    modulation: Tensor,
+    p: Products,
+    w: BlockWeights,
+    settings: Settings,
+    steps: Steps | None = None,
 ) -> tuple[Tensor, Kept]:
     """The forward pass of a block that trains, and what its backward pass needs beside the parameters.
 
@@ -76,11 +82,12 @@ def forward_pass(
         p: The weights of the products in x's dtype, no gates folded in.
         w: The block's parameters.
         settings: Its settings.
+        steps: Those of `steps_for`, where they have been asked for already.
 
     Returns:
         (B, T, D) in x's dtype; and `Kept`, which holds x, c and the modulation as they are.
     """
-    ops = steps_for(x, c, modulation, w, settings)
+    ops = steps_for(x, c, modulation, w, settings) if steps is None else steps
     h, stats1 = ops.norm1(x, modulation, w.norm1)
     projected = linear(h, p.in_proj)
     y, states = ops.mixer(projected, p.decay_weight, w.decay_bias, w.head_norm)
@@ -118,6 +125,7 @@ def backward_pass(
     *,
     condition: bool,
     part: Part | None,
+    plan: BlockPlan | None = None,
 ) -> tuple[Tensor, Tensor | None, BlockWeights]:
     """The backward pass of `forward_pass`.
 
@@ -129,6 +137,7 @@ def backward_pass(
         needed: Whether a parameter's gradient is asked for, by its name.
         condition: Whether c's is.
         part: Of the side work that runs on into the next block; None where it ends with this one.
+        plan: The forward pass's, if it had one and it is known here.
 
     Returns:
         Gradients of x, of c, and of the parameters. What is not asked for may be None.
@@ -138,7 +147,9 @@ def backward_pass(
     x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept._make(tensors[:_KEPT])
     del tensors
     one_image = x.shape[0] == 1
-    ops = steps_for(x, c, modulation, w, settings, (projected, states, x1, gate_up, branch1, branch2, dout))
+    read = projected, states, x1, gate_up, branch1, branch2, dout
+    ops = steps_for(x, c, modulation, w, settings, read, known=plan)
+    del read
     direct = is_direct(ops)
     # Nothing else may hold these: autograd copies a gradient that somebody has, and then nothing is saved.
     places = large_places(direct, x, part)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from functools import reduce
 from itertools import accumulate
-from operator import attrgetter, or_
+from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,10 @@ _dtype = attrgetter("dtype")
 _address = Tensor.data_ptr
 _current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """Without first asking whether CUDA is there: who launches has tensors on it."""
+
+
+_Places = tuple[Callable[[Any], Any], tuple[tuple[int, int], ...]]
+"""What picks addresses of the tensors', and of which of the picked how many bytes are added."""
 
 
 Box = tuple[list[int], list[int], list[int]]
@@ -126,8 +130,8 @@ class Launch:
         ends = tuple(accumulate(tuples, initial=0))
         self.tuples = tuple(slice(*ends[i : i + 2]) for i in range(len(tuples)))
         self.programs = (*grid, 1, 1)[:3]
-        self.forms: dict[Any, tuple[_Form, tuple[tuple[int, int], ...]]] = {}
-        """By device, order of launch and dtypes, or by order alone; beside each, ``parts`` in bytes."""
+        self.forms: dict[Any, tuple[_Form, _Places | None]] = {}
+        """By device, order of launch and dtypes, or by order alone; beside each, `places`."""
 
     def given(self, tensors: tuple[Argument, ...]) -> tuple[Argument, ...]:
         """The kernel's, of those that it is started with."""
@@ -144,9 +148,15 @@ class Launch:
             return tuple(tensor if box is None else TensorDescriptor(tensor, *box) for tensor, box in pairs)
         return tuple(tensors[each] for each in self.tuples) if self.tuples else tensors
 
-    def in_bytes(self, tensors: tuple[Argument, ...]) -> tuple[tuple[int, int], ...]:
-        """``parts`` in bytes instead of elements; empty without."""
-        return tuple((which, first * tensors[which].itemsize) for which, first in self.parts or ())
+    def places(self, tensors: tuple[Argument, ...]) -> _Places | None:
+        """How the kernel's addresses are made of the tensors', by ``parts``; None without."""
+        if self.parts is None:
+            return None
+        which = [each for each, _ in self.parts]
+        # Of one alone, `itemgetter` gives no tuple.
+        pick = itemgetter(*which) if len(which) > 1 else itemgetter(slice(which[0], which[0] + 1))
+        offsets = [(i, first * tensors[each].itemsize) for i, (each, first) in enumerate(self.parts) if first]
+        return pick, tuple(offsets)
 
     def settled(self, parts: tuple[tuple[int, int], ...] | None = None) -> Launch:
         """The same for one device and one dtype of each tensor, which whoever starts it has seen to; with these parts.
@@ -257,8 +267,11 @@ class LaunchContext:
         else:
             key = order if launch.of_one_kind else (gpu, order, *map(_dtype, tensors))
             known = launch.forms.get(key)
-            if known is not None and known[1]:
-                addresses = [addresses[which] + offset for which, offset in known[1]]
+            if known is not None and known[1] is not None:
+                pick, offsets = known[1]
+                addresses = [*pick(addresses)]
+                for i, offset in offsets:
+                    addresses[i] += offset
             bits = reduce(or_, addresses)
             if launch.tuples:
                 addresses = [tuple(addresses[each]) for each in launch.tuples]
@@ -279,7 +292,7 @@ class LaunchContext:
         if key is None or not isinstance(compiled, CompiledKernel) or _looked_into(given)[2] % ALIGNMENT:
             return
         after = _ordered(launch.kernel, len(given) + len(launch.numbers), constants)
-        launch.forms[key] = _form(compiled, launch.kernel, (*launch.numbers, *after)), launch.in_bytes(tensors)
+        launch.forms[key] = _form(compiled, launch.kernel, (*launch.numbers, *after)), launch.places(tensors)
 
     def early(
         self, kernel: Any, grid: Grid, tensors: tuple[Argument, ...], numbers: tuple[float, ...], **constants: Any
