@@ -311,7 +311,7 @@ class DiGBlock(nn.Module):
 
         # Looked up where a module keeps them, once each: by attribute it takes several times as long, in every step.
         own: Any = self._modules
-        attn, mlp, conv, norm1, norm2 = own["attn"], own["mlp"], self.dw_conv, own["norm1"], own["norm2"]
+        attn, mlp, conv, norm1, norm2 = own["attn"], own["mlp"], own.get("dw_conv"), own["norm1"], own["norm2"]
         in_attn, in_mlp = attn._modules, mlp._modules
         plain = (
             untouched(attn, GatedLinearAttention)
@@ -328,21 +328,23 @@ class DiGBlock(nn.Module):
         )
         if not plain:
             return None
-        rms, modulation = self.variant == "paper", adaln_linear(own["adaLN_modulation"])
+        rms = self.variant == "paper"
+        modulation: Any = adaln_linear(own["adaLN_modulation"])._parameters
+        decay, convolution = decay_proj._parameters, {} if conv is None else conv._parameters
         return BlockWeights(
-            in_proj=in_proj.weight,
-            decay_weight=decay_proj.weight,
-            gate_proj=gate_proj.weight,
-            o_proj=o_proj.weight,
-            down_proj=down_proj.weight,
-            decay_bias=decay_proj.bias,
-            head_norm=attn.norm_weight,
-            norm1=norm1.weight if rms else None,
-            norm2=norm2.weight if rms else None,
-            conv_weight=None if conv is None else conv.weight,
-            conv_bias=None if conv is None else conv.bias,
-            adaln_weight=modulation.weight,
-            adaln_bias=modulation.bias,
+            in_proj=in_proj._parameters["weight"],
+            decay_weight=decay["weight"],
+            gate_proj=gate_proj._parameters["weight"],
+            o_proj=o_proj._parameters["weight"],
+            down_proj=down_proj._parameters["weight"],
+            decay_bias=decay["bias"],
+            head_norm=attn._parameters["norm_weight"],
+            norm1=norm1._parameters["weight"] if rms else None,
+            norm2=norm2._parameters["weight"] if rms else None,
+            conv_weight=convolution.get("weight"),
+            conv_bias=convolution.get("bias"),
+            adaln_weight=modulation["weight"],
+            adaln_bias=modulation["bias"],
         )
 
     def _norm_is_plain(self, norm: nn.Module) -> bool:

@@ -15,7 +15,6 @@ Shapes: B batch, T tokens, D width, F inner width of SwiGLU, R rank of the decay
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from dig.ops.adaln import fused as adaln
 from dig.ops.adaln.planned import NormPlan
 from dig.ops.gla import launches as gla
 from dig.ops.gla.mixer import order_code
-from dig.ops.gla.planned import mixer_plan, outlines
+from dig.ops.gla.planned import mixer_plan
 from dig.ops.launch import ALIGNMENT, Launch, launch_context
 from dig.ops.modulation import launches_of, takes
 from dig.ops.placed import Place, placed
@@ -39,7 +38,6 @@ from dig.ops.swiglu import fused as swiglu
 from dig.ops.swiglu import products
 from dig.ops.tiles import for_device
 from dig.ops.tiles.choices import (
-    GlaTiles,
     ModulationTiles,
     NormTiles,
     SremPass,
@@ -52,6 +50,8 @@ from dig.raster_weights import BlockWeights, Products, Settings, adaln_backward
 
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 """Parts of a modulation, D columns each."""
+MOST_PLANS = 256
+"""On a device; then all are forgotten, and made again."""
 _like = torch.empty_like
 
 
@@ -59,7 +59,6 @@ class _Tiles(NamedTuple):
     """Tile choices of a block, and which of SwiGLU's GEMMs are apart from its passes."""
 
     norm: NormTiles
-    gla: GlaTiles
     srem: SremTiles
     srem_backward: SremTiles
     swiglu: SwigluTiles
@@ -84,7 +83,7 @@ class _Block(NamedTuple):
     modulation: torch.dtype
     weights: tuple[torch.dtype | None, ...]
     """Those of `BlockWeights`; None where there is none."""
-    tiles: _Tiles
+    choosers: tuple[Any, ...]
 
 
 def plan_for(
@@ -120,14 +119,33 @@ def plan_for(
     if known is not None and known.block.weights == kinds:
         return known
     shape, dtype, device = x.shape, x.dtype, x.device
-    B, T, D = shape
+    D = shape[2]
     if D * modulation.itemsize % ALIGNMENT:
         return None
-    choices = for_device(device)
-    inner = w.down_proj.shape[1]
-    tiles = _Tiles(
+    inner, rank = w.down_proj.shape[1], w.decay_weight.shape[1]
+    plans = for_device(device).plans
+    block = _Block(shape, dtype, device, settings, inner, rank, c.dtype, modulation.dtype, kinds, _choosers())
+    plan: BlockPlan | None = plans.get(block)
+    if plan is None:
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plan = plans[block] = BlockPlan(block, _tiles(x, inner))
+    return plan
+
+
+def _choosers() -> tuple[Any, ...]:
+    """What chooses tiles: who puts something else in its place (a test) gets a plan of its own."""
+    return (
+        adaln.tiles_for, gla.tiles_for, gla.__dict__["for_device"], srem.tiles_for, swiglu.tiles_for,
+        products.tiles_for, products.__dict__["for_device"],
+    )  # fmt: skip
+
+
+def _tiles(x: Tensor, inner: int) -> _Tiles:
+    """Those of a block for tokens like x."""
+    choices = for_device(x.device)
+    return _Tiles(
         adaln.tiles_for(x),
-        gla.tiles_for(*outlines(B, T, settings.heads, D, dtype, device)),
         srem.tiles_for("forward", x),
         srem.tiles_for("backward", x),
         swiglu.tiles_for(x),
@@ -136,13 +154,6 @@ def plan_for(
         products.tiles_for("up", x, inner) is None,
         products.tiles_for("down", x, inner) is None,
     )
-    rank = w.decay_weight.shape[1]
-    return _plan_of(_Block(shape, dtype, device, settings, inner, rank, c.dtype, modulation.dtype, kinds, tiles))
-
-
-@functools.lru_cache(maxsize=256)
-def _plan_of(block: _Block) -> BlockPlan:
-    return BlockPlan(block)
 
 
 class _Backward(NamedTuple):
@@ -156,8 +167,8 @@ class _Backward(NamedTuple):
 class BlockPlan:
     """What a block's passes launch. Methods take and give tensors as `dig.raster_operations.Separate`'s do."""
 
-    def __init__(self, block: _Block) -> None:
-        self.block, self.tiles, self.settings = block, block.tiles, block.settings
+    def __init__(self, block: _Block, tiles: _Tiles) -> None:
+        self.block, self.tiles, self.settings = block, tiles, block.settings
         self.device, self.dtype = block.device, block.dtype
         B, T, D = block.shape
         self.shape, self.rows, self.width = (B, T, D), B * T, D

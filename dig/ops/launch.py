@@ -396,10 +396,12 @@ def launches_early(device: torch.device) -> bool:
 
 
 class _Contexts(threading.local):
-    """A thread's contexts, by GPU (-1: the CPU). Autograd goes back in threads of its own."""
+    """A thread's contexts, by GPU (-1: the CPU) and by device. Autograd goes back in threads of its own."""
 
     def __init__(self) -> None:
         self.by_gpu: dict[int, LaunchContext] = {}
+        self.by_device: dict[torch.device, LaunchContext] = {}
+        """Of those that say which GPU they are."""
 
 
 _contexts = _Contexts()
@@ -414,12 +416,17 @@ def launch_context(device: torch.device) -> LaunchContext:
     Looked up, and not handed down from the model, because PyTorch's custom operations take tensors and numbers alone,
     and because it is autograd that calls their backward passes. Nothing else of a launch is ambient.
     """
+    known = _contexts.by_device.get(device)
+    if known is not None:
+        return known
     index = device.index if device.type == "cuda" else -1
     gpu = gpu_index(device) if index is None else index
     by_gpu = _contexts.by_gpu
     context = by_gpu.get(gpu)
     if context is None:
         context = by_gpu[gpu] = LaunchContext(torch.device("cuda", gpu) if gpu >= 0 else device)
+    if index is not None:
+        _contexts.by_device[device] = context
     return context
 
 

@@ -41,6 +41,18 @@ def test_every_weights_gradient(M: int) -> None:
         torch.testing.assert_close(gradient.double(), due, rtol=1e-5, atol=1e-5 * M**0.5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the kernel is for Hopper")
+def test_tokens_of_several_images_are_rows() -> None:
+    """As a block has them, (B, T, N), without a view of each."""
+    sizes = ((64, 96), (80, 32), (16, 64), (152, 32))
+    rows = [
+        (torch.randn(24, N, device=DEVICE).bfloat16(), torch.randn(24, K, device=DEVICE).bfloat16()) for N, K in sizes
+    ]
+    images = [(dy.view(2, 12, -1), x.view(2, 12, -1)) for dy, x in rows]
+    due = weight_gradients(rows, SMALL)
+    assert all(map(torch.equal, weight_gradients(images, SMALL), due))
+
+
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.gpu
 @pytest.mark.parametrize("M", [2048, 8192 + 17])

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D width, H heads, K key width, V value width, N chunk
 
 from __future__ import annotations
 
-import functools
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from dig.ops.gla.launches import (
     plan_of,
     scan_launch,
 )
-from dig.ops.gla.layouts import Outline
 from dig.ops.gla.mixer import Projection, projection_of
 from dig.ops.gla.projection import GATE_NORMALIZER
 from dig.ops.launch import Launch, launch_context
@@ -173,13 +171,6 @@ class MixerPlan:
     def _low(self, rows: Tensor) -> Tensor:
         """The columns (B T, R) of the decay gate's factor."""
         return rows.as_strided(self.low_shape, self.low_strides, rows.storage_offset() + self.projection.low)
-
-
-@functools.lru_cache(maxsize=1024)
-def outlines(B: int, T: int, heads: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Outline, Outline]:
-    """Of the queries and the values of tokens (B, T, D)."""
-    K, V = D // 2 // heads, D // heads
-    return Outline((B, T, heads, K), dtype, device), Outline((B, T, heads, V), dtype, device)
 
 
 def mixer_plan(
