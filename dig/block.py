@@ -26,6 +26,7 @@ from dig.packages import require
 from dig.scan import RASTER, Route, reorder
 from dig.untouched import (
     fusible,
+    parameter,
     untouched,
     untouched_adaln,
     untouched_convolution,
@@ -311,7 +312,7 @@ class DiGBlock(nn.Module):
 
         # Looked up where a module keeps them, once each: by attribute it takes several times as long, in every step.
         own: Any = self._modules
-        attn, mlp, conv, norm1, norm2 = own["attn"], own["mlp"], own.get("dw_conv"), own["norm1"], own["norm2"]
+        attn, mlp, conv, norm1, norm2 = own["attn"], own["mlp"], self.dw_conv, own["norm1"], own["norm2"]
         in_attn, in_mlp = attn._modules, mlp._modules
         plain = (
             untouched(attn, GatedLinearAttention)
@@ -328,23 +329,21 @@ class DiGBlock(nn.Module):
         )
         if not plain:
             return None
-        rms = self.variant == "paper"
-        modulation: Any = adaln_linear(own["adaLN_modulation"])._parameters
-        decay, convolution = decay_proj._parameters, {} if conv is None else conv._parameters
+        rms, modulation = self.variant == "paper", adaln_linear(own["adaLN_modulation"])
         return BlockWeights(
-            in_proj=in_proj._parameters["weight"],
-            decay_weight=decay["weight"],
-            gate_proj=gate_proj._parameters["weight"],
-            o_proj=o_proj._parameters["weight"],
-            down_proj=down_proj._parameters["weight"],
-            decay_bias=decay["bias"],
-            head_norm=attn._parameters["norm_weight"],
-            norm1=norm1._parameters["weight"] if rms else None,
-            norm2=norm2._parameters["weight"] if rms else None,
-            conv_weight=convolution.get("weight"),
-            conv_bias=convolution.get("bias"),
-            adaln_weight=modulation["weight"],
-            adaln_bias=modulation["bias"],
+            in_proj=parameter(in_proj, "weight"),
+            decay_weight=parameter(decay_proj, "weight"),
+            gate_proj=parameter(gate_proj, "weight"),
+            o_proj=parameter(o_proj, "weight"),
+            down_proj=parameter(down_proj, "weight"),
+            decay_bias=parameter(decay_proj, "bias"),
+            head_norm=parameter(attn, "norm_weight"),
+            norm1=parameter(norm1, "weight") if rms else None,
+            norm2=parameter(norm2, "weight") if rms else None,
+            conv_weight=None if conv is None else parameter(conv, "weight"),
+            conv_bias=None if conv is None else parameter(conv, "bias"),
+            adaln_weight=parameter(modulation, "weight"),
+            adaln_bias=parameter(modulation, "bias"),
         )
 
     def _norm_is_plain(self, norm: nn.Module) -> bool:

@@ -171,7 +171,7 @@ class BlockPlan:
         self.block, self.tiles, self.settings = block, tiles, block.settings
         self.device, self.dtype = block.device, block.dtype
         B, T, D = block.shape
-        self.shape, self.rows, self.width = (B, T, D), B * T, D
+        self.shape, self.width = (B, T, D), D
         self.strides = (T * D, D, 1)
         self.one_image = B == 1
         self.own: dict[str, Any] = {"dtype": block.dtype, "device": block.device}

@@ -56,10 +56,18 @@ def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return True
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """A module's parameter or None, as by attribute, which a module looks up in Python: in every step, that adds up.
+
+    Whoever replaces one by a plain tensor (FSDP's flat parameters) leaves it where attributes are.
+    """
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def untouched_linear(module: nn.Module, *, bias: bool) -> bool:
     """`untouched`, of a linear layer that has a bias, or has none."""
-    # Not by attribute, as all that is asked in every step: a module looks that up in Python.
-    return untouched(module, nn.Linear) and (module._parameters["bias"] is not None) == bias
+    return untouched(module, nn.Linear) and (parameter(module, "bias") is not None) == bias
 
 
 def untouched_adaln(module: nn.Module) -> bool:

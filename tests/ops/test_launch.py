@@ -293,6 +293,8 @@ def test_a_settled_launch_has_a_form_for_each_order(direct: LaunchContext) -> No
     direct.start(made, pair[0][1:], pair[1])
     assert len(kernel.through_triton) == 4
     assert len(kernel.launched) == 1
+    direct.start(first.settled(((1, 0), (0, 0))), *pair)
+    assert len(kernel.through_triton) == 5
     kept = started(kernel, parts=((1, 8), (0, 4), (1, 0))).settled()
     assert kept.parts == ((1, 8), (0, 4), (1, 0))
 

@@ -190,6 +190,18 @@ def test_a_weight_with_gaps_has_no_plan(asked: list[Any]) -> None:
     assert raster_plan.plan_for(x, c, m, weights, plan.settings, known=plan) is plan
 
 
+def test_a_plain_tensor_in_a_parameters_place_is_found() -> None:
+    """As FSDP's flat parameters leave it: among the attributes, and not among the parameters."""
+    model = built(replace(SMALL, depth=1))
+    linear = model.blocks[0].mlp.down_proj
+    weight = linear.weight.detach().clone()
+    del linear._parameters["weight"]
+    linear.weight = weight
+    weights = model.blocks[0].weights()
+    assert weights is not None
+    assert weights.down_proj is weight
+
+
 def test_whoever_watches_a_backward_pass_sees_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a forward pass that had a plan: what that keeps is what operations keep."""
     due = gradients(built())
