@@ -26,6 +26,7 @@ from dig.packages import require
 from dig.scan import RASTER, Route, reorder
 from dig.untouched import (
     fusible,
+    parameter,
     untouched,
     untouched_adaln,
     untouched_convolution,
@@ -290,7 +291,8 @@ class DiGBlock(nn.Module):
                 f"a block takes tokens (B, {route.grid[0] * route.grid[1]}, D) and a condition (B, D); got "
                 f"{tuple(x.shape)} and {tuple(c.shape)}"
             )
-        x = reorder(x.to(dtype), route.grid, route.source, RASTER).contiguous()
+        # Asked for first, where it changes nothing: each call of PyTorch's takes the host as long as a launch.
+        x = reorder(x if given == dtype else x.to(dtype), route.grid, route.source, RASTER).contiguous()
         weights = self.weights() if ahead is None else ahead.weights
         if weights is None:
             x = self._run_part_by_part(x, c, Route(grid=route.grid, source=RASTER, order=route.order, target=RASTER))
@@ -298,7 +300,8 @@ class DiGBlock(nn.Module):
             norm = "rms" if self.variant == "paper" else "layer"
             settings = settings_of(norm, self.attn.heads, route.grid, route.order)
             x = run_block(x, c, weights, settings, ahead)
-        return reorder(x, route.grid, RASTER, route.target).to(given)
+        x = reorder(x, route.grid, RASTER, route.target)
+        return x if given == dtype else x.to(given)
 
     def weights(self) -> BlockWeights | None:
         """Its parameters, for whoever computes what it does without calling its parts; None if that skips anything.
@@ -328,19 +331,19 @@ class DiGBlock(nn.Module):
             return None
         rms, modulation = self.variant == "paper", adaln_linear(own["adaLN_modulation"])
         return BlockWeights(
-            in_proj=in_proj.weight,
-            decay_weight=decay_proj.weight,
-            gate_proj=gate_proj.weight,
-            o_proj=o_proj.weight,
-            down_proj=down_proj.weight,
-            decay_bias=decay_proj.bias,
-            head_norm=attn.norm_weight,
-            norm1=norm1.weight if rms else None,
-            norm2=norm2.weight if rms else None,
-            conv_weight=None if conv is None else conv.weight,
-            conv_bias=None if conv is None else conv.bias,
-            adaln_weight=modulation.weight,
-            adaln_bias=modulation.bias,
+            in_proj=parameter(in_proj, "weight"),
+            decay_weight=parameter(decay_proj, "weight"),
+            gate_proj=parameter(gate_proj, "weight"),
+            o_proj=parameter(o_proj, "weight"),
+            down_proj=parameter(down_proj, "weight"),
+            decay_bias=parameter(decay_proj, "bias"),
+            head_norm=parameter(attn, "norm_weight"),
+            norm1=parameter(norm1, "weight") if rms else None,
+            norm2=parameter(norm2, "weight") if rms else None,
+            conv_weight=None if conv is None else parameter(conv, "weight"),
+            conv_bias=None if conv is None else parameter(conv, "bias"),
+            adaln_weight=parameter(modulation, "weight"),
+            adaln_bias=parameter(modulation, "bias"),
         )
 
     def _norm_is_plain(self, norm: nn.Module) -> bool:

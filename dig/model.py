@@ -180,7 +180,7 @@ class DiG(Backbone):
         if isinstance(found, Tensor) and found.shape == shape:
             # On kernels, tokens stay in one dtype. Elsewhere what is narrower is promoted, and autocast casts.
             if kernels and found.dtype in takes:
-                return found.to(dtype)
+                return found if found.dtype == dtype else found.to(dtype)
             floats = not kernels and found.is_floating_point()
             if floats and (torch.promote_types(found.dtype, dtype) == dtype or _autocasts(found.device.type)):
                 return found

@@ -169,7 +169,7 @@ class Lookahead:
         self._programs = programs_beside(passes_for(x.device), x.shape[0] * x.shape[1], casts=casts)
         self._upcoming: tuple[Prepared, Point | None] | None = None
         self._fused_cast: FusedCast | None = None
-        self._modulations: Tensor | None = None
+        self._modulations: Sequence[Tensor] | None = None
         known = [w for w in self._weights if w is not None]
         grad = torch.is_grad_enabled()
         whole = len(known) == len(weights) and len(x) == 1 and prepares and not torch.compiler.is_compiling()
@@ -180,7 +180,8 @@ class Lookahead:
         unfolded = not grad and not any(self._folds)
         if whole and (self._fuses or unfolded or (alike and not uses_side_stream())):
             with on_side_stream(c):
-                self._modulations = modulations_of(known, c)
+                # At once, for a view of each by itself takes the host several times as long.
+                self._modulations = modulations_of(known, c).split(1)
 
     def begin(self) -> None:
         """Begin with what the first block needs. Work that precedes that block is launched next."""
@@ -218,11 +219,11 @@ class Lookahead:
             return
         if i and self._fuses:
             assert self._modulations is not None
-            self._fused_cast = FusedCast(weights.products, self._modulations[i : i + 1])
+            self._fused_cast = FusedCast(weights.products, self._modulations[i])
         elif i and self._modulations is not None and uses_side_stream():
             self._upcoming = self._prepare(i, None), None
         elif uses_side_stream():
-            with on_side_stream(self._c, self._modulations):
+            with on_side_stream(self._c, *(self._modulations or ())):
                 prepared = self._prepare(i, self._programs if i else None)
             self._upcoming = prepared, mark()
 
@@ -240,7 +241,7 @@ class Lookahead:
     def _prepare(self, i: int, programs: int | None) -> Prepared:
         weights = self._weights[i]
         assert weights is not None
-        modulation = None if self._modulations is None else self._modulations[i : i + 1]
+        modulation = None if self._modulations is None else self._modulations[i]
         return prepare_block(
             weights, self._c, self._dtype, fold_gates=self._folds[i], programs=programs, modulation=modulation
         )

@@ -20,18 +20,19 @@ from dig.ops.derivatives import refuse_export, refuse_second_derivatives
 from dig.ops.side_stream import Part, side_work
 from dig.ops.tiles import passes_for
 from dig.raster_inference import infer_block, infer_images
+from dig.raster_operations import steps_for
+from dig.raster_plan import BlockPlan
 from dig.raster_training import backward_pass, forward_pass
-from dig.raster_weights import Ahead, BlockWeights, Prepared, Products, Settings, prepare_block
+from dig.raster_weights import Ahead, BlockWeights, Prepared, Settings, prepare_block
 
 
 class RasterBlock(torch.autograd.Function):
     """`dig.model.DiGBlock` in raster order, for `train_block`, which names the arguments.
 
     Autograd knows positions only: after the tokens x (B, T, D), the condition after its SiLU c (B, D), the settings,
-    the part of the side work that runs on into the next block (`Ahead`; or None) and the modulation (B, 6D) come
-    `Products` (None where it is the parameter itself) and `BlockWeights`, field by field. Of the modulation and the
-    products nothing is differentiated: gradients go to the parameters and to c. Differentiable once
-    (`dig.ops.derivatives`).
+    the part of the side work that runs on into the next block (`Ahead`; or None) and `Prepared` come `BlockWeights`,
+    field by field. Of what was prepared nothing is differentiated, and autograd isn't told of its tensors: gradients go
+    to the parameters and to c. Differentiable once (`dig.ops.derivatives`).
     """
 
     @staticmethod
@@ -41,16 +42,16 @@ class RasterBlock(torch.autograd.Function):
         c: Tensor,
         settings: Settings,
         part: Part | None,
-        modulation: Tensor,
-        *tensors: Tensor | None,
+        prepared: Prepared,
+        *weights: Tensor | None,
     ) -> Tensor:
         """(B, T, D) in x's dtype."""
-        copies, w = tensors[:_PRODUCTS], BlockWeights._make(tensors[_PRODUCTS:])
-        pairs = zip(copies, w.products, strict=True)
-        p = Products._make(weight if copy is None else copy for copy, weight in pairs)
-        out, kept = forward_pass(x, c, modulation, p, w, settings)
+        w, modulation = BlockWeights._make(weights), prepared.modulation
+        steps = steps_for(x, c, modulation, w, settings)
+        out, kept = forward_pass(x, c, modulation, prepared.products, w, settings, steps)
         ctx.save_for_backward(*kept, *w)
         ctx.settings, ctx.part = settings, part
+        ctx.plan = steps if isinstance(steps, BlockPlan) else None
         return out
 
     @staticmethod
@@ -60,13 +61,14 @@ class RasterBlock(torch.autograd.Function):
         needed = BlockWeights._make(ctx.needs_input_grad[-_WEIGHTS:])
         condition, dout, part = ctx.needs_input_grad[1], dout.contiguous(), cast("Part | None", ctx.part)
         with side_work(dout.device) if part is None else part.work(dout.device):
-            found = backward_pass(partial(_take, ctx), dout, ctx.settings, needed, condition=condition, part=part)
-        dx, dc, gradients = found
+            dx, dc, gradients = backward_pass(
+                partial(_take, ctx), dout, ctx.settings, needed, condition=condition, part=part, plan=ctx.plan
+            )
         weights = [gradient if asked else None for gradient, asked in zip(gradients, needed, strict=True)]
-        return dx, dc, None, None, None, *(None,) * _PRODUCTS, *weights
+        return dx, dc, None, None, None, *weights
 
 
-_PRODUCTS, _WEIGHTS = len(Products._fields), len(BlockWeights._fields)
+_WEIGHTS = len(BlockWeights._fields)
 
 
 def _take(ctx: Any) -> tuple[Tensor | None, ...]:
@@ -97,11 +99,7 @@ def train_block(
     Returns:
         (B, T, D) in x's dtype.
     """
-    # A parameter that is its own copy goes in once, so that it has one gradient.
-    copies = [
-        None if copy is weight else copy for copy, weight in zip(prepared.products, weights.products, strict=True)
-    ]
-    out: Tensor = RasterBlock.apply(x, c, settings, part, prepared.modulation, *copies, *weights)
+    out: Tensor = RasterBlock.apply(x, c, settings, part, prepared, *weights)
     return out
 
 

@@ -24,21 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dig.config import EPS
-from dig.ops.gla.mixer import order_code
 from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.side_stream import Part, let_go, mark, on_side_stream, wait
-from dig.raster_operations import (
-    Operations,
-    add_and_convolve,
-    grouped,
-    large_places,
-    linear,
-    linear_backward,
-    modulation_room,
-    operations_for,
-)
-from dig.raster_weights import BlockWeights, Products, Settings, adaln_backward, cast_products
+from dig.raster_operations import Steps, grouped, is_direct, large_places, linear, linear_backward, steps_for
+from dig.raster_plan import GATE1, GATE2, BlockPlan
+from dig.raster_weights import BlockWeights, Products, Settings
 
 
 class Kept(NamedTuple):
@@ -75,7 +65,13 @@ _KEPT = len(Kept._fields)
 
 
 def forward_pass(
-    x: Tensor, c: Tensor, modulation: Tensor, p: Products, w: BlockWeights, settings: Settings
+    x: Tensor,
+    c: Tensor,
+    modulation: Tensor,
+    p: Products,
+    w: BlockWeights,
+    settings: Settings,
+    steps: Steps | None = None,
 ) -> tuple[Tensor, Kept]:
     """The forward pass of a block that trains, and what its backward pass needs beside the parameters.
 
@@ -86,24 +82,24 @@ def forward_pass(
         p: The weights of the products in x's dtype, no gates folded in.
         w: The block's parameters.
         settings: Its settings.
+        steps: Those of `steps_for`, where they have been asked for already.
 
     Returns:
         (B, T, D) in x's dtype; and `Kept`, which holds x, c and the modulation as they are.
     """
-    norm, grid, order = settings.norm, settings.grid, settings.order
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-    ops = operations_for(x)
-    h, stats1 = ops.norm(x, shift1, scale1, w.norm1, norm, EPS, x.dtype)
+    ops = steps_for(x, c, modulation, w, settings) if steps is None else steps
+    h, stats1 = ops.norm1(x, modulation, w.norm1)
     projected = linear(h, p.in_proj)
-    y, states = ops.mixer(
-        projected, p.decay_weight, w.decay_bias, w.head_norm, settings.heads, *grid, order_code(order), EPS, True
-    )
+    y, states = ops.mixer(projected, p.decay_weight, w.decay_bias, w.head_norm)
     branch1 = linear(y, p.o_proj)
-    x1, h, stats2 = ops.residual_norm(x, branch1, gate1, shift2, scale2, w.norm2, norm, EPS, x.dtype)
-    hidden, gate_up = ops.up(h, p.gate_proj, True)
+    x1, h, stats2 = ops.norm2(x, branch1, modulation, w.norm2)
+    hidden, gate_up = ops.up(h, p.gate_proj)
     branch2 = linear(hidden, p.down_proj)
     del hidden
-    out = add_and_convolve(ops, x1, branch2, gate2, w, settings)
+    if w.conv_weight is None or w.conv_bias is None:
+        out = torch.addcmul(x1, ops.gate(GATE2, modulation).unsqueeze(1).to(x.dtype), branch2)
+    else:
+        out = ops.end(x1, branch2, modulation, w.conv_weight, w.conv_bias)
     # With one image, nothing asks for the first branch again. Weights are cast again, in a launch that is there for the
     # gates anyway: their copies would take half as much as the weights.
     return out, Kept(
@@ -129,6 +125,7 @@ def backward_pass(
     *,
     condition: bool,
     part: Part | None,
+    plan: BlockPlan | None = None,
 ) -> tuple[Tensor, Tensor | None, BlockWeights]:
     """The backward pass of `forward_pass`.
 
@@ -140,6 +137,7 @@ def backward_pass(
         needed: Whether a parameter's gradient is asked for, by its name.
         condition: Whether c's is.
         part: Of the side work that runs on into the next block; None where it ends with this one.
+        plan: The forward pass's, if it had one and it is known here.
 
     Returns:
         Gradients of x, of c, and of the parameters. What is not asked for may be None.
@@ -148,37 +146,39 @@ def backward_pass(
     w = BlockWeights._make(tensors[_KEPT:])
     x, projected, states, x1, gate_up, branch1, branch2, stats1, stats2, modulation, c = Kept._make(tensors[:_KEPT])
     del tensors
-    norm, grid, order = settings.norm, settings.grid, settings.order
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     one_image = x.shape[0] == 1
-    ops = operations_for(dout)
+    read = projected, states, x1, gate_up, branch1, branch2, dout
+    ops = steps_for(x, c, modulation, w, settings, read, known=plan)
+    del read
+    direct = is_direct(ops)
     # Nothing else may hold these: autograd copies a gradient that somebody has, and then nothing is saved.
-    places = large_places(ops, x, part)
+    places = large_places(direct, x, part)
     together = grouped(
-        ops, x, (w.down_proj, w.gate_proj, w.o_proj, w.in_proj),
+        direct, x, (w.down_proj, w.gate_proj, w.o_proj, w.in_proj),
         (needed.down_proj, needed.gate_proj, needed.o_proj, needed.in_proj),
     )  # fmt: skip
     pairs: list[tuple[Tensor, Tensor]] = []
-    dmodulation, room = modulation_room(ops, modulation)
+    dmodulation = ops.room(modulation)
     with on_side_stream(ahead=True):
-        p = cast_products(w.products, [gate1, gate2] if one_image else [], x.dtype)
+        p = ops.cast(w, modulation)
     weights_ready = mark(ahead=True)
     with on_side_stream(projected, ahead=True):
         # Of the recurrence's backward pass the first kernel waits for no gradient.
-        sums = ops.mixer_sums(projected, p.decay_weight, w.decay_bias, settings.heads, *grid, order_code(order))
+        sums = ops.mixer_sums(projected, p.decay_weight, w.decay_bias)
     sums_ready = mark(ahead=True)
 
     # d is the gradient of x1 and of x1 plus the gated branch. d_branch is that of the branch; with one image it is d,
     # because the gate is in the weight.
-    dconv_weight = dconv_bias = None
+    dconv_weight = dconv_bias = dgate2 = None
     if w.conv_weight is None or w.conv_bias is None:
         d = dout
         if not one_image:
+            gate2 = ops.gate(GATE2, modulation)
             d_branch = dout * gate2.unsqueeze(1).to(x.dtype)
             dgate2 = (dout.float() * branch2.float()).sum(1).to(gate2.dtype)
     else:
-        d, d_branch, dgate2, dconv_weight, dconv_bias = ops.srem_backward(
-            x1, branch2, gate2, w.conv_weight, w.conv_bias, dout, *grid, *order, one_image
+        d, d_branch, dgate2, dconv_weight, dconv_bias = ops.end_backward(
+            x1, branch2, modulation, w.conv_weight, w.conv_bias, dout
         )
     d_branch = d if one_image else d_branch
     del branch2
@@ -187,20 +187,22 @@ def backward_pass(
     del gate_up
     ddown = do_proj = dgate_proj = din_proj = None
     if together is not None:
-        pairs.append((as_rows(d_branch), as_rows(hidden)))
+        pairs.append((d_branch, hidden))
     else:
         with on_side_stream(d_branch, hidden):
             if one_image:
-                ddown, dgate2 = _gated_gradients(ops, d, hidden, w.down_proj, gate2, *room[5:])
+                product = weight_gradient(as_rows(d), as_rows(hidden))
+                ddown, dgate2 = ops.gated(GATE2, product, w.down_proj, modulation, dmodulation)
+                del product
             elif needed.down_proj:
                 ddown = weight_gradient(as_rows(d_branch), as_rows(hidden), w.down_proj.dtype, places.down_proj)
     del hidden, d_branch
     dh = linear_backward(dgate_up, p.gate_proj)
-    d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm_backward(
-        x1, branch1, None if one_image else gate1, shift2, scale2, w.norm2, stats2, d, dh, norm, *room[3:5]
+    d, d_branch, dgate1, dshift2, dscale2, dnorm2, h = ops.norm2_backward(
+        x1, branch1, modulation, w.norm2, stats2, d, dh, dmodulation
     )
     if together is not None:
-        pairs.append((as_rows(dgate_up), as_rows(h)))
+        pairs.append((dgate_up, h))
     elif needed.gate_proj:
         with on_side_stream(dgate_up, h):
             dgate_proj = weight_gradient(as_rows(dgate_up), as_rows(h), w.gate_proj.dtype, places.gate_proj)
@@ -211,37 +213,38 @@ def backward_pass(
     if part is not None:
         part.catch_up()
     dprojected, ddecay_weight, ddecay_bias, dhead_norm, y = ops.mixer_backward(
-        projected, p.decay_weight, w.decay_bias, w.head_norm, states, sums, linear_backward(d_branch, p.o_proj),
-        settings.heads, *grid, order_code(order), EPS, True,
-    )  # fmt: skip
+        projected, p.decay_weight, w.decay_bias, w.head_norm, states, sums, linear_backward(d_branch, p.o_proj)
+    )
     del projected, states, sums
     if together is not None:
-        pairs.append((as_rows(d_branch), as_rows(y)))
+        pairs.append((d_branch, y))
     else:
         with on_side_stream(d_branch, y):
             if one_image:
-                do_proj, dgate1 = _gated_gradients(ops, d, y, w.o_proj, gate1, *room[2:3])
+                product = weight_gradient(as_rows(d), as_rows(y))
+                do_proj, dgate1 = ops.gated(GATE1, product, w.o_proj, modulation, dmodulation)
+                del product
             elif needed.o_proj:
                 do_proj = weight_gradient(as_rows(d_branch), as_rows(y), w.o_proj.dtype, places.o_proj)
     del y, d_branch
-    dx, _, _, dshift1, dscale1, dnorm1, h = ops.norm_backward(
-        x, None, None, shift1, scale1, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), norm, *room[:2]
+    dx, dshift1, dscale1, dnorm1, h = ops.norm1_backward(
+        x, modulation, w.norm1, stats1, d, linear_backward(dprojected, p.in_proj), dmodulation
     )
     if together is not None:
-        pairs.append((as_rows(dprojected), as_rows(h)))
+        pairs.append((dprojected, h))
         with on_side_stream(*(tensor for pair in pairs for tensor in pair)):
             into = places.down_proj, places.gate_proj, places.o_proj, places.in_proj
             ddown, dgate_proj, do_proj, din_proj = together(pairs, places=into)
             if one_image:
-                ddown, dgate2 = ops.gated_gradient(ddown, w.down_proj, gate2, *room[5:])
-                do_proj, dgate1 = ops.gated_gradient(do_proj, w.o_proj, gate1, *room[2:3])
+                ddown, dgate2 = ops.gated(GATE2, ddown, w.down_proj, modulation, dmodulation)
+                do_proj, dgate1 = ops.gated(GATE1, do_proj, w.o_proj, modulation, dmodulation)
         pairs.clear()
     dc = dadaln_weight = dadaln_bias = None
     if condition or needed.adaln_weight or needed.adaln_bias:
         parts = [dshift1, dscale1, dgate1, dshift2, dscale2, dgate2]
-        with on_side_stream(*parts, c):
+        with on_side_stream(*parts, dmodulation, c):
             dmodulation = torch.cat(parts, dim=1) if dmodulation is None else dmodulation
-            dc, dadaln_weight, dadaln_bias = adaln_backward(dmodulation, c, w.adaln_weight, places.adaln_weight)
+            dc, dadaln_weight, dadaln_bias = ops.adaln_backward(dmodulation, c, w.adaln_weight, places.adaln_weight)
     if together is None and needed.in_proj:
         # Beside the next block, where its side work runs on into that; else nothing is left that it could run beside.
         with nullcontext() if part is None else on_side_stream(dprojected, h):
@@ -269,15 +272,3 @@ def backward_pass(
 def _as(gradient: Tensor | None, weight: Tensor) -> Any:
     """A gradient in its weight's dtype; a BlockWeights of gradients has None for those that weren't asked for."""
     return gradient if gradient is None or gradient.dtype == weight.dtype else gradient.to(weight.dtype)
-
-
-def _gated_gradients(
-    ops: Operations, d: Tensor, x: Tensor, weight: Tensor, gate: Tensor, *room: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and gate (1, N) of ``gate ⊙ (weight x)`` of one image, from its gradient d.
-
-    The gate's is written into ``room``, where there is any.
-    """
-    product = weight_gradient(as_rows(d), as_rows(x))
-    gradients: tuple[Tensor, Tensor] = ops.gated_gradient(product, weight, gate, *room)
-    return gradients

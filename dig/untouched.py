@@ -8,7 +8,7 @@ for every module that it doesn't call, and where one isn't untouched, that one i
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -56,19 +56,26 @@ def untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return True
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """A module's parameter or None, as by attribute, which a module looks up in Python: in every step, that adds up.
+
+    Whoever replaces one by a plain tensor (FSDP's flat parameters) leaves it where attributes are.
+    """
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def untouched_linear(module: nn.Module, *, bias: bool) -> bool:
     """`untouched`, of a linear layer that has a bias, or has none."""
-    return untouched(module, nn.Linear) and (module.bias is not None) == bias
+    return untouched(module, nn.Linear) and (parameter(module, "bias") is not None) == bias
 
 
 def untouched_adaln(module: nn.Module) -> bool:
     """`untouched`, of adaLN's ``Sequential(SiLU, Linear)`` and both of its parts."""
-    return (
-        untouched(module, nn.Sequential)
-        and len(module) == 2
-        and untouched(module[0], nn.SiLU)
-        and untouched_linear(module[1], bias=True)
-    )
+    if not untouched(module, nn.Sequential):
+        return False
+    parts: list[Any] = list(module._modules.values())
+    return len(parts) == 2 and untouched(parts[0], nn.SiLU) and untouched_linear(parts[1], bias=True)
 
 
 def untouched_layer_norm(module: nn.Module, eps: float) -> bool:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from functools import reduce
 from itertools import accumulate
-from operator import attrgetter, or_
+from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,14 @@ _dtype = attrgetter("dtype")
 _address = Tensor.data_ptr
 _current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """Without first asking whether CUDA is there: who launches has tensors on it."""
+
+
+_Places = tuple[Callable[[Any], Any], tuple[tuple[int, int], ...]]
+"""What picks addresses of the tensors', and of which of the picked how many bytes are added."""
+
+
+Box = tuple[list[int], list[int], list[int]]
+"""Of a tensor descriptor: shape, strides, and the shape of a tile."""
 
 
 class _Form(NamedTuple):
@@ -94,10 +102,15 @@ class Launch:
             are those that are given.
         tuples: Of how many tensors each parameter is a tuple, where the kernel takes tuples alone; they are given one
             after the other.
+        boxes: Where the kernel takes tensor descriptors: of each tensor its shape, strides and tile, or None if it is
+            taken as it is.
         constants: Its constants, and the options that it is compiled with.
     """
 
-    __slots__ = ("constants", "early", "forms", "grid", "kernel", "numbers", "parts", "programs", "tuples")
+    __slots__ = (
+        "boxes", "constants", "early", "forms", "grid", "kernel", "numbers", "of_one_kind", "parts", "programs",
+        "tuples",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -108,31 +121,53 @@ class Launch:
         early: bool = False,
         parts: tuple[tuple[int, int], ...] | None = None,
         tuples: tuple[int, ...] = (),
+        boxes: tuple[Box | None, ...] = (),
         **constants: Any,
     ) -> None:
+        self.boxes = boxes
         self.kernel, self.grid, self.numbers, self.early, self.constants = kernel, grid, numbers, early, constants
-        self.parts = parts
+        self.parts, self.of_one_kind = parts, False
         ends = tuple(accumulate(tuples, initial=0))
         self.tuples = tuple(slice(*ends[i : i + 2]) for i in range(len(tuples)))
         self.programs = (*grid, 1, 1)[:3]
-        self.forms: dict[tuple[Any, ...], tuple[_Form, tuple[tuple[int, int], ...]]] = {}
-        """By device, order of launch and dtypes; beside each, ``parts`` in bytes."""
+        self.forms: dict[Any, tuple[_Form, _Places | None]] = {}
+        """By device, order of launch and dtypes, or by order alone; beside each, `places`."""
 
     def given(self, tensors: tuple[Argument, ...]) -> tuple[Argument, ...]:
         """The kernel's, of those that it is started with."""
-        if self.tuples:
-            return tuple(tensors[each] for each in self.tuples)
-        if self.parts is None:
-            return tensors
-        # How far it goes no kernel asks: an element stands for the part.
-        return tuple(
-            tensors[which].as_strided((1,), (1,), tensors[which].storage_offset() + first) if first else tensors[which]
-            for which, first in self.parts
-        )
+        if self.parts is not None:
+            # How far it goes no kernel asks: an element stands for the part.
+            tensors = tuple(
+                tensors[which].as_strided((1,), (1,), tensors[which].storage_offset() + first)
+                if first
+                else tensors[which]
+                for which, first in self.parts
+            )
+        if self.boxes:
+            pairs = zip(tensors, self.boxes, strict=True)
+            return tuple(tensor if box is None else TensorDescriptor(tensor, *box) for tensor, box in pairs)
+        return tuple(tensors[each] for each in self.tuples) if self.tuples else tensors
 
-    def in_bytes(self, tensors: tuple[Argument, ...]) -> tuple[tuple[int, int], ...]:
-        """``parts`` in bytes instead of elements; empty without."""
-        return tuple((which, first * tensors[which].itemsize) for which, first in self.parts or ())
+    def places(self, tensors: tuple[Argument, ...]) -> _Places | None:
+        """How the kernel's addresses are made of the tensors', by ``parts``; None without."""
+        if self.parts is None:
+            return None
+        which = [each for each, _ in self.parts]
+        # Of one alone, `itemgetter` gives no tuple.
+        pick = itemgetter(*which) if len(which) > 1 else itemgetter(slice(which[0], which[0] + 1))
+        offsets = [(i, first * tensors[each].itemsize) for i, (each, first) in enumerate(self.parts) if first]
+        return pick, tuple(offsets)
+
+    def settled(self, parts: tuple[tuple[int, int], ...] | None = None) -> Launch:
+        """The same for one device and one dtype of each tensor, which whoever starts it has seen to; with these parts.
+
+        Where this one has parts itself, they are kept.
+        """
+        made = copy.copy(self)
+        made.forms, made.of_one_kind = {}, True
+        if parts is not None:
+            made.parts = parts
+        return made
 
 
 class LaunchContext:
@@ -227,33 +262,37 @@ class LaunchContext:
             addresses: list[Any] = [*map(_address, tensors)]
         except TypeError:
             addresses, types, bits = _looked_into(tensors)
-            key: tuple[Any, ...] = (gpu, order, types)
+            key: Any = (gpu, order, types)
             known = launch.forms.get(key)
         else:
-            key = (gpu, order, *map(_dtype, tensors))
+            key = order if launch.of_one_kind else (gpu, order, *map(_dtype, tensors))
             known = launch.forms.get(key)
-            if known is not None and known[1]:
-                addresses = [addresses[which] + offset for which, offset in known[1]]
+            if known is not None and known[1] is not None:
+                pick, offsets = known[1]
+                addresses = [*pick(addresses)]
+                for i, offset in offsets:
+                    addresses[i] += offset
             bits = reduce(or_, addresses)
             if launch.tuples:
                 addresses = [tuple(addresses[each]) for each in launch.tuples]
         if known is None or bits % ALIGNMENT:
             self._through_triton(launch, order, tensors, key)
             return
+        if launch.boxes:
+            pairs = zip(tensors, addresses, launch.boxes, strict=True)
+            addresses = [address if box is None else _described(tensor, box) for tensor, address, box in pairs]
         run, before, after, _ = known[0]
         stream = (self._current or self._ask_for_streams())(gpu)
         run(*launch.programs, stream, *before, *addresses, *after)
 
-    def _through_triton(
-        self, launch: Launch, order: int, tensors: tuple[Argument, ...], key: tuple[Any, ...] | None = None
-    ) -> None:
+    def _through_triton(self, launch: Launch, order: int, tensors: tuple[Argument, ...], key: Any = None) -> None:
         """Launch as Triton does; under a key, keep what it found."""
         given, constants = launch.given(tensors), launch.constants | _OPTIONS[order]
         compiled = launch.kernel[launch.grid](*given, *launch.numbers, **constants)
         if key is None or not isinstance(compiled, CompiledKernel) or _looked_into(given)[2] % ALIGNMENT:
             return
         after = _ordered(launch.kernel, len(given) + len(launch.numbers), constants)
-        launch.forms[key] = _form(compiled, launch.kernel, (*launch.numbers, *after)), launch.in_bytes(tensors)
+        launch.forms[key] = _form(compiled, launch.kernel, (*launch.numbers, *after)), launch.places(tensors)
 
     def early(
         self, kernel: Any, grid: Grid, tensors: tuple[Argument, ...], numbers: tuple[float, ...], **constants: Any
@@ -291,6 +330,16 @@ class LaunchContext:
 _ANYHOW, _IN_ORDER_ONLY, _IN_ORDER, _EARLY = range(4)
 _OPTIONS: tuple[dict[str, Any], ...] = ({}, {"EARLY": False}, {"EARLY": True}, {"EARLY": True, "launch_pdl": True})
 """What each order of launch adds to a kernel's constants; the first to those of one that can't be launched early."""
+
+
+def _described(tensor: Tensor, box: Box) -> TensorDescriptor:
+    """A tensor's descriptor, unchecked: one of the same box has been checked, and of the tensor its address."""
+    made = object.__new__(TensorDescriptor)
+    shape, strides, block_shape = box
+    made.__dict__ = {
+        "base": tensor, "shape": shape, "strides": strides, "block_shape": block_shape, "padding": "zero",
+    }  # fmt: skip
+    return made
 
 
 def _ordered(kernel: Any, given: int, constants: dict[str, Any]) -> tuple[Any, ...]:
@@ -347,10 +396,12 @@ def launches_early(device: torch.device) -> bool:
 
 
 class _Contexts(threading.local):
-    """A thread's contexts, by GPU (-1: the CPU). Autograd goes back in threads of its own."""
+    """A thread's contexts, by GPU (-1: the CPU) and by device. Autograd goes back in threads of its own."""
 
     def __init__(self) -> None:
         self.by_gpu: dict[int, LaunchContext] = {}
+        self.by_device: dict[torch.device, LaunchContext] = {}
+        """Of those that say which GPU they are."""
 
 
 _contexts = _Contexts()
@@ -365,12 +416,17 @@ def launch_context(device: torch.device) -> LaunchContext:
     Looked up, and not handed down from the model, because PyTorch's custom operations take tensors and numbers alone,
     and because it is autograd that calls their backward passes. Nothing else of a launch is ambient.
     """
+    known = _contexts.by_device.get(device)
+    if known is not None:
+        return known
     index = device.index if device.type == "cuda" else -1
     gpu = gpu_index(device) if index is None else index
     by_gpu = _contexts.by_gpu
     context = by_gpu.get(gpu)
     if context is None:
         context = by_gpu[gpu] = LaunchContext(torch.device("cuda", gpu) if gpu >= 0 else device)
+    if index is not None:
+        _contexts.by_device[device] = context
     return context
 
 

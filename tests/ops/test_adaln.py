@@ -153,7 +153,7 @@ def test_a_gated_branch_has_programs_of_its_own(branch: bool, programs: int) -> 
     """The registers of its sums leave an SM fewer of them."""
     tiles = replace(BASE, programs=12, branch_programs=8)
     strides = ((384 * 256, 384, 1),) * 4
-    _, _, partials = fused._backward_launches(
+    _, _, partials = fused.backward_launches(
         tiles, torch.Size((2, 256, 384)), strides, (384, 384, 384), "rms", True, branch, True
     )
     assert partials == (2, programs, 3 if branch else 2, 384)

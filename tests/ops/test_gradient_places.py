@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dig import raster_gradients, raster_operations
 from dig.gradient_places import Places
 from dig.model import DiG
-from dig.ops.linear import weight_gradient
+from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.modulation import modulation_backward, modulation_gradients
 from dig.training.parallel.copying import CopyAllReduce
 from tests.dig.test_copying import windows
@@ -335,7 +335,10 @@ def test_one_launch_writes_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each weight's in its own, where they are computed together."""
 
     def together(pairs: Any, places: Any) -> list[Tensor]:
-        return [weight_gradient(dy, x, torch.float32, place) for (dy, x), place in zip(pairs, places, strict=True)]
+        return [
+            weight_gradient(as_rows(dy), as_rows(x), torch.float32, place)
+            for (dy, x), place in zip(pairs, places, strict=True)
+        ]
 
     monkeypatch.setattr(raster_operations, "groups_gradients", lambda x, weights: True)
     monkeypatch.setattr(raster_operations, "weight_gradients", together)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dig.ops import launch
 from dig.ops.launch import Launch, LaunchContext, launch_context
@@ -58,6 +59,17 @@ def test_a_thread_has_one_context_and_no_other_threads() -> None:
     thread.start()
     thread.join()
     assert found[0] is not here
+
+
+def test_a_device_without_an_index_is_looked_up_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one, which changes; one with an index stays what it is."""
+    found = []
+    for current in (1, 0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        found.append(launch_context(torch.device("cuda")))
+        assert found[-1] is launch_context(torch.device("cuda", current))
+        assert launch_context(torch.device("cuda:1")) is found[0]
+    assert found[0] is found[2] is not found[1]
 
 
 class _Kernel:
@@ -253,6 +265,69 @@ def test_tuples_are_given_one_after_the_other(direct: LaunchContext) -> None:
     assert [call[1:3] for call in kernel.through_triton[:1]] == [((a, b), (c,))]
     assert len(kernel.through_triton) == 2
     assert [call[9:11] for call in kernel.launched] == [((a.data_ptr(), b.data_ptr()), (c.data_ptr(),))]
+
+
+def test_tuples_are_made_of_parts(direct: LaunchContext) -> None:
+    kernel, (a, b) = _Kernel(), tensors(torch.float32, torch.bfloat16)
+    made = started(kernel, tuples=(2, 1)).settled(((1, 8), (0, 0), (0, 4)))
+    for _ in range(2):
+        direct.start(made, a, b)
+    given = [[t.data_ptr() for t in each] for each in kernel.through_triton[0][1:3]]
+    x, y = a.data_ptr(), b.data_ptr()
+    assert given == [[y + 16, x], [x + 16]]
+    assert [call[9:11] for call in kernel.launched] == [((y + 16, x), (x + 16,))]
+
+
+def test_a_settled_launch_has_a_form_for_each_order(direct: LaunchContext) -> None:
+    """Its tensors' dtypes aren't looked at; it shares no form with what it was made of."""
+    kernel, pair = _Kernel(), tensors(torch.float32, torch.int32)
+    first = started(kernel, early=True)
+    direct.start(first, *pair)
+    made = first.settled()
+    direct.start(made, *pair)
+    direct.start(made, *tensors(torch.float32, torch.int32))
+    assert len(kernel.through_triton) == 2
+    direct.stream_waits(stream(1))
+    direct.start(made, *pair)
+    assert len(kernel.through_triton) == 3
+    direct.start(made, pair[0][1:], pair[1])
+    assert len(kernel.through_triton) == 4
+    assert len(kernel.launched) == 1
+    direct.start(first.settled(((1, 0), (0, 0))), *pair)
+    assert len(kernel.through_triton) == 5
+    kept = started(kernel, parts=((1, 8), (0, 4), (1, 0))).settled()
+    assert kept.parts == ((1, 8), (0, 4), (1, 0))
+
+
+def test_of_one_part_the_address_is_picked(direct: LaunchContext) -> None:
+    kernel, (x, y) = _Kernel(), tensors(torch.float32, torch.bfloat16)
+    made = Launch(kernel, (3, 2), (5, 6), SIDE=16, FLAG=True, parts=((1, 8),))
+    for _ in range(2):
+        direct.start(made, x, y)
+    assert kernel.launched[0][9:] == (y.data_ptr() + 16, 5, 6, 16, True)
+
+
+def test_a_boxed_tensor_is_launched_as_a_descriptor(direct: LaunchContext) -> None:
+    """Checked by Triton's class the first time and where an address is odd, the same without a check else."""
+    kernel, first, second = _Kernel(), tensors(torch.bfloat16, torch.float32), tensors(torch.bfloat16, torch.float32)
+    made = started(kernel, boxes=(([4, 16], [16, 1], [2, 8]), None))
+    for pair in (first, second):
+        direct.start(made, *pair)
+    due = TensorDescriptor(second[0].view(4, 16), [4, 16], [16, 1], [2, 8])
+    (through,), (run,) = kernel.through_triton, kernel.launched
+    assert isinstance(through[1], TensorDescriptor)
+    assert through[1].base is first[0]
+    assert through[2] is first[1]
+    found, address = run[9:11]
+    assert isinstance(found, TensorDescriptor)
+    assert found.base is second[0]
+    assert address == second[1].data_ptr()
+    assert [getattr(found, name) for name in ("shape", "strides", "block_shape", "padding")] == [
+        getattr(due, name) for name in ("shape", "strides", "block_shape", "padding")
+    ]
+    assert vars(found).keys() == vars(due).keys()
+    with pytest.raises(AssertionError, match="aligned"):
+        direct.start(made, first[0][1:], first[1])
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook", "pre_run_hooks"])

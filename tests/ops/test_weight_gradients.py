@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dig import raster_operations
 from dig.ops import weight_gradients as operation
-from dig.ops.linear import weight_gradient
+from dig.ops.linear import as_rows, weight_gradient
 from dig.ops.tiles import sm90
 from dig.ops.tiles.architecture import Architecture
 from dig.ops.weight_gradients import groups_gradients, weight_gradients
@@ -39,6 +39,18 @@ def test_every_weights_gradient(M: int) -> None:
         assert gradient.dtype == torch.float32
         due = dy.double().T @ x.double()
         torch.testing.assert_close(gradient.double(), due, rtol=1e-5, atol=1e-5 * M**0.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="the kernel is for Hopper")
+def test_tokens_of_several_images_are_rows() -> None:
+    """As a block has them, (B, T, N), without a view of each."""
+    sizes = ((64, 96), (80, 32), (16, 64), (152, 32))
+    rows = [
+        (torch.randn(24, N, device=DEVICE).bfloat16(), torch.randn(24, K, device=DEVICE).bfloat16()) for N, K in sizes
+    ]
+    images = [(dy.view(2, 12, -1), x.view(2, 12, -1)) for dy, x in rows]
+    due = weight_gradients(rows, SMALL)
+    assert all(map(torch.equal, weight_gradients(images, SMALL), due))
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
@@ -83,7 +95,7 @@ def test_a_block_goes_back_with_the_same_gradients(monkeypatch: pytest.MonkeyPat
 
     def together(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[Tensor | None]) -> list[Tensor]:
         assert not any(place is not None for place in places)
-        found = [weight_gradient(dy, x) for dy, x in pairs]
+        found = [weight_gradient(as_rows(dy), as_rows(x)) for dy, x in pairs]
         grouped.append([tuple(gradient.shape) for gradient in found])
         return found
 

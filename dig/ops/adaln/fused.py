@@ -86,7 +86,7 @@ def _empty_stats(x: Tensor, norm: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_launch(
+def forward_launch(
     tiles: NormTiles,
     shape: torch.Size,
     x_strides: tuple[int, ...],
@@ -122,7 +122,7 @@ def _forward(
     h, stats = empty(x, dtype), _empty_stats(x, norm)
     x_new = x if branch is None else empty(x)
     b_branch, b_gate, _, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
-    kernel = _forward_launch(
+    kernel = forward_launch(
         tiles_for(x), x.shape, x.stride(), None if branch is None else branch.stride(), b_gate.stride(0),
         shift.stride(0), scale.stride(0), norm, eps,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def residual_norm_modulate_forward(
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_launches(
+def backward_launches(
     tiles: NormTiles,
     shape: torch.Size,
     strides: tuple[tuple[int, ...], ...],
@@ -210,7 +210,7 @@ def norm_gradients(
     dh = last_contiguous(dh)
     b_dx_new = dh if dx_new is None else last_contiguous(dx_new)
     b_branch, b_gate, b_shift, b_weight = _stand_ins(x, branch, gate, shift, scale, weight)
-    first, second, shape = _backward_launches(
+    first, second, shape = backward_launches(
         tiles_for(x), x.shape, (x.stride(), b_branch.stride(), b_dx_new.stride(), dh.stride()),
         (b_gate.stride(0), b_shift.stride(0), scale.stride(0)),
         norm, dx_new is not None, branch is not None, shift is not None,

@@ -53,7 +53,7 @@ def run_rows(
         if keep:
             states = torch.empty(1, *plan.state_shape, dtype=first.dtype, device=first.device)
         starts = segment_starts(launch, plan, rows) if plan.segments else states
-        launch.start(_walk_launch(plan, rows.layout, eps, keep), *rows.tensors, norm_weight, states, starts, out)
+        launch.start(walk_launch(plan, rows.layout, eps, keep), *rows.tensors, norm_weight, states, starts, out)
         return out, states
     states, sums = local_states(launch, plan, rows)
     scan_states(launch, plan, states, sums, direction=0)
@@ -62,7 +62,7 @@ def run_rows(
 
 
 @functools.lru_cache(maxsize=1024)
-def _walk_launch(plan: Plan, layout: Layout, eps: float, keep: bool) -> Launch:
+def walk_launch(plan: Plan, layout: Layout, eps: float, keep: bool) -> Launch:
     """`walk_kernel`'s: on the inputs, the norm's weight, the states, those before the segments, and the result."""
     n, segment = layout.tensors, plan.tiles.segment_chunks if plan.segments else 0
     return Launch(
@@ -92,7 +92,7 @@ def output_launch(plan: Plan, layout: Layout, eps: float, norm_gate: bool = True
 
 
 @functools.lru_cache(maxsize=1024)
-def _output_backward_launch(
+def output_backward_launch(
     plan: Plan, layout: Layout, slots: Slots, dy_strides: tuple[int, ...], eps: float, rebuild: bool
 ) -> Launch:
     """`output_backward_kernel`'s, or of the same in parts.
@@ -157,7 +157,7 @@ def run_rows_backward(
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=device)
     state_gradients = empty(states)
     launch.start(
-        _output_backward_launch(plan, rows.layout, slots, dy_strides, eps, y is not None),
+        output_backward_launch(plan, rows.layout, slots, dy_strides, eps, y is not None),
         *rows.tensors, *outputs, norm_weight, dy, sums, states, state_gradients, own, do, dweight,
         do if y is None else y,
     )  # fmt: skip

@@ -171,7 +171,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _local_launch(plan: Plan, layout: Layout, do_strides: tuple[int, ...] | None, sums_only: bool) -> Launch:
+def local_launch(plan: Plan, layout: Layout, do_strides: tuple[int, ...] | None, sums_only: bool) -> Launch:
     """`local_state_kernel`'s, on the inputs, the sums and, where they are asked for, the states, do and own."""
     n, v = layout.tensors, layout.qkv[2]
     # A pointer that a kernel does not touch can be anything of its dtype.
@@ -190,7 +190,7 @@ def local_states(launch: LaunchContext, plan: Plan, rows: Rows) -> tuple[Tensor,
     """What each chunk adds to the state (1, B, H, N, K, V), and the sums of the decays."""
     first = rows.tensors[0]
     states, sums = torch.empty(1, *plan.state_shape, dtype=first.dtype, device=first.device), empty_sums(plan, first)
-    launch.start(_local_launch(plan, rows.layout, None, False), *rows.tensors, sums, states)
+    launch.start(local_launch(plan, rows.layout, None, False), *rows.tensors, sums, states)
     return states, sums
 
 
@@ -198,14 +198,14 @@ def local_gradients(launch: LaunchContext, plan: Plan, rows: Rows, do: Tensor) -
     """`local_states`, and do . v of each token; the first is (2, ...), its second part what adds to its gradient."""
     states, sums = torch.empty(2, *plan.state_shape, dtype=do.dtype, device=do.device), empty_sums(plan, do)
     own = torch.empty(plan.B, plan.T, plan.H, dtype=torch.float32, device=do.device)
-    launch.start(_local_launch(plan, rows.layout, strides_of(do), False), *rows.tensors, sums, states, do, own)
+    launch.start(local_launch(plan, rows.layout, strides_of(do), False), *rows.tensors, sums, states, do, own)
     return states, sums, own
 
 
 def decay_sums(launch: LaunchContext, plan: Plan, rows: Rows) -> Tensor:
     """The sums of the decays alone, as the kernels of the backward pass read them again; q, k and v aren't read."""
     sums = empty_sums(plan, rows.tensors[0])
-    launch.start(_local_launch(plan, rows.layout, None, True), *rows.tensors, sums)
+    launch.start(local_launch(plan, rows.layout, None, True), *rows.tensors, sums)
     return sums
 
 
@@ -216,23 +216,26 @@ def empty_sums(plan: Plan, like: Tensor) -> Tensor:
 
 def scan_states(launch: LaunchContext, plan: Plan, states: Tensor, sums: Tensor, *, direction: int) -> None:
     """Turn what chunks add into what was added before each, in place; directions as `scan_kernel` takes them."""
-    launch.start(_scan_launch(plan, plan.N, plan.tiles.chunk, states.dtype, len(states), direction), states, sums)
+    launch.start(scan_launch(plan, states.dtype, len(states), direction), states, sums)
 
 
 def segment_starts(launch: LaunchContext, plan: Plan, rows: Rows) -> Tensor:
     """The states before each of a plan's segments (1, B, H, M, K, V)."""
-    first = rows.tensors[0]
-    (K, V), M = plan.state_shape[-2:], plan.segments
-    starts = torch.empty(1, plan.B, plan.H, M, K, V, dtype=first.dtype, device=first.device)
-    decays = torch.empty(plan.B, plan.H, M, plan.constants["KP"], dtype=torch.float32, device=first.device)
-    launch.start(_segment_launch(plan, rows.layout), *rows.tensors, decays, starts)
-    # To the scan a segment is a chunk of one token.
-    launch.start(_scan_launch(plan, M, 1, starts.dtype, 1, 0), starts, decays)
+    starts, decays = empty_segments(plan, rows.tensors[0])
+    launch.start(segment_launch(plan, rows.layout), *rows.tensors, decays, starts)
+    launch.start(scan_launch(plan, starts.dtype, 1, 0, segments=True), starts, decays)
     return starts
 
 
+def empty_segments(plan: Plan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the states before segments (1, B, H, M, K, V), and in fp32 for segments' decays (B, H, M, KP)."""
+    B, H, _, K, V = plan.state_shape
+    starts = torch.empty(1, B, H, plan.segments, K, V, dtype=like.dtype, device=like.device)
+    return starts, torch.empty(B, H, plan.segments, plan.constants["KP"], dtype=torch.float32, device=like.device)
+
+
 @functools.lru_cache(maxsize=1024)
-def _segment_launch(plan: Plan, layout: Layout) -> Launch:
+def segment_launch(plan: Plan, layout: Layout) -> Launch:
     """`segment_state_kernel`'s: on the inputs, the segments' decays and states."""
     n = layout.tensors
     return Launch(
@@ -244,8 +247,10 @@ def _segment_launch(plan: Plan, layout: Layout) -> Launch:
 
 
 @functools.lru_cache(maxsize=1024)
-def _scan_launch(plan: Plan, N: int, C: int, dtype: torch.dtype, entries: int, direction: int) -> Launch:
-    """The scan's over N chunks of C tokens, with so many states each: on those and on the sums of the decays."""
+def scan_launch(plan: Plan, dtype: torch.dtype, entries: int, direction: int, segments: bool = False) -> Launch:
+    """`scan_kernel`'s, or that of few chunks: on so many entries of states and the sums; or of segments likewise."""
+    # To the scan a segment is a chunk of one token.
+    N, C = (plan.segments, 1) if segments else (plan.N, plan.tiles.chunk)
     (K, V), tiles = plan.state_shape[-2:], plan.tiles
     kernel: Any
     if tiles.short_chunks >= N:
@@ -279,7 +284,7 @@ def walk_rounds(tiles: GlaTiles, N: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...], scanned: bool) -> Launch:
+def gradient_launch(plan: Plan, layout: Layout, slots: Slots, do_strides: tuple[int, ...], scanned: bool) -> Launch:
     """`gradient_kernel`'s, or that of the same in rounds.
 
     On the inputs, slots, do, sums, states, their gradients, own and dbias.
@@ -326,7 +331,7 @@ def gradients_of(
     """
     rows = plan.B * plan.N if bias else 0
     dbias = torch.empty(rows, plan.H * plan.constants["K"], dtype=torch.float32, device=do.device)
-    kernel = _gradient_launch(plan, inputs.layout, slots, strides_of(do), scanned)
+    kernel = gradient_launch(plan, inputs.layout, slots, strides_of(do), scanned)
     launch.start(kernel, *inputs.tensors, *outputs, do, sums, states, state_gradients, own, dbias)
     return dbias
 
@@ -357,12 +362,13 @@ def column_sums(launch: LaunchContext, tiles: GlaTiles, partials: Tensor, dtype:
     """Sums (D,) in ``dtype`` over the rows of partials (rows, D), which are at least one."""
     rows, D = partials.shape
     sums = torch.empty(D, dtype=dtype, device=partials.device)
-    launch.start(_column_launch(tiles, rows, D), partials, sums)
+    launch.start(column_launch(tiles, rows, D), partials, sums)
     return sums
 
 
 @functools.lru_cache(maxsize=1024)
-def _column_launch(tiles: GlaTiles, rows: int, D: int) -> Launch:
+def column_launch(tiles: GlaTiles, rows: int, D: int) -> Launch:
+    """`column_sums_kernel`'s: on partials (rows, D) and their sums (D,)."""
     return Launch(
         column_sums_kernel, (ceil_div(D, tiles.sum_columns),), (rows,),
         D=D, ROWS=tiles.sum_rows, COLS=tiles.sum_columns, num_warps=tiles.sum_warps,

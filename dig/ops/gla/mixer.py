@@ -34,7 +34,7 @@ def order_code(order: ScanOrder) -> int:
     return int(order.reversed) + 2 * int(order.transposed)
 
 
-class _Projection(NamedTuple):
+class Projection(NamedTuple):
     """What a fused projection is made of, from its shape and strides alone."""
 
     layout: Layout
@@ -49,9 +49,10 @@ class _Projection(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _projection(
+def projection_of(
     shape: torch.Size, strides: tuple[int, int, int], dtype: torch.dtype, device: torch.device, heads: int, rank: int
-) -> _Projection:
+) -> Projection:
+    """Of a fused projection (B, T, 3D + R) with R = rank."""
     B, T, columns = shape
     batch, token, _ = strides
     D = (columns - rank) // 3
@@ -73,7 +74,7 @@ def _projection(
         strides=(columns, columns, columns, heads * K, columns),
     )
     q_outline, v_outline = (Outline((B, T, heads, each), dtype, device) for each in (K, V))
-    return _Projection(layout, slots, q_outline, v_outline, D, low)
+    return Projection(layout, slots, q_outline, v_outline, D, low)
 
 
 def _prepare(
@@ -84,10 +85,10 @@ def _prepare(
     rows: int,
     columns: int,
     order: int,
-) -> tuple[Plan, Rows, _Projection]:
+) -> tuple[Plan, Rows, Projection]:
     """The launch plan, the inputs, and where in them is what."""
     rank = decay_weight.shape[1]
-    p = _projection(projected.shape, projected.stride(), projected.dtype, projected.device, heads, rank)
+    p = projection_of(projected.shape, projected.stride(), projected.dtype, projected.device, heads, rank)
     plan = plan_of(p.q, p.v, p.q.shape[-1] ** -0.5, GATE_NORMALIZER, (rows, columns), order)
     return plan, Rows((projected, decay_weight, decay_bias), p.layout), p
 
@@ -169,7 +170,7 @@ def mixer_backward(
     return gradient, dweight, dbias, dnorm, y
 
 
-def _low(rows: Tensor, p: _Projection) -> Tensor:
+def _low(rows: Tensor, p: Projection) -> Tensor:
     """The columns (B T, R) of the decay gate's factor."""
     if rows.is_contiguous():
         columns = rows.shape[2]

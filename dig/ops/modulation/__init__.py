@@ -54,7 +54,7 @@ def modulation(c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (B, M), N = c.shape, weight.shape[0]
     out = torch.empty(B, N, dtype=weight.dtype, device=c.device)
     launch_context(c.device).start(
-        _launches(for_device(c.device).modulation_tiles(), B, M, N).product, c, weight, bias, out
+        launches_of(for_device(c.device).modulation_tiles(), B, M, N).product, c, weight, bias, out
     )
     return out
 
@@ -69,7 +69,8 @@ class _Launches(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(tiles: ModulationTiles, B: int, M: int, N: int) -> _Launches:
+def launches_of(tiles: ModulationTiles, B: int, M: int, N: int) -> _Launches:
+    """Those of a layer (N, M) for B images."""
     images = _images(tiles, B)
     inner = min(images, tiles.inner_images)
     steps = ceil_div(N, tiles.shares * tiles.share_rows)
@@ -96,7 +97,7 @@ def modulation_gradients(
     """`modulation_backward`, whose second is written into dweight, contiguous, if given."""
     dout, c, weight = dout.contiguous(), c.contiguous(), weight.contiguous()
     (B, M), N = c.shape, weight.shape[0]
-    _, of_weight, of_condition, shares = _launches(for_device(c.device).modulation_tiles(), B, M, N)
+    _, of_weight, of_condition, shares = launches_of(for_device(c.device).modulation_tiles(), B, M, N)
     dweight = empty(weight) if dweight is None else dweight
     dbias = torch.empty(N, dtype=weight.dtype, device=c.device)
     partials = torch.empty(shares, B, M, dtype=torch.float32, device=c.device)

@@ -39,7 +39,7 @@ def tiles_for(which: SremPass, x: Tensor) -> SremTiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class SremPlan:
     """The launches of a pass, ``sums`` of the backward one alone."""
 
     walk: Launch
@@ -56,15 +56,15 @@ def _plan(
     grid: tuple[int, int],
     order: ScanOrder,
     sum_only: bool = False,
-) -> _Plan:
+) -> SremPlan:
     bf16 = x.dtype == torch.bfloat16 and (branch is None or branch.dtype == torch.bfloat16)
     between = None if branch is None else branch.stride()
     gates = None if gate is None else gate.stride(0)
-    return _plan_of(which, tiles_for(which, x), x.shape, x.stride(), between, gates, bf16, grid, order, sum_only)
+    return plan_of(which, tiles_for(which, x), x.shape, x.stride(), between, gates, bf16, grid, order, sum_only)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan_of(
+def plan_of(
     which: SremPass,
     tiles: SremTiles,
     shape: torch.Size,
@@ -75,7 +75,7 @@ def _plan_of(
     grid: tuple[int, int],
     order: ScanOrder,
     sum_only: bool,
-) -> _Plan:
+) -> SremPlan:
     """`_plan`, from strides; branch's and gate's are None where there is none."""
     B, _, D = shape
     across = ceil_div(grid[1], tiles.groups * tiles.width)
@@ -102,7 +102,7 @@ def _plan_of(
         srem_sum_kernel, (ceil_div(D, tiles.sum_channels), slots + gated * B), (parts, B * parts, *taps),
         D=D, GATED=gated, STEPS=tiles.sum_steps, BD=tiles.sum_channels, num_warps=tiles.sum_warps,
     )  # fmt: skip
-    return _Plan(walk=walk, sums=sums if backward else None, sums_shape=(B, parts, slots + gated, D))
+    return SremPlan(walk=walk, sums=sums if backward else None, sums_shape=(B, parts, slots + gated, D))
 
 
 def _taps(order: ScanOrder) -> tuple[int, int, int]:

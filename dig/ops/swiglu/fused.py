@@ -48,7 +48,7 @@ def _empty_hidden(gate_up: Tensor) -> Tensor:
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """Hidden (..., F) from gate_up (..., 2F)."""
     hidden = _empty_hidden(gate_up)
-    kernel = _forward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up))
+    kernel = forward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up))
     launch_context(gate_up.device).start(kernel, gate_up, hidden)
     return hidden
 
@@ -60,7 +60,8 @@ def _distance(gate_up: Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_launch(tiles: SwigluTiles, shape: torch.Size, distance: int) -> Launch:
+def forward_launch(tiles: SwigluTiles, shape: torch.Size, distance: int) -> Launch:
+    """`swiglu_kernel`'s: on gate_up of this shape, from row to row at this distance, and hidden."""
     F, rows = shape[-1] // 2, shape[:-1].numel()
     R, C = _shape(tiles, F)
     return Launch(
@@ -69,9 +70,10 @@ def _forward_launch(tiles: SwigluTiles, shape: torch.Size, distance: int) -> Lau
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_launch(
+def backward_launch(
     tiles: SwigluTiles, shape: torch.Size, distance: int, gradient_distance: int, rebuild: bool
 ) -> Launch:
+    """`swiglu_backward_kernel`'s: on gate_up, hidden's gradient, gate_up's, and hidden if it is rebuilt."""
     F, rows = shape[-1] // 2, shape[:-1].numel()
     R, C = _shape(tiles, F)
     return Launch(
@@ -87,7 +89,7 @@ def swiglu_gradients(gate_up: Tensor, dhidden: Tensor, rebuild: bool) -> tuple[T
     gradient = dhidden if dhidden.is_contiguous() else last_contiguous(dhidden.reshape(-1, F))
     dgate_up, hidden = empty(gate_up), _empty_hidden(gate_up) if rebuild else None
     between = F if gradient is dhidden else gradient.stride(0)
-    kernel = _backward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up), between, rebuild)
+    kernel = backward_launch(tiles_for(gate_up), gate_up.shape, _distance(gate_up), between, rebuild)
     launch_context(gate_up.device).start(kernel, gate_up, gradient, dgate_up, dgate_up if hidden is None else hidden)
     return dgate_up, hidden
 

@@ -152,9 +152,16 @@ class Architecture:
         chosen: T = found
         return chosen
 
+    @property
+    def plans(self) -> dict[Any, Any]:
+        """What follows for whole passes from these choices, by what it was asked for; for `dig.raster_plan`."""
+        plans: dict[Any, Any] = self.__dict__.setdefault("_plans", {})
+        return plans
+
     def forget(self) -> None:
         """Choose anew from now on: a table has changed."""
-        self.__dict__.pop("_chosen", None)
+        for kept in ("_chosen", "_plans"):
+            self.__dict__.pop(kept, None)
 
     def _fits(self, shared_memory: int) -> bool:
         return self.shared_memory is None or shared_memory <= self.shared_memory

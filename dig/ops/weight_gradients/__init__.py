@@ -5,20 +5,23 @@ Shapes: M tokens of all images, N and K rows and columns of a weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dig.ops.launch import ALIGNMENT, launch_context
+from dig.ops.launch import ALIGNMENT, Box, Launch, launch_context
 from dig.ops.tiles import for_device
 from dig.ops.tiles.products import GradientTiles
 from dig.ops.weight_gradients.kernels import grouped_product_kernel
 
 COUNT = 4
 """Weights of a launch."""
+_BF16 = 2
+"""Bytes."""
 
 
 def groups_gradients(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -34,12 +37,29 @@ def groups_gradients(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def _tiles(x: Tensor, weights: Sequence[Tensor]) -> GradientTiles | None:
     D = x.shape[-1]
     tiles = for_device(x.device).gradient_tiles(x.numel() // D, D)
-    if tiles is None or len(weights) != COUNT:
+    if tiles is None or len(weights) != COUNT or x.dtype != torch.bfloat16:
         return None
-    plain = x.dtype == torch.bfloat16 and all(weight.dtype == torch.float32 for weight in weights)
-    # Rows of a tile's operands begin at what TMA asks for, and tiles end with the rows.
-    whole = all(N * x.itemsize % ALIGNMENT == 0 and K % tiles.columns == 0 for N, K in (w.shape for w in weights))
-    return tiles if plain and whole else None
+    # A loop, for this is asked of every block in every backward pass.
+    for weight in weights:
+        N, K = weight.shape
+        # Rows of a tile's operands begin at what TMA asks for, and tiles end with the rows.
+        if weight.dtype != torch.float32 or N * _BF16 % ALIGNMENT or K % tiles.columns:
+            return None
+    return tiles
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(tiles: GradientTiles, M: int, sizes: tuple[tuple[int, int], ...]) -> Launch:
+    """`grouped_product_kernel`'s: on each weight's dy and x, M rows, and its gradient, whose sizes these are."""
+    boxes: list[Box | None] = []
+    for N, K in sizes:
+        boxes += [([M, N], [N, 1], [tiles.depth, tiles.rows]), ([M, K], [K, 1], [tiles.depth, tiles.columns]), None]
+    named = chain.from_iterable(((f"N{i}", N), (f"K{i}", K)) for i, (N, K) in enumerate(sizes))
+    constants: dict[str, Any] = {**dict(named), **tiles.options}
+    return Launch(
+        grouped_product_kernel, (sum(tiles.programs(*size) for size in sizes),), (M,), early=True, boxes=tuple(boxes),
+        BN=tiles.rows, BK=tiles.columns, BM=tiles.depth, **constants,
+    )  # fmt: skip
 
 
 def weight_gradients(
@@ -50,7 +70,7 @@ def weight_gradients(
     """``dy^T x`` of each pair, in fp32: the gradients (N, K) of four weights.
 
     Args:
-        pairs: dy (M, N) and x (M, K) of each weight, contiguous, in bf16; see `groups_gradients`.
+        pairs: dy (..., N) and x (..., K) of each weight, M rows both, contiguous, in bf16; see `groups_gradients`.
         tiles: Those to take; the device's if not given.
         places: Memory to write each gradient into, contiguous, in fp32; new memory where there is none. At 16 bytes it
             takes the same compiled kernel.
@@ -62,18 +82,13 @@ def weight_gradients(
     t = for_device(dy.device).gradients if tiles is None else tiles
     if t is None:
         raise ValueError(f"{for_device(dy.device)} has no tile choices for weights' gradients in one launch")
-    gradients = [
-        torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device) if place is None else place
-        for (dy, x), place in zip(pairs, places, strict=True)
-    ]
-    operands = [
-        (TensorDescriptor.from_tensor(dy, [t.depth, t.rows]), TensorDescriptor.from_tensor(x, [t.depth, t.columns]), g)
-        for (dy, x), g in zip(pairs, gradients, strict=True)
-    ]
-    sizes = chain.from_iterable(((f"N{i}", g.shape[0]), (f"K{i}", g.shape[1])) for i, g in enumerate(gradients))
-    with launch_context(dy.device) as launch:
-        launch.early(
-            grouped_product_kernel, (sum(t.programs(*g.shape) for g in gradients),), tuple(chain(*operands)),
-            (len(dy),), **dict(sizes), BN=t.rows, BK=t.columns, BM=t.depth, **t.options,
-        )  # fmt: skip
+    sizes = tuple([(dy.shape[-1], x.shape[-1]) for dy, x in pairs])
+    device = dy.device
+    given: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for (one, other), (N, K), place in zip(pairs, sizes, places, strict=True):
+        gradient = torch.empty(N, K, dtype=torch.float32, device=device) if place is None else place
+        gradients.append(gradient)
+        given += (one, other, gradient)
+    launch_context(device).start(_launch(t, dy.numel() // sizes[0][0], sizes), *given)
     return gradients

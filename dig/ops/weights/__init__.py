@@ -29,7 +29,7 @@ from dig.ops.whole import ceil_div, power_of_two
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare_launch(tiles: CopyTiles, shapes: tuple[torch.Size, ...], ungated: int, programs: int | None) -> Launch:
+def prepare_launch(tiles: CopyTiles, shapes: tuple[torch.Size, ...], ungated: int, programs: int | None) -> Launch:
     """`prepare_kernel`'s: on the weights, their gates or what stands for these, and the copies."""
     sizes = tuple(shape.numel() for shape in shapes)
     # Elements of each weight that one of its gate serves.
@@ -55,7 +55,7 @@ def prepare_weights(
     ungated = len(weights) - len(gates)
     device = weights[0].device
     tiles = for_device(device).weights.copy_for(programs)
-    kernel = _prepare_launch(tiles, tuple([weight.shape for weight in weights]), ungated, programs)
+    kernel = prepare_launch(tiles, tuple([weight.shape for weight in weights]), ungated, programs)
     # A pointer that a kernel does not touch can be anything.
     factors = (*weights[:ungated], *gates)
     launch_context(device).start(kernel, *weights, *factors, *copies)
@@ -113,7 +113,7 @@ def gated_gradients(
     """`gated_weight_gradient`, whose second is written into dgate, if given."""
     product, weight, gate = product.contiguous(), weight.contiguous(), gate.contiguous()
     dweight, dgate = empty(weight), empty(gate) if dgate is None else dgate
-    kernel = _gradient_launch(for_device(weight.device).weights, weight.shape)
+    kernel = gradient_launch(for_device(weight.device).weights, weight.shape)
     launch_context(weight.device).start(kernel, product, weight, gate, dweight, dgate)
     return dweight, dgate
 
@@ -128,7 +128,8 @@ def gated_weight_gradient(product: Tensor, weight: Tensor, gate: Tensor) -> tupl
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_launch(tiles: WeightTiles, shape: torch.Size) -> Launch:
+def gradient_launch(tiles: WeightTiles, shape: torch.Size) -> Launch:
+    """`gated_weight_gradient_kernel`'s: on product, weight (N, M), gate, and the gradients of the last two."""
     N, M = shape
     return Launch(
         gated_weight_gradient_kernel, (N,), (),
