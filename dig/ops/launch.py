@@ -108,8 +108,8 @@ class Launch:
     """
 
     __slots__ = (
-        "boxes", "constants", "early", "forms", "grid", "kernel", "numbers", "of_one_kind", "parts", "programs",
-        "tuples",
+        "boxes", "checked", "constants", "early", "forms", "grid", "kernel", "numbers", "of_one_kind", "parts",
+        "programs", "tuples",
     )  # fmt: skip
 
     def __init__(
@@ -125,6 +125,8 @@ class Launch:
         **constants: Any,
     ) -> None:
         self.boxes = boxes
+        self.checked: tuple[dict[str, Any] | None, ...] = ()
+        """Of descriptors of these boxes all but their tensors, once they have been made."""
         self.kernel, self.grid, self.numbers, self.early, self.constants = kernel, grid, numbers, early, constants
         self.parts, self.of_one_kind = parts, False
         ends = tuple(accumulate(tuples, initial=0))
@@ -279,8 +281,10 @@ class LaunchContext:
             self._through_triton(launch, order, tensors, key)
             return
         if launch.boxes:
-            pairs = zip(tensors, addresses, launch.boxes, strict=True)
-            addresses = [address if box is None else _described(tensor, box) for tensor, address, box in pairs]
+            if not launch.checked:
+                launch.checked = tuple(_without_base(each) for each in launch.given(tensors))
+            pairs = zip(tensors, addresses, launch.checked, strict=True)
+            addresses = [address if of is None else _described(tensor, of) for tensor, address, of in pairs]
         run, before, after, _ = known[0]
         stream = (self._current or self._ask_for_streams())(gpu)
         run(*launch.programs, stream, *before, *addresses, *after)
@@ -332,13 +336,17 @@ _OPTIONS: tuple[dict[str, Any], ...] = ({}, {"EARLY": False}, {"EARLY": True}, {
 """What each order of launch adds to a kernel's constants; the first to those of one that can't be launched early."""
 
 
-def _described(tensor: Tensor, box: Box) -> TensorDescriptor:
+def _without_base(argument: Argument) -> dict[str, Any] | None:
+    """What a tensor descriptor holds but its tensor, which would live on with it; None of something else."""
+    if not isinstance(argument, TensorDescriptor):
+        return None
+    return {name: value for name, value in vars(argument).items() if name != "base"}
+
+
+def _described(tensor: Tensor, of: dict[str, Any]) -> TensorDescriptor:
     """A tensor's descriptor, unchecked: one of the same box has been checked, and of the tensor its address."""
     made = object.__new__(TensorDescriptor)
-    shape, strides, block_shape = box
-    made.__dict__ = {
-        "base": tensor, "shape": shape, "strides": strides, "block_shape": block_shape, "padding": "zero",
-    }  # fmt: skip
+    made.__dict__ = {"base": tensor, **of}
     return made
 
 
