@@ -170,7 +170,7 @@ BEST_FORWARD = (
     ("S", 256, 1), ("XL", 256, 1), ("XL", 512, 1), ("XL", 1024, 1), ("XL", 2048, 1), ("XL", 256, 64), ("XL", 1024, 8),
 )  # fmt: skip
 """Size, resolution and batch: one image at a time, a training batch, and the batches of guided sampling."""
-SHORT, MEDIUM = 256, 512
+SHORT, MEDIUM, LONG = 256, 512, 1024
 """Pixels, up to which what gains little or loses much elsewhere is measured too."""
 
 
@@ -197,11 +197,14 @@ def _ways(*, mode: Mode, size: str, resolution: int, batch: int) -> list[Case]:
     both: tuple[Execution, ...] = ("compiled-graph",)
     cases = sweep(("DiG:triton:variant=release",), executions=("graph",), **shared)
     cases += sweep(compiled, executions=both, **shared)
-    if resolution <= MEDIUM:
-        # Where tokens are few, compiling the whole model gains 1 to 3% more in training, a fifth in a forward pass.
-        # FlashAttention 4's gradient at XL's head width is refused by block already.
-        refused = mode == "train" and size == "XL"
-        whole = ["Flash-DiT:sdpa-cudnn", *(() if refused else ("Flash-DiT:flash-attn-4",))]
+    if resolution <= LONG:
+        # Where tokens are few, compiling the whole model gains 1 to 3% more in training and a fifth in a forward pass,
+        # at 512 pixels an eighth. What is refused by block (FlashAttention 4's gradient at XL's head width) is refused.
+        whole = [model for model in compiled if model.startswith("Flash-DiT") or model == "DiT"]
+        if mode == "train" and size == "XL":
+            whole.remove("Flash-DiT:flash-attn-4")
+        if batch == 1 and resolution == SHORT:
+            whole.append("DiG:fla:variant=release")
         cases += sweep(whole, executions=both, scope="model", **shared)
     return cases
 

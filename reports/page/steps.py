@@ -71,9 +71,17 @@ def datum(row: Row, series: str, x: float | str, figure: Figure) -> Datum:
 
 
 def fullest(evidence: Evidence, choose: Callable[[Sweep], Sequence[Row]]) -> tuple[str, Sequence[Row]]:
-    """The file with the most of what is wanted, and what it has: a figure's numbers are of one file, mostly one run."""
+    """The file with the most of what is wanted, and what it has: a figure's numbers are of one file, mostly one run.
+
+    Of files with as much, the one with the newest row.
+    """
     found = {name: choose(sweep) for name, sweep in evidence.sweeps.items()}
-    best = max(found, key=lambda name: sum(row.status == "ok" for row in found[name]), default="")
+
+    def much_and_new(name: str) -> tuple[int, str]:
+        measured = [row for row in found[name] if row.status == "ok"]
+        return len(measured), max((row.started_at for row in measured), default="")
+
+    best = max(found, key=much_and_new, default="")
     return best, found.get(best, ())
 
 

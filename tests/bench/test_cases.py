@@ -125,6 +125,13 @@ def test_the_best_suite_has_every_family_at_its_best_at_every_point() -> None:
     assert all(c.weights == ("bf16" if c.mode == "forward" else "fp32") for c in cases)
     backends = {dict(c.options)["backend"] for c in cases if c.family == "Flash-DiT"}
     assert backends == {"sdpa-cudnn", "flash-attn", "flash-attn-4", "flash-attn-4-padded"}
+    # Whatever attention is compiled by block is compiled whole too, where tokens are not too many for that to gain.
+    ways = {(c.resolution, c.size, c.mode, c.batch, c.model, c.options, c.scope) for c in cases if c.compiles}
+    short = [way for way in ways if way[0] <= 1024 and way[4].startswith(("Flash-DiT", "DiT"))]
+    by_block = [way for way in short if way[-1] == "block"]
+    refused = [way for way in by_block if (*way[:-1], "model") not in ways]
+    assert len(by_block) > 30
+    assert [(way[1], way[2], dict(way[5])["backend"]) for way in refused] == [("XL", "train", "flash-attn-4")]
     # What tunes itself for minutes comes last.
     tunes = [dict(c.options)["backend"] == "fla" for c in cases]
     assert tunes == sorted(tunes)

@@ -53,7 +53,7 @@ def run(folder: Path, device: str, ranks: int, seconds: float) -> list[dict[str,
 
 def main(folder: Path, device: str) -> None:
     found: dict[str, str | None] = {}
-    with joined(device, hang_seconds=60) as ranks:
+    with joined(device, hang_seconds=300) as ranks:
         job = Job(folder, ranks)
         for check in GPU_CHECKS if device == "cuda" else CHECKS:
             try:

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each rank of a job finds."""
-    return copying_job.run(tmp_path_factory.mktemp("copying") / "job", "cpu", request.param, seconds=120)
+    return copying_job.run(tmp_path_factory.mktemp("copying") / "job", "cpu", request.param, seconds=600)
 
 
 @pytest.mark.slow

@@ -129,6 +129,16 @@ def test_the_lead_is_attentions_time_over_digs(evidence: Evidence) -> None:
     assert {each.label for each in panel.data} == {"FA4"}
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_files_with_as_many_points_the_newer_is_drawn(turned: bool) -> None:
+    """Whatever their order."""
+    folders = ["h100", "h200"]
+    paths = [ROOT / "results" / name / "best.jsonl" for name in (folders[::-1] if turned else folders)]
+    found = chart(gather(paths), "lead")
+    assert sum(len(panel.data) for panel in found.panels) == 14
+    assert "NVIDIA H200" in found.caption[0]
+
+
 def test_a_figure_of_a_cpu_says_so() -> None:
     rows = [build_row("DiG-S/2", 256, device=device) for device in ("cpu", "cuda")]
     assert provenance(rows[:1]).partition(" · ")[0].endswith("(CPU, not a GPU result)")
