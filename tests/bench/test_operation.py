@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,10 @@ from bench.measure.case import measure_case
 from bench.measure.steps import build_step, compile_parts
 from bench.parity import compiling
 from bench.parity.error import ParityError
-from bench.parity.operation import check_operation
+from bench.parity.operation import check_operation, compare
 from dig import block
 from dig.layers import Backbone
+from dig.operation import Operation
 from dig.spec import create_model
 from tests.bench.test_fooled import SHORT, Scaled
 
@@ -230,3 +231,14 @@ def test_an_operations_tensors_lie_as_the_models_do(
     seen.clear()
     assert check_operation(case, step.model) is not None
     assert set(seen) == of_step
+
+
+def test_a_truth_that_is_wrong_for_some_strides_is_not_asked_for_them() -> None:
+    """Else it would agree with what it is to find out."""
+
+    def wrong(given: Mapping[str, Tensor]) -> Tensor:
+        return given["x"] if given["x"].is_contiguous() else 2 * given["x"]
+
+    operation = Operation(inputs={"x": torch.randn(2, 9, 3, 4).unbind(2)[0]}, run=wrong, truth=wrong)
+    with pytest.raises(ParityError, match="the output of its operation is off by 1;"):
+        compare(operation, "fp32", gradients=False, what="it")
