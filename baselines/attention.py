@@ -68,6 +68,11 @@ def attend(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def split_heads(projected: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k and v of a block's one projection (B, T, 3D): views of it, (B, T, H, K) each, not contiguous."""
+    return projected.unflatten(-1, (3, heads, -1)).unbind(2)
+
+
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The definition, in the inputs' dtype, (B, T, H, K) to the same; `TRUTH_ROWS` queries at a time.
 
@@ -86,9 +91,10 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_of(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
     """The attention of one block of a DiT or Flash-DiT, at its tokens, heads and head width; see `dig.operation`."""
     config: Any = model.config
-    shape = (batch, model.grid[0] * model.grid[1], config.heads, config.width // config.heads)
-    device = next(model.parameters()).device
-    inputs = {name: torch.randn(shape, device=device).to(dtype) for name in "qkv"}
+    shape = (batch, model.grid[0] * model.grid[1], 3 * config.width)
+    packed = torch.randn(shape, device=next(model.parameters()).device).to(dtype)
+    # Strided, as the block's own are: kernels choose by strides, and may be wrong for some alone.
+    inputs = dict(zip("qkv", split_heads(packed, config.heads), strict=True))
     backend: Backend = config.backend
 
     def run(given: Mapping[str, Tensor]) -> Tensor:

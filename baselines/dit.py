@@ -13,7 +13,7 @@ from typing import get_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.attention import Backend, attend, require_backend
+from baselines.attention import Backend, attend, require_backend, split_heads
 from dig.layers import (
     Backbone,
     FinalLayer,
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         output: Tensor = self.proj(attend(self.backend, q, k, v).flatten(2))
         return output
 

@@ -191,6 +191,7 @@ def scan_of(model: Backbone, batch: int, dtype: torch.dtype) -> Operation:
 
     def of(direction: Direction) -> Callable[[Mapping[str, Tensor]], Tensor]:
         def run(given: Mapping[str, Tensor]) -> Tensor:
+            # Contiguous, as the block's product leaves it.
             xz = torch.cat([given["x"], given["z"]], dim=-1).transpose(1, 2).contiguous()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=xz.dtype == torch.bfloat16):
                 return direction(xz, wide, out_proj)

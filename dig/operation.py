@@ -18,11 +18,13 @@ class Operation:
     """An operation and its truth.
 
     Attributes:
-        inputs: By name, in the dtype that the operation is given; leaves, none of which is a view of another. The
-            gradient of each is compared, and each by itself, so that no large one hides a small one.
-        run: The backend's kernels on these inputs: one tensor, tokens in the dimension ``tokens``.
-        truth: The same in fp32 or more, from the same inputs; differentiable, in memory that grows with the number of
-            tokens and not with its square.
+        inputs: By name, in the dtype and with the strides that the model gives the operation: where it splits one
+            projection, views of one tensor. Each is made a leaf of its own, with these strides. The gradient of each is
+            compared, and each by itself, so that no large one hides a small one.
+        run: The backend's kernels on these inputs: one tensor, tokens in the dimension ``tokens``. Where it puts inputs
+            together first, the result has the model's strides. Of a case that compiles it is compiled too.
+        truth: The same in fp32 or more, from the same numbers, contiguous; differentiable, in memory that grows with
+            the number of tokens and not with its square.
         tokens: The dimension of the output, and of every input that has one entry a token, that counts tokens.
         per_token: Names of those inputs. Their gradients are compared stretch by stretch.
     """

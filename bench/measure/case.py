@@ -111,7 +111,7 @@ def _measure(job: CaseJob, started_at: str, environment: Mapping[str, Any], tell
     run, memory = prepare(step, case, meter)
     clock.append(time.perf_counter())
 
-    flush = _l2_flush() if case.device == "cuda" else None
+    flush = _l2_flush(case.device)
     found = sample(run, device=case.device, budget=job.budget, watch=watch, flush=flush)
     clock.append(time.perf_counter())
 
@@ -224,11 +224,13 @@ def prepare(step: Step, case: Case, meter: MemoryMeter) -> tuple[Callable[[], Te
     return run, memory
 
 
-def _l2_flush() -> Callable[[], object] | None:
-    """The write that clears the L2 cache before a step, of whatever case; None where there is no memory for it.
+def _l2_flush(device: str) -> Callable[[], object] | None:
+    """The write that clears the L2 cache before a step, of whatever case; None on a CPU, or where memory lacks.
 
     Not of small cases alone: wherever the line is drawn, it falls between two models of some comparison.
     """
+    if device == "cpu":
+        return None
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     try:
         return torch.empty(2 * cache, dtype=torch.int8, device="cuda").zero_

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases.case import Case
+from bench.parity.compiling import compile_options
 from bench.parity.inputs import SEED, check_output, fill_zeros, make_inputs, refuse_zeros
 from dig.graphs import on_capture_stream, record
 from dig.layers import Backbone
@@ -19,8 +20,6 @@ from dig.spec import create_model
 
 WARMUP_STEPS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-AUTOTUNE = "max-autotune-no-cudagraphs"
-"""Inductor's mode: the graph is the benchmark's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ def compile_parts(model: nn.Module, *, scope: str, max_autotune: bool = False) -
     Raises:
         ValueError: It is to be compiled by block, and keeps none in a list.
     """
-    options: dict[str, Any] = {"mode": AUTOTUNE} if max_autotune else {}
+    options = compile_options(max_autotune=max_autotune)
     parts = [model] if scope == "model" else repeated_blocks(model)
     if not parts:
         raise ValueError(f"{type(model).__name__} keeps no blocks in a ModuleList; compile it with scope model")

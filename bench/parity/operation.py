@@ -1,19 +1,23 @@
 """A family's operation against its truth at the shape that is timed: every output and gradient, stretch by stretch.
 
+It is run as the model runs it: on inputs with the model's strides, and where the case compiles compiled too.
+
 The whole tensor's error has a bound that a scaling of 5% is beyond. The error of each stretch of tokens has another, so
 that a wrong tail, which is next to nothing in the whole, is found too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.cases.case import Case
+from bench.parity.compiling import compile_options
 from bench.parity.error import ParityError, relative_error
 from bench.parity.inputs import SEED
 from dig.layers import Backbone
@@ -30,6 +34,8 @@ TAIL = (16, 1)
 VANISHES = 1e-5
 """Root mean square of a truth that is nothing but rounding."""
 
+Run = Callable[[Mapping[str, Tensor]], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -43,28 +49,35 @@ def check_operation(case: Case, model: Backbone) -> Found | None:
     """Compare the operation of a case's model with its truth, at the case's tokens, heads, batch and dtype.
 
     Args:
-        case: What was timed: its mode decides whether gradients are compared.
+        case: What was timed: its mode decides whether gradients are compared, its execution whether the operation is
+            compiled too.
         model: Of that case.
 
     Returns:
         None where the family names no operation, or the truth does not fit in memory.
 
     Raises:
-        ParityError: An output or a gradient differs, as a whole or in a stretch of tokens.
+        ParityError: An output or a gradient differs, as a whole or in a stretch of tokens, or what is to be compiled is
+            not.
     """
     family, _, _ = parse_name(case.model)
     if family.operation is None:
         return None
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    options = compile_options(max_autotune=case.max_autotune) if case.compiles else None
     torch.manual_seed(SEED)
     try:
         operation = family.operation(model, case.batch, dtype)
-        return compare(operation, case.dtype, gradients=case.mode == "train", what=case.describe())
+        return compare(
+            operation, case.dtype, gradients=case.mode == "train", what=case.describe(), compile_with=options
+        )
     except torch.OutOfMemoryError:
         return None
 
 
-def compare(operation: Operation, dtype: str, *, gradients: bool, what: str) -> Found:
+def compare(
+    operation: Operation, dtype: str, *, gradients: bool, what: str, compile_with: Mapping[str, Any] | None = None
+) -> Found:
     """Compare an operation with its truth.
 
     Args:
@@ -72,12 +85,39 @@ def compare(operation: Operation, dtype: str, *, gradients: bool, what: str) -> 
         dtype: ``bf16`` or ``fp32``: which bounds.
         gradients: Whether those of the inputs are compared too.
         what: Of whom the message speaks.
+        compile_with: `torch.compile`'s arguments, to compare the compiled operation as well; None for eagerly alone.
 
     Raises:
-        ParityError: They differ.
+        ParityError: They differ, or the operation was to be compiled and was not.
     """
-    actual = _results(operation, gradients, truth=False)
-    expected = _results(operation, gradients, truth=True)
+    # Contiguous: what is wrong for some strides must not be wrong on both sides. Gradients in bf16 would round the
+    # truth: its leaves are wide copies of the same numbers.
+    wide = {name: tensor.detach().float().contiguous() for name, tensor in operation.inputs.items()}
+    expected = _results(operation.truth, wide, gradients)
+    del wide
+    # Both ways where the case compiles. The compiled one is what was timed. The eager one is what the compiled step is
+    # held against (`bench.measure.recheck`), and it tells a kernel's fault from the compiler's.
+    worst = _compare(operation, _results(operation.run, operation.inputs, gradients), expected, dtype, what)
+    if compile_with is not None:
+        found = _compiled_results(operation, gradients, what, compile_with)
+        worst = max(worst, _compare(operation, found, expected, dtype, what, way=" (compiled)"))
+    return Found(error=worst, bound=BOUND[dtype])
+
+
+def _compare(
+    operation: Operation,
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    dtype: str,
+    what: str,
+    *,
+    way: str = "",
+) -> float:
+    """The largest error of a whole tensor.
+
+    Raises:
+        ParityError: It is beyond its bound, or that of a stretch of tokens is.
+    """
     worst = 0.0
     for name, right in expected.items():
         ours = actual[name].float()
@@ -85,8 +125,8 @@ def compare(operation: Operation, dtype: str, *, gradients: bool, what: str) -> 
         worst = max(worst, error)
         if not error <= BOUND[dtype]:
             raise ParityError(
-                f"{what}: at this very shape the {name} of its operation is off by {error:.2g}; {BOUND[dtype]:.2g} is "
-                "allowed"
+                f"{what}: at this very shape the {name} of its operation{way} is off by {error:.2g}; "
+                f"{BOUND[dtype]:.2g} is allowed"
             )
         if name != "output" and name.removeprefix("gradient of ") not in operation.per_token:
             continue
@@ -99,10 +139,10 @@ def compare(operation: Operation, dtype: str, *, gradients: bool, what: str) -> 
             error = ((piece - truth).norm() / torch.maximum(truth.norm(), least)).item()
             if not error <= STRETCH_BOUND[dtype]:
                 raise ParityError(
-                    f"{what}: at this very shape the {name} of its operation is off by {error:.2g} in tokens {begin} "
-                    f"to {end - 1}; {STRETCH_BOUND[dtype]:.2g} is allowed"
+                    f"{what}: at this very shape the {name} of its operation{way} is off by {error:.2g} in tokens "
+                    f"{begin} to {end - 1}; {STRETCH_BOUND[dtype]:.2g} is allowed"
                 )
-    return Found(error=worst, bound=BOUND[dtype])
+    return worst
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
@@ -122,13 +162,9 @@ def _stretches(length: int) -> Iterator[tuple[int, int]]:
     return pairwise(sorted(edges))
 
 
-def _results(operation: Operation, gradients: bool, *, truth: bool) -> Mapping[str, Tensor]:
-    """Output and gradients of one side, in fp32 for the truth."""
-    function = operation.truth if truth else operation.run
-    leaves = {name: tensor.detach().requires_grad_(gradients) for name, tensor in operation.inputs.items()}
-    # Gradients in bf16 would round the truth: its leaves are wide copies of the same numbers.
-    if truth:
-        leaves = {name: tensor.detach().float().requires_grad_(gradients) for name, tensor in leaves.items()}
+def _results(function: Run, inputs: Mapping[str, Tensor], gradients: bool) -> Mapping[str, Tensor]:
+    """Output and gradients of one side; each input is a leaf of its own, with its own strides."""
+    leaves = {name: tensor.detach().requires_grad_(gradients) for name, tensor in inputs.items()}
     with torch.set_grad_enabled(gradients):
         output = function(leaves)
     if not gradients:
@@ -138,3 +174,32 @@ def _results(operation: Operation, gradients: bool, *, truth: bool) -> Mapping[s
     direction = torch.randn(output.shape, generator=generator, device=output.device).bfloat16()
     found = torch.autograd.grad(output, list(leaves.values()), direction.to(output.dtype))
     return {"output": output.detach(), **{f"gradient of {n}": g for n, g in zip(leaves, found, strict=True)}}
+
+
+def _compiled_results(
+    operation: Operation, gradients: bool, what: str, options: Mapping[str, Any]
+) -> Mapping[str, Tensor]:
+    """`_results` of the operation compiled by itself; memory that runs out is raised as it is.
+
+    Raises:
+        ParityError: It cannot be compiled, fails compiled, or ran eagerly all the same.
+    """
+    run, traced = operation.run, list[bool]()
+
+    def compiled(given: Mapping[str, Tensor]) -> Tensor:
+        # Under the compiler a constant, True. Where PyTorch gives up (compilation is switched off, or this function was
+        # compiled too often) it runs what is written here, and says so in a warning at most.
+        traced.append(torch.compiler.is_compiling())
+        return run(given)
+
+    try:
+        found = _results(torch.compile(compiled, **options), operation.inputs, gradients)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # The model was compiled, and timed. A row without this comparison would claim what nobody looked at.
+        said = f"{type(error).__name__}: {error}"
+        raise ParityError(f"{what}: its operation (compiled) cannot be compared; alone it fails: {said}") from error
+    if traced != [True]:
+        raise ParityError(f"{what}: its operation (compiled) cannot be compared; alone it ran eagerly all the same")
+    return found

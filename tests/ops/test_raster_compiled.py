@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.cases.case import Case
+from bench.parity.inputs import fill_zeros
+from bench.parity.operation import check_operation
 from dig import raster, raster_compiled
 from dig.block import DiGBlock
 from dig.model import DiG
@@ -21,6 +24,7 @@ from dig.raster_inference import infer_block, infer_images
 from dig.raster_training import backward_pass, forward_pass
 from dig.raster_weights import BlockWeights, Settings, prepare_block, settings_of
 from dig.scan import RASTER, Route, ScanOrder
+from dig.spec import create_model
 from tests.helpers import example, relative_error
 from tests.ops.test_raster import BASE, DEVICE, twins
 
@@ -41,6 +45,17 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for name in ("train", "go_back", "infer"):
             patch.setattr(raster_compiled, name, noting(getattr(raster_compiled, name), name, called))
         yield called
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("mode", [pytest.param("train", marks=pytest.mark.slow), "forward"])
+def test_the_mixer_alone_compiles_as_the_benchmark_checks_it(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.parity.compiling.BACKEND", "aot_eager")
+    options = (("backend", "triton"),)
+    case = Case(model="DiG-S/8", options=options, resolution=128, mode=mode, execution="compile", device=DEVICE)
+    model = create_model(case.model, image_size=128, backend="triton").to(DEVICE)
+    fill_zeros(model)
+    assert check_operation(case, model) is not None
 
 
 def noting(run: Callable[..., Any], name: str, called: list[str]) -> Callable[..., Any]:
