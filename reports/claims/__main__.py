@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,10 +17,13 @@ from reports.claims.errors import ClaimError
 from reports.claims.evaluate import judge_all
 from reports.claims.readme import read_readme
 from reports.claims.restating import applied, changes, read_pages
-from reports.claims.rows import Files, check_written, published
-from reports.claims.spec import CLAIMS, Claims, read_claims
+from reports.claims.rows import Files, check_written, kind_of, published
+from reports.claims.spec import CLAIMS, Claims, names_of, read_claims
 from reports.claims.telling import counted, to_json, to_markdown, to_text
 from reports.refusing import refusing
+
+MOST_NAMED = 3
+"""Files that a message names one by one."""
 
 app = typer.Typer(add_completion=False)
 
@@ -58,7 +61,8 @@ def report(
 
     Measures nothing and needs no GPU. Parameters and multiply-adds are counted, which takes torch.
 
-    Exit status 2: a file cannot be read or written, or a claim cannot be tested.
+    Exit status 2: a file cannot be read or written, a claim cannot be tested, or no claim reads any of the files that
+    were given.
     """
     with refusing(ClaimError, ResultError, folder=out or Path(), hint="; choose another --out"):
         paths = list(_files(files or published()))
@@ -73,9 +77,12 @@ def report(
         given = Files(paths, said.files)
         findings = judge_all(said, given, read_readme())
         # Of one claim the others' files are not read, and published ones nobody asked for.
-        unread = [path.name for path in paths if path not in given.used] if files or not ids else []
+        unread = [path for path in paths if path not in given.used] if files or not ids else []
+        if files and len(unread) == len(paths):
+            # Every verdict would be "not measured", as if nobody had measured anything.
+            raise ClaimError(_nothing_read(unread, said, ids or []))
         if unread:
-            say(f"no claim reads {', '.join(unread)}", err=True)
+            say(f"no claim reads {', '.join(path.name for path in unread)}", err=True)
         if out is None:
             typer.echo(to_text(findings))
             return
@@ -84,6 +91,19 @@ def report(
             write_file(out / name, content)
             say(f"wrote {out / name}")
         say(counted(findings))
+
+
+def _nothing_read(paths: Sequence[Path], claims: Claims, ids: Sequence[str]) -> str:
+    """Why no verdict comes from these files, and what to do."""
+    kinds = {path: kind_of(path) for path in paths[:MOST_NAMED]}
+    given = [f"{path} (its first line is {kind})" if kind else str(path) for path, kind in kinds.items()]
+    given += [f"{len(paths) - len(given)} others"] if len(paths) > len(given) else []
+    unread = ", ".join(given)
+    if not ids:
+        return f"no claim reads {unread}. Claims are of steps: name a file that python -m bench run wrote"
+    names = sorted({name for claim in claims.claims for name in names_of(claim)})
+    instead = f"name {', '.join(names)} or a file of your own steps" if names else "name none: models are counted anew"
+    return f"no claim that --id names reads {unread}. For {', '.join(ids)}, {instead}"
 
 
 def _restate(claims: Claims, numbers: list[Number], files: Files) -> None:

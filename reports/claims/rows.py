@@ -51,6 +51,12 @@ def of_steps(path: Path) -> bool:
     return not isinstance(record, dict) or (record.get("kind") is None and {"case", "schema"} <= record.keys())
 
 
+def kind_of(path: Path) -> str:
+    """What a file's first line is, and what reads it; empty where it may be a row of a step, or is unknown."""
+    record = _first(path)
+    return other_kind(record) if isinstance(record, dict) else ""
+
+
 def check_written(path: Path) -> None:
     """Refuse a file whose first line is an object of JSON that nothing of this project writes.
 
@@ -59,8 +65,7 @@ def check_written(path: Path) -> None:
     Raises:
         ResultError: It is such a file, or it cannot be read.
     """
-    record = _first(path)
-    if isinstance(record, dict) and not of_steps(path) and not other_kind(record):
+    if isinstance(_first(path), dict) and not of_steps(path) and not kind_of(path):
         raise ResultError(f"{path}: its first line is no row of the benchmark; name files that python -m bench wrote")
 
 
