@@ -27,6 +27,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dig.ops.descriptors import Box, described, without_tensor
 from dig.ops.tiles import for_device, gpu_index
 
 Grid = tuple[int, ...]
@@ -46,10 +47,6 @@ _current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cud
 
 _Places = tuple[Callable[[Any], Any], tuple[tuple[int, int], ...]]
 """What picks addresses of the tensors', and of which of the picked how many bytes are added."""
-
-
-Box = tuple[list[int], list[int], list[int]]
-"""Of a tensor descriptor: shape, strides, and the shape of a tile."""
 
 
 class _Form(NamedTuple):
@@ -282,9 +279,9 @@ class LaunchContext:
             return
         if launch.boxes:
             if not launch.checked:
-                launch.checked = tuple(_without_base(each) for each in launch.given(tensors))
+                launch.checked = tuple(without_tensor(each) for each in launch.given(tensors))
             pairs = zip(tensors, addresses, launch.checked, strict=True)
-            addresses = [address if of is None else _described(tensor, of) for tensor, address, of in pairs]
+            addresses = [address if of is None else described(tensor, of) for tensor, address, of in pairs]
         run, before, after, _ = known[0]
         stream = (self._current or self._ask_for_streams())(gpu)
         run(*launch.programs, stream, *before, *addresses, *after)
@@ -334,20 +331,6 @@ class LaunchContext:
 _ANYHOW, _IN_ORDER_ONLY, _IN_ORDER, _EARLY = range(4)
 _OPTIONS: tuple[dict[str, Any], ...] = ({}, {"EARLY": False}, {"EARLY": True}, {"EARLY": True, "launch_pdl": True})
 """What each order of launch adds to a kernel's constants; the first to those of one that can't be launched early."""
-
-
-def _without_base(argument: Argument) -> dict[str, Any] | None:
-    """What a tensor descriptor holds but its tensor, which would live on with it; None of something else."""
-    if not isinstance(argument, TensorDescriptor):
-        return None
-    return {name: value for name, value in vars(argument).items() if name != "base"}
-
-
-def _described(tensor: Tensor, of: dict[str, Any]) -> TensorDescriptor:
-    """A tensor's descriptor, unchecked: one of the same box has been checked, and of the tensor its address."""
-    made = object.__new__(TensorDescriptor)
-    made.__dict__ = {"base": tensor, **of}
-    return made
 
 
 def _ordered(kernel: Any, given: int, constants: dict[str, Any]) -> tuple[Any, ...]:

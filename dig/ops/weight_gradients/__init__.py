@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dig.ops.launch import ALIGNMENT, Box, Launch, launch_context
+from dig.ops.descriptors import Box
+from dig.ops.launch import ALIGNMENT, Launch, launch_context
 from dig.ops.tiles import for_device
 from dig.ops.tiles.products import GradientTiles
 from dig.ops.weight_gradients.kernels import grouped_product_kernel
