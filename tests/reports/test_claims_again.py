@@ -23,6 +23,7 @@ STORED: list[dict[str, Any]] = json.loads((ROWS.parent / "claims.json").read_tex
 READ = {rows: [each for each in STORED if f" {rows} --id" in each["again"]] for rows in (
     "results/h100/rows.jsonl", "results/h200/best.jsonl", "results/h200/batch32.jsonl",
     "results/h200/best.jsonl results/h200/batch32.jsonl results/h200/batch32-best.jsonl",
+    "results/h200/best.jsonl results/h200/batch32-best.jsonl",
     "results/h100/ablation.jsonl results/h200/ablation.jsonl",
 )}  # fmt: skip
 """Claims by the files that their verdicts are from."""
@@ -55,7 +56,7 @@ def test_the_committed_rows_give_the_published_verdict(rows: str, monkeypatch: p
         assert each["measured"] is None or f"measured: {each['measured']}" in said
 
 
-@pytest.mark.parametrize("rows", READ)
+@pytest.mark.parametrize("rows", [rows for rows, own in READ.items() if any(one["verdict"] == "holds" for one in own)])
 def test_what_was_measured_anew_is_judged(rows: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As if the first step had measured what was committed, into the files that it writes."""
     monkeypatch.chdir(tmp_path)
