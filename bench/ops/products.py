@@ -121,7 +121,7 @@ def choices() -> Iterator[ProductTiles]:
         (64, 64, 64, 4, 4, None),
         (256, 64, 64, 8, 3, None),
     ):
-        for group in (8,):
+        for group in (8, 16):
             yield ProductTiles(
                 rows=rows, columns=columns, depth=depth, warps=warps, stages=stages, registers=registers, group=group
             )
